@@ -268,7 +268,11 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Preprocessing:
-        """The inverse of ``to_json``; raises CascadeError where a field is missing, unknown or out of range."""
+        """The inverse of ``to_json``.
+
+        Raises:
+            CascadeError: a field is missing, unknown or out of range.
+        """
         try:
             return cls(**data | {"mean": tuple(data["mean"]), "std": tuple(data["std"])})
         except (KeyError, TypeError) as e:

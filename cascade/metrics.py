@@ -1,0 +1,204 @@
+"""What Prometheus sees: seconds and bytes, prefix ``cascade_``, every label bounded.
+
+Plain metrics are module constants (``MASK_HITS.inc()``); functions stand where a label must be bounded or a
+state held. With ``PROMETHEUS_MULTIPROC_DIR`` set before Python starts, every process writes to that folder,
+and whoever serves /metrics (the entrypoint, not a worker) reads it: counters outlive a killed worker, gauges
+do not.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if FOLDER := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    Path(FOLDER).mkdir(parents=True, exist_ok=True)  # prometheus_client opens its files there at once
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    start_http_server,
+)
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from cascade.errors import CascadeError
+
+STATUSES = (200, 400, 404, 413, 500, 503)
+STAGES = ("decode", "dispatch", "swap", "expert", "fuse")
+WINDOW = 1000
+"""Images that the served cluster shares remember: each newer one weighs e times less after this many."""
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+
+REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "cluster", "status"])
+STAGE_SECONDS = Histogram("cascade_stage_seconds", "Time by stage of the pass.", ["stage"], buckets=_SECONDS)
+BATCH_IMAGES = Histogram("cascade_batch_images", "Images in a batch.", buckets=_IMAGES)
+GROUP_IMAGES = Histogram(
+    "cascade_group_images", "Images of a batch that share an expert mask.", buckets=_IMAGES
+)
+MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and already materialised.")
+MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialised.")
+MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialised masks that were dropped.")
+ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
+
+
+def _gauge(
+    name: str, text: str, labels: Sequence[str] = (), mode: Literal["livesum", "livemax"] = "livesum"
+) -> Gauge:
+    return Gauge(f"cascade_{name}", text, labels, multiprocess_mode=mode)
+
+
+MATERIALISED_BYTES = _gauge("materialised_bytes", "Materialised weights held, all workers.")
+PACKED_BYTES = _gauge("packed_bytes", "Bundles held (packed masks, router, fusion, heads), all workers.")
+BACKBONE_BYTES = _gauge("backbone_bytes", "Backbones held, all workers.")
+BACKBONES = _gauge("backbones", "Backbones resident, all workers.")
+QUEUE_DEPTH = _gauge("queue_depth", "Images that wait for a pass, all workers.")
+CLUSTER_SHARE_SHIFT = _gauge(
+    "cluster_share_shift",
+    "Total-variation distance, 0 to 1, of the cluster shares served from those trained on; worst worker.",
+    ["bundle"],
+    "livemax",
+)
+BUNDLE_REFUSED = _gauge(
+    "bundle_refused", "1 for a bundle in the store that could not be loaded.", ["bundle"], "livemax"
+)
+
+_STAGES = {name: STAGE_SECONDS.labels(name) for name in STAGES}
+
+
+@dataclass
+class _Shares:
+    """Cluster shares of one bundle: in training, and lately served."""
+
+    trained: tuple[float, ...]
+    served: list[float]
+
+    def add(self, cluster: int) -> float:
+        """Count one image; the total-variation distance of the two."""
+        for k, share in enumerate(self.served):
+            self.served[k] = share + ((k == cluster) - share) / WINDOW
+        return sum(abs(s - t) for s, t in zip(self.served, self.trained, strict=True)) / 2
+
+
+_serving: dict[str, _Shares] = {}
+_lock = threading.Lock()
+
+
+def serving(bundle: str, shares: Sequence[float] = ()) -> None:
+    """Make ``bundle`` a label; ``shares`` are those of its clusters in training (empty without a router).
+
+    The served shares start at those of training, so that the first few images raise no alarm.
+    """
+    with _lock:
+        _serving[bundle] = _Shares(tuple(shares), list(shares))
+    if shares:
+        CLUSTER_SHARE_SHIFT.labels(bundle).set(0)
+
+
+def refused(bundle: str) -> None:
+    """A bundle in the store (never a client's string) could not be loaded."""
+    BUNDLE_REFUSED.labels(bundle).set(1)
+
+
+def count(bundle: str | None, cluster: int | None, status: int) -> None:
+    """One image was answered: by which bundle, with which cluster (None for an error) and HTTP status.
+
+    A bundle that is not being served counts as "unknown", for its name is the client's.
+    """
+    with _lock:
+        shares = _serving.get(bundle or "")
+        if shares and cluster is not None and cluster < len(shares.served):
+            CLUSTER_SHARE_SHIFT.labels(bundle).set(shares.add(cluster))
+    REQUESTS.labels(
+        bundle=bundle if shares else "unknown",
+        cluster="none" if cluster is None else str(cluster),
+        status=str(status) if status in STATUSES else "other",
+    ).inc()
+
+
+def stage(name: str) -> AbstractContextManager[object]:
+    """``with stage("swap"): ...`` times one of STAGES."""
+    return _STAGES[name].time()
+
+
+def resident(stats: Mapping[str, int]) -> None:
+    """Set the gauges of what is held from ``Engine.stats()``."""
+    for name, gauge in (
+        ("backbones", BACKBONES),
+        ("backbone_bytes", BACKBONE_BYTES),
+        ("packed_bytes", PACKED_BYTES),
+        ("materialised_bytes", MATERIALISED_BYTES),
+    ):
+        gauge.set(stats[name])
+
+
+def prepare_folder(path: Path) -> None:
+    """Make the multiprocess folder, and empty it of what an earlier run left; before any worker starts."""
+    path.mkdir(parents=True, exist_ok=True)
+    for file in path.iterdir():
+        if re.fullmatch(r"(counter|gauge_[a-z]+|histogram|summary)_\d+\.db", file.name):
+            file.unlink()
+
+
+def forget(pid: int) -> None:
+    """Drop the gauges of a process that died. Scraping does so by itself for those it finds dead."""
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        mark_process_dead(pid, folder)
+
+
+def scrape() -> bytes:
+    """All metrics in Prometheus' text format, of all processes where there is a multiprocess folder."""
+    return generate_latest(_registry())
+
+
+@contextmanager
+def serve(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve /metrics until the block ends; gives the URL. Port 0 takes a free one.
+
+    It has to run on the machine (the same process namespace) of the workers, or they will look dead.
+
+    Raises:
+        CascadeError: the address is taken or not ours.
+    """
+    try:
+        server, thread = start_http_server(port, host, _registry())
+    except OSError as e:
+        raise CascadeError(
+            f"metrics cannot be served on {host}:{port} ({e.strerror}): choose another port"
+        ) from e
+    try:
+        yield f"http://{host}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Living(MultiProcessCollector):
+    """The multiprocess folder, less the gauges of processes that are gone without a word (SIGKILL)."""
+
+    def collect(self) -> Iterator[Metric]:
+        for file in Path(self._path).glob("gauge_live*_*.db"):
+            if not Path("/proc", pid := file.stem.rpartition("_")[2]).exists():
+                mark_process_dead(int(pid), self._path)
+        yield from super().collect()
+
+
+def _registry() -> CollectorRegistry:
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if not folder:
+        return REGISTRY
+    merged = CollectorRegistry()
+    _Living(merged, folder)
+    return merged

@@ -1,0 +1,298 @@
+"""Metrics in one process, and over several that share a folder and die."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cascade import metrics
+from cascade.errors import CascadeError
+
+ROOT = Path(metrics.__file__).parents[1]
+
+# A worker: counts, sets its gauges, says that it is ready and waits to be told to end.
+WORKER = """
+import sys, time
+from cascade import metrics
+metrics.serving("animals", [0.5, 0.5])
+for cluster in map(int, sys.argv[1]):
+    metrics.count("animals", cluster, 200)
+with metrics.stage("swap"):
+    time.sleep(0.002)
+metrics.MASK_HITS.inc(3)
+metrics.resident({"backbones": 1, "backbone_bytes": 100, "packed_bytes": 10, "materialised_bytes": 50})
+metrics.QUEUE_DEPTH.set(4)
+metrics.BATCH_IMAGES.observe(8)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def parsed(text: bytes) -> Values:
+    families = text_string_to_metric_families(text.decode())
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
+
+
+def value(values: Values, name: str, **labels: str) -> float:
+    return values.get((f"cascade_{name}", tuple(sorted(labels.items()))), 0.0)
+
+
+def now(name: str, **labels: str) -> float:
+    return value(parsed(metrics.scrape()), name, **labels)
+
+
+# One process
+
+
+def test_names_types_and_units() -> None:
+    found = {f.name: f.type for f in text_string_to_metric_families(metrics.scrape().decode())}
+    ours = {
+        name.removeprefix("cascade_"): kind for name, kind in found.items() if name.startswith("cascade_")
+    }
+    assert {name: kind for name, kind in ours.items() if not name.endswith("_created")} == {
+        "requests": "counter",
+        "stage_seconds": "histogram",
+        "batch_images": "histogram",
+        "group_images": "histogram",
+        "mask_hits": "counter",
+        "mask_misses": "counter",
+        "mask_evictions": "counter",
+        "routing_confidence": "histogram",
+        "materialised_bytes": "gauge",
+        "packed_bytes": "gauge",
+        "backbone_bytes": "gauge",
+        "backbones": "gauge",
+        "queue_depth": "gauge",
+        "cluster_share_shift": "gauge",
+        "bundle_refused": "gauge",
+    }
+
+
+def test_requests_by_bundle_cluster_and_status() -> None:
+    metrics.serving("requests-test", [0.5, 0.5])
+    for cluster, status in ((1, 200), (1, 200), (0, 200), (None, 400)):
+        metrics.count("requests-test", cluster, status)
+    assert now("requests_total", bundle="requests-test", cluster="1", status="200") == 2
+    assert now("requests_total", bundle="requests-test", cluster="0", status="200") == 1
+    assert now("requests_total", bundle="requests-test", cluster="none", status="400") == 1
+
+
+def test_labels_stay_bounded_whatever_clients_send() -> None:
+    metrics.count("warm", None, 404)
+    metrics.count("warm", None, 499)
+    before = len(parsed(metrics.scrape()))
+    for i in range(500):
+        metrics.count(f"../../etc/passwd?{i}", None, 404)
+        metrics.count(None, None, 400 + i)
+    text = metrics.scrape()
+    assert len(parsed(text)) <= before + 2 * len(metrics.STATUSES) and b"passwd" not in text
+    assert now("requests_total", bundle="unknown", cluster="none", status="404") >= 500
+    assert now("requests_total", bundle="unknown", cluster="none", status="other") >= 490
+
+
+@pytest.mark.parametrize("name", metrics.STAGES)
+def test_stage_times_its_block_and_an_error_in_it(name: str) -> None:
+    count, total = now("stage_seconds_count", stage=name), now("stage_seconds_sum", stage=name)
+    with metrics.stage(name):
+        time.sleep(0.02)
+    with pytest.raises(ZeroDivisionError), metrics.stage(name):
+        raise ZeroDivisionError
+    assert now("stage_seconds_count", stage=name) - count == 2
+    assert 0.02 <= now("stage_seconds_sum", stage=name) - total < 1
+
+
+def test_stage_buckets_reach_from_half_a_millisecond_to_ten_seconds() -> None:
+    bounds = [
+        float(le)
+        for le in re.findall(r'stage_seconds_bucket{le="([^"]+)",stage="swap"}', metrics.scrape().decode())
+    ]
+    assert (bounds[0], bounds[-2], bounds[-1]) == (0.0005, 10, float("inf"))
+
+
+def test_an_unknown_stage_is_a_mistake() -> None:
+    with pytest.raises(KeyError):
+        metrics.stage("lunch")
+
+
+def test_resident_sets_the_gauges() -> None:
+    metrics.resident(
+        {"backbones": 1, "backbone_bytes": 13, "packed_bytes": 5, "materialised_bytes": 7, "hits": 9}
+    )
+    names = ("backbones", "backbone_bytes", "packed_bytes", "materialised_bytes")
+    assert [now(name) for name in names] == [1, 13, 5, 7]
+
+
+def test_refused_bundle() -> None:
+    metrics.refused("broken/3")
+    assert now("bundle_refused", bundle="broken/3") == 1
+
+
+def test_share_shift_is_the_distance_from_training() -> None:
+    metrics.serving("shift-test", [0.7, 0.2, 0.1])
+    assert now("cluster_share_shift", bundle="shift-test") == 0
+    for _ in range(20):
+        metrics.count("shift-test", 2, 200)
+    assert 0 < now("cluster_share_shift", bundle="shift-test") < 0.05, "twenty images are no drift"
+    for _ in range(10 * metrics.WINDOW):
+        metrics.count("shift-test", 2, 200)
+    assert now("cluster_share_shift", bundle="shift-test") == pytest.approx(0.9, abs=1e-3)
+    for _ in range(1000):  # back to the training shares
+        for cluster in (0, 0, 1, 0, 0, 2, 0, 0, 1, 0):
+            metrics.count("shift-test", cluster, 200)
+    assert now("cluster_share_shift", bundle="shift-test") < 0.01
+
+
+def test_errors_do_not_shift_shares() -> None:
+    metrics.serving("errors-test", [0.5, 0.5])
+    metrics.count("errors-test", None, 400)
+    assert now("cluster_share_shift", bundle="errors-test") == 0
+
+
+def test_a_bundle_without_router() -> None:
+    metrics.serving("single-test")
+    metrics.count("single-test", 0, 200)
+    assert now("requests_total", bundle="single-test", cluster="0", status="200") == 1
+    assert b'share_shift{bundle="single-test"}' not in metrics.scrape()
+
+
+def test_counting_from_many_threads_loses_nothing() -> None:
+    metrics.serving("threads-test", [1.0])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: metrics.count("threads-test", 0, 200), range(4000)))
+    assert now("requests_total", bundle="threads-test", cluster="0", status="200") == 4000
+
+
+def test_serve_and_stop() -> None:
+    before = threading.active_count()
+    with metrics.serve() as url:
+        assert url.endswith("/metrics")
+        assert b"cascade_mask_hits_total" in urllib.request.urlopen(url, timeout=5).read()
+        port = int(url.split(":")[2].split("/")[0])
+        with pytest.raises(CascadeError, match=f"{port}.*choose another port"), metrics.serve(port=port):
+            pass
+    assert threading.active_count() == before
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url, timeout=5)
+    with metrics.serve(port=port):
+        pass  # the port is free again
+
+
+# Several processes
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "metrics"
+    metrics.prepare_folder(path)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(path))  # what this process scrapes
+    return path
+
+
+@pytest.fixture
+def worker(folder: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts a worker that counts one image for each digit, a cluster; ends all of them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(clusters: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, clusters],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)},
+        )
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_workers_add_up_and_gauges_of_the_killed_drop(worker: Callable[[str], subprocess.Popen[str]]) -> None:
+    with metrics.serve() as url:
+
+        def scrape() -> Values:
+            return parsed(urllib.request.urlopen(url, timeout=5).read())
+
+        first = worker("0011")
+        worker("1111")
+        both = scrape()
+        assert value(both, "requests_total", bundle="animals", cluster="1", status="200") == 6
+        assert value(both, "mask_hits_total") == 6
+        assert value(both, "stage_seconds_count", stage="swap") == 2
+        assert value(both, "batch_images_count") == 2
+        gauges = ("backbones", "backbone_bytes", "packed_bytes", "materialised_bytes", "queue_depth")
+        assert [value(both, name) for name in gauges] == [2, 200, 20, 100, 8]
+        shift = value(both, "cluster_share_shift", bundle="animals")
+        assert shift == pytest.approx(0.5 * (1 - (1 - 1 / metrics.WINDOW) ** 4)), (
+            "the worst worker's, four times cluster 1"
+        )
+
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        after = scrape()
+        assert value(after, "requests_total", bundle="animals", cluster="1", status="200") == 6
+        assert value(after, "requests_total", bundle="animals", cluster="0", status="200") == 2
+        assert value(after, "mask_hits_total") == 6
+        assert [value(after, name) for name in gauges] == [1, 100, 10, 50, 4]
+
+        worker("0")  # the one that takes its place
+        again = scrape()
+        assert value(again, "requests_total", bundle="animals", cluster="0", status="200") == 3
+        assert [value(again, name) for name in gauges] == [2, 200, 20, 100, 8]
+
+
+def test_forget_drops_the_gauges_of_one_process(worker: Callable[[str], subprocess.Popen[str]]) -> None:
+    process = worker("0")
+    assert value(parsed(metrics.scrape()), "backbones") == 1
+    metrics.forget(process.pid)
+    assert value(parsed(metrics.scrape()), "backbones") == 0
+    assert value(parsed(metrics.scrape()), "mask_hits_total") == 3
+
+
+def test_forget_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    metrics.forget(os.getpid())
+
+
+def test_prepare_folder_empties_it_of_metrics_only(
+    worker: Callable[[str], subprocess.Popen[str]], folder: Path
+) -> None:
+    worker("0").kill()
+    mine = folder / "notes.db"
+    mine.write_text("not a metric")
+    assert len(list(folder.iterdir())) > 1
+    metrics.prepare_folder(folder)
+    assert list(folder.iterdir()) == [mine]
+
+
+def test_a_worker_makes_a_missing_folder(tmp_path: Path) -> None:
+    missing = tmp_path / "not" / "there"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from cascade import metrics; metrics.MASK_HITS.inc(); print(metrics.scrape().decode())",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(missing)},
+    )
+    assert "cascade_mask_hits_total 1.0" in done.stdout, done.stderr
