@@ -13,13 +13,17 @@ LOCK := requirements/$(DEVICE).txt
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$python && break; done)
 PIP := .venv/bin/python -u -m pip
-# pip says some five lines about a package, or nothing at all for minutes: keep one for each file that it fetches.
-BRIEFLY := sed -unE 's/^ *((Downloading|Using cached) [^ ]+(whl|gz)( .*)?)$$/  \1/p; s/^(Installing) .*/\1 (a minute or two)/p'
+# pip says five lines about a package, or nothing at all for minutes: keep one for each file of a megabyte or more.
+BRIEFLY := sed -unE 's/^ *((Downloading|Using cached) .* \([0-9.]+ [MG]B\))$$/  \1/p; s/^(Installing) .*/\1 (a minute or two)/p'
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 UV := .venv/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy fewest \
 	--no-config --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+system:  ## as root: what Debian or Ubuntu may lack for `make env`
+	apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv
 
 env: $(STAMP)  ## .venv with all that the lock names (DEVICE=gpu: the other lock)
 
@@ -60,4 +64,4 @@ clean:  ## remove caches and built files; the environment and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
-.PHONY: help env demo serve train-demo test lint lock clean
+.PHONY: help system env demo serve train-demo test lint lock clean
