@@ -1,0 +1,175 @@
+"""The wheel in an empty environment outside the repository, the locks, and who may import whom."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import cascade
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("cascade", "handlers", "training")
+EXTRAS = {"cpu": ("cpu", "demo", "dev"), "gpu": ("gpu", "demo")}
+LOCKED = re.compile(r"([a-z0-9-]+)==([\w.]+)( ; .+)?")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """What the command prints; it finds nothing of the repository by itself."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "COVERAGE_PROCESS_START")}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: building leaves a folder behind whose old files would get into the next wheel."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=out)
+    return next(out.glob("cascade_vision-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """An environment with nothing in it but the wheel; libraries are those of the tests, last on the path."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    installed = run(
+        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
+    ).strip()
+    # A folder that a .pth file names is not searched for more of them: our editable install stays unseen.
+    Path(installed, "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    return folder
+
+
+def test_command_says_its_version(environment: Path) -> None:
+    assert cascade.__version__ in run(environment / "bin" / "cascade", "--version", cwd=environment)
+
+
+def test_help_loads_nothing_heavy(environment: Path) -> None:
+    command = environment / "bin" / "cascade"
+    program = f"""
+import atexit, json, runpy, sys
+atexit.register(lambda: print(json.dumps(list(sys.modules))))
+sys.argv = ["cascade", "--help"]
+runpy.run_path({str(command)!r}, run_name="__main__")
+"""
+    *text, modules = run(environment / "bin" / "python", "-c", program, cwd=environment).splitlines()
+    assert any("Usage" in line for line in text)
+    heavy = {
+        "torch",
+        "torchvision",
+        "timm",
+        "faiss",
+        "sklearn",
+        "pyarrow",
+        "onnxruntime",
+        "httpx",
+        "ts",
+        "handlers",
+    }
+    assert not heavy & set(json.loads(modules))
+
+
+def test_everything_comes_from_the_wheel(environment: Path) -> None:
+    program = (
+        "import cascade.cli as c, handlers as h, training as t; print(c.__file__, h.__file__, t.__file__)"
+    )
+    files = run(environment / "bin" / "python", "-c", program, cwd=environment).split()
+    installed = [Path(file).parent for file in files]
+    assert all(folder.is_relative_to(environment) for folder in installed)
+    for package, folder in zip(PACKAGES, installed, strict=True):
+        assert contents(folder) == contents(ROOT / package)
+    assert (installed[0] / "py.typed").exists()
+
+
+def contents(folder: Path) -> set[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(folder) for path in files}
+
+
+def test_wheel_names_its_licences(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert "License-Expression: Apache-2.0" in archive.read(metadata).decode().splitlines()
+        licences = {Path(name).name for name in archive.namelist() if ".dist-info/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def lock(device: str) -> dict[str, str]:
+    """Name to version. A line that is neither a comment nor an exact version, an address say, is an error."""
+    lines = (ROOT / "requirements" / f"{device}.txt").read_text().splitlines()
+    assert not [line for line in lines if "://" in line or line.startswith("-")]
+    pins = [LOCKED.fullmatch(line) for line in lines if not line.lstrip().startswith("#")]
+    assert all(pins)
+    return {pin[1]: pin[2] for pin in pins if pin}
+
+
+@pytest.mark.parametrize("device", EXTRAS)
+def test_lock_holds_all_that_the_project_needs(device: str) -> None:
+    extras = project()["optional-dependencies"]
+    named = project()["dependencies"] + [line for extra in EXTRAS[device] for line in extras[extra]]
+    locked = lock(device)
+    for requirement in map(Requirement, named):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+
+
+def test_locks_agree_and_keep_the_twins_apart() -> None:
+    cpu, gpu = lock("cpu"), lock("gpu")
+    assert {name: cpu[name] for name in cpu.keys() & gpu} == {name: gpu[name] for name in cpu.keys() & gpu}
+    assert {"faiss-cpu", "onnxruntime"} <= cpu.keys() - gpu.keys()
+    assert {"faiss-gpu", "onnxruntime-gpu"} <= gpu.keys() - cpu.keys()
+
+
+def imports(node: ast.AST, inside_functions: bool) -> Iterator[str]:
+    """The first part of every module's name that is imported under the node."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield "." if child.level else str(child.module).partition(".")[0]
+        elif inside_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imports(child, inside_functions)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cascade").rglob("*.py")), ids=lambda path: path.stem)
+def test_engine_knows_no_server_and_no_trainer(path: Path) -> None:
+    """The commands alone start servers and trainings, once they are called."""
+    found = set(imports(ast.parse(path.read_text()), inside_functions=path.name != "cli.py"))
+    assert not found & {"handlers", "training", "ts", "torchserve", "ray", "fastapi", "uvicorn", "."}
+
+
+@pytest.mark.parametrize("package, other", [("handlers", "training"), ("training", "handlers")])
+def test_servers_and_trainers_do_not_know_each_other(package: str, other: str) -> None:
+    knowing = [
+        str(path)
+        for path in (ROOT / package).rglob("*.py")
+        if other in imports(ast.parse(path.read_text()), inside_functions=True)
+    ]
+    assert not knowing
