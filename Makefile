@@ -29,7 +29,7 @@ env: $(STAMP)  ## .venv with all that the lock names (DEVICE=gpu: the other lock
 
 .venv/bin/pip:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 found: apt-get install python3 python3-venv, or say make PYTHON=/path/to/one"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) cannot make environments: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make environments: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 
 $(STAMP): $(LOCK) pyproject.toml | .venv/bin/pip
