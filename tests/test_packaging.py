@@ -12,6 +12,7 @@ import tomllib
 import venv
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,20 @@ def test_servers_and_trainers_do_not_know_each_other(package: str, other: str) -
         if other in imports(ast.parse(path.read_text()), inside_functions=True)
     ]
     assert not knowing
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A library that is here only because another one needs it may be gone tomorrow."""
+    extras = project()["optional-dependencies"]
+    named = project()["dependencies"] + extras["cpu"]
+    declared = {canonicalize_name(Requirement(line).name) for line in named}
+    homes = packages_distributions()
+    undeclared = {
+        (str(path), name)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for name in imports(ast.parse(path.read_text()), inside_functions=True)
+        if name not in {*sys.stdlib_module_names, *PACKAGES}
+        and not declared & set(map(canonicalize_name, homes.get(name, [])))
+    }
+    assert not undeclared
