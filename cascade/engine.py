@@ -1,0 +1,330 @@
+"""The engine: the one pass that ties masks, router, fusion and heads together over a resident backbone.
+
+The way of a batch: decode -> trunk shared by all bundles that agree on it -> dispatcher tails -> router ->
+group by mask -> expert tails -> fusion -> heads. An image's answer does not depend on its neighbours in the
+batch.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade import backbone as backbones
+from cascade import metrics, router
+from cascade.bundle import Bundle, check, read
+from cascade.errors import CascadeError
+from cascade.executors.torch import TorchExecutor
+from cascade.fusion import MODES, Fusion, Mode
+from cascade.images import LIMITS, ImageError, Limits, Preprocessing
+from cascade.images import decode as decode_image
+from cascade.images import read as read_image
+from cascade.masks import Mask
+from cascade.prediction import ItemError, Label, Neighbour, Options, Prediction
+from cascade.residency import Residency
+
+DEFAULT_BUDGET = 2**30
+T = TypeVar("T")
+Source = bytes | bytearray | str | Path | Image.Image
+
+
+@dataclass
+class _Item:
+    """One image on its way."""
+
+    index: int
+    bundle: Bundle
+    mode: Mode
+    options: Options
+    pixels: Tensor
+
+
+class Engine:
+    """Bundles over resident backbones; one for each fingerprint, however many bundles share it.
+
+    Args:
+        budget_bytes: for materialised weights, over all backbones.
+        device: where the backbones live.
+        limits: of the images.
+        weights: a checkpoint that takes the place of the bundles' own weight source.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int | None = None,
+        device: str = "cpu",
+        limits: Limits = LIMITS,
+        weights: Path | None = None,
+    ) -> None:
+        self.device, self.limits, self.weights = device, limits, weights
+        self.residency = Residency(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
+        self._executors: dict[str, TorchExecutor] = {}
+        self._bundles: dict[str, dict[str, Bundle]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def bundles(self) -> list[tuple[str, str]]:
+        """(name, version) of every bundle, versions rising."""
+        return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=_number)]
+
+    def add(self, bundle: Bundle) -> None:
+        """Make a bundle available, after it was checked against its backbone (loaded on first need).
+
+        Raises:
+            BackboneError, BundleError: the backbone can't be loaded, or the bundle does not fit it.
+        """
+        with self._lock:
+            want = bundle.card.backbone
+            if bundle.identity in self.bundles:
+                raise CascadeError(
+                    f"bundle {bundle.name}/{bundle.version} is loaded already; give it another version"
+                )
+            executor = self._executors.get(want.fingerprint)
+            if executor is None:
+                backbone = backbones.load(want.name, want.source, self.weights, self.device)
+                executor = TorchExecutor(backbone, self.residency)
+            check(bundle, executor.backbone)
+            self._executors[want.fingerprint] = executor
+            self._bundles.setdefault(bundle.name, {})[bundle.version] = bundle.to(self.device)
+            metrics.serving(bundle.name, bundle.card.router.shares if bundle.card.router else ())
+            metrics.resident(self.stats())
+
+    def predict(
+        self, images: Sequence[Source], options: Options | Sequence[Options] = Options()
+    ) -> list[Prediction | ItemError]:
+        """Answers in the order of ``images``; whatever is wrong with one of them is its own error.
+
+        Args:
+            images: encoded bytes, paths, or PIL images.
+            options: for all of them, or one for each.
+        """
+        wishes = [options] * len(images) if isinstance(options, Options) else list(options)
+        if len(wishes) != len(images):
+            raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
+        answers: list[Prediction | ItemError | None] = [None] * len(images)
+        items: list[_Item] = []
+        with metrics.stage("decode"):
+            for index, (image, wish) in enumerate(zip(images, wishes, strict=True)):
+                prepared = self._prepare(index, image, wish)
+                if isinstance(prepared, ItemError):
+                    answers[index] = prepared
+                    metrics.count(wish.bundle, None, prepared.status)
+                else:
+                    items.append(prepared)
+        metrics.BATCH_IMAGES.observe(len(images))
+        with self._lock, torch.no_grad():
+            for group in _groups(items, _trunk):
+                for index, answer in self._run(group):
+                    answers[index] = answer
+                    metrics.count(answer.bundle, answer.cluster, 200)
+                    metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
+        return [answer for answer in answers if answer is not None]
+
+    def stats(self) -> dict[str, int]:
+        """Bytes held (backbones, packed bundles, materialised weights) and what the residency did."""
+        r = self.residency
+        return {
+            "backbones": len(self._executors),
+            "bundles": len(self.bundles),
+            "backbone_bytes": sum(e.backbone.bytes() for e in self._executors.values()),
+            "packed_bytes": sum(b.bytes() for held in self._bundles.values() for b in held.values()),
+            "materialised_bytes": r.used,
+            "budget_bytes": r.budget,
+            "hits": r.hits,
+            "misses": r.misses,
+            "evictions": r.evictions,
+        }
+
+    def find(self, name: str | None, version: str | None = None) -> Bundle | ItemError:
+        """The bundle that a request means, or the error that says which there are."""
+        if name is None and len(self._bundles) == 1:
+            name = next(iter(self._bundles))
+        if name is None:
+            names = " ".join(sorted(self._bundles)) or "none"
+            return ItemError(400, "bundle_missing", f"say which bundle; loaded: {names}")
+        held = self._bundles.get(name)
+        if held is None:
+            return ItemError(
+                404, "unknown_bundle", f"no such bundle; loaded: {' '.join(sorted(self._bundles)) or 'none'}"
+            )
+        found = held[max(held, key=_number)] if version is None else held.get(version)
+        if found is None:
+            return ItemError(
+                404, "unknown_version", f"no such version; loaded: {' '.join(sorted(held, key=_number))}"
+            )
+        return found
+
+    def _prepare(self, index: int, image: Source, options: Options) -> _Item | ItemError:
+        bundle = self.find(options.bundle, options.version)
+        if isinstance(bundle, ItemError):
+            return bundle
+        mode = next((m for m in MODES if m == (options.mode or bundle.card.mode)), None)
+        if mode is None:
+            return ItemError(400, "unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
+        if mode not in bundle.fusions:
+            return ItemError(
+                400, "mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}"
+            )
+        try:
+            picture = _open(image, self.limits)
+        except ImageError as error:
+            return ItemError(error.status, error.kind, str(error))
+        return _Item(index, bundle, mode, options, _transform(bundle.preprocessing)(picture))
+
+    def _run(self, items: list[_Item]) -> Iterator[tuple[int, Prediction]]:
+        """Items of one backbone, one input shape and one first masked stage: the plain trunk is theirs together."""
+        bundle = items[0].bundle
+        executor = self._executors[bundle.card.backbone.fingerprint]
+        x = torch.stack([item.pixels for item in items]).to(self.device)
+        if start := bundle.dispatcher.start:
+            executor.swap(None)
+            with metrics.stage("dispatch"):
+                x = executor.run(x, 0, start)
+        for rows in _groups(range(len(items)), lambda row: items[row].bundle.identity):
+            yield from self._run_bundle(executor, [items[row] for row in rows], x[rows])
+
+    def _run_bundle(
+        self, executor: TorchExecutor, items: list[_Item], x: Tensor
+    ) -> Iterator[tuple[int, Prediction]]:
+        """Items of one bundle: its dispatcher once, then each expert for the rows that want it."""
+        bundle = items[0].bundle
+        start = bundle.dispatcher.start
+        split = min((expert.start for expert in bundle.experts), default=start)
+        _swap(executor, bundle.dispatcher)
+        with metrics.stage("dispatch"):
+            trunk = executor.run(x, start, split) if split > start else x
+            features = executor.run(trunk, split)
+            routed, confidence = router.route(bundle.router, bundle.calibration, features)
+            ood = torch.zeros(len(items)) if bundle.ood is None else bundle.ood.score(features)
+            cluster = routed.tolist()
+        fusions = [bundle.fusions[item.mode] for item in items]
+        with metrics.stage("fuse"):
+            embeddings = torch.stack([f.bias for f in fusions])
+            _fuse(embeddings, fusions, list(range(len(items))), features, None)
+        applied: list[list[str]] = [[bundle.dispatcher.name] for _ in items]
+        for k, expert in enumerate(bundle.experts):
+            rows = [
+                row
+                for row, item in enumerate(items)
+                if item.mode == "unconditional" or (item.mode == "conditional" and cluster[row] == k)
+            ]
+            if not rows:
+                continue
+            metrics.GROUP_IMAGES.observe(len(rows))
+            _swap(executor, expert)
+            with metrics.stage("expert"):
+                block = executor.run(trunk[rows], split)
+            with metrics.stage("fuse"):
+                _fuse(embeddings, fusions, rows, block, k)
+            for row in rows:
+                applied[row].append(expert.name)
+        labels, neighbours = _labels(items, embeddings), _neighbours(items, embeddings)
+        for row, item in enumerate(items):
+            yield (
+                item.index,
+                Prediction(
+                    bundle=bundle.name,
+                    version=bundle.version,
+                    mode=item.mode,
+                    cluster=cluster[row],
+                    confidence=float(confidence[row]),
+                    ood=float(ood[row]),
+                    masks=tuple(applied[row]),
+                    labels=labels[row],
+                    neighbours=neighbours[row],
+                    embedding=embeddings[row].cpu().numpy() if item.options.embedding else None,
+                ),
+            )
+
+
+def load(
+    path: Path | str, budget_bytes: int | None = None, device: str = "cpu", weights: Path | None = None
+) -> Engine:
+    """An engine that holds the bundle at ``path`` (``<name>/<version>``), verified.
+
+    Raises:
+        BundleError, BackboneError: what is wrong, and where.
+    """
+    engine = Engine(budget_bytes, device, weights=weights)
+    engine.add(read(Path(path)))
+    return engine
+
+
+def _trunk(item: _Item) -> Hashable:
+    """Items that agree on this share the plain backbone up to their dispatchers' first stage."""
+    bundle = item.bundle
+    return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape
+
+
+def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterable[list[T]]:
+    """Items with equal keys together, in the order of first appearance."""
+    found: dict[Hashable, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found.values()
+
+
+def _number(version: str) -> tuple[int, str]:
+    """Sorts versions as numbers where they are numbers."""
+    return (int(version) if version.isdigit() else -1, version)
+
+
+@cache
+def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+    return preprocessing.transform()
+
+
+def _open(image: Source, limits: Limits) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)
+
+
+def _swap(executor: TorchExecutor, mask: Mask) -> None:
+    with metrics.stage("swap"):
+        executor.swap(mask)
+
+
+def _fuse(out: Tensor, fusions: list[Fusion], rows: list[int], block: Tensor, expert: int | None) -> None:
+    """Add one mask's features ``block`` (of ``rows``) to the embeddings ``out``, each by its own fusion."""
+    for fusion in set(fusions):
+        at = [i for i, row in enumerate(rows) if fusions[row] is fusion]
+        if at:
+            out[[rows[i] for i in at]] += fusion.project(block[at], expert)
+
+
+def _labels(items: list[_Item], embeddings: Tensor) -> list[tuple[Label, ...]]:
+    """The best labels of each row, best first."""
+    out: list[tuple[Label, ...]] = []
+    for row, item in enumerate(items):
+        head = item.bundle.linear.get(item.mode)
+        if head is None or item.options.labels <= 0:
+            out.append(())
+            continue
+        scores = head.scores(embeddings[row : row + 1])[0]
+        best = scores.topk(min(item.options.labels, len(scores)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        out.append(tuple(Label(item.bundle.card.classes[i], score) for score, i in pairs))
+    return out
+
+
+def _neighbours(items: list[_Item], embeddings: Tensor) -> list[tuple[Neighbour, ...]]:
+    """The nearest training images of each row, nearest first."""
+    out: list[tuple[Neighbour, ...]] = []
+    for row, item in enumerate(items):
+        bank = item.bundle.banks.get(item.mode)
+        if bank is None or item.options.neighbours <= 0:
+            out.append(())
+            continue
+        similarities, found = bank.nearest(embeddings[row : row + 1], item.options.neighbours)
+        pairs = zip(similarities[0].tolist(), found[0].tolist(), strict=True)
+        out.append(
+            tuple(Neighbour(bank.names[i], bank.labels[i] if bank.labels else None, s) for s, i in pairs)
+        )
+    return out

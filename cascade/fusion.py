@@ -1,0 +1,54 @@
+"""Fusion: the blocks ``[D(x), E1(x) .. EK(x)]`` to one embedding (paper §3.4; method.md §3).
+
+``dispatcher`` uses the first block alone, ``conditional`` the dispatcher's and the routed expert's,
+``unconditional`` all of them. Centring, PCA and whitening are one affine map, folded when it was
+fitted: ``embedding = bias + sum over blocks of block_i @ weight_i``, absent blocks counting as zero.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["dispatcher", "conditional", "unconditional"]
+MODES: tuple[Mode, ...] = ("dispatcher", "conditional", "unconditional")
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """One mode's folded projection.
+
+    Attributes:
+        weight: float16 [slots, F, dim]. With two slots in conditional mode all experts share the second
+            ("one slot"); with K + 1 each has its own and the others count as zero (the paper's).
+        bias: float32 [dim], the embedding of no blocks at all.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def project(self, features: Tensor, expert: int | None) -> Tensor:
+        """What one block adds to the embedding: features [B, F] to float32 [B, dim].
+
+        Args:
+            features: of one mask.
+            expert: which expert's (from 0), None for the dispatcher's.
+        """
+        slots = self.weight.shape[0]
+        slot = 0 if expert is None else 1 if slots == 2 else expert + 1
+        return features.float() @ self.weight[slot].float()
+
+
+def fold(mean: Tensor, basis: Tensor, slots: int) -> Fusion:
+    """``(x - mean) @ basis`` over concatenated blocks, as a Fusion.
+
+    Args:
+        mean: float [slots * F].
+        basis: float [slots * F, dim], already divided by the components' scale where whitened.
+        slots: number of blocks.
+    """
+    weight = basis.to(torch.float16)
+    # The bias is taken from the rounded weight, so that the training mean still lands on zero.
+    bias = -(mean.double() @ weight.double()).float()
+    return Fusion(weight.view(slots, -1, basis.shape[1]).contiguous(), bias)

@@ -1,0 +1,67 @@
+"""Heads on the fused embedding: labels from a linear layer, neighbours from a bank of images (method.md §4)."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cascade.errors import CascadeError
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear classifier: multinomial logistic regression or a supervised mask's own head.
+
+    Attributes:
+        weight: float32 [classes, dim]; bias: float32 [classes].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, dim] to class probabilities [B, classes]."""
+        return torch.nn.functional.linear(embeddings, self.weight, self.bias).softmax(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Embeddings of training images to look neighbours up in.
+
+    Attributes:
+        embeddings: float16 [rows, dim], L2-normalised.
+        names: the images' names, ``rows`` of them.
+        labels: their classes, where there are any.
+    """
+
+    embeddings: Tensor
+    names: tuple[str, ...]
+    labels: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def index(self) -> Any:
+        """FAISS inner-product index over the rows (exact)."""
+        index = faiss().IndexFlatIP(self.embeddings.shape[1])
+        index.add(self.embeddings.float().cpu().numpy())
+        return index
+
+    def nearest(self, embeddings: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosine similarities float32 [B, k], falling, and rows int64 [B, k] of the k nearest images."""
+        queries = normalize(embeddings.float()).cpu().numpy()
+        similarities, rows = self.index.search(queries, min(k, len(self.names)))
+        return similarities, rows
+
+
+def faiss() -> Any:
+    """The FAISS module, or one line that says which extra brings it."""
+    try:
+        import faiss as module
+    except ImportError:
+        raise CascadeError(
+            "FAISS is missing: pip install 'cascade-vision[cpu]' (or [gpu], on a CUDA machine)"
+        ) from None
+    return module

@@ -1,0 +1,45 @@
+"""The out-of-domain score: how unlike the training images an image is, in [0, 1].
+
+Raw measure: Mahalanobis distance of the dispatcher's L2-normalised features under probabilistic PCA
+(Tipping & Bishop 1999), in which whatever lies outside the principal subspace counts, too, by the mean
+variance there. The score is its percentile among held-out training images.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+@dataclass(frozen=True, eq=False)
+class OutOfDomain:
+    """Fitted by ``training.clusters.fit_ood``.
+
+    Attributes:
+        mean: float32 [F]. basis: float16 [F, d], orthonormal columns.
+        variance: float32 [d] along the columns. noise: float32 [1], mean variance of all the rest.
+        quantiles: float32 [q], rising: the raw measure of held-out images at evenly spaced percentiles.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    variance: Tensor
+    noise: Tensor
+    quantiles: Tensor
+
+    def raw(self, features: Tensor) -> Tensor:
+        """Features [B, F] of the dispatcher to squared distances float32 [B]."""
+        x = normalize(features.float()) - self.mean
+        inside = (x @ self.basis.float()).square()
+        outside = (x.square().sum(dim=1) - inside.sum(dim=1)).clamp(min=0)
+        return (inside / self.variance).sum(dim=1) + outside / self.noise
+
+    def score(self, features: Tensor) -> Tensor:
+        """Features [B, F] to scores [B]: the share of held-out training images that are less unusual."""
+        raw = self.raw(features)
+        last = len(self.quantiles) - 1
+        right = torch.searchsorted(self.quantiles, raw).clamp(1, last)
+        low, high = self.quantiles[right - 1], self.quantiles[right]
+        within = ((raw - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        return (right - 1 + within) / last

@@ -1,0 +1,86 @@
+"""What goes into the engine beside an image, and what comes out: plain data, no torch."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one image's answer should hold.
+
+    Attributes:
+        bundle: name; may be left out where only one is loaded.
+        version: None for the latest.
+        mode: ``dispatcher``, ``conditional``, ``unconditional``; None for the bundle's default.
+        embedding: return the embedding.
+        labels: how many labels at most. neighbours: how many at most.
+    """
+
+    bundle: str | None = None
+    version: str | None = None
+    mode: str | None = None
+    embedding: bool = False
+    labels: int = 5
+    neighbours: int = 5
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class and its probability."""
+
+    name: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training image, its class where it had one, and its cosine similarity."""
+
+    name: str
+    label: str | None
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image.
+
+    Attributes:
+        bundle, version, mode: what made it.
+        cluster: where the router sent it; confidence: how sure that is, calibrated.
+        ood: out-of-domain score in [0, 1].
+        masks: the masks that were applied, by name.
+        labels, neighbours: best first; empty without head or bank.
+        embedding: float32 [D], where it was asked for.
+    """
+
+    bundle: str
+    version: str
+    mode: str
+    cluster: int
+    confidence: float
+    ood: float
+    masks: tuple[str, ...]
+    labels: tuple[Label, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+    embedding: np.ndarray | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; the embedding as a list of floats, left out where there is none."""
+        out = asdict(replace(self, embedding=None)) | {"masks": list(self.masks)}
+        del out["embedding"]
+        return out if self.embedding is None else out | {"embedding": self.embedding.tolist()}
+
+
+@dataclass(frozen=True)
+class ItemError:
+    """Why one image has no answer: an HTTP status, a short kind, and a line that says what to do."""
+
+    status: int
+    kind: str
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"error": asdict(self)}

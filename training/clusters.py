@@ -1,0 +1,202 @@
+"""Stage 2: clusters, the router that assigns to them, its calibration, and the out-of-domain score (paper §3.3).
+
+python -m training.clusters --run runs/cifar
+"""
+
+import faiss
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import GaussianMixture as Mixture
+from sklearn.preprocessing import normalize
+
+from cascade.errors import CascadeError
+from cascade.ood import OutOfDomain
+from cascade.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
+from training import embed
+from training.augment import crop_flip
+from training.data import cache
+from training.loop import under
+from training.run import Run, Watch, main, parser, resume, write_json, write_tensors
+
+CLUSTERS, SUMMARY = "clusters.safetensors", "clusters.json"
+ROUTING_DIM = 20  # of the whitened PCA under mixture and centroids, the paper's
+OOD_DIM, QUANTILES = 64, 257
+VIEW_SCALE = (0.3, 1.0)  # crops that count as another view of the same image
+VIEWS, BINS = 4, 15
+
+
+def train(run: Run) -> None:
+    """Fit router, calibration and out-of-domain score on the dispatcher's features, and assign every image."""
+    if (run.folder / CLUSTERS).exists():
+        return
+    recipe, executor = run.recipe, run.executor
+    features = embed.blocks(executor, [run.dispatcher], embed.batches(run.images, run.preprocessing))[0]
+    held_out = embed.blocks(executor, [run.dispatcher], embed.batches(run.held_out, run.preprocessing))[0]
+    summary: dict[str, object] = {}
+    ood = fit_ood(features, held_out[::2])
+    stored = {f"ood.{n}": getattr(ood, n) for n in ("mean", "basis", "variance", "noise", "quantiles")}
+    if recipe.clusters:
+        router = fit_router(run, features)
+        probabilities = router.probabilities(torch.from_numpy(features))
+        assigned = probabilities.argmax(dim=1)
+        counts = torch.bincount(assigned, minlength=recipe.clusters)
+        _check_sizes(counts.tolist(), recipe.batch, run)
+        calibration, error = calibrate(run, router, held_out)
+        stored |= {f"router.{n}": t for n, t in tensors(router).items()} | {"assigned": assigned}
+        summary = {
+            "kind": router.kind,
+            "shares": [round(c / len(assigned), 4) for c in counts.tolist()],
+            "slope": calibration.slope,
+            "intercept": calibration.intercept,
+            "calibration_error": round(error, 4),
+        }
+    write_json(run.folder / SUMMARY, summary)
+    write_tensors(run.folder / CLUSTERS, stored)  # last: its presence says that the stage is done
+
+
+def fit_router(run: Run, features: np.ndarray) -> Router:
+    """The recipe's kind of router on the dispatcher's features [N, F]."""
+    recipe = run.recipe
+    match recipe.router:
+        case "prototypes":
+            projector = under(run.trained("dispatcher"), "objective.")
+            return fit_prototypes(projector, features, recipe.clusters, recipe.seed)
+        case "gmm":
+            return fit_gmm(features, recipe.clusters, recipe.seed)
+        case "centroid":
+            return fit_centroids(features, recipe.clusters, recipe.seed)
+
+
+def fit_prototypes(
+    projector: dict[str, torch.Tensor], features: np.ndarray, clusters: int, seed: int
+) -> Prototypes:
+    """Group SwAV's prototypes, weighted by how much is assigned to them, by spherical k-means (FAISS)."""
+    head, bias = projector["head.weight"].half(), projector["head.bias"].half()
+    prototypes = torch.nn.functional.normalize(projector["prototypes"]).half()
+    every = torch.arange(len(prototypes))
+    # As a router with one cluster a prototype it says how much each is assigned.
+    alone = Prototypes(head, bias, prototypes, every, torch.tensor([len(every)]))
+    mass = alone.probabilities(torch.from_numpy(features)).sum(dim=0).numpy()
+    points = prototypes.float().numpy()
+    kmeans = faiss.Kmeans(
+        points.shape[1],
+        clusters,
+        niter=50,
+        nredo=10,
+        spherical=True,
+        seed=seed + 1,
+        min_points_per_centroid=1,
+    )
+    kmeans.train(points, weights=mass)
+    cluster = torch.from_numpy(kmeans.index.search(points, 1)[1][:, 0])
+    return Prototypes(head, bias, prototypes, cluster, torch.tensor([clusters]))
+
+
+def fit_gmm(features: np.ndarray, clusters: int, seed: int) -> GaussianMixture:
+    """The paper's: PCA to 20 dimensions, whitened, and a full-covariance mixture (scikit-learn)."""
+    pca, x = _whiten(features, seed)
+    mixture = Mixture(clusters, covariance_type="full", n_init=3, random_state=seed).fit(x)
+    found = (mixture.means_, mixture.precisions_cholesky_, mixture.weights_)
+    return GaussianMixture(*_projection(pca), *(torch.from_numpy(np.ascontiguousarray(a)) for a in found))
+
+
+def fit_centroids(features: np.ndarray, clusters: int, seed: int) -> Centroids:
+    """k-means in the same whitened space (scikit-learn)."""
+    pca, x = _whiten(features, seed)
+    means = KMeans(clusters, n_init=10, random_state=seed).fit(x).cluster_centers_
+    return Centroids(*_projection(pca), torch.from_numpy(means))
+
+
+def fit_ood(features: np.ndarray, held_out: np.ndarray) -> OutOfDomain:
+    """Probabilistic PCA on the training features (scikit-learn), percentiles from held-out ones."""
+    dim = min(OOD_DIM, min(features.shape) - 1)
+    pca = PCA(dim, svd_solver="covariance_eigh").fit(normalize(features.astype(np.float64)))
+    tables = (pca.mean_, pca.components_.T, pca.explained_variance_, np.array([pca.noise_variance_]))
+    mean, basis, variance, noise = (torch.from_numpy(np.ascontiguousarray(t)).float() for t in tables)
+    fitted = OutOfDomain(mean, basis.half(), variance, noise, torch.zeros(2))
+    raw = fitted.raw(torch.from_numpy(held_out))
+    quantiles = torch.quantile(raw, torch.linspace(0, 1, QUANTILES))
+    return OutOfDomain(mean, basis.half(), variance, noise, quantiles)
+
+
+def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibration, float]:
+    """Platt scaling on every other held-out image, expected calibration error on the rest.
+
+    What is predicted: that another view of the image (crop and flip) goes to the same cluster.
+    """
+    probabilities = router.probabilities(torch.from_numpy(held_out))
+    odds = log_odds(probabilities.max(dim=1).values)
+    pixels = torch.from_numpy(cache(run.held_out, run.preprocessing.size))
+    same = torch.stack(
+        [_view_agrees(run, router, pixels, probabilities.argmax(dim=1), v) for v in range(VIEWS)]
+    )
+    fit_half, test_half = slice(0, None, 2), slice(1, None, 2)
+    x, y = odds[fit_half].repeat(VIEWS, 1).flatten(), same[:, fit_half].flatten()
+    if bool(y.all()) or not bool(y.any()):  # one outcome only: its rate, by Laplace's rule
+        rate = (float(y.sum()) + 1) / (len(y) + 2)
+        calibration = Calibration(0.0, float(np.log(rate / (1 - rate))))
+    else:
+        fit = LogisticRegression(C=np.inf).fit(x.numpy()[:, None], y.numpy())
+        calibration = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]))
+    confidence = calibration.confidence(probabilities[test_half])
+    return calibration, calibration_error(confidence.numpy(), same[:, test_half].float().mean(dim=0).numpy())
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error (Guo et al. 2017) in 15 bins: |accuracy - confidence|, weighted by bin size."""
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = [abs(correct[bins == b].sum() - confidence[bins == b].sum()) for b in range(BINS)]
+    return float(sum(gaps) / len(confidence))
+
+
+def _view_agrees(
+    run: Run, router: Router, pixels: torch.Tensor, cluster: torch.Tensor, view: int
+) -> torch.Tensor:
+    """Whether a random view of each image is routed as the image itself, bool [N]."""
+    p, generator = run.preprocessing, torch.Generator().manual_seed(run.recipe.seed * VIEWS + view)
+    views = (
+        crop_flip(pixels[i : i + 128], p.size, VIEW_SCALE, generator, p.mean, p.std)
+        for i in range(0, len(pixels), 128)
+    )
+    features = embed.blocks(run.executor, [run.dispatcher], views)[0]
+    return router.probabilities(torch.from_numpy(features)).argmax(dim=1) == cluster
+
+
+def _whiten(features: np.ndarray, seed: int) -> tuple[PCA, np.ndarray]:
+    """L2-normalise, PCA, unit variance (scikit-learn's reg_covar is absolute, so the scale matters)."""
+    x = normalize(features.astype(np.float64))
+    pca = PCA(
+        min(ROUTING_DIM, min(x.shape) - 1), whiten=True, svd_solver="covariance_eigh", random_state=seed
+    ).fit(x)
+    return pca, pca.transform(x)
+
+
+def _projection(pca: PCA) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and whitened basis, so that ``(x - mean) @ basis`` is what the fitted PCA gives."""
+    basis = (pca.components_ / np.sqrt(pca.explained_variance_)[:, None]).T
+    return torch.from_numpy(pca.mean_), torch.from_numpy(np.ascontiguousarray(basis))
+
+
+def _check_sizes(counts: list[int], batch: int, run: Run) -> None:
+    """Stop where a cluster can't fill a batch, warn where the clusters collapse."""
+    smallest = min(range(len(counts)), key=counts.__getitem__)
+    if counts[smallest] < min(batch, 2):
+        raise CascadeError(
+            f"cluster {smallest} has {counts[smallest]} images: train with fewer --clusters, more images, or --router centroid"
+        )
+    if max(counts) > 0.9 * sum(counts):
+        run.watch.say(
+            f"[yellow]warning:[/] one cluster holds {max(counts) / sum(counts):.0%} of the images: {counts}"
+        )
+
+
+if __name__ == "__main__":
+    options = parser(__doc__).parse_args()
+
+    def stage(watch: Watch) -> None:
+        train(resume(options.run, watch))
+
+    main(stage)

@@ -1,0 +1,57 @@
+"""Stage 1: one mask for the whole unlabelled set (paper §3.3), and its controls.
+
+python -m training.dispatcher cifar10 --run runs/cifar --mask-from blocks.6 --size 64 --steps 600
+"""
+
+import numpy as np
+
+from cascade.errors import CascadeError
+from training.loop import Objective, SelfSupervised, Supervised, fit, seed_everything
+from training.masking import mask_backbone
+from training.run import Run, Watch, begin, device, main, parser, recipe_of
+
+ZERO_STEPS = 20  # with BatchNorm in eval mode nothing but the scores could move, so these show as much as all
+
+
+def train(run: Run, name: str = "dispatcher", *, steps: int | None = None, lr: float | None = None) -> None:
+    """Train the dispatcher's mask, or a control like it under another name."""
+    recipe = run.recipe
+    steps = recipe.steps if steps is None else steps
+    model = mask_backbone(
+        run.backbone,
+        run.mask_from,
+        initial=recipe.initial,
+        threshold=recipe.threshold,
+        train_norms=recipe.train_norms,
+    )
+    seed_everything(recipe.seed)
+    fit(name, model, objective(run), run.pixels, recipe, steps, run.folder / name, lr=lr, watch=run.watch)
+
+
+def controls(run: Run) -> None:
+    """The dispatcher trained for the whole cascade's steps, and at learning rate zero."""
+    recipe = run.recipe
+    train(run, "equal-steps", steps=recipe.steps + recipe.clusters * recipe.expert_steps)
+    train(run, "zero-rate", steps=recipe.steps if recipe.train_norms else ZERO_STEPS, lr=0.0)
+
+
+def objective(run: Run) -> Objective:
+    """A fresh loss: SwAV, or cross-entropy where the recipe is supervised."""
+    if not run.recipe.supervised:
+        made: Objective = SelfSupervised(run.recipe, run.backbone.features, run.preprocessing, run.views)
+    else:
+        if run.images.labels is None:
+            raise CascadeError(f"{run.recipe.data} has no class folders: leave --supervised out")
+        labels = run.images.labels.astype(np.int64)
+        made = Supervised(run.recipe, run.backbone.features, run.preprocessing, labels)
+    made.module.to(device())
+    return made
+
+
+if __name__ == "__main__":
+    options = parser(__doc__, recipe=True).parse_args()
+
+    def stage(watch: Watch) -> None:
+        train(begin(options.run, recipe_of(options), watch))
+
+    main(stage)

@@ -1,0 +1,187 @@
+"""Stage 4: what the cascade is worth, on held-out images, beside everything that it must be compared with (paper §4).
+
+python -m training.evaluate --run runs/cifar
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from cascade.fusion import Fusion, Mode
+from cascade.masks import difference
+from training import embed, fuse
+from training.clusters import CLUSTERS
+from training.run import Run, Watch, main, parser, resume, write_json
+
+TEMPERATURE = 0.1
+PROBE_L2 = 0.01  # over N, as in the authors' code
+CONTROLS = {"equal-steps": "equal-steps dispatcher", "zero-rate": "learning-rate zero"}
+
+
+@dataclass
+class Features:
+    """Features of the training and the held-out images under every mask, and where the router sends them.
+
+    Attributes:
+        train, test: float32 [K + 1, N, F], the dispatcher's first.
+        assigned, routed: clusters of the training and held-out images, int64 [N].
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    assigned: np.ndarray
+    routed: np.ndarray
+
+    def slots(self, mode: Mode, layout: str) -> tuple[np.ndarray, np.ndarray]:
+        """What ``mode`` fuses, of the training and of the held-out images."""
+        return (
+            fuse.slots(mode, self.train, self.assigned, layout),
+            fuse.slots(mode, self.test, self.routed, layout),
+        )
+
+
+def collect(run: Run) -> Features:
+    """Embed both sets under all masks of the run, and route them as the bundle's router will."""
+    from training.pack import router_of  # it packs what is evaluated here, and evaluates nothing itself
+
+    masks = [run.dispatcher, *run.experts]
+    train = embed.blocks(run.executor, masks, embed.batches(run.images, run.preprocessing))
+    test = embed.blocks(run.executor, masks, embed.batches(run.held_out, run.preprocessing))
+    router = router_of(run)
+    if router is None:
+        return Features(train, test, np.zeros(train.shape[1], int), np.zeros(test.shape[1], int))
+    assigned = load_file(run.folder / CLUSTERS)["assigned"].numpy()
+    routed = router.probabilities(torch.from_numpy(test[0])).argmax(dim=1).numpy()
+    return Features(train, test, assigned, routed)
+
+
+def train(run: Run, features: Features) -> dict[str, Any]:
+    """k-NN and linear-probe accuracy of every method, whitened and not; written to ``evaluation.json``."""
+    recipe = run.recipe
+    result: dict[str, Any] = {
+        "k": recipe.neighbours,
+        "dim": fuse.dimension(recipe, run.backbone.features, len(run.images)),
+        "bank_images": len(run.images),
+        "held_out_images": len(run.held_out),
+        "seed": recipe.seed,
+        "experts_differ": [round(difference(run.dispatcher, e, run.backbone), 4) for e in run.experts],
+    }
+    if run.images.labels is None or run.held_out.labels is None:
+        write_json(run.folder / "evaluation.json", result)
+        return result
+    labels = torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
+    for method, parts in _methods(run, features):
+        fusion = fuse.fit(parts[0], result["dim"], "scale", recipe.seed)
+        whitened = fuse.embed(fusion, parts[0]), fuse.embed(fusion, parts[1])
+        plain = _joined(parts[0]), _joined(parts[1])
+        result.setdefault("whitened", {})[method] = measure(*whitened, *labels, recipe.neighbours)
+        result.setdefault("plain", {})[method] = measure(*plain, *labels, recipe.neighbours)
+    write_json(run.folder / "evaluation.json", result)
+    return result
+
+
+def measure(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> dict[str, float]:
+    """k-NN and probe accuracy of embeddings: bank [N, D] with labels known [N], queries [M, D], truth [M]."""
+    return {
+        "knn": round(knn(bank, queries, known, truth, k), 4),
+        "probe": round(probe(bank, queries, known, truth), 4),
+    }
+
+
+def knn(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> float:
+    """Cosine k-NN, weights exp(similarity / 0.1) (method.md §4): accuracy in [0, 1]."""
+    classes = int(max(known.max(), truth.max())) + 1
+    bank, right = normalize(bank), 0
+    votes = one_hot(known, classes).float()
+    for begin in range(0, len(queries), 512):
+        similarity, rows = (normalize(queries[begin : begin + 512]) @ bank.T).topk(min(k, len(bank)), dim=1)
+        weighted = (votes[rows] * (similarity / TEMPERATURE).exp()[..., None]).sum(dim=1)
+        right += int((weighted.argmax(dim=1) == truth[begin : begin + 512]).sum())
+    return right / len(queries)
+
+
+def fit_probe(bank: Tensor, known: Tensor) -> LogisticRegression:
+    """Multinomial logistic regression with an L2 penalty of 0.01 / N (method.md §4)."""
+    # scikit-learn's C weighs the summed loss: C = 1 / (N * L2).
+    return LogisticRegression(C=1 / PROBE_L2, max_iter=300).fit(bank.numpy(), known.numpy())
+
+
+def probe(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor) -> float:
+    """Accuracy of a linear probe, on features of unit mean square (the penalty is absolute)."""
+    scale = bank.square().mean().sqrt()
+    return float(fit_probe(bank / scale, known).score((queries / scale).numpy(), truth.numpy()))
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The accuracies as a table for a person."""
+    if "whitened" not in result:
+        console.print("no class folders, so no accuracies; the masks are trained all the same")
+        return
+    table = Table("method", "k-NN", "probe", "k-NN plain", "probe plain")
+    for method, whitened in result["whitened"].items():
+        plain = result["plain"][method]
+        table.add_row(method, *(_percent(t[m]) for t in (whitened, plain) for m in ("knn", "probe")))
+    console.print(table)
+    console.print(
+        f"{result['held_out_images']} held-out images; first two columns whitened to {result['dim']} dimensions"
+    )
+
+
+def _methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """(name, what it fuses of both sets, float32 [slots, N, F]) of every method and control."""
+    sets = run.images, run.held_out
+    plain = [embed.frozen(run.executor, embed.batches(s, run.preprocessing))[None] for s in sets]
+    yield "frozen backbone", (plain[0], plain[1])
+    for folder, method in reversed(CONTROLS.items()):
+        if (run.folder / folder).exists():
+            mask = run.mask(folder, run.mask_from)
+            both = [embed.blocks(run.executor, [mask], embed.batches(s, run.preprocessing)) for s in sets]
+            yield method, (both[0], both[1])
+    yield "dispatcher", features.slots("dispatcher", run.recipe.slots)
+    if run.recipe.clusters:
+        yield "conditional", features.slots("conditional", run.recipe.slots)
+        yield "unconditional", features.slots("unconditional", run.recipe.slots)
+
+
+def _joined(parts: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(parts), axis=1))
+
+
+def _percent(share: float | list[float]) -> str:
+    if isinstance(share, list):
+        return f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
+    return f"{100 * share:.1f}"
+
+
+def fusions(run: Run, features: Features) -> dict[Mode, tuple[Fusion, Tensor]]:
+    """Each mode's fusion as the recipe wants it, with the training images' embeddings."""
+    recipe = run.recipe
+    dim = fuse.dimension(recipe, run.backbone.features, len(run.images))
+    modes: tuple[Mode, ...] = (
+        ("dispatcher", "conditional", "unconditional") if recipe.clusters else ("dispatcher",)
+    )
+    out: dict[Mode, tuple[Fusion, Tensor]] = {}
+    for mode in modes:
+        parts = features.slots(mode, recipe.slots)[0]
+        fusion = fuse.fit(parts, dim, recipe.whiten, recipe.seed)
+        out[mode] = fusion, fuse.embed(fusion, parts)
+    return out
+
+
+if __name__ == "__main__":
+    options = parser(__doc__).parse_args()
+
+    def stage(watch: Watch) -> None:
+        run = resume(options.run, watch)
+        show(train(run, collect(run)), Console())
+
+    main(stage)

@@ -1,0 +1,65 @@
+"""Fitting the fusion of blocks to one embedding (paper §3.4; method.md §3): centre, PCA, whiten, folded into one map."""
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from cascade.errors import CascadeError
+from cascade.fusion import Fusion, Mode, fold
+from training.recipe import Recipe
+
+EXACT = 2600  # features up to which the covariance is diagonalised whole
+
+
+def slots(mode: Mode, blocks: np.ndarray, assigned: np.ndarray, layout: str) -> np.ndarray:
+    """What a mode fuses, float32 [slots, N, F].
+
+    Args:
+        blocks: features of dispatcher and experts, float32 [K + 1, N, F].
+        assigned: routed cluster of each image, int64 [N].
+        layout: of the conditional mode: ``one`` slot for all experts, or ``padded`` with zeros (the paper's).
+    """
+    if mode == "dispatcher":
+        return blocks[:1]
+    if mode == "unconditional":
+        return blocks
+    routed = blocks[assigned + 1, np.arange(blocks.shape[1])]
+    if layout == "one":
+        return np.stack([blocks[0], routed])
+    padded = np.zeros_like(blocks)
+    padded[0] = blocks[0]
+    padded[assigned + 1, np.arange(blocks.shape[1])] = routed
+    return padded
+
+
+def fit(parts: np.ndarray, dim: int, whiten: str, seed: int) -> Fusion:
+    """PCA of concatenated blocks, float32 [slots, N, F], to ``dim`` components, folded.
+
+    ``whiten`` "scale" divides each component by its standard deviation, "eigenvalue" by its variance (the
+    wording of the paper's text), "none" leaves it.
+    """
+    x = np.concatenate(list(parts), axis=1)
+    if dim > min(x.shape):
+        raise CascadeError(
+            f"{len(x)} images can't give {dim} components: lower --dim to at most {min(x.shape)}"
+        )
+    solver = "covariance_eigh" if x.shape[1] <= EXACT else "randomized"
+    pca = PCA(dim, svd_solver=solver, random_state=seed).fit(x)
+    variance = np.maximum(pca.explained_variance_, 1e-12)
+    scale = {"scale": np.sqrt(variance), "eigenvalue": variance, "none": np.ones_like(variance)}[whiten]
+    basis = (pca.components_ / scale[:, None]).T
+    return fold(torch.from_numpy(pca.mean_), torch.from_numpy(np.ascontiguousarray(basis)), len(parts))
+
+
+def embed(fusion: Fusion, parts: np.ndarray) -> Tensor:
+    """Blocks float32 [slots, N, F] through a fitted fusion: float32 [N, dim]."""
+    out = fusion.bias.repeat(parts.shape[1], 1)
+    for weight, block in zip(fusion.weight, parts, strict=True):
+        out += torch.from_numpy(np.ascontiguousarray(block)) @ weight.float()
+    return out
+
+
+def dimension(recipe: Recipe, features: int, images: int) -> int:
+    """The recipe's ``dim``, or the backbone's own width; never more than there are images to span it."""
+    return min(recipe.dim or features, features, images)

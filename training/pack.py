@@ -1,0 +1,136 @@
+"""Stage 5: everything that was trained, as a bundle.
+
+python -m training.pack --run runs/cifar --out model_store/cifar/1
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard, write
+from cascade.fusion import Mode
+from cascade.heads import Bank, Linear
+from cascade.masks import Mask, density, difference
+from cascade.ood import OutOfDomain
+from cascade.router import KINDS, Calibration, Router
+from training.clusters import CLUSTERS, SUMMARY
+from training.evaluate import Features, collect, fit_probe, fusions
+from training.loop import under
+from training.run import Run, Watch, main, parser, resume
+
+
+def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> Path:
+    """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``)."""
+    fitted = fusions(run, features)
+    labels = run.images.labels
+    masks = (run.dispatcher, *run.experts)
+    summary = json.loads((run.folder / SUMMARY).read_text())
+    ood = under(load_file(run.folder / CLUSTERS), "ood.")
+    bundle = Bundle(
+        name=out.parent.name,
+        version=out.name,
+        card=_card(run, masks, len(fitted["dispatcher"][0].bias), summary, accuracy),
+        preprocessing=run.preprocessing,
+        dispatcher=masks[0],
+        experts=masks[1:],
+        router=router_of(run),
+        calibration=Calibration(summary["slope"], summary["intercept"]) if summary else Calibration(),
+        ood=OutOfDomain(**ood),
+        fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
+        linear={}
+        if labels is None
+        else {m: _linear(e, torch.from_numpy(labels)) for m, (_, e) in fitted.items()},
+        banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
+    )
+    return write(bundle, out)
+
+
+def router_of(run: Run) -> Router | None:
+    """The router that was fitted in this run."""
+    if not run.recipe.clusters:
+        return None
+    kind = next(k for k in KINDS if k.kind == run.recipe.router)
+    return kind(**under(load_file(run.folder / CLUSTERS), "router."))
+
+
+def _card(
+    run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]
+) -> Card:
+    backbone, recipe = run.backbone, run.recipe
+    kept = {k: v for k, v in asdict(recipe).items() if k not in ("data", "source")}
+    return Card(
+        format=1,
+        backbone=BackboneCard(
+            name=backbone.name,
+            source=backbone.source,
+            fingerprint=backbone.fingerprint,
+            features=backbone.features,
+            stages=[stage.name for stage in backbone.row],
+            maskable=backbone.flat.numel(),
+        ),
+        preprocessing=run.preprocessing.to_json(),
+        masks=[
+            MaskCard(
+                name=mask.name,
+                start=mask.start,
+                weights=backbone.flat.numel() - backbone.offset(mask.start),
+                density=round(density(backbone, mask), 4),
+                differs_from_dispatcher=round(difference(mask, masks[0], backbone), 4),
+            )
+            for mask in masks
+        ],
+        router=RouterCard(**{k: summary[k] for k in RouterCard.model_fields}) if recipe.clusters else None,
+        mode=recipe.mode if recipe.clusters else "dispatcher",
+        dim=dim,
+        classes=run.images.classes if run.images.labels is not None else [],
+        training={
+            "data": Path(recipe.data).name,  # a name, never a path of the machine that it was trained on
+            "images": len(run.images),
+            "data_fingerprint": run.images.fingerprint(),
+            "recipe": kept,
+            "calibration_error": summary.get("calibration_error"),
+        },
+        accuracy=accuracy,
+    )
+
+
+def _linear(embeddings: Tensor, labels: Tensor) -> Linear:
+    """The linear probe on embeddings [N, dim], its scaling folded in."""
+    scale = embeddings.square().mean().sqrt()
+    fitted = fit_probe(embeddings / scale, labels)
+    weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
+    if len(weight) == 1:  # scikit-learn keeps one row for two classes
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return Linear(weight / scale, bias)
+
+
+def _banks(run: Run, embeddings: dict[Mode, Tensor]) -> dict[Mode, Bank]:
+    """The same seeded choice of training images for every mode."""
+    recipe, images = run.recipe, run.images
+    rows = np.sort(np.random.default_rng(recipe.seed).permutation(len(images))[: recipe.bank])
+    if not len(rows):
+        return {}
+    names = tuple(" ".join(images.names[i].split()) for i in rows)  # one line each
+    labels = () if images.labels is None else tuple(images.classes[images.labels[i]] for i in rows)
+    return {mode: Bank(normalize(e[rows]).half(), names, labels) for mode, e in embeddings.items()}
+
+
+if __name__ == "__main__":
+    arguments = parser(__doc__)
+    arguments.add_argument("--out", type=Path, required=True, help="<store>/<name>/<version>, must not exist")
+    options = arguments.parse_args()
+
+    def stage(watch: Watch) -> None:
+        run = resume(options.run, watch)
+        path = run.folder / "evaluation.json"
+        accuracy = json.loads(path.read_text()) if path.exists() else {}
+        watch.say(f"wrote {train(run, collect(run), accuracy, options.out)}")
+
+    main(stage)

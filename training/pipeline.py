@@ -1,0 +1,75 @@
+"""All stages in a row: images in, a bundle out. What ``cascade train`` runs.
+
+    cascade train photos/ --out model_store/photos/1
+    cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
+    cascade train photos/ --supervised --out model_store/photos/1     # one mask with a head, from class folders
+    cascade train photos/ --clusters 0 --out model_store/photos/1     # one self-supervised mask, no router
+
+Stopped at any moment and started again with the same options it goes on where it was.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from cascade.errors import CascadeError
+from training import clusters, dispatcher, evaluate, experts, pack
+from training.recipe import Recipe, paper
+from training.run import Run, Watch, begin, main, parser, recipe_of
+
+
+def train(run: Run, out: Path, *, controls: bool = False) -> Path:
+    """Dispatcher, clusters, experts, evaluation, bundle.
+
+    Raises:
+        CascadeError: ``out`` exists (found before anything is trained), or a stage can't go on.
+    """
+    if out.exists():
+        raise CascadeError(f"{out} exists; versions are never overwritten: choose the next number")
+    budget(run, controls)
+    dispatcher.train(run)
+    if controls:
+        dispatcher.controls(run)
+    clusters.train(run)
+    experts.train(run)
+    features = evaluate.collect(run)
+    accuracy = evaluate.train(run, features)
+    if run.watch.bar is not None:
+        evaluate.show(accuracy, Console())
+    return pack.train(run, features, accuracy, out)
+
+
+def budget(run: Run, controls: bool) -> None:
+    """Say how many steps there will be before the first one is made."""
+    r = run.recipe
+    parts = {"dispatcher": r.steps, f"{r.clusters} experts": r.clusters * r.expert_steps}
+    if controls:
+        parts["equal-steps control"] = r.steps + r.clusters * r.expert_steps
+    listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)
+    run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
+
+
+def single(recipe: Recipe) -> Recipe:
+    """A supervised mask has a head and no clusters."""
+    return replace(recipe, clusters=0) if recipe.supervised else recipe
+
+
+def command(arguments: list[str]) -> None:
+    """``cascade train``."""
+    options = parser(__doc__, recipe=True)
+    options.add_argument("--out", type=Path, required=True, help="bundle to write: <store>/<name>/<version>")
+    options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
+    options.add_argument("--preset", choices=["paper"], help="the published setting in place of the options")
+    chosen = options.parse_args(arguments)
+
+    def stage(watch: Watch) -> None:
+        recipe = paper(chosen.data) if chosen.preset else single(recipe_of(chosen))
+        watch.say(f"wrote {train(begin(chosen.run, recipe, watch), chosen.out, controls=chosen.controls)}")
+
+    main(stage)
+
+
+if __name__ == "__main__":
+    command(sys.argv[1:])

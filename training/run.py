@@ -1,0 +1,243 @@
+"""The folder of a training run: what each stage leaves there and the next one reads.
+
+runs/cache/              decoded images and stored trunk features, shared by neighbouring runs
+runs/<name>/recipe.json
+            dispatcher/  checkpoint.safetensors -> done.safetensors, curve.jsonl
+            clusters.safetensors  clusters.json
+            expert-0/ .. expert-K/
+            equal-steps/  zero-rate/        controls, where they were asked for
+            evaluation.json
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cascade import backbone as backbones
+from cascade.backbone import Backbone
+from cascade.bundle import sync_folder
+from cascade.errors import CascadeError
+from cascade.executors.torch import TorchExecutor
+from cascade.images import Preprocessing
+from cascade.masks import Mask
+from cascade.residency import Residency
+from training import data, views
+from training.data import Images
+from training.loop import DONE, under
+from training.masking import to_mask
+from training.recipe import Recipe
+
+CACHE_MARGIN = 1.15  # training images are kept a little larger than the network's input, for the crops
+
+
+@dataclass
+class Run:
+    """An open run: its folder and recipe, and, made when first used, its images and backbone."""
+
+    folder: Path
+    recipe: Recipe
+    watch: "Watch"
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return backbones.load(self.recipe.backbone, self.recipe.source, device=device())
+
+    @cached_property
+    def executor(self) -> TorchExecutor:
+        return TorchExecutor(self.backbone, Residency(2**34))
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        r = self.recipe
+        return Preprocessing.of(self.backbone.config, r.size or None, r.crop_pct or None)
+
+    @cached_property
+    def images(self) -> Images:
+        return data.load(self.recipe.data, "train", self.recipe.limit or None, self.recipe.data_seed)
+
+    @cached_property
+    def held_out(self) -> Images:
+        return data.load(self.recipe.data, "test", self.recipe.test_limit or None, self.recipe.data_seed)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """The training cache, uint8 [N, 3, S, S]."""
+        size = round(self.preprocessing.size * CACHE_MARGIN)
+        return data.cache(self.images, size, self.folder.parent / "cache" / "images.npy")
+
+    @cached_property
+    def views(self) -> list[np.ndarray] | None:
+        """Stored trunk features, where the recipe wants them; shared by all runs that lie side by side."""
+        r, p = self.recipe, self.preprocessing
+        if not r.draws:
+            return None
+        if self.mask_from != self.expert_from:
+            raise CascadeError(
+                "--draws stores the features before --mask-from: leave --expert-from out, or --draws"
+            )
+        crops = r.crops(p.size)
+        key = [
+            self.backbone.fingerprint,
+            self.images.fingerprint(),
+            self.mask_from,
+            r.draws,
+            crops,
+            p.to_json(),
+        ]
+        name = f"views-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+        path = self.folder.parent / "cache" / name
+        self.watch.say(f"storing trunk features of {r.draws} draws of {len(self.images)} images")
+        return views.store(self.executor, self.mask_from, self.pixels, p, crops, r.draws, path)
+
+    @property
+    def mask_from(self) -> int:
+        return self.backbone.stage(self.recipe.mask_from)
+
+    @property
+    def expert_from(self) -> int:
+        return self.backbone.stage(self.recipe.expert_from) if self.recipe.expert_from else self.mask_from
+
+    @cached_property
+    def dispatcher(self) -> Mask:
+        return self.mask("dispatcher", self.mask_from)
+
+    @property
+    def experts(self) -> tuple[Mask, ...]:
+        return tuple(self.mask(f"expert-{k}", self.expert_from) for k in range(self.recipe.clusters))
+
+    def mask(self, name: str, start: int) -> Mask:
+        """A mask that was trained to its end in this run."""
+        trained = self.trained(name)
+        scores, norms = under(trained, "scores."), under(trained, "norms.")
+        return to_mask(name, self.backbone, start, scores, norms, self.recipe.threshold)
+
+    def trained(self, name: str) -> dict[str, Tensor]:
+        """The tensors that the training of ``name`` ended with."""
+        path = self.folder / name / DONE
+        if not path.exists():
+            raise CascadeError(f"{path} is not there yet: train {name} first")
+        return load_file(path)
+
+
+def begin(folder: Path, recipe: Recipe, watch: "Watch") -> Run:
+    """Start a run, or go on with it where the recipe is the same."""
+    recipe.save(folder)
+    return Run(folder, recipe, watch)
+
+
+def resume(folder: Path, watch: "Watch") -> Run:
+    """A run that another stage has begun."""
+    return Run(folder, Recipe.load(folder), watch)
+
+
+def device() -> str:
+    """CUDA where there is a card; the only place that training asks."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside, sync, rename."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as out:
+        json.dump(value, out, indent=2)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write beside, sync, rename."""
+    temporary = path.with_suffix(".tmp")
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+class Watch:
+    """Progress bars, one a mask."""
+
+    def __init__(self, bar: Bar | None) -> None:
+        self.bar, self.tasks = bar, dict[str, TaskID]()
+
+    def __call__(self, name: str, step: int, steps: int, loss: float) -> None:
+        if self.bar is None:
+            return
+        if name not in self.tasks:
+            self.tasks[name] = self.bar.add_task(name, total=steps, loss=loss)
+        self.bar.update(self.tasks[name], completed=step, loss=loss)
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+        if self.bar is not None:
+            self.bar.console.print(text)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Progress bars on the terminal; warnings are printed above them."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: bar.console.print(f"[yellow]warning:[/] {message}")
+        yield Watch(bar)
+
+
+def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParser:
+    """Command-line options of a stage: ``--run``, and with ``recipe`` one option for each of the recipe's fields."""
+    out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument(
+        "--run", type=Path, default=Path("runs/default"), help="folder of the run (default %(default)s)"
+    )
+    for f in fields(Recipe) if recipe else ():
+        flag = f"--{f.name.replace('_', '-')}"
+        if f.name == "data":
+            out.add_argument("data", metavar="DATA", help="folder of images, or cifar10, fashion-mnist")
+        elif f.type is bool or isinstance(f.default, bool):
+            out.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default)
+        elif isinstance(f.default, tuple):
+            out.add_argument(flag, type=float, nargs=2, default=f.default, metavar=("LOW", "HIGH"))
+        else:
+            choices = get_args(f.type) if get_origin(f.type) is not None else None
+            out.add_argument(
+                flag, type=type(f.default), default=f.default, choices=choices, help=f"default {f.default!r}"
+            )
+    return out
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the options of ``parser(recipe=True)`` give."""
+    return Recipe.from_json(vars(arguments))
+
+
+def main(stage: Any) -> None:
+    """Run a stage; an error meant for a person is one line and exit status 1."""
+    try:
+        with watching() as watch:
+            stage(watch)
+    except CascadeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,39 @@
+"""Arrays that are made once, row by row, and mapped from disk ever after."""
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+
+def stored(
+    file: Path, shape: tuple[int, ...], dtype: np.dtype, rows: Callable[[int], Iterable[np.ndarray]]
+) -> np.ndarray:
+    """The array in the .npy ``file``, which is made first if it is not there.
+
+    By that name it is complete or not there; an interrupted start leaves a part that the next one continues.
+
+    Args:
+        rows: given how many rows are done, the rest of them in order.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        head = io.BytesIO()
+        fields = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(head, fields)
+        header, row = head.getvalue(), dtype.itemsize * math.prod(shape[1:])
+        part = file.with_suffix(".part")
+        with open(part, "ab") as out:  # rows in order behind the header: the length says how far it got
+            done = max(0, (out.tell() - len(header)) // row)
+            out.truncate(len(header) + done * row if done else 0)
+            if not done:
+                out.write(header)
+            for one in rows(done):
+                out.write(one.tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+    return np.load(file, mmap_mode="r", allow_pickle=False)

@@ -1,0 +1,75 @@
+"""Trunk features of augmented views, computed once and trained on many times.
+
+Where masks begin at a late stage, everything before it is frozen and the same for dispatcher, experts,
+controls and seeds. A step on stored trunk features costs the tail only. The price: each image has ``draws``
+draws of its augmentation instead of a fresh one every time.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cascade.executors.torch import TorchExecutor
+from cascade.images import Preprocessing
+from training.augment import Crop, multi_crop
+from training.stored import stored
+
+BATCH = 64
+
+
+def store(
+    executor: TorchExecutor,
+    stage: int,
+    pixels: np.ndarray,
+    preprocessing: Preprocessing,
+    crops: tuple[Crop, ...],
+    draws: int,
+    path: Path,
+) -> list[np.ndarray]:
+    """Features before ``stage`` of ``draws`` multi-crops of every image.
+
+    Args:
+        pixels: uint8 [N, 3, S, S], the training cache.
+        crops: (count, side, scale) of the multi-crop's groups.
+        path: name of the files to keep them in; it must stand for all the other arguments.
+
+    Returns:
+        One array a group, float16 [draws * N, count, C, h, w], mapped from disk; image i of draw d is row
+        ``d * N + i``.
+    """
+    return [_store_group(executor, stage, pixels, preprocessing, crop, draws, path) for crop in crops]
+
+
+def _store_group(
+    executor: TorchExecutor,
+    stage: int,
+    pixels: np.ndarray,
+    preprocessing: Preprocessing,
+    crop: Crop,
+    draws: int,
+    path: Path,
+) -> np.ndarray:
+    count, side, _ = crop
+    device = executor.backbone.flat.device
+    executor.swap(None)
+
+    def features(first: int) -> np.ndarray:
+        """Rows ``first`` to the end of its batch; a batch never spans two draws, so that resuming changes nothing."""
+        begin = first % len(pixels) // BATCH * BATCH
+        batch = torch.from_numpy(np.ascontiguousarray(pixels[begin : begin + BATCH])).to(device)
+        generator = torch.Generator().manual_seed((first // len(pixels) << 32) + (begin << 8) + side)
+        p = preprocessing
+        views = multi_crop(batch, (crop,), generator=generator, mean=p.mean, std=p.std)
+        out = executor.run(torch.cat(views), 0, stage).unflatten(0, (count, -1)).transpose(0, 1)
+        return out[first % len(pixels) - begin :].half().cpu().numpy()
+
+    def rows(done: int) -> Iterable[np.ndarray]:
+        while done < draws * len(pixels):
+            some = features(done)
+            yield from some
+            done += len(some)
+
+    shape = (draws * len(pixels), *features(0).shape[1:])
+    return stored(path.with_name(f"{path.name}-{side}.npy"), shape, np.dtype("<f2"), rows)
