@@ -112,13 +112,13 @@ def knn(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> 
 def fit_probe(bank: Tensor, known: Tensor) -> LogisticRegression:
     """Multinomial logistic regression with an L2 penalty of 0.01 / N (method.md §4)."""
     # scikit-learn's C weighs the summed loss: C = 1 / (N * L2).
-    return LogisticRegression(C=1 / PROBE_L2, max_iter=300).fit(bank.numpy(), known.numpy())
+    return LogisticRegression(C=1 / PROBE_L2, max_iter=300, tol=1e-3).fit(bank.numpy(), known.numpy())
 
 
 def probe(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor) -> float:
-    """Accuracy of a linear probe, on features of unit mean square (the penalty is absolute)."""
-    scale = bank.square().mean().sqrt()
-    return float(fit_probe(bank / scale, known).score((queries / scale).numpy(), truth.numpy()))
+    """Accuracy of a linear probe, on centred features of unit variance (the penalty is absolute)."""
+    mean, scale = bank.mean(dim=0), bank.std()
+    return float(fit_probe((bank - mean) / scale, known).score(((queries - mean) / scale).numpy(), truth.numpy()))
 
 
 def show(result: dict[str, Any], console: Console) -> None:

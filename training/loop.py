@@ -102,9 +102,10 @@ class SelfSupervised:
         """(crops, their trunk features [crops * B, C, h, w], crop by crop) of each size."""
         r, p = self.recipe, self.preprocessing
         if self.views is None:
-            for crop in r.crops(p.size):
-                views = multi_crop(pixels, (crop,), generator=generator, mean=p.mean, std=p.std)
-                yield crop[0], model.trunk(torch.cat(views))
+            groups = r.crops(p.size)
+            views = multi_crop(pixels, groups, generator=generator, mean=p.mean, std=p.std)
+            for count, _, _ in groups:
+                yield count, model.trunk(torch.cat([views.pop(0) for _ in range(count)]))
             return
         draws = torch.randint(r.draws, (len(rows),), generator=generator).numpy()
         for group in self.views:

@@ -103,7 +103,7 @@ def _card(
 
 def _linear(embeddings: Tensor, labels: Tensor) -> Linear:
     """The linear probe on embeddings [N, dim], its scaling folded in."""
-    scale = embeddings.square().mean().sqrt()
+    scale = embeddings.std()  # their mean is zero already
     fitted = fit_probe(embeddings / scale, labels)
     weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
     if len(weight) == 1:  # scikit-learn keeps one row for two classes

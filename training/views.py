@@ -13,7 +13,7 @@ import torch
 
 from cascade.executors.torch import TorchExecutor
 from cascade.images import Preprocessing
-from training.augment import Crop, multi_crop
+from training.augment import SIGMA_SIDE, Crop, multi_crop
 from training.stored import stored
 
 BATCH = 64
@@ -39,7 +39,8 @@ def store(
         One array a group, float16 [draws * N, count, C, h, w], mapped from disk; image i of draw d is row
         ``d * N + i``.
     """
-    return [_store_group(executor, stage, pixels, preprocessing, crop, draws, path) for crop in crops]
+    blur = crops[0][1] / SIGMA_SIDE  # one blur for all sizes, as in a live multi-crop
+    return [_store_group(executor, stage, pixels, preprocessing, crop, blur, draws, path) for crop in crops]
 
 
 def _store_group(
@@ -48,6 +49,7 @@ def _store_group(
     pixels: np.ndarray,
     preprocessing: Preprocessing,
     crop: Crop,
+    blur: float,
     draws: int,
     path: Path,
 ) -> np.ndarray:
@@ -61,7 +63,7 @@ def _store_group(
         batch = torch.from_numpy(np.ascontiguousarray(pixels[begin : begin + BATCH])).to(device)
         generator = torch.Generator().manual_seed((first // len(pixels) << 32) + (begin << 8) + side)
         p = preprocessing
-        views = multi_crop(batch, (crop,), generator=generator, mean=p.mean, std=p.std)
+        views = multi_crop(batch, (crop,), generator=generator, mean=p.mean, std=p.std, blur=blur)
         out = executor.run(torch.cat(views), 0, stage).unflatten(0, (count, -1)).transpose(0, 1)
         return out[first % len(pixels) - begin :].half().cpu().numpy()
 
