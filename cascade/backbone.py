@@ -149,9 +149,7 @@ def load(name: str, source: str, weights: Path | None = None, device: str = "cpu
         path = weights or (_package_file(rest) if kind == "package" else Path(rest))
         model.load_state_dict(_fit(name, read_checkpoint(path), model.state_dict(), path))
     else:
-        raise BackboneError(
-            f"unknown weight source {source!r}; use package:..., timm, file:... or random:SEED"
-        )
+        raise BackboneError(f"unknown weight source {source!r}; use package:..., timm, file:... or random:SEED")
     return wrap(model, name, source, device)
 
 
@@ -182,9 +180,7 @@ def maskable(model: nn.Module) -> dict[str, int]:
     if isinstance(model, ResNet):
         return {n: 1 for n, _ in model.named_parameters() if "conv" in n or "downsample" in n}
     if isinstance(model, VisionTransformer):
-        layers = {
-            n: 3 if n.endswith(".qkv") else 1 for n, _ in model.named_modules() if n.endswith(_VIT_LINEAR)
-        }
+        layers = {n: 3 if n.endswith(".qkv") else 1 for n, _ in model.named_modules() if n.endswith(_VIT_LINEAR)}
         present = dict(model.named_parameters())
         names = {f"{layer}.{kind}": rows for layer, rows in layers.items() for kind in ("weight", "bias")}
         return {n: rows for n, rows in names.items() if n in present}
@@ -194,9 +190,7 @@ def maskable(model: nn.Module) -> dict[str, int]:
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
         # A first convolution that does not overlap itself cuts patches: it is an embedding.
-        patches = (
-            isinstance(module, nn.Conv2d) and name == first and module.kernel_size == module.stride != (1, 1)
-        )
+        patches = isinstance(module, nn.Conv2d) and name == first and module.kernel_size == module.stride != (1, 1)
         if not patches and "patch_embed" not in name:
             found[f"{name}.weight"] = 1
     return found
@@ -237,9 +231,7 @@ def _fit(name: str, state: dict[str, Tensor], wanted: dict[str, Tensor], path: P
     order = [k for k in timm.create_model(name, pretrained=False).state_dict() if not k.endswith(counters)]
     if not all(k in state for k in wanted if not k.endswith(counters)):
         if len(state) != len(order):
-            raise BackboneError(
-                f"{path} holds {len(state)} tensors, {name} has {len(order)}; is it another network?"
-            )
+            raise BackboneError(f"{path} holds {len(state)} tensors, {name} has {len(order)}; is it another network?")
         state = dict(zip(order, state.values(), strict=True))
     for key, tensor in wanted.items():
         if not key.endswith(counters) and state[key].shape != tensor.shape:
@@ -262,9 +254,7 @@ def _package_file(resource: str) -> Path:
 def _segments(model: nn.Module, row: list[Stage]) -> Iterator[Segment]:
     rows, parameters = maskable(model), dict(model.named_parameters())
     offset = 0
-    for name in sorted(
-        rows, key=lambda n: stage_of(n, row)
-    ):  # stable: keeps the model's order inside a stage
+    for name in sorted(rows, key=lambda n: stage_of(n, row)):  # stable: keeps the model's order inside a stage
         size = parameters[name].numel() // rows[name]
         for _ in range(rows[name]):
             yield Segment(name, stage_of(name, row), offset, size)

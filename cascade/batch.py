@@ -94,9 +94,7 @@ def predict_files(
         raise CascadeError(bundle.message)
     mode = options.mode or bundle.card.mode
     if mode not in bundle.fusions:
-        raise CascadeError(
-            f"{bundle.name}/{bundle.version} has no mode {mode}; it has: {' '.join(bundle.fusions)}"
-        )
+        raise CascadeError(f"{bundle.name}/{bundle.version} has no mode {mode}; it has: {' '.join(bundle.fusions)}")
     options = replace(options, bundle=bundle.name, version=bundle.version, mode=mode)
     schema = _schema(options, bundle.card.dim if options.embedding else None)
     paths = find(sources)
@@ -107,9 +105,7 @@ def predict_files(
     with _parquet(out, schema) as write, closing(_answers(engine, paths, options, batch, threads)) as answers:
         progress(0, len(paths))
         for chunk in answers:
-            write(
-                [_row(path, answer) for path, answer in zip(paths[done : done + batch], chunk, strict=True)]
-            )
+            write([_row(path, answer) for path, answer in zip(paths[done : done + batch], chunk, strict=True)])
             errors.update(answer.kind for answer in chunk if isinstance(answer, ItemError))
             clusters.update(answer.cluster for answer in chunk if isinstance(answer, Prediction))
             done += len(chunk)
@@ -133,9 +129,7 @@ def find(sources: Iterable[str | Path]) -> list[Path]:
     for source in sources:
         here = sorted(set(_expand(Path(source))))
         if not here:
-            raise CascadeError(
-                f"{source} has no images: name image files, or a folder or pattern that has some"
-            )
+            raise CascadeError(f"{source} has no images: name image files, or a folder or pattern that has some")
         found += here
     if not found:
         raise CascadeError("no images were named: give files, folders or patterns such as 'photos/**/*.jpg'")

@@ -140,9 +140,7 @@ class Bundle:
         parts = [self.router, self.ood, *self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
         banks = [b.embeddings for b in self.banks.values()]
-        return sum(m.bytes() for m in self.masks) + sum(
-            t.nbytes for t in [*held, *banks] if isinstance(t, Tensor)
-        )
+        return sum(m.bytes() for m in self.masks) + sum(t.nbytes for t in [*held, *banks] if isinstance(t, Tensor))
 
 
 def read(path: Path) -> Bundle:
@@ -158,9 +156,7 @@ def read(path: Path) -> Bundle:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise BundleError(
-            f"{path / CARD}: {where}: {first['msg']}; this is not a bundle of format {FORMAT}"
-        ) from None
+        raise BundleError(f"{path / CARD}: {where}: {first['msg']}; this is not a bundle of format {FORMAT}") from None
     if card.format != FORMAT:
         raise BundleError(
             f"{path / CARD}: format {card.format}, this Cascade reads {FORMAT}; rebuild the bundle or update"
@@ -169,9 +165,7 @@ def read(path: Path) -> Bundle:
     try:
         bundle = _assemble(path, card, parts)
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
-        raise BundleError(
-            f"{path}: its parts do not fit together ({error!r}); write the bundle again"
-        ) from None
+        raise BundleError(f"{path}: its parts do not fit together ({error!r}); write the bundle again") from None
     _check_parts(path, bundle)
     return bundle
 
@@ -189,9 +183,7 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
             f" ({backbone.source}) have {backbone.fingerprint[:12]}; give the right ones with --weights"
         )
     if backbone.features != want.features or backbone.flat.numel() != want.maskable:
-        raise BundleError(
-            f"{here}: {want.features} features and {want.maskable} masks do not fit {backbone.name}"
-        )
+        raise BundleError(f"{here}: {want.features} features and {want.maskable} masks do not fit {backbone.name}")
     for mask in bundle.masks:
         if mask.start >= len(backbone.row):
             raise BundleError(
@@ -199,9 +191,7 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
             )
         n = backbone.flat.numel() - backbone.offset(mask.start)
         if mask.bits.shape != (-(-n // 8),):
-            raise BundleError(
-                f"{here}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}"
-            )
+            raise BundleError(f"{here}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}")
         for name, tensor in mask.norms.items():
             if name not in backbone.norms or backbone.norms[name].shape != tensor.shape:
                 raise BundleError(
@@ -220,9 +210,7 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     path = Path(path)
     if path.exists():
         raise BundleError(f"{path} exists; versions are never overwritten: choose the next number")
-    files = {
-        f"{part}.safetensors": safetensors.torch.save(t) for part, t in _parts(bundle, compress).items() if t
-    }
+    files = {f"{part}.safetensors": safetensors.torch.save(t) for part, t in _parts(bundle, compress).items() if t}
     card = bundle.card.model_copy(update={"bytes": {name: len(raw) for name, raw in sorted(files.items())}})
     files[CARD] = (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
     sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
@@ -293,15 +281,9 @@ def _parts(bundle: Bundle, compress: bool) -> dict[str, dict[str, Tensor]]:
         masks |= {f"{m.name}.bits.zst": _zstd(m.bits)} if compress else {f"{m.name}.bits": m.bits}
         masks |= {f"{m.name}.norms.{name}": t for name, t in m.norms.items()}
     router = {} if bundle.router is None else {f"router.{n}": t for n, t in tensors(bundle.router).items()}
-    ood = (
-        {}
-        if bundle.ood is None
-        else {f"ood.{f.name}": getattr(bundle.ood, f.name) for f in fields(bundle.ood)}
-    )
+    ood = {} if bundle.ood is None else {f"ood.{f.name}": getattr(bundle.ood, f.name) for f in fields(bundle.ood)}
     fusion = {f"{mode}.{n}": getattr(f, n) for mode, f in bundle.fusions.items() for n in ("weight", "bias")}
-    heads = {
-        f"{mode}.linear.{n}": getattr(h, n) for mode, h in bundle.linear.items() for n in ("weight", "bias")
-    }
+    heads = {f"{mode}.linear.{n}": getattr(h, n) for mode, h in bundle.linear.items() for n in ("weight", "bias")}
     for mode, bank in bundle.banks.items():
         heads |= {f"{mode}.bank": bank.embeddings, "bank.names": _text(bank.names)}
         heads |= {"bank.labels": _text(bank.labels)} if bank.labels else {}
@@ -332,11 +314,7 @@ def _assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]])
         ood=OutOfDomain(**_under(routing, "ood.")) if "ood.mean" in routing else None,
         fusions={m: Fusion(**_under(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
         linear={m: Linear(**_under(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
-        banks={
-            m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels)
-            for m in MODES
-            if f"{m}.bank" in heads
-        },
+        banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
     )
 
 

@@ -82,9 +82,7 @@ class Engine:
         with self._lock:
             want = bundle.card.backbone
             if bundle.identity in self.bundles:
-                raise CascadeError(
-                    f"bundle {bundle.name}/{bundle.version} is loaded already; give it another version"
-                )
+                raise CascadeError(f"bundle {bundle.name}/{bundle.version} is loaded already; give it another version")
             executor = self._executors.get(want.fingerprint)
             if executor is None:
                 backbone = backbones.load(want.name, want.source, self.weights, self.device)
@@ -141,6 +139,10 @@ class Engine:
             "evictions": r.evictions,
         }
 
+    def executor(self, bundle: Bundle) -> TorchExecutor:
+        """What runs a loaded bundle's backbone."""
+        return self._executors[bundle.card.backbone.fingerprint]
+
     def find(self, name: str | None, version: str | None = None) -> Bundle | ItemError:
         """The bundle that a request means, or the error that says which there are."""
         if name is None and len(self._bundles) == 1:
@@ -155,9 +157,7 @@ class Engine:
             )
         found = held[max(held, key=_number)] if version is None else held.get(version)
         if found is None:
-            return ItemError(
-                404, "unknown_version", f"no such version; loaded: {' '.join(sorted(held, key=_number))}"
-            )
+            return ItemError(404, "unknown_version", f"no such version; loaded: {' '.join(sorted(held, key=_number))}")
         return found
 
     def _prepare(self, index: int, image: Source, options: Options) -> _Item | ItemError:
@@ -168,9 +168,7 @@ class Engine:
         if mode is None:
             return ItemError(400, "unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
         if mode not in bundle.fusions:
-            return ItemError(
-                400, "mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}"
-            )
+            return ItemError(400, "mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
         try:
             picture = _open(image, self.limits)
         except ImageError as error:
@@ -180,7 +178,7 @@ class Engine:
     def _run(self, items: list[_Item]) -> Iterator[tuple[int, Prediction]]:
         """Items of one backbone, one input shape and one first masked stage: the plain trunk is theirs together."""
         bundle = items[0].bundle
-        executor = self._executors[bundle.card.backbone.fingerprint]
+        executor = self.executor(bundle)
         x = torch.stack([item.pixels for item in items]).to(self.device)
         if start := bundle.dispatcher.start:
             executor.swap(None)
@@ -189,9 +187,7 @@ class Engine:
         for rows in _groups(range(len(items)), lambda row: items[row].bundle.identity):
             yield from self._run_bundle(executor, [items[row] for row in rows], x[rows])
 
-    def _run_bundle(
-        self, executor: TorchExecutor, items: list[_Item], x: Tensor
-    ) -> Iterator[tuple[int, Prediction]]:
+    def _run_bundle(self, executor: TorchExecutor, items: list[_Item], x: Tensor) -> Iterator[tuple[int, Prediction]]:
         """Items of one bundle: its dispatcher once, then each expert for the rows that want it."""
         bundle = items[0].bundle
         start = bundle.dispatcher.start
@@ -243,9 +239,7 @@ class Engine:
             )
 
 
-def load(
-    path: Path | str, budget_bytes: int | None = None, device: str = "cpu", weights: Path | None = None
-) -> Engine:
+def load(path: Path | str, budget_bytes: int | None = None, device: str = "cpu", weights: Path | None = None) -> Engine:
     """An engine that holds the bundle at ``path`` (``<name>/<version>``), verified.
 
     Raises:
@@ -324,7 +318,5 @@ def _neighbours(items: list[_Item], embeddings: Tensor) -> list[tuple[Neighbour,
             continue
         similarities, found = bank.nearest(embeddings[row : row + 1], item.options.neighbours)
         pairs = zip(similarities[0].tolist(), found[0].tolist(), strict=True)
-        out.append(
-            tuple(Neighbour(bank.names[i], bank.labels[i] if bank.labels else None, s) for s, i in pairs)
-        )
+        out.append(tuple(Neighbour(bank.names[i], bank.labels[i] if bank.labels else None, s) for s, i in pairs))
     return out

@@ -96,12 +96,8 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Ima
         raise
     except Image.DecompressionBombError as e:  # Pillow's own, higher limit, met inside the WebP header
         raise ImageError(413, "too_many_pixels", f"{e}: send a smaller image") from e
-    except (
-        Exception
-    ) as e:  # hostile bytes make decoders fail in every way: OSError, SyntaxError, struct.error, ...
-        raise ImageError(
-            400, "truncated", f"the image is truncated or damaged ({e}): send the whole file"
-        ) from e
+    except Exception as e:  # hostile bytes make decoders fail in every way: OSError, SyntaxError, struct.error, ...
+        raise ImageError(400, "truncated", f"the image is truncated or damaged ({e}): send the whole file") from e
 
 
 def read(path: Path, limits: Limits = LIMITS) -> Image.Image:
@@ -125,9 +121,7 @@ def read(path: Path, limits: Limits = LIMITS) -> Image.Image:
 
 def _too_large(size: int, limits: Limits) -> ImageError:
     mib = 2**20
-    message = (
-        f"the image has {size / mib:.1f} MiB, the limit is {limits.max_bytes / mib:g}: send a smaller file"
-    )
+    message = f"the image has {size / mib:.1f} MiB, the limit is {limits.max_bytes / mib:g}: send a smaller file"
     return ImageError(413, "too_large", message)
 
 
@@ -150,9 +144,7 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     sides = f"the image is {width} x {height} pixels"
     if max(size) > limits.max_side:
-        raise ImageError(
-            413, "too_wide", f"{sides}, the limit is {limits.max_side} a side: send a smaller one"
-        )
+        raise ImageError(413, "too_wide", f"{sides}, the limit is {limits.max_side} a side: send a smaller one")
     if width * height > limits.max_pixels:
         limit = f"{limits.max_pixels / 1e6:g} megapixels"
         raise ImageError(413, "too_many_pixels", f"{sides}, the limit is {limit}: send a smaller one")
@@ -163,9 +155,7 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
 
 def _rgb(im: Image.Image) -> Image.Image:
     """A new 8-bit RGB image."""
-    if im.mode.startswith(
-        "I"
-    ):  # 16-bit grey; Pillow's own conversion clips at 255 or drops the low byte, by version
+    if im.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 or drops the low byte, by version
         import numpy as np
 
         deep = np.asarray(im).astype(np.uint32)
@@ -184,9 +174,7 @@ def _upright(im: Image.Image, rgb: Image.Image) -> Image.Image:
     """``rgb`` turned as the EXIF data of ``im`` says, and without metadata, lest somebody turns it again."""
     try:
         orientation = im.getexif().get(Exif.Orientation)
-    except (
-        Exception
-    ):  # metadata that nobody can read does not spoil the pixels: every viewer shows them as they are
+    except Exception:  # metadata that nobody can read does not spoil the pixels: every viewer shows them as they are
         orientation = None
     rgb.info.clear()
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
@@ -224,16 +212,12 @@ class Preprocessing:
             known = ", ".join(INTERPOLATIONS)
             raise CascadeError(f"preprocessing: interpolation {self.interpolation!r} is none of {known}")
         if self.crop_mode not in CROP_MODES:
-            raise CascadeError(
-                f"preprocessing: crop_mode {self.crop_mode!r} is none of {', '.join(CROP_MODES)}"
-            )
+            raise CascadeError(f"preprocessing: crop_mode {self.crop_mode!r} is none of {', '.join(CROP_MODES)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise CascadeError("preprocessing: mean and std must be three numbers each, std above 0")
 
     @classmethod
-    def of(
-        cls, backbone_cfg: dict[str, Any], size: int | None = None, crop_pct: float | None = None
-    ) -> Preprocessing:
+    def of(cls, backbone_cfg: dict[str, Any], size: int | None = None, crop_pct: float | None = None) -> Preprocessing:
         """The preprocessing of timm's ``model.pretrained_cfg``, at another size or crop where given."""
         from timm.data import resolve_data_config
 

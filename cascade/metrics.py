@@ -44,18 +44,14 @@ _CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "cluster", "status"])
 STAGE_SECONDS = Histogram("cascade_stage_seconds", "Time by stage of the pass.", ["stage"], buckets=_SECONDS)
 BATCH_IMAGES = Histogram("cascade_batch_images", "Images in a batch.", buckets=_IMAGES)
-GROUP_IMAGES = Histogram(
-    "cascade_group_images", "Images of a batch that share an expert mask.", buckets=_IMAGES
-)
+GROUP_IMAGES = Histogram("cascade_group_images", "Images of a batch that share an expert mask.", buckets=_IMAGES)
 MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and already materialised.")
 MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialised.")
 MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialised masks that were dropped.")
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
 
 
-def _gauge(
-    name: str, text: str, labels: Sequence[str] = (), mode: Literal["livesum", "livemax"] = "livesum"
-) -> Gauge:
+def _gauge(name: str, text: str, labels: Sequence[str] = (), mode: Literal["livesum", "livemax"] = "livesum") -> Gauge:
     return Gauge(f"cascade_{name}", text, labels, multiprocess_mode=mode)
 
 
@@ -174,9 +170,7 @@ def serve(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     try:
         server, thread = start_http_server(port, host, _registry())
     except OSError as e:
-        raise CascadeError(
-            f"metrics cannot be served on {host}:{port} ({e.strerror}): choose another port"
-        ) from e
+        raise CascadeError(f"metrics cannot be served on {host}:{port} ({e.strerror}): choose another port") from e
     try:
         yield f"http://{host}:{server.server_port}/metrics"
     finally:

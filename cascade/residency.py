@@ -43,9 +43,7 @@ class Residency:
             self._held.move_to_end(key)
             return self._held[key]
         if size > self.budget:
-            raise CascadeError(
-                f"the budget of {self.budget} bytes is below one mask's weights: give at least {size}"
-            )
+            raise CascadeError(f"the budget of {self.budget} bytes is below one mask's weights: give at least {size}")
         self.misses += 1
         metrics.MASK_MISSES.inc()
         reuse = None
@@ -58,10 +56,10 @@ class Residency:
         metrics.MATERIALISED_BYTES.set(self.used)
         return self._held[key]
 
-    def forget(self, key: Hashable) -> None:
-        """Drop a mask's weights, if they are held."""
-        if key in self._held:
-            self._drop(key)
+    def clear(self) -> None:
+        """Drop everything that is held."""
+        while self._held:
+            self._drop(next(iter(self._held)))
 
     def _drop(self, key: Hashable) -> Tensor:
         weights = self._held.pop(key)

@@ -48,9 +48,7 @@ class Management(BaseHTTPRequestHandler):
     status = "READY"
 
     def do_GET(self) -> None:
-        body = json.dumps(
-            [{"modelName": "cascade", "workers": [{"id": "9000", "status": self.status}]}]
-        ).encode()
+        body = json.dumps([{"modelName": "cascade", "workers": [{"id": "9000", "status": self.status}]}]).encode()
         self.send_response(200 if self.path == "/models/cascade" else 404)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -70,9 +68,7 @@ def management() -> Iterator[HTTPServer]:
         thread.join()
 
 
-def test_health_is_the_readiness_of_the_worker(
-    management: HTTPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_health_is_the_readiness_of_the_worker(management: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = instructions("HEALTHCHECK")
     python, *arguments = json.loads(check.partition("CMD ")[2])
     assert python == "python"

@@ -54,9 +54,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
-    installed = run(
-        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
-    ).strip()
+    installed = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
     # A folder that a .pth file names is not searched for more of them: our editable install stays unseen.
     Path(installed, "libraries.pth").write_text(sysconfig.get_path("purelib"))
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
@@ -94,9 +92,7 @@ runpy.run_path({str(command)!r}, run_name="__main__")
 
 
 def test_everything_comes_from_the_wheel(environment: Path) -> None:
-    program = (
-        "import cascade.cli as c, handlers as h, training as t; print(c.__file__, h.__file__, t.__file__)"
-    )
+    program = "import cascade.cli as c, handlers as h, training as t; print(c.__file__, h.__file__, t.__file__)"
     files = run(environment / "bin" / "python", "-c", program, cwd=environment).split()
     installed = [Path(file).parent for file in files]
     assert all(folder.is_relative_to(environment) for folder in installed)

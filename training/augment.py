@@ -73,9 +73,7 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return x.sub_(x.new_tensor(mean).view(shape)).div_(x.new_tensor(std).view(shape))
 
 
-def random_resized_crop(
-    x: Tensor, side: int, scale: tuple[float, float], generator: torch.Generator
-) -> Tensor:
+def random_resized_crop(x: Tensor, side: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
     """A box of its own for each image, flipped with p 0.5: float [B, 3, S, S] -> [B, 3, side, side]."""
     box = random_boxes(len(x), x.shape[-1], scale, generator)
     flip = _rand(generator, len(x)) < 0.5

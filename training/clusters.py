@@ -26,6 +26,7 @@ ROUTING_DIM = 20  # of the whitened PCA under mixture and centroids, the paper's
 OOD_DIM, QUANTILES = 64, 257
 VIEW_SCALE = (0.3, 1.0)  # crops that count as another view of the same image
 VIEWS, BINS = 4, 15
+FEWEST = 16  # images in a cluster
 
 
 def train(run: Run) -> None:
@@ -43,7 +44,7 @@ def train(run: Run) -> None:
         probabilities = router.probabilities(torch.from_numpy(features))
         assigned = probabilities.argmax(dim=1)
         counts = torch.bincount(assigned, minlength=recipe.clusters)
-        _check_sizes(counts.tolist(), recipe.batch, run)
+        _check_sizes(counts.tolist(), run)
         calibration, error = calibrate(run, router, held_out)
         stored |= {f"router.{n}": t for n, t in tensors(router).items()} | {"assigned": assigned}
         summary = {
@@ -70,9 +71,7 @@ def fit_router(run: Run, features: np.ndarray) -> Router:
             return fit_centroids(features, recipe.clusters, recipe.seed)
 
 
-def fit_prototypes(
-    projector: dict[str, torch.Tensor], features: np.ndarray, clusters: int, seed: int
-) -> Prototypes:
+def fit_prototypes(projector: dict[str, torch.Tensor], features: np.ndarray, clusters: int, seed: int) -> Prototypes:
     """Group SwAV's prototypes, weighted by how much is assigned to them, by spherical k-means (FAISS)."""
     head, bias = projector["head.weight"].half(), projector["head.bias"].half()
     prototypes = torch.nn.functional.normalize(projector["prototypes"]).half()
@@ -113,7 +112,7 @@ def fit_centroids(features: np.ndarray, clusters: int, seed: int) -> Centroids:
 def fit_ood(features: np.ndarray, held_out: np.ndarray) -> OutOfDomain:
     """Probabilistic PCA on the training features (scikit-learn), percentiles from held-out ones."""
     dim = min(OOD_DIM, min(features.shape) - 1)
-    pca = PCA(dim, svd_solver="covariance_eigh").fit(normalize(features.astype(np.float64)))
+    pca = PCA(dim, random_state=0).fit(normalize(features.astype(np.float64)))
     tables = (pca.mean_, pca.components_.T, pca.explained_variance_, np.array([pca.noise_variance_]))
     mean, basis, variance, noise = (torch.from_numpy(np.ascontiguousarray(t)).float() for t in tables)
     fitted = OutOfDomain(mean, basis.half(), variance, noise, torch.zeros(2))
@@ -130,9 +129,7 @@ def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibrati
     probabilities = router.probabilities(torch.from_numpy(held_out))
     odds = log_odds(probabilities.max(dim=1).values)
     pixels = torch.from_numpy(cache(run.held_out, run.preprocessing.size))
-    same = torch.stack(
-        [_view_agrees(run, router, pixels, probabilities.argmax(dim=1), v) for v in range(VIEWS)]
-    )
+    same = torch.stack([_view_agrees(run, router, pixels, probabilities.argmax(dim=1), v) for v in range(VIEWS)])
     fit_half, test_half = slice(0, None, 2), slice(1, None, 2)
     x, y = odds[fit_half].repeat(VIEWS, 1).flatten(), same[:, fit_half].flatten()
     if bool(y.all()) or not bool(y.any()):  # one outcome only: its rate, by Laplace's rule
@@ -152,14 +149,11 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(sum(gaps) / len(confidence))
 
 
-def _view_agrees(
-    run: Run, router: Router, pixels: torch.Tensor, cluster: torch.Tensor, view: int
-) -> torch.Tensor:
+def _view_agrees(run: Run, router: Router, pixels: torch.Tensor, cluster: torch.Tensor, view: int) -> torch.Tensor:
     """Whether a random view of each image is routed as the image itself, bool [N]."""
     p, generator = run.preprocessing, torch.Generator().manual_seed(run.recipe.seed * VIEWS + view)
     views = (
-        crop_flip(pixels[i : i + 128], p.size, VIEW_SCALE, generator, p.mean, p.std)
-        for i in range(0, len(pixels), 128)
+        crop_flip(pixels[i : i + 128], p.size, VIEW_SCALE, generator, p.mean, p.std) for i in range(0, len(pixels), 128)
     )
     features = embed.blocks(run.executor, [run.dispatcher], views)[0]
     return router.probabilities(torch.from_numpy(features)).argmax(dim=1) == cluster
@@ -168,9 +162,7 @@ def _view_agrees(
 def _whiten(features: np.ndarray, seed: int) -> tuple[PCA, np.ndarray]:
     """L2-normalise, PCA, unit variance (scikit-learn's reg_covar is absolute, so the scale matters)."""
     x = normalize(features.astype(np.float64))
-    pca = PCA(
-        min(ROUTING_DIM, min(x.shape) - 1), whiten=True, svd_solver="covariance_eigh", random_state=seed
-    ).fit(x)
+    pca = PCA(min(ROUTING_DIM, min(x.shape) - 1), whiten=True, svd_solver="covariance_eigh", random_state=seed).fit(x)
     return pca, pca.transform(x)
 
 
@@ -180,17 +172,16 @@ def _projection(pca: PCA) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(pca.mean_), torch.from_numpy(np.ascontiguousarray(basis))
 
 
-def _check_sizes(counts: list[int], batch: int, run: Run) -> None:
+def _check_sizes(counts: list[int], run: Run) -> None:
     """Stop where a cluster can't fill a batch, warn where the clusters collapse."""
     smallest = min(range(len(counts)), key=counts.__getitem__)
-    if counts[smallest] < min(batch, 2):
+    if counts[smallest] < FEWEST:
         raise CascadeError(
-            f"cluster {smallest} has {counts[smallest]} images: train with fewer --clusters, more images, or --router centroid"
+            f"cluster {smallest} has {counts[smallest]} images, an expert needs {FEWEST}:"
+            " train with fewer --clusters, more images, or another --router"
         )
     if max(counts) > 0.9 * sum(counts):
-        run.watch.say(
-            f"[yellow]warning:[/] one cluster holds {max(counts) / sum(counts):.0%} of the images: {counts}"
-        )
+        run.watch.say(f"[yellow]warning:[/] one cluster holds {max(counts) / sum(counts):.0%} of the images: {counts}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from cascade.card import percent
 from cascade.fusion import Fusion, Mode
 from cascade.masks import difference
 from training import embed, fuse
@@ -129,7 +130,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table("method", "k-NN", "probe", "k-NN plain", "probe plain")
     for method, whitened in result["whitened"].items():
         plain = result["plain"][method]
-        table.add_row(method, *(_percent(t[m]) for t in (whitened, plain) for m in ("knn", "probe")))
+        table.add_row(method, *(percent(t[m]) for t in (whitened, plain) for m in ("knn", "probe")))
     console.print(table)
     console.print(
         f"{result['held_out_images']} held-out images; first two columns whitened to {result['dim']} dimensions"
@@ -156,19 +157,11 @@ def _joined(parts: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate(list(parts), axis=1))
 
 
-def _percent(share: float | list[float]) -> str:
-    if isinstance(share, list):
-        return f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
-    return f"{100 * share:.1f}"
-
-
 def fusions(run: Run, features: Features) -> dict[Mode, tuple[Fusion, Tensor]]:
     """Each mode's fusion as the recipe wants it, with the training images' embeddings."""
     recipe = run.recipe
     dim = fuse.dimension(recipe, run.backbone.features, len(run.images))
-    modes: tuple[Mode, ...] = (
-        ("dispatcher", "conditional", "unconditional") if recipe.clusters else ("dispatcher",)
-    )
+    modes: tuple[Mode, ...] = ("dispatcher", "conditional", "unconditional") if recipe.clusters else ("dispatcher",)
     out: dict[Mode, tuple[Fusion, Tensor]] = {}
     for mode in modes:
         parts = features.slots(mode, recipe.slots)[0]

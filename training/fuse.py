@@ -1,4 +1,4 @@
-"""Fitting the fusion of blocks to one embedding (paper §3.4; method.md §3): centre, PCA, whiten, folded into one map."""
+"""Fitting the fusion of blocks to one embedding (paper §3.4; method.md §3): centre, PCA, whiten; folded."""
 
 import numpy as np
 import torch
@@ -8,8 +8,6 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.fusion import Fusion, Mode, fold
 from training.recipe import Recipe
-
-EXACT = 2600  # features up to which the covariance is diagonalised whole
 
 
 def slots(mode: Mode, blocks: np.ndarray, assigned: np.ndarray, layout: str) -> np.ndarray:
@@ -41,11 +39,8 @@ def fit(parts: np.ndarray, dim: int, whiten: str, seed: int) -> Fusion:
     """
     x = np.concatenate(list(parts), axis=1)
     if dim > min(x.shape):
-        raise CascadeError(
-            f"{len(x)} images can't give {dim} components: lower --dim to at most {min(x.shape)}"
-        )
-    solver = "covariance_eigh" if x.shape[1] <= EXACT else "randomized"
-    pca = PCA(dim, svd_solver=solver, random_state=seed).fit(x)
+        raise CascadeError(f"{len(x)} images can't give {dim} components: lower --dim to at most {min(x.shape)}")
+    pca = PCA(dim, random_state=seed).fit(x)
     variance = np.maximum(pca.explained_variance_, 1e-12)
     scale = {"scale": np.sqrt(variance), "eigenvalue": variance, "none": np.ones_like(variance)}[whiten]
     basis = (pca.components_ / scale[:, None]).T

@@ -126,9 +126,7 @@ class SelfSupervised:
 class Supervised:
     """Cross-entropy with a new linear head on crops and flips (method.md §2)."""
 
-    def __init__(
-        self, recipe: Recipe, features: int, preprocessing: Preprocessing, labels: np.ndarray
-    ) -> None:
+    def __init__(self, recipe: Recipe, features: int, preprocessing: Preprocessing, labels: np.ndarray) -> None:
         self.recipe, self.preprocessing = recipe, preprocessing
         self.labels = torch.from_numpy(labels)
         self.module = nn.Linear(features, int(labels.max()) + 1)
@@ -189,9 +187,7 @@ def fit(
     if (folder / DONE).exists():
         _restore(folder / DONE, model, objective, [])
         return
-    begin = (
-        _restore(folder / CHECKPOINT, model, objective, optimizers) if (folder / CHECKPOINT).exists() else 0
-    )
+    begin = _restore(folder / CHECKPOINT, model, objective, optimizers) if (folder / CHECKPOINT).exists() else 0
     curve = _keep_curve(folder / CURVE, begin)
     device = next(model.model.parameters()).device
     order = batches(len(rows), recipe.batch, seed=recipe.seed, start_step=begin)
@@ -209,7 +205,7 @@ def fit(
             loss = objective.loss(model, batch, chosen, progress, generator)
             if not torch.isfinite(loss):
                 raise CascadeError(
-                    f"the loss of {name} became {loss.item()} at step {step}: lower --lr (now {rate:g}) and start again;"
+                    f"the loss of {name} became {loss.item()} at step {step}: lower --lr (now {rate:g}), start again;"
                     f" the last good checkpoint is in {folder}"
                 )
             for o in optimizers:
@@ -224,9 +220,7 @@ def fit(
                 for parameter, share in model.sparse(SPARSE):
                     if parameter not in warned:
                         warned.add(parameter)
-                        warnings.warn(
-                            f"{name}: only {share:.1%} of {parameter} is active: lower --lr", stacklevel=2
-                        )
+                        warnings.warn(f"{name}: only {share:.1%} of {parameter} is active: lower --lr", stacklevel=2)
                 log.flush()
                 _store(folder / CHECKPOINT, model, objective, optimizers, step + 1)
     _store(folder / DONE, model, objective, [], steps)
@@ -238,9 +232,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _optimizers(
-    model: MaskedModel, objective: Objective, recipe: Recipe, lr: float
-) -> list[torch.optim.Optimizer]:
+def _optimizers(model: MaskedModel, objective: Objective, recipe: Recipe, lr: float) -> list[torch.optim.Optimizer]:
     """The scores' (no weight decay, ever: Theorem 1 needs that) and that of head and prototypes."""
     scores = list(model.scores.values())
     kinds = {
@@ -274,9 +266,7 @@ def _store(
     sync_folder(path.parent)
 
 
-def _restore(
-    path: Path, model: MaskedModel, objective: Objective, optimizers: list[torch.optim.Optimizer]
-) -> int:
+def _restore(path: Path, model: MaskedModel, objective: Objective, optimizers: list[torch.optim.Optimizer]) -> int:
     """The inverse of ``_store``; returns the step."""
     with safe_open(path, "pt") as handle:
         step = int(handle.metadata()["step"])

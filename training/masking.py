@@ -79,10 +79,7 @@ class MaskedModel:
         self.model.eval()
         if self.train_norms:
             for name, module in self.model.named_modules():
-                if (
-                    isinstance(module, nn.modules.batchnorm._BatchNorm)
-                    and stage_of(name, self.row) >= self.start
-                ):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and stage_of(name, self.row) >= self.start:
                     module.train()
 
     def trunk(self, x: Tensor) -> Tensor:

@@ -44,9 +44,7 @@ def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> 
         calibration=Calibration(summary["slope"], summary["intercept"]) if summary else Calibration(),
         ood=OutOfDomain(**ood),
         fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
-        linear={}
-        if labels is None
-        else {m: _linear(e, torch.from_numpy(labels)) for m, (_, e) in fitted.items()},
+        linear={} if labels is None else {m: _linear(e, torch.from_numpy(labels)) for m, (_, e) in fitted.items()},
         banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
     )
     return write(bundle, out)
@@ -60,9 +58,7 @@ def router_of(run: Run) -> Router | None:
     return kind(**under(load_file(run.folder / CLUSTERS), "router."))
 
 
-def _card(
-    run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]
-) -> Card:
+def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]) -> Card:
     backbone, recipe = run.backbone, run.recipe
     kept = {k: v for k, v in asdict(recipe).items() if k not in ("data", "source")}
     return Card(

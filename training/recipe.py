@@ -99,9 +99,7 @@ class Recipe:
         path = run / "recipe.json"
         text = json.dumps(asdict(self), indent=2) + "\n"
         if path.exists() and json.loads(path.read_text()) != json.loads(text):
-            raise CascadeError(
-                f"{path} was begun with other settings; choose another --run folder or delete that one"
-            )
+            raise CascadeError(f"{path} was begun with other settings; choose another --run folder or delete that one")
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(path)
@@ -118,9 +116,7 @@ class Recipe:
     def from_json(cls, data: dict[str, Any]) -> "Recipe":
         """From plain types; pairs come back from JSON as lists."""
         known = {f.name for f in fields(cls)}
-        kept: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known
-        }
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
         return cls(**kept)
 
 

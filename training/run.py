@@ -89,9 +89,7 @@ class Run:
         if not r.draws:
             return None
         if self.mask_from != self.expert_from:
-            raise CascadeError(
-                "--draws stores the features before --mask-from: leave --expert-from out, or --draws"
-            )
+            raise CascadeError("--draws stores the features before --mask-from: leave --expert-from out, or --draws")
         crops = r.crops(p.size)
         key = [
             self.backbone.fingerprint,
@@ -210,9 +208,7 @@ def watching() -> Iterator[Watch]:
 def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParser:
     """Command-line options of a stage: ``--run``, and with ``recipe`` one option for each of the recipe's fields."""
     out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument(
-        "--run", type=Path, default=Path("runs/default"), help="folder of the run (default %(default)s)"
-    )
+    out.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of the run (default %(default)s)")
     for f in fields(Recipe) if recipe else ():
         flag = f"--{f.name.replace('_', '-')}"
         if f.name == "data":

@@ -96,8 +96,6 @@ def threaded(work: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[
     try:
         chunks = (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))
         results: Iterable[R] = itertools.chain.from_iterable(pool.map(work, chunk) for chunk in chunks)
-        yield from track(
-            results, what, len(items), console=console, transient=True, disable=not console.is_terminal
-        )
+        yield from track(results, what, len(items), console=console, transient=True, disable=not console.is_terminal)
     finally:
         pool.shutdown(cancel_futures=True)

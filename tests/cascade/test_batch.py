@@ -123,9 +123,7 @@ def test_a_folder_that_cannot_be_listed_is_not_lost(
     monkeypatch.setattr(os, "scandir", denied)  # chmod does not stop root
     summary = predict_files(engine, [folder / "nested"], tmp_path / "out.parquet")
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [row["path"] for row in rows if row["error_kind"] == "unreadable"] == [
-        str(folder / "nested" / "deeper")
-    ]
+    assert [row["path"] for row in rows if row["error_kind"] == "unreadable"] == [str(folder / "nested" / "deeper")]
     assert summary.errors == {"unreadable": 1}
 
 
@@ -224,9 +222,7 @@ def test_embeddings_on_demand_with_errors_between(engine: Engine, folder: Path, 
 
 def test_only_errors_still_make_a_file(engine: Engine, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    summary = predict_files(
-        engine, [folder / "empty.jpg", folder / "missing.png"], out, Options(embedding=True)
-    )
+    summary = predict_files(engine, [folder / "empty.jpg", folder / "missing.png"], out, Options(embedding=True))
     assert (summary.rows, summary.clusters) == (2, {})
     assert pq.read_table(out)["error_kind"].to_pylist() == ["empty", "unreadable"]
 
@@ -239,9 +235,7 @@ def test_rows_stream_out_in_groups(engine: Engine, tmp_path: Path, monkeypatch: 
 
 
 def test_names_that_are_not_utf8(engine: Engine, tmp_path: Path) -> None:
-    good, bad = (
-        Path(os.fsdecode(bytes(tmp_path / "x")[:-1] + name)) for name in (b"caf\xe9.png", b"gone\xff.png")
-    )
+    good, bad = (Path(os.fsdecode(bytes(tmp_path / "x")[:-1] + name)) for name in (b"caf\xe9.png", b"gone\xff.png"))
     copy(PHOTOS[0], good)
     predict_files(engine, [good, bad], tmp_path / "out.parquet")
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
@@ -348,9 +342,7 @@ def test_look_ahead_is_bounded(engine: Engine, tmp_path: Path, monkeypatch: pyte
 
 def test_progress_counts_up_to_the_total(engine: Engine, folder: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    summary = predict_files(
-        engine, [folder], tmp_path / "out.parquet", batch=4, progress=lambda *n: told.append(n)
-    )
+    summary = predict_files(engine, [folder], tmp_path / "out.parquet", batch=4, progress=lambda *n: told.append(n))
     assert told[0] == (0, summary.rows) and told[-1] == (summary.rows, summary.rows)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
 

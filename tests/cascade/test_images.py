@@ -73,9 +73,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 # Refused with 400
 
 
-@pytest.mark.parametrize(
-    "data", [b"hello, I am no image", b"GIF89a" + bytes(64), b"%PDF-1.7", b"\0", b"RIFF1234WAVE"]
-)
+@pytest.mark.parametrize("data", [b"hello, I am no image", b"GIF89a" + bytes(64), b"%PDF-1.7", b"\0", b"RIFF1234WAVE"])
 def test_not_an_image(data: bytes) -> None:
     assert refusal(data) == (400, "not_an_image")
 
@@ -345,9 +343,7 @@ def config(model: str) -> dict[str, Any]:
 def test_preprocessing_equals_timm(model: str, name: str) -> None:
     image = Image.fromarray(load_sample_image(name))
     data_config = timm.data.resolve_data_config(pretrained_cfg=config(model))
-    theirs: Callable[[Image.Image], torch.Tensor] = timm.data.create_transform(
-        **data_config, is_training=False
-    )
+    theirs: Callable[[Image.Image], torch.Tensor] = timm.data.create_transform(**data_config, is_training=False)
     ours = Preprocessing.of(config(model)).transform()(image)
     assert ours.dtype == torch.float32 and ours.shape == data_config["input_size"]
     assert torch.equal(ours, theirs(image))

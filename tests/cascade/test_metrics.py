@@ -58,9 +58,7 @@ def now(name: str, **labels: str) -> float:
 
 def test_names_types_and_units() -> None:
     found = {f.name: f.type for f in text_string_to_metric_families(metrics.scrape().decode())}
-    ours = {
-        name.removeprefix("cascade_"): kind for name, kind in found.items() if name.startswith("cascade_")
-    }
+    ours = {name.removeprefix("cascade_"): kind for name, kind in found.items() if name.startswith("cascade_")}
     assert {name: kind for name, kind in ours.items() if not name.endswith("_created")} == {
         "requests": "counter",
         "stage_seconds": "histogram",
@@ -115,8 +113,7 @@ def test_stage_times_its_block_and_an_error_in_it(name: str) -> None:
 
 def test_stage_buckets_reach_from_half_a_millisecond_to_ten_seconds() -> None:
     bounds = [
-        float(le)
-        for le in re.findall(r'stage_seconds_bucket{le="([^"]+)",stage="swap"}', metrics.scrape().decode())
+        float(le) for le in re.findall(r'stage_seconds_bucket{le="([^"]+)",stage="swap"}', metrics.scrape().decode())
     ]
     assert (bounds[0], bounds[-2], bounds[-1]) == (0.0005, 10, float("inf"))
 
@@ -127,9 +124,7 @@ def test_an_unknown_stage_is_a_mistake() -> None:
 
 
 def test_resident_sets_the_gauges() -> None:
-    metrics.resident(
-        {"backbones": 1, "backbone_bytes": 13, "packed_bytes": 5, "materialised_bytes": 7, "hits": 9}
-    )
+    metrics.resident({"backbones": 1, "backbone_bytes": 13, "packed_bytes": 5, "materialised_bytes": 7, "hits": 9})
     names = ("backbones", "backbone_bytes", "packed_bytes", "materialised_bytes")
     assert [now(name) for name in names] == [1, 13, 5, 7]
 

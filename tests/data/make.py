@@ -16,9 +16,7 @@ def contact_sheet(name: str, stem: str) -> None:
     images, labels = arrays(name, "test")
     first = np.asarray(images[: COLUMNS * ROWS])
     side = first.shape[1]
-    grid = (
-        first.reshape(ROWS, COLUMNS, side, side, -1).swapaxes(1, 2).reshape(ROWS * side, COLUMNS * side, -1)
-    )
+    grid = first.reshape(ROWS, COLUMNS, side, side, -1).swapaxes(1, 2).reshape(ROWS * side, COLUMNS * side, -1)
     Image.fromarray(grid.squeeze()).save(HERE / f"{stem}.png", optimize=True)
     sample = {"labels": labels[: COLUMNS * ROWS].tolist(), "names": CLASSES[name]}
     (HERE / f"{stem}.json").write_text(json.dumps(sample) + "\n")

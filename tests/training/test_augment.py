@@ -22,12 +22,8 @@ HALF = (0.5, 0.5, 0.5)
 def batch() -> Tensor:
     """16 CIFAR-10 photos at 72 px, uint8 [16, 3, 72, 72]."""
     sheet = Image.open(Path(__file__).parents[1] / "data/cifar10.png")
-    photos = [
-        sheet.crop((32 * i, 0, 32 * i + 32, 32)).resize((72, 72), Image.Resampling.BICUBIC) for i in range(16)
-    ]
-    return (
-        torch.from_numpy(np.stack([np.asarray(photo) for photo in photos])).permute(0, 3, 1, 2).contiguous()
-    )
+    photos = [sheet.crop((32 * i, 0, 32 * i + 32, 32)).resize((72, 72), Image.Resampling.BICUBIC) for i in range(16)]
+    return torch.from_numpy(np.stack([np.asarray(photo) for photo in photos])).permute(0, 3, 1, 2).contiguous()
 
 
 @pytest.fixture
@@ -87,9 +83,7 @@ def test_crop_is_torchvisions(pixels: Tensor, side: int) -> None:
         for x, b in zip(pixels, box, strict=True)
     ]
     theirs = [x.flip(-1) if f else x for x, f in zip(theirs, flip, strict=True)]
-    torch.testing.assert_close(
-        augment.resized_crop(pixels, side, box, flip), torch.stack(theirs), atol=2e-5, rtol=0
-    )
+    torch.testing.assert_close(augment.resized_crop(pixels, side, box, flip), torch.stack(theirs), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [(0.14, 1.0), (0.05, 0.14), (1.0, 1.0)])
@@ -136,9 +130,7 @@ def test_multi_crop_gives_every_crop_normalised_and_leaves_the_batch_alone(batch
 
 
 def test_same_generator_same_crops(batch: Tensor) -> None:
-    first, again, other = (
-        augment.multi_crop(batch, generator=generator(s), mean=HALF, std=HALF) for s in (1, 1, 2)
-    )
+    first, again, other = (augment.multi_crop(batch, generator=generator(s), mean=HALF, std=HALF) for s in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 

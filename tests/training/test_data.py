@@ -132,9 +132,7 @@ def test_folders_without_a_usable_image_are_errors(tmp_path: Path) -> None:
 
 def test_limit_is_balanced_seeded_and_only_grows(tmp_path: Path) -> None:
     names = (
-        [f"train/cat/{i:02}.png" for i in range(24)]
-        + [f"train/dog/{i:02}.png" for i in range(6)]
-        + ["test/cat/0.png"]
+        [f"train/cat/{i:02}.png" for i in range(24)] + [f"train/dog/{i:02}.png" for i in range(6)] + ["test/cat/0.png"]
     )
     folder = put(tmp_path, names)
     small, large = data.load(folder, "train", 8), data.load(folder, "train", 20)
@@ -357,9 +355,7 @@ def test_cifar10_from_torchvisions_files(store: Path, monkeypatch: pytest.Monkey
     check_cifar10()
 
 
-def test_cifar10_from_the_npm_package_and_then_from_the_cache(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar10_from_the_npm_package_and_then_from_the_cache(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[tuple[str, ...]] = []
 
     def run(*command: str, cwd: Path) -> None:
@@ -398,17 +394,13 @@ def test_fashion_mnist_from_the_debian_package(store: Path, monkeypatch: pytest.
     assert commands[2] == ("dpkg", "-x", "dataset-fashion-mnist_1_all.deb", "package")
 
 
-def test_fashion_mnist_from_the_installed_debian_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fashion_mnist_from_the_installed_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SYSTEM", tmp_path)
     idx_fashion_mnist(tmp_path / sources.DEB_FOLDER, packed=True)
     check_fashion_mnist()
 
 
-def test_a_data_set_that_cannot_be_got_says_what_was_tried(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_that_cannot_be_got_says_what_was_tried(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("CASCADE_DATA", str(store))
     monkeypatch.setenv("PATH", "")
@@ -418,9 +410,7 @@ def test_a_data_set_that_cannot_be_got_says_what_was_tried(
         with pytest.raises(CascadeError) as caught:
             data.load(name, "train")
         message = str(caught.value)
-        assert message.startswith(
-            f"cannot get {name}: put torchvision's files into {store} or set CASCADE_DATA"
-        )
+        assert message.startswith(f"cannot get {name}: put torchvision's files into {store} or set CASCADE_DATA")
         assert "no route" in message and f"`{tool}` is not installed" in message and "\n" not in message
 
 

@@ -1,0 +1,55 @@
+"""A short measurement on this machine: ``cascade bench``. Ratios within one run, medians over interleaved rounds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from PIL import Image
+from rich.table import Table
+
+from cascade.bundle import read
+from cascade.engine import Engine, Options
+
+
+def table(path: Path, batch: int, rounds: int, weights: Path | None = None) -> Table:
+    """Milliseconds of a batch through the plain backbone, each mode, and of a swap; each over the plain pass.
+
+    Decoding is not in it; resizing is, in the modes. The images are noise, which costs what photos cost.
+    """
+    bundle = read(path)
+    engine = Engine(weights=weights)
+    engine.add(bundle)
+    executor = engine.executor(bundle)
+    size = bundle.preprocessing.size
+    pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise = (pixels.clamp(-2, 2) * 63 + 127).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(one) for one in noise]
+
+    def plain() -> None:
+        executor.swap(None)
+        executor.run(pixels)
+
+    def swap() -> None:
+        engine.residency.clear()
+        executor.swap(None)
+        executor.swap(bundle.dispatcher)
+
+    runs: dict[str, Callable[[], object]] = {"plain backbone": plain, "swap, not materialised": swap}
+    for mode in bundle.fusions:
+        options = Options(mode=mode, labels=0, neighbours=0)
+        runs[mode] = lambda options=options: engine.predict(images, options)  # type: ignore[misc]
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = perf_counter()
+            run()
+            times[name].append((perf_counter() - begin) * 1000)
+    base = median(times["plain backbone"])
+    out = Table("what", "ms (median)", "least", "most", "over plain", title=f"batch of {batch}, {rounds} rounds")
+    for name, ms in times.items():
+        out.add_row(name, f"{median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{median(ms) / base:.2f}")
+    return out

@@ -1,0 +1,163 @@
+"""The front door: ``cascade train | predict | serve | inspect | verify | evaluate | bench``.
+
+Every command imports what it needs when it runs, so that ``cascade --help`` answers at once.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from cascade import CascadeError, __version__
+
+app = typer.Typer(
+    help="One resident backbone, adapted per image by 1-bit masks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+F = TypeVar("F", bound=Callable[..., Any])
+BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder, e.g. model_store/demo/1.")]
+Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]
+
+
+def in_one_line(command: F) -> F:
+    """Errors meant for a person leave as one line on stderr and exit status 1."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except CascadeError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cascade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """One resident backbone, adapted per image by 1-bit masks."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train a cascade on a folder of images: [bold]cascade train photos/ --out model_store/photos/1[/]
+
+    All options: cascade train --help
+    """
+    from training.pipeline import command
+
+    command(context.args)
+
+
+@app.command()
+@in_one_line
+def predict(
+    sources: Annotated[list[Path], typer.Argument(help="Images, folders or globs.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/demo/1"),
+    mode: Annotated[str | None, typer.Option(help="dispatcher, conditional or unconditional.")] = None,
+    embedding: Annotated[bool, typer.Option(help="Write the embeddings, too.")] = False,
+    batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 64,
+    threads: Annotated[int, typer.Option(help="Decoding threads.", min=1)] = 2,
+    weights: Weights = None,
+) -> None:
+    """Predict offline: [bold]cascade predict photos/ --out predictions.parquet --bundle model_store/demo/1[/]"""
+    from rich.console import Console
+
+    from cascade.batch import bar, predict_files
+    from cascade.engine import Options, load
+
+    engine = load(bundle, weights=weights)
+    options = Options(mode=mode, embedding=embedding)
+    with bar("predicting") as progress:
+        summary = predict_files(engine, sources, out, options, batch=batch, threads=threads, progress=progress)
+    Console().print(f"{summary.rows} rows in {out}, {summary.images_per_second:.1f} images a second")
+    for kind, count in sorted(summary.errors.items()):
+        Console().print(f"  {count} with error {kind}")
+
+
+@app.command()
+@in_one_line
+def serve(
+    model_store: Annotated[Path, typer.Option(help="Folder of bundles, <name>/<version>.")] = Path("model_store"),
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the predictions.")] = 8080,
+    metrics_port: Annotated[int, typer.Option(help="Of /metrics.")] = 8082,
+    workers: Annotated[int, typer.Option(help="Processes, each with a backbone of its own.", min=1)] = 1,
+) -> None:
+    """Serve a model store with TorchServe: [bold]cascade serve --model-store model_store[/]"""
+    from handlers.torchserve.entrypoint import serve as run
+
+    run(model_store, host=host, port=port, metrics_port=metrics_port, workers=workers)
+
+
+@app.command()
+@in_one_line
+def inspect(bundle: BundlePath) -> None:
+    """Show a bundle's card: what it adapts, on what it was trained, and what it is worth."""
+    from cascade.bundle import read
+    from cascade.card import show
+
+    show(read(bundle))
+
+
+@app.command()
+@in_one_line
+def verify(bundle: BundlePath, weights: Weights = None) -> None:
+    """Check a bundle to the last byte, and against its backbone: format, checksums, fingerprint, shapes."""
+    from cascade import backbone
+    from cascade.bundle import check, read
+
+    found = read(bundle)
+    want = found.card.backbone
+    check(found, backbone.load(want.name, want.source, weights))
+    typer.echo(f"{bundle} is whole and fits {want.name} ({want.fingerprint[:12]})")
+
+
+@app.command()
+@in_one_line
+def evaluate(
+    bundle: BundlePath,
+    data: Annotated[str, typer.Argument(help="Folder with class folders, or cifar10, fashion-mnist.")],
+    limit: Annotated[int | None, typer.Option(help="Images at most.", min=1)] = None,
+    weights: Weights = None,
+) -> None:
+    """Measure a bundle's label accuracy on other images: [bold]cascade evaluate model_store/demo/1 cifar10[/]"""
+    from rich.console import Console
+
+    from training.accuracy import of_bundle
+
+    Console().print(of_bundle(bundle, data, limit, weights))
+
+
+@app.command()
+@in_one_line
+def bench(
+    bundle: BundlePath,
+    batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 7,
+    weights: Weights = None,
+) -> None:
+    """Time one pass in each mode against the plain backbone, and a swap, on this machine."""
+    from rich.console import Console
+
+    from cascade.bench import table
+
+    Console().print(table(bundle, batch, rounds, weights))
+
+
+if __name__ == "__main__":
+    sys.exit(app())

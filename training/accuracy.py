@@ -1,0 +1,49 @@
+"""Label accuracy of a finished bundle on other images: ``cascade evaluate``."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+from rich.table import Table
+
+from cascade.bundle import read
+from cascade.engine import Engine, Options
+from cascade.errors import CascadeError
+from cascade.prediction import Prediction
+from training import data
+
+BATCH = 64
+
+
+def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path | None = None) -> Table:
+    """Accuracy of head and nearest neighbours in every mode, on the held-out split of ``source``.
+
+    Raises:
+        CascadeError: the images have no class folders, or classes that the bundle does not know.
+    """
+    bundle = read(path)
+    images = data.load(source, "test", limit)
+    if images.labels is None or not set(images.classes) <= set(bundle.card.classes):
+        known = ", ".join(bundle.card.classes) or "none, it was trained without class folders"
+        raise CascadeError(f"{source} must have class folders that the bundle knows: {known}")
+    engine = Engine(weights=weights)
+    engine.add(bundle)
+    truth = np.array(images.classes)[images.labels]
+    table = Table("mode", "head", "nearest neighbours", title=f"accuracy in % on {len(images)} images")
+    for mode in bundle.fusions:
+        answers: list[Prediction] = []
+        for begin in track(range(0, len(images), BATCH), f"{mode:<14}"):
+            batch = [images.open(i) for i in range(begin, min(begin + BATCH, len(images)))]
+            answers += [a for a in engine.predict(batch, Options(mode=mode, labels=1)) if isinstance(a, Prediction)]
+        head = [a.labels[0].name == t for a, t in zip(answers, truth, strict=True) if a.labels]
+        near = [_vote(a) == t for a, t in zip(answers, truth, strict=True) if a.neighbours]
+        table.add_row(mode, *(f"{100 * float(np.mean(right)):.1f}" if right else "-" for right in (head, near)))
+    return table
+
+
+def _vote(answer: Prediction) -> str | None:
+    """The label with the most similarity among the neighbours, weighted as in the k-NN evaluation."""
+    votes: dict[str | None, float] = {}
+    for n in answer.neighbours:
+        votes[n.label] = votes.get(n.label, 0.0) + float(np.exp(n.similarity / 0.1))
+    return max(votes, key=votes.__getitem__)
