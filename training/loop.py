@@ -199,7 +199,7 @@ def fit(
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + cos(pi * progress))
             generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
             chosen = rows[next(order)]
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[chosen])).to(device)
+            batch = torch.from_numpy(pixels[chosen]).to(device)
             model.train()
             objective.before(progress)
             loss = objective.loss(model, batch, chosen, progress, generator)

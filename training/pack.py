@@ -3,7 +3,6 @@
 python -m training.pack --run runs/cifar --out model_store/cifar/1
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard, wri
 from cascade.fusion import Mode
 from cascade.heads import Bank, Linear
 from cascade.masks import Mask, density, difference
-from cascade.ood import OutOfDomain
 from cascade.router import KINDS, Calibration, Router
 from training.clusters import CLUSTERS, SUMMARY
 from training.evaluate import Features, collect, fit_probe, fusions
 from training.loop import under
-from training.run import Run, Watch, main, parser, resume
+from training.run import Run, Watch, main, parser, read_json, resume
 
 
 def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> Path:
@@ -31,8 +29,7 @@ def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> 
     fitted = fusions(run, features)
     labels = run.images.labels
     masks = (run.dispatcher, *run.experts)
-    summary = json.loads((run.folder / SUMMARY).read_text())
-    ood = under(load_file(run.folder / CLUSTERS), "ood.")
+    summary = read_json(run.folder / SUMMARY)
     bundle = Bundle(
         name=out.parent.name,
         version=out.name,
@@ -42,7 +39,7 @@ def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> 
         experts=masks[1:],
         router=router_of(run),
         calibration=Calibration(summary["slope"], summary["intercept"]) if summary else Calibration(),
-        ood=OutOfDomain(**ood),
+        ood=ood_of(run),
         fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
         linear={} if labels is None else {m: _linear(e, torch.from_numpy(labels)) for m, (_, e) in fitted.items()},
         banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
@@ -56,6 +53,11 @@ def router_of(run: Run) -> Router | None:
         return None
     kind = next(k for k in KINDS if k.kind == run.recipe.router)
     return kind(**under(load_file(run.folder / CLUSTERS), "router."))
+
+
+def ood_of(run: Run) -> OutOfDomain:
+    """The out-of-domain score that was fitted in this run."""
+    return OutOfDomain(**under(load_file(run.folder / CLUSTERS), "ood."))
 
 
 def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]) -> Card:
@@ -126,7 +128,7 @@ if __name__ == "__main__":
     def stage(watch: Watch) -> None:
         run = resume(options.run, watch)
         path = run.folder / "evaluation.json"
-        accuracy = json.loads(path.read_text()) if path.exists() else {}
+        accuracy = read_json(path) if path.exists() else {}
         watch.say(f"wrote {train(run, collect(run), accuracy, options.out)}")
 
     main(stage)

@@ -162,6 +162,11 @@ def write_json(path: Path, value: Any) -> None:
     sync_folder(path.parent)
 
 
+def read_json(path: Path) -> Any:
+    """What a stage has left as JSON."""
+    return json.loads(path.read_text())
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write beside, sync, rename."""
     temporary = path.with_suffix(".tmp")

@@ -60,7 +60,7 @@ def _store_group(
     def features(first: int) -> np.ndarray:
         """Rows ``first`` to the end of its batch; a batch never spans two draws, so that resuming changes nothing."""
         begin = first % len(pixels) // BATCH * BATCH
-        batch = torch.from_numpy(np.ascontiguousarray(pixels[begin : begin + BATCH])).to(device)
+        batch = torch.from_numpy(pixels[begin : begin + BATCH].copy()).to(device)
         generator = torch.Generator().manual_seed((first // len(pixels) << 32) + (begin << 8) + side)
         p = preprocessing
         views = multi_crop(batch, (crop,), generator=generator, mean=p.mean, std=p.std, blur=blur)
