@@ -17,6 +17,7 @@ from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard, wri
 from cascade.fusion import Mode
 from cascade.heads import Bank, Linear
 from cascade.masks import Mask, density, difference
+from cascade.ood import OutOfDomain
 from cascade.router import KINDS, Calibration, Router
 from training.clusters import CLUSTERS, SUMMARY
 from training.evaluate import Features, collect, fit_probe, fusions
