@@ -134,8 +134,10 @@ def mask_backbone(
         below: the mask whose weights and statistics the frozen stages before ``start`` have.
     """
     model = deepcopy(backbone.model)
+    _write(backbone, model, backbone.flat, 0, backbone.norms)  # the copy may have come with an executor's mask
     if below is not None:
-        _bake(backbone, below, model, start)
+        first, stop = backbone.offset(below.start), backbone.offset(start)
+        _write(backbone, model, masks.apply(backbone, below)[: max(0, stop - first)], first, below.norms)
     row = stages(model)
     rows = _row_blocks([s for s in backbone.segments if s.stage >= start])
     for name, count in rows.items():
@@ -163,23 +165,18 @@ def to_mask(
     return Mask(name, start, bits.cpu(), moved)
 
 
-def _bake(backbone: Backbone, mask: Mask, model: nn.Module, stop: int) -> None:
-    """Write a mask's weights and statistics into the stages [mask.start, stop) of ``model``."""
-    first, end = backbone.offset(mask.start), backbone.offset(stop)
-    flat = masks.apply(backbone, mask)
-    copy = dict(model.named_parameters())
+def _write(backbone: Backbone, model: nn.Module, flat: Tensor, first: int, norms: Mapping[str, Tensor]) -> None:
+    """Write maskable weights, a flat tensor that begins at offset ``first``, and statistics into ``model``."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     begin: dict[str, int] = {}
     for segment in backbone.segments:
-        begin.setdefault(segment.parameter, segment.offset)
-    with torch.no_grad():
-        for name, offset in begin.items():
-            if first <= offset < end:
-                parameter = copy[name]
-                fresh = flat[offset - first : offset - first + parameter.numel()].view_as(parameter)
-                parameter.data = fresh.clone()
-        buffers = dict(model.named_buffers())
-        for name, tensor in mask.norms.items():
-            buffers[name].copy_(tensor)
+        begin.setdefault(segment.parameter, segment.offset - first)
+    for name, offset in begin.items():
+        parameter = parameters[name]
+        if 0 <= offset < len(flat):
+            parameter.data = flat[offset : offset + parameter.numel()].view_as(parameter).clone()
+    for name, tensor in norms.items():
+        buffers[name].copy_(tensor)
 
 
 def _row_blocks(segments: list[Segment]) -> dict[str, int]:
