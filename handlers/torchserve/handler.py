@@ -1,0 +1,116 @@
+"""What TorchServe's worker runs: requests in, one engine call for the whole batch, JSON text out.
+
+TorchServe 0.12 fails the whole batch when a handler raises, so whatever is wrong with one request becomes
+that request's own status and error body. It also demands exactly one class in this module.
+"""
+
+import base64
+import binascii
+import fcntl
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.engine import Engine, ItemError, Options
+from cascade.registry import load_store
+
+PREFIX = "x-cascade-"
+OPTIONS = ("bundle", "version", "mode", "fields")
+FIELDS = ("labels", "neighbours", "embedding")
+STOPPING = ItemError(503, "stopping", "the server is stopping: send the request again, to another replica")
+
+
+class CascadeHandler:
+    """One engine with every bundle of the model store, over one resident backbone."""
+
+    def initialize(self, context: Any) -> None:
+        """Load the model store that the `cascade` part of model-config.yaml names.
+
+        A bundle that cannot be used is left out, and the log says why. Raises CascadeError if none is left.
+        """
+        settings = context.model_yaml_config["cascade"]
+        torch.set_num_threads(settings["threads"])
+        self.gate = Path(settings["gate"])
+        self.engine = Engine(budget_bytes=settings["budget_bytes"], device=settings["device"])
+        refusals = load_store(self.engine, Path(settings["model_store"]))
+        _log_to_stderr()
+        for refusal in refusals:
+            logging.error("refused %s: %s", refusal.path, refusal.reason)
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """A JSON text and a status for each request of a batch, in order; never raises for one of them."""
+        try:
+            gate = self.gate.open()
+        except FileNotFoundError:  # the entrypoint took it away: no new work, see Server.drain
+            answers: list[Any] = [STOPPING] * len(data)
+        else:
+            with gate:
+                fcntl.flock(gate, fcntl.LOCK_SH)
+                answers = self.predict([parse(item, context.get_all_request_header(i)) for i, item in enumerate(data)])
+        for i, answer in enumerate(answers):
+            context.set_response_content_type(i, "application/json")
+            if isinstance(answer, ItemError):
+                context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
+        return [json.dumps(answer.to_json(), separators=(",", ":"), allow_nan=False) for answer in answers]
+
+    def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:
+        """One engine call for the requests that could be read; the errors of the others keep their places."""
+        readable = [request for request in requests if not isinstance(request, ItemError)]
+        answers = iter(self.engine.predict(*map(list, zip(*readable, strict=True))) if readable else ())
+        return [request if isinstance(request, ItemError) else next(answers) for request in requests]
+
+
+def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
+    """The image's bytes and the options of one request.
+
+    Args:
+        item: what TorchServe makes of the body: one value (raw, or the one part of a form), or none.
+        headers: as sent, names in the client's case; and for the body's name a dict with its content-type.
+    """
+    if len(item) > 1:
+        return ItemError(400, "bad_request", f"send one image a request, not {len(item)} form parts")
+    name, body = next(iter(item.items()), ("body", b""))
+    body = body.encode() if isinstance(body, str) else bytes(body)
+    options = {k.lower()[len(PREFIX) :]: v for k, v in headers.items() if k.lower().startswith(PREFIX)}
+    if "json" in headers.get(name, {}).get("content-type", "").lower():
+        try:
+            options = options | json.loads(body)  # a TypeError for all but an object
+            body = base64.b64decode(options.pop("image"), validate=True)
+        except (ValueError, TypeError, KeyError, RecursionError, binascii.Error):
+            return ItemError(400, "bad_request", 'a JSON body is an object with "image", the image\'s bytes in base64')
+    return _options(body, options)
+
+
+def _options(body: bytes, given: dict[str, Any]) -> tuple[bytes, Options] | ItemError:
+    """Only names and types are checked: whether a bundle, version or mode exists is for the engine to say."""
+    if unknown := sorted(set(given) - set(OPTIONS)):
+        return ItemError(400, "unknown_option", f"unknown option {unknown[0]!r}: there are {', '.join(OPTIONS)}")
+    fields = given.pop("fields", ["labels", "neighbours"])
+    if isinstance(fields, str):
+        fields = [field.strip() for field in fields.split(",") if field.strip()]
+    for name, value in given.items():
+        if not isinstance(value, str):
+            return ItemError(400, "bad_option", f"option {name!r} takes a text")
+    if not isinstance(fields, list) or not set(map(str, fields)) <= set(FIELDS):
+        return ItemError(400, "bad_option", f"option 'fields' takes some of {', '.join(FIELDS)}")
+    counts = [5 if name in fields else 0 for name in ("labels", "neighbours")]
+    wish = Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
+    return body, wish
+
+
+def _log_to_stderr() -> None:
+    """TorchServe's worker logs a line a request to stdout; from here on only warnings, and to stderr.
+
+    Java takes what a worker writes to stderr for a warning, and log4j2.xml shows warnings to who serves.
+    """
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    for handler in root.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)

@@ -1,0 +1,179 @@
+"""Real servers as processes of their own, each watched until nothing of it is left."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import cascade
+from cascade.engine import Engine
+from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
+
+ROOT = Path(__file__).parents[2]
+CLIENT = httpx.Client(trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None))
+SERVE = """
+import json, sys
+from pathlib import Path
+from cascade.errors import CascadeError
+from handlers.torchserve.entrypoint import serve
+try:
+    serve(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+except CascadeError as e:
+    sys.exit(f"error: {e}")
+"""
+
+
+class NotStarted(AssertionError):
+    """With all that the server said on stderr."""
+
+
+@dataclass
+class Running:
+    """A server process, started and ready."""
+
+    url: str
+    metrics_url: str
+    management_url: str
+    process: "subprocess.Popen[str]"
+    folder: Path
+    """Its TMPDIR: whatever it writes lies there."""
+
+    def processes(self) -> list[int]:
+        """Every living process that was started with our TMPDIR, orphans among them."""
+        mark = f"TMPDIR={self.folder}".encode()
+        found = []
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # of somebody else, or gone in the meantime; a zombie's is empty
+                if mark in environment.read_bytes():
+                    found.append(int(environment.parent.name))
+        return found
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses on which they take connections: the IP as the kernel writes it, and the port."""
+        sockets = set()
+        for pid in self.processes():
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    sockets.add(os.readlink(link))
+        found = set()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            for row in Path(table).read_text().splitlines()[1:]:
+                _, local, _, state, *rest = row.split()
+                if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                    ip, port = local.split(":")
+                    found.add((ip, int(port, 16)))
+        return found
+
+    def end(self, number: int, within: float = 30) -> int:
+        """Send the signal and wait for the end; gives the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(within)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample, as `name{label=value,...}` with the labels in order."""
+        text = CLIENT.get(self.metrics_url).raise_for_status().text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return {
+            name + (f"{{{','.join(f'{k}={v}' for k, v in sorted(labels.items()))}}}" if labels else ""): value
+            for name, labels, value, *_ in samples
+        }
+
+
+@contextmanager
+def serving(store: Path, host: str = LOOPBACK, **options: object) -> Iterator[Running]:
+    """Run `serve` until the block ends; then nothing of it may be left, neither process nor file."""
+    port, metrics_port, management_port = claim_ports((host, 0), (host, 0), (LOOPBACK, 0))
+    ports = {"port": port, "metrics_port": metrics_port, "management_port": management_port}
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))  # short: sockets lie in it
+    command = [sys.executable, "-c", SERVE, str(store), json.dumps(options | ports | {"host": host})]
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": str(folder), "PATH": "/usr/bin:/bin"},
+        )
+    server = Running(
+        f"http://{LOOPBACK}:{port}/predictions/cascade",
+        f"http://{LOOPBACK}:{metrics_port}/metrics",
+        f"http://{LOOPBACK}:{management_port}/models/cascade",
+        process,
+        folder,
+    )
+    assert process.stdout is not None
+    try:
+        if not process.stdout.readline().startswith("ready"):
+            raise NotStarted((folder / "stderr").read_text())
+        yield server
+        if process.poll() is None:
+            assert server.end(signal.SIGTERM) == 0, (folder / "stderr").read_text()
+        left = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.processes()]
+        files = [path.name for path in folder.iterdir() if path.name != "stderr"]
+        assert (left, files) == ([], [])
+    finally:
+        for pid in server.processes():
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def engine(bundle_path: Path) -> Engine:
+    """The same bundle without a server, to compare with."""
+    return cascade.load(bundle_path)
+
+
+@pytest.fixture(scope="session")
+def store(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two good bundles, `one` and `two`, and one with a flipped byte, `broken`."""
+    store = tmp_path_factory.mktemp("store")
+    for name in ("one", "two", "broken"):
+        shutil.copytree(bundle_path, store / name / "1")
+    largest = max((store / "broken" / "1").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    return store
+
+
+@pytest.fixture(scope="session")
+def backbone_bytes(bundle_path: Path) -> int:
+    """One resident copy."""
+    return cascade.load(bundle_path).stats()["backbone_bytes"]
+
+
+@pytest.fixture(scope="session")
+def one_mask(engine: Engine, photos: list[bytes]) -> int:
+    """Bytes of one materialised mask, the dispatcher's: the smallest budget that works."""
+    engine.predict(photos[:1], cascade.Options(mode="dispatcher"))
+    return engine.stats()["materialised_bytes"]
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[bytes]:
+    """Ten CIFAR-10 test images as PNG files."""
+    return [path.read_bytes() for path in sorted((ROOT / "tests" / "data" / "photos").glob("*.png"))]
+
+
+@pytest.fixture(scope="session")
+def server(store: Path, one_mask: int) -> Iterator[Running]:
+    """One server for the session, with room for a single materialised mask."""
+    start = time.perf_counter()
+    with serving(store, budget_bytes=one_mask) as running:
+        print(f"TorchServe was ready after {time.perf_counter() - start:.1f} s")
+        yield running

@@ -1,0 +1,349 @@
+"""The whole way over HTTP, through a real TorchServe."""
+
+import base64
+import io
+import json
+import random
+import shutil
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+import cascade
+from cascade.engine import Engine, Prediction
+from cascade.images import LIMITS
+from tests.e2e.conftest import CLIENT, NotStarted, Running, serving
+
+pytestmark = pytest.mark.e2e
+
+
+def post(server: Running, body: bytes, **headers: str) -> httpx.Response:
+    """One request; `X_Cascade_Mode="dispatcher"` and so on are headers."""
+    named = {"Content-Type": "image/png"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return CLIENT.post(server.url, content=body, headers=named)
+
+
+def answer(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/json"
+    return dict(response.json())
+
+
+def error(response: httpx.Response) -> tuple[int, str]:
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()["error"]
+    assert body["status"] == response.status_code
+    assert body["message"] and "\n" not in body["message"]
+    return response.status_code, body["kind"]
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Equal in everything that is said, numbers to float tolerance."""
+    if a.keys() != b.keys():
+        return False
+    pairs = [(a[key], b[key]) for key in a]
+    return all(
+        same_list(x, y) if isinstance(x, list) else abs(x - y) < 1e-3 if isinstance(x, float) else x == y
+        for x, y in pairs
+    )
+
+
+def same_list(a: list[Any], b: list[Any]) -> bool:
+    if len(a) != len(b):
+        return False
+    if a and isinstance(a[0], dict):
+        return all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b if a and isinstance(a[0], str) else bool(np.allclose(a, b, atol=1e-3))
+
+
+def encoded(image: Image.Image, kind: str, size: tuple[int, int] | None = None) -> bytes:
+    """The image as a file, at another size if one is given."""
+    out = io.BytesIO()
+    (image.resize(size) if size else image).save(out, kind)
+    return out.getvalue()
+
+
+def test_ready_means_that_every_worker_answers(server: Running, photos: list[bytes]) -> None:
+    (model,) = CLIENT.get(server.management_url).json()
+    assert [worker["status"] for worker in model["workers"]] == ["READY"]
+    assert answer(post(server, photos[0], X_Cascade_Bundle="one"))["bundle"] == "one"
+
+
+def test_answer_is_the_engines(server: Running, engine: Engine, photos: list[bytes]) -> None:
+    for mode in ("dispatcher", "conditional", "unconditional"):
+        (expected,) = engine.predict(photos[:1], cascade.Options(mode=mode, embedding=True))
+        assert isinstance(expected, Prediction)
+        fields = "labels,neighbours,embedding"
+        response = post(server, photos[0], X_Cascade_Bundle="two", X_Cascade_Mode=mode, X_Cascade_Fields=fields)
+        assert same(answer(response), json.loads(json.dumps(expected.to_json())) | {"bundle": "two"})
+
+
+def test_raw_bodies_json_and_forms(server: Running, photos: list[bytes], cifar: list[Image.Image]) -> None:
+    lone = answer(post(server, photos[0], X_Cascade_Bundle="one"))
+    raw = post(server, photos[0], Content_Type="application/octet-stream", X_Cascade_Bundle="one")
+    assert same(answer(raw), lone)
+    for kind in ("jpeg", "webp"):
+        body = encoded(cifar[0], kind)
+        assert answer(post(server, body, Content_Type=f"image/{kind}", x_cascade_bundle="one"))["bundle"] == "one"
+    document = {"image": base64.b64encode(photos[0]).decode(), "bundle": "one", "version": "1"}
+    assert same(answer(CLIENT.post(server.url, json=document)), lone)
+    form = CLIENT.post(server.url, files={"photo": photos[0]}, headers={"X-Cascade-Bundle": "one"})
+    assert same(answer(form), lone)
+
+
+def test_fields_choose_what_is_answered(server: Running, photos: list[bytes]) -> None:
+    whole = answer(post(server, photos[0], X_Cascade_Bundle="one"))
+    assert whole["neighbours"] and "embedding" not in whole
+    bare = answer(post(server, photos[0], X_Cascade_Bundle="one", X_Cascade_Fields="embedding"))
+    assert bare["labels"] == bare["neighbours"] == []
+    assert np.isfinite(bare["embedding"]).all() and len(bare["embedding"]) > 1
+    assert same({key: bare[key] for key in ("cluster", "masks")}, {key: whole[key] for key in ("cluster", "masks")})
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"X_Cascade_Bundle": "three"}, (404, "unknown_bundle")),
+        ({"X_Cascade_Bundle": "broken"}, (404, "unknown_bundle")),
+        ({"X_Cascade_Bundle": "../one"}, (404, "unknown_bundle")),
+        ({"X_Cascade_Bundle": "one", "X_Cascade_Version": "2"}, (404, "unknown_version")),
+        ({"X_Cascade_Bundle": "one", "X_Cascade_Mode": "best"}, (400, "unknown_mode")),
+        ({"X_Cascade_Bundle": "one", "X_Cascade_Fields": "labels,masks"}, (400, "bad_option")),
+        ({"X_Cascade_Bundle": "one", "X_Cascade_Colour": "red"}, (400, "unknown_option")),
+        ({}, (400, "bundle_missing")),
+    ],
+)
+def test_wrong_options(
+    server: Running, photos: list[bytes], headers: dict[str, str], expected: tuple[int, str]
+) -> None:
+    assert error(post(server, photos[0], **headers)) == expected
+
+
+def test_wrong_bodies(server: Running, photos: list[bytes], cifar: list[Image.Image]) -> None:
+    def ask(body: bytes, kind: str = "image/png") -> tuple[int, str]:
+        return error(post(server, body, Content_Type=kind, X_Cascade_Bundle="one"))
+
+    assert ask(b"hello") == (400, "not_an_image")
+    assert ask(b"") == (400, "empty")
+    assert ask(photos[0][: len(photos[0]) // 2]) == (400, "truncated")
+    assert ask(b"{", "application/json") == (400, "bad_request")
+    assert ask(b'{"image": "%%%"}', "application/json") == (400, "bad_request")
+    assert ask(encoded(cifar[0], "png", (20_000, 200))) == (413, "too_wide")
+    assert ask(photos[0] + bytes(LIMITS.max_bytes)) == (413, "too_large")
+    beyond = post(server, bytes(2 * LIMITS.max_bytes), X_Cascade_Bundle="one")
+    assert (beyond.status_code, beyond.content) == (413, b""), "TorchServe's own answer"
+    assert post(server, photos[0], X_Cascade_Bundle="one").status_code == 200
+
+
+def test_one_bad_image_in_a_batch_of_eight(server: Running, photos: list[bytes], cifar: list[Image.Image]) -> None:
+    """A large image keeps the worker busy while eight requests queue up, so that they become one batch."""
+    busy = encoded(cifar[0], "jpeg", (6000, 6000))
+    bodies = [b"not an image" if i == 3 else photos[i] for i in range(8)]
+    batches = []
+    for _ in range(5):
+        before = server.metrics()
+        with ThreadPoolExecutor(9) as pool:
+            first = pool.submit(post, server, busy, X_Cascade_Bundle="one")
+            time.sleep(0.1)
+            eight = list(pool.map(lambda body: post(server, body, X_Cascade_Bundle="one"), bodies))
+        assert first.result().status_code == 200
+        assert [response.status_code for response in eight] == [200] * 3 + [400] + [200] * 4
+        assert error(eight[3]) == (400, "not_an_image")
+        after = server.metrics()
+        changes = {
+            name: after[name] - before[name] for name in ("cascade_batch_images_sum", "cascade_batch_images_count")
+        }
+        batches.append(tuple(changes.values()))
+        if batches[-1] == (9, 2):
+            return
+    pytest.fail(f"never eight in a batch: (images, batches) were {batches}")
+
+
+def test_interleaved_requests_swap_masks_over_one_backbone(
+    server: Running, engine: Engine, cifar: list[Image.Image], backbone_bytes: int, one_mask: int
+) -> None:
+    """Two bundles, every cluster and mode, eight clients: each answer is the lone request's."""
+    some = cifar[:100]
+    clusters: dict[int, list[bytes]] = {}
+    for image, prediction in zip(some, engine.predict(some), strict=True):
+        assert isinstance(prediction, Prediction)
+        clusters.setdefault(prediction.cluster, []).append(encoded(image, "png"))
+    assert len(clusters) >= 2
+    asked = [
+        (
+            image,
+            {
+                "X_Cascade_Bundle": bundle,
+                "X_Cascade_Mode": mode,
+                "X_Cascade_Fields": "labels,neighbours,embedding",
+            },
+        )
+        for images in clusters.values()
+        for image in images[:2]
+        for bundle in ("one", "two")
+        for mode in ("conditional", "dispatcher", "unconditional")
+    ]
+    lone = [answer(post(server, image, **headers)) for image, headers in asked]
+    order = random.Random(0).sample(range(len(asked)), len(asked))
+
+    before = server.metrics()
+    scrapes: list[dict[str, float]] = []
+    done = threading.Event()
+
+    def scrape() -> None:
+        while not done.is_set():
+            scrapes.append(server.metrics())
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: answer(post(server, asked[i][0], **asked[i][1])), order))
+    done.set()
+    scraper.join()
+    after = server.metrics()
+
+    assert all(same(got, lone[i]) for i, got in zip(order, answers, strict=True))
+    assert {got["cluster"] for got in answers} == set(clusters)
+    experts = {mask for got in answers for mask in got["masks"]} - {"dispatcher"}
+    assert len(experts) >= len(clusters)
+
+    def grown(name: str) -> float:
+        return after[name] - before[name]
+
+    assert grown("cascade_mask_misses_total") > len(clusters), "masks were swapped"
+    assert grown("cascade_mask_evictions_total") == grown("cascade_mask_misses_total"), "room for a single one"
+    counted = Counter((got["bundle"], got["cluster"]) for got in answers)
+    for (bundle, cluster), count in counted.items():
+        assert grown(f"cascade_requests_total{{bundle={bundle},cluster={cluster},status=200}}") == count
+    assert len(scrapes) >= 2
+    for earlier, later in zip(scrapes, scrapes[1:], strict=False):
+        assert earlier["cascade_mask_misses_total"] <= later["cascade_mask_misses_total"]
+    for seen in [*scrapes, after]:
+        assert seen["cascade_backbones"] == 1
+        assert seen["cascade_materialised_bytes"] <= one_mask
+    assert after["cascade_backbone_bytes"] == backbone_bytes
+    a_further_bundle = after["cascade_packed_bytes"] / 2
+    assert 0 < a_further_bundle < backbone_bytes / 2
+    assert after["cascade_bundle_refused{bundle=broken}"] == 1
+
+
+def test_a_lone_request_waits_for_nobody(server: Running, engine: Engine, photos: list[bytes]) -> None:
+    """What HTTP, TorchServe and its batching add to the engine's time stays far below a fixed batch delay."""
+
+    def median(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(40):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[10:])
+
+    options = cascade.Options(mode="dispatcher")
+    bare = median(lambda: engine.predict(photos[:1], options))
+    headers = {"X-Cascade-Bundle": "one", "X-Cascade-Mode": "dispatcher"}
+    over_http = median(lambda: CLIENT.post(server.url, content=photos[0], headers=headers).raise_for_status())
+    print(f"lone request: engine {1000 * bare:.1f} ms, over TorchServe {1000 * over_http:.1f} ms")
+    assert over_http - bare < 0.05
+
+
+def test_nothing_but_predictions_and_metrics_listens_outside(store: Path) -> None:
+    """The widest that it can be opened."""
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    with serving(store, host="0.0.0.0") as server:
+        listening = server.listening()
+    predictions, metrics, management = (
+        httpx.URL(url).port for url in (server.url, server.metrics_url, server.management_url)
+    )
+    assert {port for ip, port in listening if ip not in loopback} == {predictions, metrics}
+    inside = {port for ip, port in listening if ip in loopback}
+    assert management in inside and len(inside) == 3, "management, and gRPC's two"
+
+
+def test_sigterm_under_load(store: Path, photos: list[bytes]) -> None:
+    """Requests sent before are answered, later ones refused; exit 0, no process, no file (see `serving`)."""
+    with serving(store) as server:
+        told, outcomes = threading.Event(), list[tuple[bool, int]]()
+
+        def client(image: bytes) -> None:
+            while True:
+                late = told.is_set()
+                try:
+                    status = post(server, image, X_Cascade_Bundle="one").status_code
+                except httpx.TransportError:
+                    status = 0
+                outcomes.append((late, status))
+                if status != 200:
+                    return
+
+        with ThreadPoolExecutor(16) as pool:
+            for image in (photos * 2)[:16]:
+                pool.submit(client, image)
+            time.sleep(1)
+            told.set()
+            time.sleep(0.3)  # by now every request that calls itself early is on the wire
+            start = time.monotonic()
+            assert server.end(signal.SIGTERM) == 0
+            assert time.monotonic() - start < 15
+    early = Counter(status for late, status in outcomes if not late)
+    assert early.keys() == {200} and early[200] > 16
+    assert {status for late, status in outcomes if late} <= {200, 503, 0}
+
+
+def test_a_killed_entrypoint_takes_everything_with_it(store: Path) -> None:
+    with serving(store) as server:
+        assert len(server.processes()) == 3, "the entrypoint, Java, a worker"
+        server.end(signal.SIGKILL)
+        end = time.monotonic() + 10
+        while server.processes() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert server.processes() == []
+        for left in server.folder.glob("cascade-*"):  # the one thing that SIGKILL leaves
+            shutil.rmtree(left)
+
+
+def test_no_url_is_ever_fetched(server: Running) -> None:
+    """TorchServe 0.12 as it comes fetches any URL through its workflow API, even with the model API off."""
+    hits: list[str] = []
+
+    class Bait(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            hits.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Bait) as bait:
+        threading.Thread(target=bait.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{bait.server_port}/evil.war"
+        CLIENT.get(url)
+        assert hits == ["/evil.war"], "the bait works"
+        for base in (server.url, server.management_url):
+            root = httpx.URL(base).copy_with(path="/")
+            for path in ("workflows", "models"):
+                for given in (url, "file:///etc/passwd"):
+                    status = CLIENT.post(root.join(path), params={"url": given}).status_code
+                    assert 400 <= status < 500
+        bait.shutdown()
+    assert hits == ["/evil.war"]
+
+
+def test_store_without_a_usable_bundle_is_one_line(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store / "broken", tmp_path / "broken")
+    with pytest.raises(NotStarted) as e, serving(tmp_path):
+        pass
+    (line,) = str(e.value).splitlines()
+    assert line.startswith("error: ") and str(tmp_path / "broken" / "1") in line

@@ -1,0 +1,214 @@
+"""The handler over TorchServe's own Context, with a stand-in for the engine (tests/e2e has the real one)."""
+
+import base64
+import inspect
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ts.context import Context, RequestProcessor
+from ts.utils.util import list_classes_from_module
+
+from cascade.engine import ItemError, Options, Prediction
+from handlers.torchserve import handler
+from handlers.torchserve.handler import CascadeHandler, parse
+
+PHOTO = Path(__file__).parents[1].joinpath("data/photos/cat-0000.png").read_bytes()
+
+
+class Engine:
+    """Answers with the number of images in the batch as the cluster; the image b"bad" is an error."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Options]] = []
+
+    def predict(self, images: list[bytes], options: list[Options]) -> list[Prediction | ItemError]:
+        self.calls.append(options)
+        bad = ItemError(400, "not_an_image", "this is not an image")
+        good = Prediction("demo", "1", "conditional", len(images), 0.5, 0.5, ("dispatcher", "expert-1"))
+        return [bad if image == b"bad" else good for image in images]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> CascadeHandler:
+    served = CascadeHandler()
+    served.engine = Engine()  # type: ignore[assignment]
+    served.gate = tmp_path / "gate"
+    served.gate.touch()
+    return served
+
+
+def batch(*requests: tuple[bytes, dict[str, Any]]) -> tuple[list[dict[str, Any]], Context]:
+    """What TorchServe 0.12 hands to a handler for raw bodies."""
+    context = Context("cascade", None, None, 8, None, "0.12.0")
+    context.request_processor = [
+        RequestProcessor({"body": {"content-type": headers.get("Content-Type", "image/png")}} | headers)
+        for _, headers in requests
+    ]
+    return [{"body": bytearray(body)} if body else {} for body, _ in requests], context
+
+
+def ask(body: bytes, content_type: str = "image/png", **headers: Any) -> tuple[bytes, Options] | ItemError:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return parse({"body": bytearray(body)}, {"body": {"content-type": content_type}} | named)
+
+
+def error(answer: tuple[bytes, Options] | ItemError) -> tuple[int, str]:
+    assert isinstance(answer, ItemError)
+    assert "\n" not in answer.message
+    return answer.status, answer.kind
+
+
+def test_torchserve_accepts_the_module() -> None:
+    assert list_classes_from_module(handler) == [CascadeHandler]
+    assert CascadeHandler.__mro__ == (CascadeHandler, object)
+    assert list(inspect.signature(CascadeHandler).parameters) == []
+
+
+def test_raw_body_with_headers_in_any_case() -> None:
+    assert ask(PHOTO) == (PHOTO, Options())
+    headers = {"X-CASCADE-BUNDLE": "birds", "x_cascade_version": "2", "X_Cascade_Mode": "dispatcher"}
+    assert ask(PHOTO, **headers) == (PHOTO, Options("birds", "2", "dispatcher"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ("labels", Options(neighbours=0)),
+        ("Labels , embedding", None),
+        ("labels , embedding,", Options(neighbours=0, embedding=True)),
+        ("neighbours,labels,embedding", Options(embedding=True)),
+        ("", Options(labels=0, neighbours=0)),
+        ("labels,masks", None),
+    ],
+)
+def test_fields(fields: str, options: Options | None) -> None:
+    answer = ask(PHOTO, X_Cascade_Fields=fields)
+    assert error(answer) == (400, "bad_option") if options is None else answer == (PHOTO, options)
+
+
+def test_json_body() -> None:
+    image = base64.b64encode(PHOTO).decode()
+    document = {"image": image, "bundle": "birds", "fields": ["embedding"]}
+    body = json.dumps(document).encode()
+    wanted = (PHOTO, Options("birds", embedding=True, labels=0, neighbours=0))
+    assert ask(body, "application/json") == wanted
+    assert ask(body, "application/json; charset=utf-8") == wanted
+    assert ask(body, "application/json", X_Cascade_Bundle="ships") == wanted, "the body is the closer word"
+    assert ask(body, "application/json", X_Cascade_Mode="dispatcher")[1].mode == "dispatcher"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"3",
+        b'[["image", "AAAA"]]',
+        b'"image"',
+        b"null",
+        b"{}",
+        b'{"image": 7}',
+        b'{"image": "***"}',
+        b'{"image": "AAA"}',
+        b'{"image": "\xc3\xa9"}',
+        b"[" * 100_000,
+    ],
+)
+def test_broken_json_body(body: bytes) -> None:
+    assert error(ask(body, "application/json")) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("document", "kind"),
+    [
+        ({"colour": "red"}, "unknown_option"),
+        ({"bundle": 7}, "bad_option"),
+        ({"mode": ["dispatcher"]}, "bad_option"),
+        ({"fields": {"labels": 1}}, "bad_option"),
+        ({"fields": [["labels"]]}, "bad_option"),
+        ({"fields": None}, "bad_option"),
+    ],
+)
+def test_bad_options_in_json(document: dict[str, Any], kind: str) -> None:
+    body = json.dumps({"image": "AAAA"} | document).encode()
+    assert error(ask(body, "application/json")) == (400, kind)
+
+
+def test_unknown_header() -> None:
+    assert error(ask(PHOTO, X_Cascade_Colour="red")) == (400, "unknown_option")
+
+
+def test_forms() -> None:
+    part = {"photo": {"content-type": "image/png"}}
+    assert parse({"photo": bytearray(PHOTO)}, part) == (PHOTO, Options())
+    assert error(parse({"a": bytearray(PHOTO), "b": bytearray(PHOTO)}, part)) == (400, "bad_request")
+
+
+def test_empty_body_is_left_to_the_engine() -> None:
+    assert parse({}, {}) == (b"", Options())
+
+
+def test_one_bad_item_leaves_seven(served: CascadeHandler) -> None:
+    requests: list[tuple[bytes, dict[str, Any]]] = [(PHOTO, {})] * 8
+    requests[3] = (b"bad", {})
+    data, context = batch(*requests)
+    answers = [json.loads(text) for text in served.handle(data, context)]
+    assert [context.get_response_status(i)[0] for i in range(8)] == [200, 200, 200, 400, 200, 200, 200, 200]
+    assert [context.get_response_content_type(i) for i in range(8)] == ["application/json"] * 8
+    assert answers[3] == {"error": {"status": 400, "kind": "not_an_image", "message": "this is not an image"}}
+    assert all(answer["masks"] == ["dispatcher", "expert-1"] for i, answer in enumerate(answers) if i != 3)
+    assert len(served.engine.calls) == 1  # type: ignore[attr-defined]
+
+
+def test_unreadable_requests_never_reach_the_engine(served: CascadeHandler) -> None:
+    data, context = batch((PHOTO, {"X-Cascade-Colour": "red"}), (PHOTO, {"x-cascade-bundle": "b"}), (b"", {}))
+    answers = [json.loads(text) for text in served.handle(data, context)]
+    assert answers[0]["error"]["kind"] == "unknown_option"
+    assert context.get_response_status(0) == (400, "Bad Request")
+    assert [answer["cluster"] for answer in answers[1:]] == [2, 2]
+    assert [o.bundle for o in served.engine.calls[0]] == ["b", None]  # type: ignore[attr-defined]
+    data, context = batch((PHOTO, {"X-Cascade-Colour": "red"}))
+    served.handle(data, context)
+    assert len(served.engine.calls) == 1  # type: ignore[attr-defined]
+
+
+def test_answers_are_compact_json(served: CascadeHandler) -> None:
+    (text,) = served.handle(*batch((PHOTO, {})))
+    assert text == json.dumps(json.loads(text), separators=(",", ":"))
+
+
+def test_no_new_work_once_the_gate_is_gone(served: CascadeHandler) -> None:
+    served.gate.unlink()
+    data, context = batch((PHOTO, {}), (PHOTO, {}))
+    answers = [json.loads(text) for text in served.handle(data, context)]
+    assert [answer["error"]["kind"] for answer in answers] == ["stopping"] * 2
+    assert context.get_response_status(1) == (503, "Service Unavailable")
+    assert not served.engine.calls  # type: ignore[attr-defined]
+
+
+def test_the_gate_is_locked_while_the_engine_works(served: CascadeHandler) -> None:
+    import fcntl
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def predict(images: list[bytes], options: list[Options]) -> list[ItemError]:
+        entered.set()
+        leave.wait(10)
+        return [ItemError(400, "x", "x")]
+
+    served.engine = SimpleNamespace(predict=predict)  # type: ignore[assignment]
+    worker = threading.Thread(target=served.handle, args=batch((PHOTO, {})))
+    worker.start()
+    assert entered.wait(10)
+    with served.gate.open() as gate:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        leave.set()
+        worker.join(10)
+        fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
