@@ -204,10 +204,7 @@ def fit(
             objective.before(progress)
             loss = objective.loss(model, batch, chosen, progress, generator)
             if not torch.isfinite(loss):
-                raise CascadeError(
-                    f"the loss of {name} became {loss.item()} at step {step}: lower --lr (now {rate:g}), start again;"
-                    f" the last good checkpoint is in {folder}"
-                )
+                raise _diverged(f"the loss of {name} became {loss.item()} at step {step}", rate, folder)
             for o in optimizers:
                 o.zero_grad(set_to_none=True)
             loss.backward()
@@ -216,15 +213,32 @@ def fit(
             log.write(json.dumps({"step": step, "loss": round(loss.item(), 6)}) + "\n")
             if watch is not None:
                 watch(name, step + 1, steps, loss.item())
-            if (step + 1) % every == 0 and step + 1 < steps:
-                for parameter, share in model.sparse(SPARSE):
-                    if parameter not in warned:
-                        warned.add(parameter)
-                        warnings.warn(f"{name}: only {share:.1%} of {parameter} is active: lower --lr", stacklevel=2)
-                log.flush()
+            if (step + 1) % every and step + 1 < steps:
+                continue
+            for parameter, share in model.sparse(SPARSE):
+                if parameter not in warned:
+                    warned.add(parameter)
+                    warnings.warn(f"{name}: only {share:.1%} of {parameter} is active: lower --lr", stacklevel=2)
+            log.flush()
+            if not _finite(model, objective):
+                raise _diverged(f"{name} is not finite any more after step {step}", rate, folder)
+            if step + 1 < steps:
                 _store(folder / CHECKPOINT, model, objective, optimizers, step + 1)
     _store(folder / DONE, model, objective, [], steps)
     (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _finite(model: MaskedModel, objective: Objective) -> bool:
+    """Whether everything that is trained is: a step may break it though its loss was finite."""
+    trained = [*model.scores.values(), *model.norms.values(), *objective.module.parameters()]
+    return all(bool(t.isfinite().all()) for t in trained)
+
+
+def _diverged(what: str, lr: float, folder: Path) -> CascadeError:
+    return CascadeError(
+        f"{what}: start again in another --run with a lower --lr (now {lr:g});"
+        f" the last good checkpoint, if there was one, is in {folder}"
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -292,5 +306,7 @@ def _keep_curve(path: Path, begin: int) -> Path:
     """Drop the lines of steps that will be made again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < begin))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < begin))
+        temporary.replace(path)
     return path
