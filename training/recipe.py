@@ -52,7 +52,7 @@ class Recipe:
     expert_steps: int = 250
     batch: int = 64
     optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float = 0.05
+    lr: float = 0.02
     initial: float = 1.0
     threshold: float = 0.0
     train_norms: bool = False
@@ -67,7 +67,7 @@ class Recipe:
     temperature: float = 0.1
     epsilon: float = 0.05
     iterations: int = 3
-    queue: int = 512
+    queue: int = 0
     queue_from: float = 0.2
     freeze_prototypes: float = 0.04
     head_lr: float = 0.15
@@ -131,6 +131,7 @@ def paper(data: str) -> Recipe:
         expert_steps=epochs,
         optimizer="sgd",
         lr=50.0,
+        queue=512,
         train_norms=True,
         router="gmm",
         dim=0,
