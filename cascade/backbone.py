@@ -64,6 +64,7 @@ class Backbone:
         norms: pristine BatchNorm running statistics by buffer name.
         features: width of the embedding F.
         config: timm's pretrained_cfg (input size, mean, std, interpolation).
+        spans: where each maskable parameter lies in the flat buffer, [begin, end).
     """
 
     name: str
@@ -95,7 +96,7 @@ class Backbone:
 
     def bytes(self) -> int:
         """Memory of the resident weights, each once; those of a mask that is in place are counted where it is held."""
-        rest = [t for n, t in self.model.state_dict().items() if n not in self._spans and n not in self.norms]
+        rest = [t for n, t in self.model.state_dict().items() if n not in self.spans and n not in self.norms]
         return sum(t.nbytes for t in [self.flat, *self.norms.values(), *rest])
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -106,19 +107,16 @@ class Backbone:
 
     def point(self, flat: Tensor, first: int = 0) -> None:
         """Make the maskable parameters from offset ``first`` on views of ``flat`` (which begins there)."""
-        for name, parameter in self._maskable_parameters():
-            begin, end = self._spans[name]
+        for name, (begin, end) in self.spans.items():
             if begin >= first:
+                parameter = self._parameters[name]
                 parameter.data = flat[begin - first : end - first].view(parameter.shape)
-
-    def _maskable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, self._parameters[name]) for name in self._spans)
 
     def __post_init__(self) -> None:
         self._parameters = dict(self.model.named_parameters())
-        self._spans: dict[str, tuple[int, int]] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
         for s in self.segments:
-            self._spans[s.parameter] = (self._spans.get(s.parameter, (s.offset, 0))[0], s.end)
+            self.spans[s.parameter] = (self.spans.get(s.parameter, (s.offset, 0))[0], s.end)
 
 
 def load(name: str, source: str, weights: Path | None = None, device: str = "cpu") -> Backbone:

@@ -110,7 +110,7 @@ def test_random_weights_repeat_and_leave_the_generator_alone() -> None:
 
 def test_parameters_are_views_of_one_buffer(small: dict[str, Tensor]) -> None:
     found = load("test_resnet", "random:7")
-    owners = {p.untyped_storage().data_ptr() for n, p in found.model.named_parameters() if n in found._spans}
+    owners = {p.untyped_storage().data_ptr() for n, p in found.model.named_parameters() if n in found.spans}
     assert owners == {found.flat.untyped_storage().data_ptr()}
     state = found.model.state_dict()
     assert all(state[n].equal(t) for n, t in small.items())
