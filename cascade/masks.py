@@ -8,6 +8,7 @@ bit, over the backbone's flat buffer from the mask's first stage to the end.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,8 +64,21 @@ def apply(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Tensor:
     """
     first = backbone.offset(mask.start)
     pristine = backbone.flat[first:]
-    active = unpack(mask.bits, pristine.numel())
-    out = torch.mul(pristine, active, out=torch.empty_like(pristine) if out is None else out)
+    out = torch.empty_like(pristine) if out is None else out
+    if pristine.device.type != "cpu":
+        return apply_plain(backbone, mask, out)
+    from cascade.kernels import cpu  # numba takes a second to come up
+
+    bounds = [s.offset - first for s in backbone.segments if s.offset >= first] + [len(pristine)]
+    cpu.masked(mask.bits.numpy(), pristine.numpy(), np.array(bounds), out.numpy())
+    return out
+
+
+def apply_plain(backbone: Backbone, mask: Mask, out: Tensor) -> Tensor:
+    """``apply`` in plain PyTorch: the reference for every kernel, on any device."""
+    first = backbone.offset(mask.start)
+    active = unpack(mask.bits, len(out))
+    torch.mul(backbone.flat[first:], active, out=out)
     for segment, part in split(backbone, mask.start, active):
         out[segment.offset - first : segment.end - first] /= alpha(part)
     return out

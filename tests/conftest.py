@@ -7,6 +7,7 @@ from pathlib import Path
 # Before numpy and torch start their threads: on two shared cores, threads that spin while they wait cost minutes.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -74,3 +75,8 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) ->
     )
     run = begin(root / "run", recipe, Watch(None))
     return pipeline.train(run, root / "store" / "small" / "1")
+
+
+@pytest.fixture
+def generator() -> np.random.Generator:
+    return np.random.default_rng(0)

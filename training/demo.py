@@ -44,7 +44,7 @@ def train(folder: Path, out: Path, watch: Watch) -> None:
     runs = [begin(folder / f"seed-{seed}", replace(RECIPE, seed=seed), watch) for seed in SEEDS]
     steps = RECIPE.steps + RECIPE.clusters * RECIPE.expert_steps
     watch.say(
-        f"{2 * len(SEEDS) * steps} steps of {RECIPE.batch} images: {len(SEEDS)} seeds, each a dispatcher {RECIPE.steps},"
+        f"{2 * len(SEEDS) * steps} steps of {RECIPE.batch} images: {len(SEEDS)} seeds, each dispatcher {RECIPE.steps},"
         f" {RECIPE.clusters} experts {RECIPE.expert_steps}, an equal-steps control {steps}; stored features of"
         f" {RECIPE.draws} draws of {RECIPE.limit} images, which are made first"
     )
