@@ -92,6 +92,7 @@ class MaskedModel:
 
     def tail(self, x: Tensor) -> Tensor:
         """The masked stages and the pooling: features [B, F]."""
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         for stage in self.row[self.start :]:
             x = stage.run(x)
         return self.model.forward_head(x, pre_logits=True)  # type: ignore[operator]

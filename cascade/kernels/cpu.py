@@ -41,7 +41,7 @@ def _count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no co
             byte = np.uint32(bits[i >> 3])
             pairs = byte - ((byte >> 1) & 0x55)
             fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-            total += (fours + (fours >> 4)) & 0x0F
+            total += int((fours + (fours >> 4)) & 0x0F)
             i += 8
         while i < end:
             total += (bits[i >> 3] >> (i & 7)) & 1
