@@ -19,7 +19,7 @@ def show(bundle: Bundle, console: Console | None = None) -> None:
     console.print(f"input {size} px, crop {crop:g}, {card.preprocessing['interpolation']}")
     trained = card.training
     if trained:
-        how = "with their labels" if trained["recipe"]["supervised"] else "without labels"
+        how = "with their labels" if trained["recipe"]["labels"] else "without labels"
         console.print(f"trained on {trained['images']} images of {trained['data']}, {how}")
     for table in (_masks(card), *_accuracies(card.accuracy), _bytes(card)):
         console.print(table)

@@ -36,12 +36,12 @@ def controls(run: Run) -> None:
 
 
 def objective(run: Run) -> Objective:
-    """A fresh loss: SwAV, or cross-entropy where the recipe is supervised."""
-    if not run.recipe.supervised:
+    """A fresh loss: SwAV, or cross-entropy where the recipe says labels."""
+    if not run.recipe.labels:
         made: Objective = SelfSupervised(run.recipe, run.backbone.features, run.preprocessing, run.views)
     else:
         if run.images.labels is None:
-            raise CascadeError(f"{run.recipe.data} has no class folders: leave --supervised out")
+            raise CascadeError(f"{run.recipe.data} has no class folders: leave --labels out")
         labels = run.images.labels.astype(np.int64)
         made = Supervised(run.recipe, run.backbone.features, run.preprocessing, labels)
     made.module.to(device())

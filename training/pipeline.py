@@ -2,7 +2,7 @@
 
     cascade train photos/ --out model_store/photos/1
     cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
-    cascade train photos/ --supervised --out model_store/photos/1     # one mask with a head, from class folders
+    cascade train photos/ --labels --out model_store/photos/1     # one mask with a head, from class folders
     cascade train photos/ --clusters 0 --out model_store/photos/1     # one self-supervised mask, no router
 
 Stopped at any moment and started again with the same options it goes on where it was.
@@ -53,7 +53,7 @@ def budget(run: Run, controls: bool) -> None:
 
 def single(recipe: Recipe) -> Recipe:
     """A supervised mask has a head and no clusters."""
-    return replace(recipe, clusters=0) if recipe.supervised else recipe
+    return replace(recipe, clusters=0) if recipe.labels else recipe
 
 
 def command(arguments: list[str]) -> None:

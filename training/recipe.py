@@ -22,7 +22,7 @@ class Recipe:
             EfficientNet-Lite0 and timm's own weights for the rest.
         size: input side in px (0: the backbone's own). crop_pct: of the evaluation transform (0: its own).
         mask_from, expert_from: first masked stage of the dispatcher and of the experts, by name or number.
-        supervised: cross-entropy on class folders instead of SwAV; one mask with a head, no experts.
+        labels: cross-entropy on class folders instead of SwAV; one mask with a head, no experts.
         steps, expert_steps: optimiser steps of the dispatcher and of each expert. batch: images a step.
         optimizer, lr: of the scores. initial, threshold: S0 and mu.
         train_norms: BatchNorm in train mode (the paper's); eval mode is what does no harm in short runs.
@@ -47,7 +47,7 @@ class Recipe:
     crop_pct: float = 0.0
     mask_from: str = "0"
     expert_from: str = ""
-    supervised: bool = False
+    labels: bool = False
     steps: int = 600
     expert_steps: int = 250
     batch: int = 64

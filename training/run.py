@@ -219,7 +219,7 @@ def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParse
         if f.name == "data":
             out.add_argument("data", metavar="DATA", help="folder of images, or cifar10, fashion-mnist")
         elif f.type is bool or isinstance(f.default, bool):
-            out.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default)
+            out.add_argument(flag, action="store_true", help=f"default {f.default!r}")
         elif isinstance(f.default, tuple):
             out.add_argument(flag, type=float, nargs=2, default=f.default, metavar=("LOW", "HIGH"))
         else:
