@@ -9,7 +9,7 @@ Stopped at any moment and started again with the same options it goes on where i
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -61,12 +61,15 @@ def command(arguments: list[str]) -> None:
     options = parser(__doc__, recipe=True)
     options.add_argument("--out", type=Path, required=True, help="bundle to write: <store>/<name>/<version>")
     options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
-    options.add_argument("--preset", choices=["paper"], help="the published setting in place of the options")
+    options.add_argument("--preset", choices=["paper"], help="start from the published setting")
     chosen = options.parse_args(arguments)
+    if chosen.preset:
+        options.set_defaults(**asdict(paper(chosen.data)))
+        chosen = options.parse_args(arguments)  # what was said beside the preset still counts
 
     def stage(watch: Watch) -> None:
-        recipe = paper(chosen.data) if chosen.preset else single(recipe_of(chosen))
-        watch.say(f"wrote {train(begin(chosen.run, recipe, watch), chosen.out, controls=chosen.controls)}")
+        run = begin(chosen.run, single(recipe_of(chosen)), watch)
+        watch.say(f"wrote {train(run, chosen.out, controls=chosen.controls)}")
 
     main(stage)
 
