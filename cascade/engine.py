@@ -88,6 +88,12 @@ class Engine:
                 backbone = backbones.load(want.name, want.source, self.weights, self.device)
                 executor = TorchExecutor(backbone, self.residency)
             check(bundle, executor.backbone)
+            largest = max(executor.size(mask) for mask in bundle.masks)
+            if largest > self.residency.budget:
+                raise CascadeError(
+                    f"bundle {bundle.name}/{bundle.version} needs {largest} bytes for one mask's weights, the budget is"
+                    f" {self.residency.budget}: give more"
+                )
             self._executors[want.fingerprint] = executor
             self._bundles.setdefault(bundle.name, {})[bundle.version] = bundle.to(self.device)
             metrics.serving(bundle.name, bundle.card.router.shares if bundle.card.router else ())
@@ -116,7 +122,9 @@ class Engine:
                 else:
                     items.append(prepared)
         metrics.BATCH_IMAGES.observe(len(images))
+        metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
+            metrics.QUEUE_DEPTH.dec(len(items))
             for group in _groups(items, _trunk):
                 for index, answer in self._run(group):
                     answers[index] = answer

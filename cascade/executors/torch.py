@@ -33,12 +33,15 @@ class TorchExecutor:
         if mask is None:
             return
         first = self.backbone.offset(mask.start)
-        size = self.backbone.flat[first:].nbytes
-        flat = self.residency.get(mask, size, lambda out: masks.apply(self.backbone, mask, out))
+        flat = self.residency.get(mask, self.size(mask), lambda out: masks.apply(self.backbone, mask, out))
         self.backbone.point(flat, first)
         for name, tensor in mask.norms.items():
             self._set_norm(name, tensor)
         self._now = mask
+
+    def size(self, mask: Mask) -> int:
+        """Bytes of the mask's materialised weights."""
+        return self.backbone.flat[self.backbone.offset(mask.start) :].nbytes
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """``Backbone.run`` without autograd, channels last: twice as fast on a CPU, whatever the weights' layout."""
