@@ -39,10 +39,10 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     Returns:
         float [B, C], rows summing to 1.
     """
-    # The largest score leaves before exp, or small epsilons overflow float32.
-    q = ((scores - scores.max()) / epsilon).exp()
+    # The largest score leaves before exp, or small epsilons overflow float32; nothing is so small that a row vanishes.
+    q = ((scores - scores.max()) / epsilon).clamp(min=-80).exp()
     for _ in range(iterations):
-        q = q / q.sum(dim=0, keepdim=True).clamp(min=1e-30) / q.shape[1]
+        q = q / q.sum(dim=0, keepdim=True) / q.shape[1]
         q = q / q.sum(dim=1, keepdim=True) / q.shape[0]
     return q * q.shape[0]
 
