@@ -77,7 +77,7 @@ class Server:
         device: str = "cpu",
         threads: int | None = None,
         start_timeout: float = 120,
-        drain_timeout: float = 10,
+        drain_timeout: float = 8,
         log_to_stderr: bool = False,
     ) -> None:
         if not any(model_store.glob("*/*/cascade.json")):
@@ -100,11 +100,11 @@ class Server:
         self.metrics_port = ports[1]
         self.metrics_url = f"http://{host}:{ports[1]}/metrics"
         self.management_url = f"http://{LOOPBACK}:{ports[2]}/models/cascade"
-        # A proxy has no business with loopback.
-        self.client = httpx.Client(trust_env=False, timeout=drain_timeout)
 
     def __enter__(self) -> Server:
         with ExitStack() as stack:
+            # A proxy has no business with loopback.
+            self.client = stack.enter_context(httpx.Client(trust_env=False))
             self.folder = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-")))
             self._fill_folder()
             os.environ[METRICS_FOLDER] = str(self.folder / "metrics")  # the workers inherit it
@@ -121,7 +121,8 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         with self._resources:
-            self._drain()
+            if self.java.poll() is None:
+                self._drain()
 
     def wait(self) -> NoReturn:
         """Stay while the server runs; raise ServerError at its end."""
@@ -201,7 +202,7 @@ class Server:
         on. A worker holds a shared lock on the gate while it works, and takes on nothing without the gate.
         """
         end = time.monotonic() + self.drain_timeout
-        self._pass_through()
+        self._pass_through(end)
         with self.folder.joinpath("gate").open() as gate:
             self.folder.joinpath("gate").unlink()
             while time.monotonic() < end:
@@ -210,14 +211,15 @@ class Server:
                     break
                 except BlockingIOError:
                     time.sleep(0.01)
-        self._pass_through()  # by now the last answers have been written out, too
+        self._pass_through(end)  # by now the last answers have been written out, too
 
-    def _pass_through(self) -> None:
+    def _pass_through(self, end: float) -> None:
         """Send what the handler refuses at once, and wait for that."""
+        left = max(0.5, end - time.monotonic())
         try:
-            self.client.post(self.url, headers={"X-Cascade-Fields": "nothing"})
+            self.client.post(self.url, headers={"X-Cascade-Fields": "nothing"}, timeout=left)
         except httpx.HTTPError as e:
-            print(f"cascade: not everything could be finished: {e!r}", file=sys.stderr)
+            print(f"not all requests could be finished before the end: {e!r}", file=sys.stderr)
 
     def _log(self, name: str) -> str:
         path = self.folder / name

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from cascade.engine import Engine, ItemError, Options
+from cascade.engine import Engine, ItemError, Options, Prediction
 from cascade.registry import load_store
 
 PREFIX = "x-cascade-"
 OPTIONS = ("bundle", "version", "mode", "fields")
 FIELDS = ("labels", "neighbours", "embedding")
+NOT_FINITE = ItemError(500, "not_finite", "the answer has numbers that are none: try cascade verify on the bundle")
 STOPPING = ItemError(503, "stopping", "the server is stopping: send the request again, to another replica")
 
 
@@ -53,17 +54,28 @@ class CascadeHandler:
             with gate:
                 fcntl.flock(gate, fcntl.LOCK_SH)
                 answers = self.predict([parse(item, context.get_all_request_header(i)) for i, item in enumerate(data)])
+        texts = []
         for i, answer in enumerate(answers):
+            try:
+                texts.append(_text(answer))
+            except ValueError:
+                answer = NOT_FINITE
+                texts.append(_text(answer))
             context.set_response_content_type(i, "application/json")
             if isinstance(answer, ItemError):
                 context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
-        return [json.dumps(answer.to_json(), separators=(",", ":"), allow_nan=False) for answer in answers]
+        return texts
 
     def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:
         """One engine call for the requests that could be read; the errors of the others keep their places."""
         readable = [request for request in requests if not isinstance(request, ItemError)]
         answers = iter(self.engine.predict(*map(list, zip(*readable, strict=True))) if readable else ())
         return [request if isinstance(request, ItemError) else next(answers) for request in requests]
+
+
+def _text(answer: Prediction | ItemError) -> str:
+    """Compact JSON. Raises ValueError for a NaN or an infinity, which JSON has not."""
+    return json.dumps(answer.to_json(), separators=(",", ":"), allow_nan=False)
 
 
 def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
@@ -78,7 +90,8 @@ def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, O
     name, body = next(iter(item.items()), ("body", b""))
     body = body.encode() if isinstance(body, str) else bytes(body)
     options = {k.lower()[len(PREFIX) :]: v for k, v in headers.items() if k.lower().startswith(PREFIX)}
-    if "json" in headers.get(name, {}).get("content-type", "").lower():
+    about = headers.get(name)  # of a form's part that is named like a header, the header
+    if isinstance(about, Mapping) and "json" in about.get("content-type", "").lower():
         try:
             options = options | json.loads(body)  # a TypeError for all but an object
             body = base64.b64decode(options.pop("image"), validate=True)
@@ -90,7 +103,7 @@ def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, O
 def _options(body: bytes, given: dict[str, Any]) -> tuple[bytes, Options] | ItemError:
     """Only names and types are checked: whether a bundle, version or mode exists is for the engine to say."""
     if unknown := sorted(set(given) - set(OPTIONS)):
-        return ItemError(400, "unknown_option", f"unknown option {unknown[0]!r}: there are {', '.join(OPTIONS)}")
+        return ItemError(400, "unknown_option", f"unknown option {unknown[0][:40]!r}: there are {', '.join(OPTIONS)}")
     fields = given.pop("fields", ["labels", "neighbours"])
     if isinstance(fields, str):
         fields = [field.strip() for field in fields.split(",") if field.strip()]

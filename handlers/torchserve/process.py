@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from cascade.errors import CascadeError
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -26,6 +28,10 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """
+
+
+class ProcessError(CascadeError):
+    """A child cannot be ended."""
 
 
 def start(
@@ -52,7 +58,7 @@ def start(
 def kill(process: subprocess.Popen[bytes], timeout: float = 10) -> None:
     """Kill the process and its descendants, and return when none is left, not even a zombie.
 
-    Raises TimeoutError if the kernel does not let go of one (a hung disk or GPU driver).
+    Raises ProcessError if the kernel does not let go of one (a hung disk or GPU driver).
     """
     end = time.monotonic() + timeout
     while True:
@@ -64,7 +70,9 @@ def kill(process: subprocess.Popen[bytes], timeout: float = 10) -> None:
         process.poll()
         _reap(process.pid)
         if time.monotonic() > end:
-            raise TimeoutError(f"process group {process.pid} does not end")
+            raise ProcessError(
+                f"process group {process.pid} does not end: see what it waits for with ps -eo pgid,wchan,cmd"
+            )
         time.sleep(0.01)
 
 

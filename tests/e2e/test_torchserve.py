@@ -147,6 +147,18 @@ def test_wrong_bodies(server: Running, photos: list[bytes], cifar: list[Image.Im
     assert post(server, photos[0], X_Cascade_Bundle="one").status_code == 200
 
 
+def test_what_a_client_sends_cannot_spoil_the_log(server: Running) -> None:
+    """TorchServe logs a body that is no form with a stack trace; that client must not write to our terminal."""
+    body = b"%zz\x1b[2J\n2026-01-01 ERROR all is lost\n" + 10_000 * b"x"
+    status = post(server, body, Content_Type="application/x-www-form-urlencoded").status_code
+    assert status == 500, "TorchServe's own, before our handler is asked"
+    log = (server.folder / "stderr").read_text()
+    assert "broken" in log, "the bundle that was refused"
+    assert "Bad string" in log and "\x1b" not in log
+    assert not [line for line in log.splitlines() if len(line) > 500 or line.startswith("2026-01-01")]
+    assert len(log.splitlines()) < 20
+
+
 def test_one_bad_image_in_a_batch_of_eight(server: Running, photos: list[bytes], cifar: list[Image.Image]) -> None:
     """A large image keeps the worker busy while eight requests queue up, so that they become one batch."""
     busy = encoded(cifar[0], "jpeg", (6000, 6000))

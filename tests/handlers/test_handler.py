@@ -4,6 +4,7 @@ import base64
 import inspect
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,6 +149,29 @@ def test_forms() -> None:
     part = {"photo": {"content-type": "image/png"}}
     assert parse({"photo": bytearray(PHOTO)}, part) == (PHOTO, Options())
     assert error(parse({"a": bytearray(PHOTO), "b": bytearray(PHOTO)}, part)) == (400, "bad_request")
+
+
+def test_form_part_named_like_a_header() -> None:
+    assert parse({"Host": bytearray(PHOTO)}, {"Host": "127.0.0.1"}) == (PHOTO, Options())
+    named = {"X-Cascade-Mode": {"content-type": "image/png"}}
+    assert error(parse({"X-Cascade-Mode": bytearray(PHOTO)}, named)) == (400, "bad_option")
+
+
+def test_errors_never_grow_with_what_was_sent() -> None:
+    """An answer over TorchServe's max_response_size would cost the worker its life."""
+    for document in ({"image": "AAAA", "x" * 10**6: 1}, {"image": "AAAA", "fields": ["x" * 10**6]}):
+        answer = ask(json.dumps(document).encode(), "application/json")
+        assert isinstance(answer, ItemError) and len(answer.message) < 200
+
+
+def test_answer_that_is_no_number_costs_only_itself(served: CascadeHandler) -> None:
+    good = Prediction("demo", "1", "conditional", 0, 0.5, 0.5, ("dispatcher",))
+    answers = [good, replace(good, confidence=float("nan")), good]
+    served.engine = SimpleNamespace(predict=lambda images, options: answers)  # type: ignore[assignment]
+    data, context = batch(*[(PHOTO, {})] * 3)
+    texts = served.handle(data, context)
+    assert [context.get_response_status(i)[0] for i in range(3)] == [200, 500, 200]
+    assert json.loads(texts[1])["error"]["kind"] == "not_finite"
 
 
 def test_empty_body_is_left_to_the_engine() -> None:
