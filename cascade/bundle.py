@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,12 +29,13 @@ from cascade.heads import Bank, Linear
 from cascade.images import Preprocessing
 from cascade.masks import Mask
 from cascade.ood import OutOfDomain
-from cascade.router import KINDS, Calibration, Router, tensors
+from cascade.router import KINDS, Calibration, Prototypes, Router, tensors
 
 T = TypeVar("T")
 FORMAT = 1
 CARD, SUMS = "cascade.json", "SHA256SUMS"
 MAX_BYTES = 2**31  # of one file; a bundle is megabytes
+MAX_WEIGHTS = 2**32  # of one mask: half a gigabyte of bits
 
 
 class BundleError(CascadeError):
@@ -49,7 +50,7 @@ class BackboneCard(BaseModel):
     fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
     features: int = Field(gt=0)
     stages: list[str]
-    maskable: int = Field(gt=0)
+    maskable: int = Field(gt=0, le=MAX_WEIGHTS)
 
 
 class MaskCard(BaseModel):
@@ -57,7 +58,7 @@ class MaskCard(BaseModel):
 
     name: str
     start: int = Field(ge=0)
-    weights: int = Field(ge=0)
+    weights: int = Field(ge=0, le=MAX_WEIGHTS)
     density: float = Field(ge=0, le=1)
     differs_from_dispatcher: float = Field(default=0.0, ge=0, le=1)
 
@@ -71,11 +72,16 @@ class RouterCard(BaseModel):
     intercept: float = 0.0
 
 
-class Card(BaseModel):
+class Versioned(BaseModel):
+    """What every format's card has: which one it is."""
+
+    format: int
+
+
+class Card(Versioned):
     """``cascade.json``: what a person, and the loader, must know."""
 
     model_config = ConfigDict(extra="forbid")
-    format: int
     backbone: BackboneCard
     preprocessing: dict[str, Any]
     masks: list[MaskCard] = Field(min_length=1)
@@ -139,8 +145,8 @@ class Bundle:
         """Resident memory of the bundle, everything counted, materialised weights apart."""
         parts = [self.router, self.ood, *self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
-        banks = [b.embeddings for b in self.banks.values()]
-        return sum(m.bytes() for m in self.masks) + sum(t.nbytes for t in [*held, *banks] if isinstance(t, Tensor))
+        counted = [*self.masks, *self.banks.values()]
+        return sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)
 
 
 def read(path: Path) -> Bundle:
@@ -150,23 +156,27 @@ def read(path: Path) -> Bundle:
         BundleError: names the file and what is wrong with it.
     """
     path = Path(path)
-    files = _verified_files(path)
     try:
+        files = _verified_files(path)
+    except OSError as error:
+        raise BundleError(f"{error.filename or path}: {error.strerror}; copy the bundle again, whole") from None
+    try:
+        if (found := Versioned.model_validate_json(files[CARD]).format) != FORMAT:
+            raise BundleError(
+                f"{path / CARD}: format {found}, this Cascade reads {FORMAT}; rebuild the bundle or update"
+            )
         card = Card.model_validate_json(files[CARD])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path / CARD}: {where}: {first['msg']}; this is not a bundle of format {FORMAT}") from None
-    if card.format != FORMAT:
-        raise BundleError(
-            f"{path / CARD}: format {card.format}, this Cascade reads {FORMAT}; rebuild the bundle or update"
-        )
     parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
     try:
         bundle = _assemble(path, card, parts)
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
         raise BundleError(f"{path}: its parts do not fit together ({error!r}); write the bundle again") from None
-    _check_parts(path, bundle)
+    for what in _misfits(bundle):
+        raise BundleError(f"{path}: {what}; write the bundle again")
     return bundle
 
 
@@ -184,16 +194,15 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
         )
     if backbone.features != want.features or backbone.flat.numel() != want.maskable:
         raise BundleError(f"{here}: {want.features} features and {want.maskable} masks do not fit {backbone.name}")
+    if (found := [stage.name for stage in backbone.row]) != want.stages:
+        raise BundleError(f"{here} counts its stages as {' '.join(want.stages)}, {backbone.name} has {' '.join(found)}")
     for mask in bundle.masks:
-        if mask.start >= len(backbone.row):
-            raise BundleError(
-                f"{here}: mask {mask.name} starts at stage {mask.start}, {backbone.name} has {len(backbone.row)}"
-            )
         n = backbone.flat.numel() - backbone.offset(mask.start)
         if mask.bits.shape != (-(-n // 8),):
             raise BundleError(f"{here}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}")
         for name, tensor in mask.norms.items():
-            if name not in backbone.norms or backbone.norms[name].shape != tensor.shape:
+            own = backbone.norms.get(name)
+            if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
                 raise BundleError(
                     f"{here}: mask {mask.name}: {backbone.name} has no statistics {name} {list(tensor.shape)}"
                 )
@@ -215,17 +224,20 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     files[CARD] = (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
     sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
     files[SUMS] = sums.encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        staging.mkdir()
+        staging.mkdir(parents=True)
         for name, raw in files.items():
             with open(staging / name, "xb") as out:
                 out.write(raw)
                 out.flush()
                 os.fsync(out.fileno())
+        sync_folder(staging)
+        read(staging)  # what could not be read back is not written
         staging.rename(path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise BundleError(f"can't write {path}: {error.strerror}; make room or choose another folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return path
@@ -243,10 +255,7 @@ def sync_folder(path: Path) -> None:
 def _verified_files(path: Path) -> dict[str, bytes]:
     if not (path / CARD).is_file():
         raise BundleError(f"no bundle at {path}: {CARD} is missing; a bundle is a folder <name>/<version>")
-    try:
-        sums = (path / SUMS).read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path / SUMS}: {error.strerror}; copy the bundle again, whole") from None
+    sums = (path / SUMS).read_bytes()
     listed = re.fullmatch(rb"(?:[0-9a-f]{64}  [a-z.]+\n)+", sums)
     entries = {line[66:].decode(): line[:64].decode() for line in sums.splitlines()} if listed else {}
     present = {p.name for p in path.iterdir()} - {SUMS}
@@ -257,6 +266,8 @@ def _verified_files(path: Path) -> dict[str, bytes]:
         )
     files = {}
     for name, digest in entries.items():
+        if not (path / name).is_file():  # opening a named pipe would wait for ever
+            raise BundleError(f"{path / name} is not a file; copy the bundle again, whole")
         if (path / name).stat().st_size > MAX_BYTES:
             raise BundleError(f"{path / name} is larger than {MAX_BYTES} bytes; no part of a bundle is")
         files[name] = (path / name).read_bytes()
@@ -288,7 +299,8 @@ def _parts(bundle: Bundle, compress: bool) -> dict[str, dict[str, Tensor]]:
         heads |= {f"{mode}.bank": bank.embeddings, "bank.names": _text(bank.names)}
         heads |= {"bank.labels": _text(bank.labels)} if bank.labels else {}
     parts = {"masks": masks, "router": router | ood, "fusion": fusion, "heads": heads}
-    return {part: {n: t.detach().cpu().contiguous() for n, t in ts.items()} for part, ts in parts.items()}
+    # Copies, because safetensors takes no two names for one memory.
+    return {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
 
 
 def _assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
@@ -318,34 +330,56 @@ def _assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]])
     )
 
 
-def _check_parts(path: Path, bundle: Bundle) -> None:
-    """Shapes of the parts against each other; those against the backbone are in ``check``."""
+def _misfits(bundle: Bundle) -> Iterator[str]:
+    """What does not fit of the parts among each other; what must fit the backbone is in ``check``."""
     card, k = bundle.card, len(bundle.experts)
+    names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
+    if [m.name for m in bundle.masks] != names:
+        yield f"its masks should be {' '.join(names)}"
+    if any(m.start >= len(card.backbone.stages) for m in bundle.masks):
+        yield "a mask starts after the last stage"
+    if any(m.start < bundle.dispatcher.start for m in bundle.experts):
+        yield "an expert starts before the dispatcher"
+    if len({m.start for m in bundle.experts}) > 1:
+        yield "experts start at different stages"
+    if (bundle.router is None) != (k == 0):
+        yield "experts need a router, and a router experts"
+    if card.router is not None and len(card.router.shares) != k:
+        yield "one share for each expert"
+    if card.mode not in bundle.fusions:
+        yield f"no fusion for its default mode {card.mode}"
+    sizes = {"F": card.backbone.features, "K": k, "dim": card.dim, "classes": len(card.classes), "1": 1}
+    for what, part in (("router", bundle.router), ("ood", bundle.ood)):
+        yield from _misshapen(what, part, sizes)
+    if isinstance(r := bundle.router, Prototypes) and (
+        int(r.clusters) != k or not set(r.cluster.tolist()) <= {*range(k)}
+    ):
+        yield "router: its prototypes are not of one cluster for each expert"
+    if bundle.ood is not None and len(bundle.ood.quantiles) < 2:
+        yield "ood: a percentile needs two quantiles or more"
     slots = {"dispatcher": {1}, "conditional": {2, k + 1}, "unconditional": {k + 1}}
-    wrong = [
-        (card.mode not in bundle.fusions, f"no fusion for its default mode {card.mode}"),
-        ((bundle.router is None) != (k == 0), "experts need a router, and a router experts"),
-        (card.router is not None and len(card.router.shares) != k, "one share for each expert"),
-        (
-            any(m.start < bundle.dispatcher.start for m in bundle.experts),
-            "an expert starts before the dispatcher",
-        ),
-        (len({m.start for m in bundle.experts}) > 1, "experts start at different stages"),
-    ]
-    for mode, fusion in bundle.fusions.items():
-        shape = tuple(fusion.weight.shape)
-        fits = len(shape) == 3 and shape[0] in slots[mode] and shape[1:] == (card.backbone.features, card.dim)
-        wrong.append((not fits or fusion.bias.shape != (card.dim,), f"fusion {mode} has shape {list(shape)}"))
-    for mode, head in bundle.linear.items():
-        shape = tuple(head.weight.shape)
-        wrong.append((shape != (len(card.classes), card.dim), f"head {mode} has shape {list(shape)}"))
-    for mode, bank in bundle.banks.items():
-        rows = len(bank.names)
-        fits = bank.embeddings.shape == (rows, card.dim) and len(bank.labels) in (0, rows)
-        wrong.append((not fits, f"bank {mode} has {list(bank.embeddings.shape)}, {rows} names"))
-    for bad, what in wrong:
-        if bad:
-            raise BundleError(f"{path}: {what}; write the bundle again")
+    for mode in MODES:
+        yield from _misshapen(f"fusion {mode}", bundle.fusions.get(mode), sizes)
+        yield from _misshapen(f"head {mode}", bundle.linear.get(mode), sizes)
+        if (fusion := bundle.fusions.get(mode)) and len(fusion.weight) not in slots[mode]:
+            yield f"fusion {mode} has {len(fusion.weight)} slots"
+        if bank := bundle.banks.get(mode):
+            yield from _misshapen(f"bank {mode}", bank, sizes | {"rows": len(bank.names)})
+            if len(bank.labels) not in (0, len(bank.names)):
+                yield f"bank {mode} has {len(bank.names)} names and {len(bank.labels)} labels"
+
+
+def _misshapen(
+    what: str, part: Router | OutOfDomain | Fusion | Linear | Bank | None, sizes: dict[str, int]
+) -> Iterator[str]:
+    """Tensors that are not as the part's layout says; an axis that ``sizes`` lacks has the length that comes first."""
+    sizes = dict(sizes)
+    for name, layout in part.layout.items() if part else ():
+        found, (dtype, *axes) = getattr(part, name), layout.split()
+        shape = list(found.shape)
+        fits = len(axes) == len(shape) and [sizes.setdefault(a, n) for a, n in zip(axes, shape, strict=True)] == shape
+        if found.dtype != getattr(torch, dtype) or not fits:
+            yield f"{what}: {name} is {str(found.dtype).removeprefix('torch.')} {shape}, should be {layout}"
 
 
 def _mask(stored: Mapping[str, Tensor], card: MaskCard) -> Mask:

@@ -6,7 +6,7 @@ fitted: ``embedding = bias + sum over blocks of block_i @ weight_i``, absent blo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Fusion:
         bias: float32 [dim], the embedding of no blocks at all.
     """
 
+    layout: ClassVar[dict[str, str]] = {"weight": "float16 slots F dim", "bias": "float32 dim"}
     weight: Tensor
     bias: Tensor
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ class Linear:
         weight: float32 [classes, dim]; bias: float32 [classes].
     """
 
+    layout: ClassVar[dict[str, str]] = {"weight": "float32 classes dim", "bias": "float32 classes"}
     weight: Tensor
     bias: Tensor
 
@@ -38,9 +39,14 @@ class Bank:
         labels: their classes, where there are any.
     """
 
+    layout: ClassVar[dict[str, str]] = {"embeddings": "float16 rows dim"}
     embeddings: Tensor
     names: tuple[str, ...]
     labels: tuple[str, ...] = field(default=())
+
+    def bytes(self) -> int:
+        """Resident memory: the rows as they are stored, and in float32 as FAISS holds them."""
+        return self.embeddings.nbytes + 4 * self.embeddings.numel()
 
     @cached_property
     def index(self) -> Any:

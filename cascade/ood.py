@@ -6,6 +6,7 @@ variance there. The score is its percentile among held-out training images.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ class OutOfDomain:
         quantiles: float32 [q], rising: the raw measure of held-out images at evenly spaced percentiles.
     """
 
+    layout: ClassVar[dict[str, str]] = {
+        "mean": "float32 F",
+        "basis": "float16 F d",
+        "variance": "float32 d",
+        "noise": "float32 1",
+        "quantiles": "float32 q",
+    }
     mean: Tensor
     basis: Tensor
     variance: Tensor

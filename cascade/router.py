@@ -5,8 +5,8 @@ with the libraries named in ``training/clusters.py``, run here as plain tensor a
 
     features [B, F] of the dispatcher -> p(cluster) [B, K]
 
-A new kind is one more dataclass with ``kind``, ``probabilities`` and tensor fields; ``KINDS`` is
-what the bundle reads it back with.
+A new kind is one more dataclass with ``kind``, ``probabilities``, tensor fields and their ``layout``;
+``KINDS`` is what the bundle reads it back with.
 """
 
 from dataclasses import dataclass, fields
@@ -24,6 +24,7 @@ class Router(Protocol):
     """What the engine and the training ask of a router."""
 
     kind: ClassVar[str]
+    layout: ClassVar[dict[str, str]]
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Features float [B, F] of the dispatcher to p(cluster), float [B, K], rows summing to 1."""
@@ -45,6 +46,13 @@ class Prototypes:
     """
 
     kind: ClassVar[str] = "prototypes"
+    layout: ClassVar[dict[str, str]] = {
+        "head": "float16 P F",
+        "bias": "float16 P",
+        "prototypes": "float16 C P",
+        "cluster": "int64 C",
+        "clusters": "int64 1",
+    }
     head: Tensor
     bias: Tensor
     prototypes: Tensor
@@ -68,6 +76,13 @@ class GaussianMixture:
     """
 
     kind: ClassVar[str] = "gmm"
+    layout: ClassVar[dict[str, str]] = {
+        "mean": "float64 F",
+        "basis": "float64 F d",
+        "means": "float64 K d",
+        "precisions": "float64 K d d",
+        "weights": "float64 K",
+    }
     mean: Tensor
     basis: Tensor
     means: Tensor
@@ -92,6 +107,7 @@ class Centroids:
     """
 
     kind: ClassVar[str] = "centroid"
+    layout: ClassVar[dict[str, str]] = {"mean": "float64 F", "basis": "float64 F d", "centroids": "float64 K d"}
     mean: Tensor
     basis: Tensor
     centroids: Tensor
