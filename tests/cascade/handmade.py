@@ -29,7 +29,8 @@ def random_mask(backbone: Backbone, name: str, start: int, generator: torch.Gene
     moved = {}
     for buffer, tensor in backbone.norms.items() if norms else ():
         if any(buffer.startswith(f"{prefix}.") for stage in backbone.row[start:] for prefix in stage.prefixes):
-            moved[buffer] = tensor + 0.3 * torch.rand(tensor.shape, generator=generator)
+            drawn = torch.rand(tensor.shape, generator=generator)
+            moved[buffer] = tensor * (0.3 + drawn / 2) if buffer.endswith("var") else tensor + (drawn - 0.5) / 50
     return Mask(name, start, bits, moved)
 
 
