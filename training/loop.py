@@ -197,12 +197,11 @@ def fit(
             progress = step / steps
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + cos(pi * progress))
-            generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
             chosen = rows[next(order)]
             batch = torch.from_numpy(pixels[chosen]).to(device)
             model.train()
             objective.before(progress)
-            loss = objective.loss(model, batch, chosen, progress, generator)
+            loss = objective.loss(model, batch, chosen, progress, generator(recipe.seed, step))
             if not torch.isfinite(loss):
                 raise _diverged(f"the loss of {name} became {loss.item()} at step {step}", rate, folder)
             for o in optimizers:
@@ -239,6 +238,11 @@ def _diverged(what: str, lr: float, folder: Path) -> CascadeError:
         f"{what}: start again in another --run with a lower --lr (now {lr:g});"
         f" the last good checkpoint, if there was one, is in {folder}"
     )
+
+
+def generator(*key: int) -> torch.Generator:
+    """Random numbers of their own for every key, hashed to the 32 bits that a generator on the CPU heeds of a seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def seed_everything(seed: int) -> None:

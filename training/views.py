@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
 from cascade.images import Preprocessing
 from training.augment import SIGMA_SIDE, Crop, multi_crop
+from training.loop import generator
 from training.stored import stored
 
 BATCH = 64
@@ -39,6 +41,8 @@ def store(
         One array a group, float16 [draws * N, count, C, h, w], mapped from disk; image i of draw d is row
         ``d * N + i``.
     """
+    if len({side for _, side, _ in crops}) < len(crops):
+        raise CascadeError("stored features need local crops of another size than the global ones: see --local-size")
     blur = crops[0][1] / SIGMA_SIDE  # one blur for all sizes, as in a live multi-crop
     return [_store_group(executor, stage, pixels, preprocessing, crop, blur, draws, path) for crop in crops]
 
@@ -61,9 +65,8 @@ def _store_group(
         """Rows ``first`` to the end of its batch; a batch never spans two draws, so that resuming changes nothing."""
         begin = first % len(pixels) // BATCH * BATCH
         batch = torch.from_numpy(pixels[begin : begin + BATCH].copy()).to(device)
-        generator = torch.Generator().manual_seed((first // len(pixels) << 32) + (begin << 8) + side)
-        p = preprocessing
-        views = multi_crop(batch, (crop,), generator=generator, mean=p.mean, std=p.std, blur=blur)
+        p, own = preprocessing, generator(first // len(pixels), begin, side)
+        views = multi_crop(batch, (crop,), generator=own, mean=p.mean, std=p.std, blur=blur)
         out = executor.run(torch.cat(views), 0, stage).unflatten(0, (count, -1)).transpose(0, 1)
         return out[first % len(pixels) - begin :].half().cpu().numpy()
 
@@ -74,4 +77,4 @@ def _store_group(
             done += len(some)
 
     shape = (draws * len(pixels), *features(0).shape[1:])
-    return stored(path.with_name(f"{path.name}-{side}.npy"), shape, np.dtype("<f2"), rows)
+    return stored(path.with_name(f"{path.name}-{side}px.npy"), shape, np.dtype("<f2"), rows)
