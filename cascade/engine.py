@@ -132,6 +132,16 @@ class Engine:
                     metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
         return [answer for answer in answers if answer is not None]
 
+    def warm_up(self) -> None:
+        """One blank image through every bundle, so that no first request pays for compiling and indexing."""
+        for name, version in self.bundles:
+            bundle = self._bundles[name][version]
+            blank = Image.new("RGB", (bundle.preprocessing.size,) * 2)
+            item = self._prepare(0, blank, Options(name, version))
+            assert isinstance(item, _Item)
+            with self._lock, torch.no_grad():
+                list(self._run([item]))
+
     def stats(self) -> dict[str, int]:
         """Bytes held (backbones, packed bundles, materialised weights) and what the residency did."""
         r = self.residency

@@ -40,6 +40,7 @@ class CascadeHandler:
         self.gate = Path(settings["gate"])
         self.engine = Engine(budget_bytes=settings["budget_bytes"], device=settings["device"])
         refusals = load_store(self.engine, Path(settings["model_store"]))
+        self.engine.warm_up()
         _log_to_stderr()
         for refusal in refusals:
             logging.error("refused %s: %s", refusal.path, refusal.reason)
