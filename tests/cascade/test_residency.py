@@ -1,0 +1,119 @@
+"""Residency: a budget in bytes that is never exceeded, and what leaves is gone."""
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade.errors import CascadeError
+from cascade.residency import Residency
+
+Make = Callable[[Tensor | None], Tensor]
+
+
+def making(value: float, size: int = 100) -> Make:
+    """Makes ``size`` bytes, into the buffer where there is one."""
+
+    def make(out: Tensor | None) -> Tensor:
+        return torch.full((size // 4,), float(value)) if out is None else out.fill_(value)
+
+    return make
+
+
+def never(out: Tensor | None) -> Tensor:
+    raise AssertionError("it was there already")
+
+
+def test_holds_what_fits_and_makes_each_once() -> None:
+    held = Residency(250)
+    first = held.get("a", 100, making(1))
+    assert held.get("b", 100, making(2)).tolist() == [2.0] * 25
+    assert held.get("a", 100, never) is first
+    assert ("a" in held, "b" in held, "c" in held) == (True, True, False)
+    assert (held.used, held.hits, held.misses, held.evictions) == (200, 1, 2, 0)
+
+
+def test_the_least_recently_used_leaves() -> None:
+    held = Residency(200)
+    for key in "abab":
+        held.get(key, 100, making(0))
+    held.get("a", 100, never)
+    held.get("c", 100, making(3))
+    assert ("a" in held, "b" in held, "c" in held) == (True, False, True)
+    assert (held.used, held.hits, held.misses, held.evictions) == (200, 3, 3, 1)
+
+
+def test_a_buffer_of_the_same_size_is_written_again() -> None:
+    held = Residency(100)
+    address = held.get("a", 100, making(1)).data_ptr()
+    again = held.get("b", 100, making(2))
+    assert again.data_ptr() == address
+    assert again.tolist() == [2.0] * 25
+
+
+def test_a_buffer_of_another_size_is_not() -> None:
+    held = Residency(200)
+    held.get("a", 100, making(1))
+    held.get("b", 40, making(2, 40))
+    offered: list[Tensor | None] = []
+
+    def make(out: Tensor | None) -> Tensor:
+        offered.append(out)
+        return torch.zeros(40)
+
+    held.get("c", 160, make)
+    assert offered == [None]
+    assert held.used == 160 + 40 and "a" not in held and "b" in held
+
+
+def test_used_never_exceeds_the_budget_and_what_left_is_freed() -> None:
+    held = Residency(260)
+    made: list[tuple[weakref.ref[Tensor], int]] = []
+
+    def alive(apart: Tensor | None = None) -> int:
+        tensors = [(ref(), size) for ref, size in made]
+        return sum({id(t): size for t, size in tensors if t is not None and t is not apart}.values())
+
+    def making_tracked(size: int) -> Make:
+        def make(out: Tensor | None) -> Tensor:
+            assert alive(apart=out) + size <= held.budget, "evicted weights live on while new ones are made"
+            tensor = torch.zeros(size // 4) if out is None else out
+            made.append((weakref.ref(tensor), size))
+            return tensor
+
+        return make
+
+    for key, size in enumerate([100, 40, 100, 60, 120, 40, 260, 20, 100, 100, 240]):
+        held.get(key, size, making_tracked(size))
+        assert held.used <= held.budget
+        assert alive() == held.used
+
+
+def test_too_small_a_budget_says_what_it_takes() -> None:
+    held = Residency(99)
+    with pytest.raises(CascadeError, match="the budget of 99 bytes is below one mask's weights: give at least 100"):
+        held.get("a", 100, never)
+    assert (held.used, held.misses, held.evictions) == (0, 0, 0)
+
+
+def test_a_make_that_fails_holds_nothing() -> None:
+    def broken(out: Tensor | None) -> Tensor:
+        raise MemoryError
+
+    held = Residency(100)
+    held.get("a", 100, making(1))
+    with pytest.raises(MemoryError):
+        held.get("b", 100, broken)
+    assert held.used == 0 and "a" not in held and "b" not in held
+    assert held.get("b", 100, making(2)).tolist() == [2.0] * 25
+    assert held.used == 100
+
+
+def test_clear() -> None:
+    held = Residency(200)
+    refs = [weakref.ref(held.get(key, 100, making(0))) for key in "ab"]
+    held.clear()
+    assert held.used == 0 and held.evictions == 2
+    assert [ref() for ref in refs] == [None, None]
