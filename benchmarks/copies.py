@@ -8,6 +8,8 @@ neither time nor bytes depend on their values.
 """
 
 import argparse
+import ctypes
+import gc
 import multiprocessing
 import tempfile
 import time
@@ -100,6 +102,13 @@ WAYS: dict[str, Callable[[Backbone, int], Answer]] = {
 }
 
 
+def resident_bytes(process: psutil.Process) -> int:
+    """Of a process, after it gave back to the kernel what it no longer uses."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(process.memory_info().rss)
+
+
 def peer(way: str, name: str, count: int, threads: int, size: int, pipe: Connection) -> None:
     """A process: builds its way, says how many bytes that took, then answers rounds of requests."""
     torch.set_num_threads(threads)
@@ -107,11 +116,11 @@ def peer(way: str, name: str, count: int, threads: int, size: int, pipe: Connect
     process, x = psutil.Process(), torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         backbone.run(x)
-    before = process.memory_info().rss
+    before = resident_bytes(process)
     answer = WAYS[way](backbone, count)
     for model in range(count):
         answer(model, x)
-    pipe.send(process.memory_info().rss - before)
+    pipe.send(resident_bytes(process) - before)
     while (requests := pipe.recv()) is not None:
         begin = time.perf_counter()
         for model in requests:

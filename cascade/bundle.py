@@ -145,7 +145,7 @@ class Bundle:
         """Resident memory of the bundle, everything counted, materialised weights apart."""
         parts = [self.router, self.ood, *self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
-        counted = [*self.masks, *self.banks.values()]
+        counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
         return sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)
 
 
