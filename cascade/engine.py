@@ -197,6 +197,9 @@ class Engine:
         """Items of one backbone, one input shape and one first masked stage: the plain trunk is theirs together."""
         bundle = items[0].bundle
         executor = self.executor(bundle)
+        for other in self._executors.values():  # no backbone may look at weights that are evicted for this one
+            if other is not executor:
+                other.swap(None)
         x = torch.stack([item.pixels for item in items]).to(self.device)
         if start := bundle.dispatcher.start:
             executor.swap(None)
@@ -284,7 +287,7 @@ def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterable[list[T
 
 def _number(version: str) -> tuple[int, str]:
     """Sorts versions as numbers where they are numbers."""
-    return (int(version) if version.isdigit() else -1, version)
+    return (int(version) if version.isdecimal() else -1, version)
 
 
 @cache
@@ -294,7 +297,10 @@ def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
 
 def _open(image: Source, limits: Limits) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        try:
+            return image.convert("RGB")  # where it was opened from a file, only now are its pixels read
+        except OSError as error:
+            raise ImageError(400, "truncated", f"the image is truncated or damaged ({error}): open it again") from error
     return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)
 
 
