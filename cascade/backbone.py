@@ -136,13 +136,13 @@ def load(name: str, source: str, weights: Path | None = None, device: str = "cpu
     if not timm.is_model(name):
         raise BackboneError(f"timm knows no model {name!r}; list the names with timm.list_models()")
     kind, _, rest = source.partition(":")
-    if kind == "random" and (rest or "0").isdecimal():
+    if weights is None and kind == "random" and (rest or "0").isdecimal():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rest or 0))
             model = _create(name)
-    elif kind == "timm" and weights is None:
+    elif weights is None and kind == "timm":
         model = _create(name, pretrained=True)
-    elif kind in ("timm", "package", "file"):
+    elif weights is not None or kind in ("package", "file"):
         model = _create(name)
         path = weights or (_package_file(rest) if kind == "package" else Path(rest))
         model.load_state_dict(_fit(name, read_checkpoint(path), model.state_dict(), path))

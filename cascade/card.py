@@ -11,15 +11,15 @@ from cascade.bundle import Bundle, Card
 
 def show(bundle: Bundle, console: Console | None = None) -> None:
     """Print what the bundle adapts, its masks and clusters, its measured accuracies and its bytes."""
-    console, card = console or Console(), bundle.card
-    console.print(f"[bold]{bundle.name}/{bundle.version}[/] · {card.mode} · {card.dim}-d embedding")
+    console, card = console or Console(markup=False), bundle.card  # a bundle's words are no markup
+    console.print(f"{bundle.name}/{bundle.version} · {card.mode} · {card.dim}-d embedding", style="bold")
     back = card.backbone
     console.print(f"backbone {back.name} from {back.source} · fingerprint {back.fingerprint[:12]}")
     size, crop = card.preprocessing["size"], card.preprocessing["crop_pct"]
     console.print(f"input {size} px, crop {crop:g}, {card.preprocessing['interpolation']}")
     trained = card.training
-    if trained:
-        how = "with their labels" if trained["recipe"]["labels"] else "without labels"
+    if {"recipe", "images", "data"} <= trained.keys():
+        how = "with their labels" if trained["recipe"].get("labels") else "without labels"
         console.print(f"trained on {trained['images']} images of {trained['data']}, {how}")
     for table in (_masks(card), *_accuracies(card.accuracy), _bytes(card)):
         console.print(table)
@@ -44,8 +44,8 @@ def _masks(card: Card) -> Table:
 
 
 def _accuracies(accuracy: dict[str, Any]) -> Iterator[Table]:
-    if "whitened" not in accuracy:
-        return
+    if not {"whitened", "plain", "held_out_images", "k", "dim"} <= accuracy.keys():
+        return  # some other trainer's own
     seeds = f", {accuracy['seeds']} seeds (mean ± standard deviation)" if "seeds" in accuracy else ""
     title = (
         f"accuracy in %, {accuracy['held_out_images']} held-out images, k = {accuracy['k']},"

@@ -75,8 +75,6 @@ def predict(
     weights: Weights = None,
 ) -> None:
     """Predict offline: [bold]cascade predict photos/ --out predictions.parquet --bundle model_store/demo/1[/]"""
-    from rich.console import Console
-
     from cascade.batch import bar, predict_files
     from cascade.engine import Options, load
 
@@ -84,9 +82,9 @@ def predict(
     options = Options(mode=mode, embedding=embedding)
     with bar("predicting") as progress:
         summary = predict_files(engine, sources, out, options, batch=batch, threads=threads, progress=progress)
-    Console().print(f"{summary.rows} rows in {out}, {summary.images_per_second:.1f} images a second")
+    typer.echo(f"{summary.rows} rows in {out}, {summary.images_per_second:.1f} images a second")
     for kind, count in sorted(summary.errors.items()):
-        Console().print(f"  {count} with error {kind}")
+        typer.echo(f"  {count} with error {kind}")
 
 
 @app.command()
