@@ -68,7 +68,8 @@ def test_fingerprint_is_of_the_tensors_whatever_the_file(lite0: Backbone, tmp_pa
     found = load(LITE0, f"file:{path}")
     assert found.fingerprint == GOLDEN
     assert load(LITE0, SOURCE, weights=path).fingerprint == GOLDEN
-    assert load(LITE0, "timm", weights=path).fingerprint == GOLDEN
+    for source in ("timm", "random:3"):
+        assert load(LITE0, source, weights=path).fingerprint == GOLDEN
     assert found.source == f"file:{form}", "a bundle carries no path of the machine that it was trained on"
 
 
