@@ -19,14 +19,13 @@ from training import embed
 from training.augment import crop_flip
 from training.data import cache
 from training.loop import under
-from training.run import Run, Watch, main, parser, resume, write_json, write_tensors
+from training.run import CLUSTERS, FEWEST, Run, Watch, main, parser, resume, write_json, write_tensors
 
-CLUSTERS, SUMMARY = "clusters.safetensors", "clusters.json"
+SUMMARY = "clusters.json"
 ROUTING_DIM = 20  # of the whitened PCA under mixture and centroids, the paper's
 OOD_DIM, QUANTILES = 64, 257
 VIEW_SCALE = (0.3, 1.0)  # crops that count as another view of the same image
 VIEWS, BINS = 4, 15
-FEWEST = 16  # images in a cluster
 
 
 def train(run: Run) -> None:
@@ -75,6 +74,8 @@ def fit_prototypes(projector: dict[str, torch.Tensor], features: np.ndarray, clu
     """Group SwAV's prototypes, weighted by how much is assigned to them, by spherical k-means (FAISS)."""
     head, bias = projector["head.weight"].half(), projector["head.bias"].half()
     prototypes = torch.nn.functional.normalize(projector["prototypes"]).half()
+    if clusters > len(prototypes):
+        raise CascadeError(f"{len(prototypes)} prototypes can't form {clusters} clusters: train with more --prototypes")
     every = torch.arange(len(prototypes))
     # As a router with one cluster a prototype it says how much each is assigned.
     alone = Prototypes(head, bias, prototypes, every, torch.tensor([len(every)]))
@@ -111,7 +112,7 @@ def fit_centroids(features: np.ndarray, clusters: int, seed: int) -> Centroids:
 
 def fit_ood(features: np.ndarray, held_out: np.ndarray) -> OutOfDomain:
     """Probabilistic PCA on the training features (scikit-learn), percentiles from held-out ones."""
-    dim = min(OOD_DIM, min(features.shape) - 1)
+    dim = min(OOD_DIM, min(features.shape) // 2)  # of few images enough is left to measure the rest by
     pca = PCA(dim, random_state=0).fit(normalize(features.astype(np.float64)))
     tables = (pca.mean_, pca.components_.T, pca.explained_variance_, np.array([pca.noise_variance_]))
     mean, basis, variance, noise = (torch.from_numpy(np.ascontiguousarray(t)).float() for t in tables)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -20,7 +19,6 @@ from cascade.card import percent
 from cascade.fusion import Fusion, Mode
 from cascade.masks import difference
 from training import embed, fuse
-from training.clusters import CLUSTERS
 from training.run import Run, Watch, main, parser, resume, write_json
 
 TEMPERATURE = 0.1
@@ -60,7 +58,7 @@ def collect(run: Run) -> Features:
     router = router_of(run)
     if router is None:
         return Features(train, test, np.zeros(train.shape[1], int), np.zeros(test.shape[1], int))
-    assigned = load_file(run.folder / CLUSTERS)["assigned"].numpy()
+    assigned = run.clusters["assigned"].numpy()
     routed = router.probabilities(torch.from_numpy(test[0])).argmax(dim=1).numpy()
     return Features(train, test, assigned, routed)
 

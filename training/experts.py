@@ -5,9 +5,7 @@ python -m training.experts --run runs/cifar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from training.clusters import CLUSTERS
 from training.dispatcher import objective
 from training.loop import fit, seed_everything, under
 from training.masking import mask_backbone
@@ -18,7 +16,7 @@ def train(run: Run) -> None:
     """Train every expert on the images that the router sends to it."""
     if not run.recipe.clusters:
         return
-    assigned = load_file(run.folder / CLUSTERS)["assigned"].numpy()
+    assigned = run.clusters["assigned"].numpy()
     for k in range(run.recipe.clusters):
         train_one(run, k, np.flatnonzero(assigned == k))
 

@@ -43,8 +43,13 @@ def fit(parts: np.ndarray, dim: int, whiten: str, seed: int) -> Fusion:
     pca = PCA(dim, random_state=seed).fit(x)
     variance = np.maximum(pca.explained_variance_, 1e-12)
     scale = {"scale": np.sqrt(variance), "eigenvalue": variance, "none": np.ones_like(variance)}[whiten]
-    basis = (pca.components_ / scale[:, None]).T
-    return fold(torch.from_numpy(pca.mean_), torch.from_numpy(np.ascontiguousarray(basis)), len(parts))
+    # Images that are alike, or too few, span less: what is left is rounding, and would be blown up.
+    spanned = variance > 1e-8 * variance[0]
+    basis = (pca.components_ * spanned[:, None] / scale[:, None]).T
+    fusion = fold(torch.from_numpy(pca.mean_), torch.from_numpy(np.ascontiguousarray(basis)), len(parts))
+    if not fusion.weight.isfinite().all():
+        raise CascadeError(f"--whiten {whiten} leaves the range of half precision in {dim} components: lower --dim")
+    return fusion
 
 
 def embed(fusion: Fusion, parts: np.ndarray) -> Tensor:
@@ -57,4 +62,4 @@ def embed(fusion: Fusion, parts: np.ndarray) -> Tensor:
 
 def dimension(recipe: Recipe, features: int, images: int) -> int:
     """The recipe's ``dim``, or the backbone's own width; never more than there are images to span it."""
-    return min(recipe.dim or features, features, images)
+    return min(recipe.dim or features, features, images - 1)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -19,7 +18,7 @@ from cascade.heads import Bank, Linear
 from cascade.masks import Mask, density, difference
 from cascade.ood import OutOfDomain
 from cascade.router import KINDS, Calibration, Router
-from training.clusters import CLUSTERS, SUMMARY
+from training.clusters import SUMMARY
 from training.evaluate import Features, collect, fit_probe, fusions
 from training.loop import under
 from training.run import Run, Watch, main, parser, read_json, resume
@@ -42,7 +41,7 @@ def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> 
         calibration=Calibration(summary["slope"], summary["intercept"]) if summary else Calibration(),
         ood=ood_of(run),
         fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
-        linear={} if labels is None else {m: _linear(e, torch.from_numpy(labels)) for m, (_, e) in fitted.items()},
+        linear={} if labels is None else {m: _linear(e, labels, run.images.classes) for m, (_, e) in fitted.items()},
         banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
     )
     return write(bundle, out)
@@ -53,12 +52,12 @@ def router_of(run: Run) -> Router | None:
     if not run.recipe.clusters:
         return None
     kind = next(k for k in KINDS if k.kind == run.recipe.router)
-    return kind(**under(load_file(run.folder / CLUSTERS), "router."))
+    return kind(**under(run.clusters, "router."))
 
 
 def ood_of(run: Run) -> OutOfDomain:
     """The out-of-domain score that was fitted in this run."""
-    return OutOfDomain(**under(load_file(run.folder / CLUSTERS), "ood."))
+    return OutOfDomain(**under(run.clusters, "ood."))
 
 
 def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]) -> Card:
@@ -100,14 +99,17 @@ def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], 
     )
 
 
-def _linear(embeddings: Tensor, labels: Tensor) -> Linear:
+def _linear(embeddings: Tensor, labels: np.ndarray, classes: list[str]) -> Linear:
     """The linear probe on embeddings [N, dim], its scaling folded in."""
     scale = embeddings.std()  # their mean is zero already
-    fitted = fit_probe(embeddings / scale, labels)
+    fitted = fit_probe(embeddings / scale, torch.from_numpy(labels))
     weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
     if len(weight) == 1:  # scikit-learn keeps one row for two classes
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    return Linear(weight / scale, bias)
+    # A class that has only held-out images keeps its place, and is never the answer.
+    every = Linear(torch.zeros(len(classes), embeddings.shape[1]), torch.full((len(classes),), -1e9))
+    every.weight[fitted.classes_], every.bias[fitted.classes_] = weight / scale, bias
+    return every
 
 
 def _banks(run: Run, embeddings: dict[Mode, Tensor]) -> dict[Mode, Bank]:

@@ -9,14 +9,14 @@ Stopped at any moment and started again with the same options it goes on where i
 """
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from cascade.errors import CascadeError
 from training import clusters, dispatcher, evaluate, experts, pack
-from training.recipe import Recipe, paper
+from training.recipe import paper
 from training.run import Run, Watch, begin, main, parser, recipe_of
 
 
@@ -42,18 +42,16 @@ def train(run: Run, out: Path, *, controls: bool = False) -> Path:
 
 
 def budget(run: Run, controls: bool) -> None:
-    """Say how many steps there will be before the first one is made."""
+    """Say what will be trained, on what and for how long; what can't work stops here, before the first step."""
     r = run.recipe
     parts = {"dispatcher": r.steps, f"{r.clusters} experts": r.clusters * r.expert_steps}
     if controls:
         parts["equal-steps control"] = r.steps + r.clusters * r.expert_steps
     listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)
+    run.watch.say(f"{len(run.images)} images to train on, {len(run.held_out)} to measure by")
+    stages = [run.backbone.row[first].name for first in (run.mask_from, run.expert_from)]
+    run.watch.say(f"dispatcher masked from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else ""))
     run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
-
-
-def single(recipe: Recipe) -> Recipe:
-    """A supervised mask has a head and no clusters."""
-    return replace(recipe, clusters=0) if recipe.labels else recipe
 
 
 def command(arguments: list[str]) -> None:
@@ -68,7 +66,7 @@ def command(arguments: list[str]) -> None:
         chosen = options.parse_args(arguments)  # what was said beside the preset still counts
 
     def stage(watch: Watch) -> None:
-        run = begin(chosen.run, single(recipe_of(chosen)), watch)
+        run = begin(chosen.run, recipe_of(chosen), watch)
         watch.say(f"wrote {train(run, chosen.out, controls=chosen.controls)}")
 
     main(stage)

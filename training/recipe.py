@@ -86,6 +86,8 @@ class Recipe:
         if not self.source:
             lite0 = self.backbone == "tf_efficientnet_lite0"
             object.__setattr__(self, "source", LITE0 if lite0 else "timm")
+        if self.labels:
+            object.__setattr__(self, "clusters", 0)
 
     def crops(self, size: int) -> tuple[Crop, ...]:
         """Multi-crop for an input of ``size`` px; local crops on a multiple of 8 px."""

@@ -2,6 +2,7 @@
 
 runs/cache/              decoded images and stored trunk features, shared by neighbouring runs
 runs/<name>/recipe.json
+            train.json  test.json           how many images there were, and which could not be read
             dispatcher/  checkpoint.safetensors -> done.safetensors, curve.jsonl
             clusters.safetensors  clusters.json
             expert-0/ .. expert-K/
@@ -44,7 +45,9 @@ from training.loop import DONE, under
 from training.masking import to_mask
 from training.recipe import Recipe
 
+CLUSTERS = "clusters.safetensors"
 CACHE_MARGIN = 1.15  # training images are kept a little larger than the network's input, for the crops
+FEWEST = 16  # images that a mask is trained on
 
 
 @dataclass
@@ -70,11 +73,34 @@ class Run:
 
     @cached_property
     def images(self) -> Images:
-        return data.load(self.recipe.data, "train", self.recipe.limit or None, self.recipe.data_seed)
+        r, clusters = self.recipe, self.recipe.clusters
+        images = data.load(r.data, "train", r.limit or None, r.data_seed)
+        if len(images) < FEWEST * max(1, clusters):
+            masks = f"{clusters} clusters of {FEWEST}" if clusters else f"a mask, which needs {FEWEST}"
+            raise CascadeError(f"{len(images)} training images are too few for {masks}: add some, or lower --clusters")
+        if images.labels is not None and len(np.unique(images.labels)) < 2:
+            only = images.classes[images.labels[0]]
+            raise CascadeError(f"all training images are in the class folder {only}: add others, or drop the folders")
+        return self._known("train", images)
 
     @cached_property
     def held_out(self) -> Images:
-        return data.load(self.recipe.data, "test", self.recipe.test_limit or None, self.recipe.data_seed)
+        images = data.load(self.recipe.data, "test", self.recipe.test_limit or None, self.recipe.data_seed)
+        if len(images) < 2:
+            raise CascadeError(f"{len(images)} test image is too few to calibrate with: there must be two at least")
+        return self._known("test", images)
+
+    def _known(self, split: str, images: Images) -> Images:
+        """They are the same whenever the run goes on; a file in its folder names those that were left out."""
+        about = {"images": len(images), "fingerprint": images.fingerprint(), "broken": dict(images.broken)}
+        path = self.folder / f"{split}.json"
+        if path.exists() and read_json(path)["fingerprint"] != about["fingerprint"]:
+            raise CascadeError(
+                f"the {split} images of {self.recipe.data} are not those that {self.folder} was begun with:"
+                " put them back, or choose another --run folder"
+            )
+        write_json(path, about)
+        return images
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -110,7 +136,12 @@ class Run:
 
     @property
     def expert_from(self) -> int:
-        return self.backbone.stage(self.recipe.expert_from) if self.recipe.expert_from else self.mask_from
+        first = self.backbone.stage(self.recipe.expert_from) if self.recipe.expert_from else self.mask_from
+        if first < self.mask_from:
+            raise CascadeError(
+                "--expert-from lies before --mask-from: experts start where the dispatcher does, or later"
+            )
+        return first
 
     @cached_property
     def dispatcher(self) -> Mask:
@@ -119,6 +150,14 @@ class Run:
     @property
     def experts(self) -> tuple[Mask, ...]:
         return tuple(self.mask(f"expert-{k}", self.expert_from) for k in range(self.recipe.clusters))
+
+    @cached_property
+    def clusters(self) -> dict[str, Tensor]:
+        """Router, out-of-domain score and the cluster of each training image, as the clusters' stage left them."""
+        path = self.folder / CLUSTERS
+        if not path.exists():
+            raise CascadeError(f"{path} is not there yet: run python -m training.clusters first")
+        return load_file(path)
 
     def mask(self, name: str, start: int) -> Mask:
         """A mask that was trained to its end in this run."""
