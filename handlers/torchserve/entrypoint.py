@@ -262,10 +262,12 @@ def serve(
     workers: int = 1,
     budget_bytes: int | None = None,
     device: str = "cpu",
+    drain_timeout: float = 8,
 ) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C. Arguments as of `Server`; raises ServerError."""
     ports = (port, metrics_port, management_port)
-    server = Server(model_store, host, *ports, workers, budget_bytes, device, log_to_stderr=True)
+    options: dict[str, Any] = {"drain_timeout": drain_timeout, "log_to_stderr": True}
+    server = Server(model_store, host, *ports, workers, budget_bytes, device, **options)
     exit_on_signals()
     console = Console(soft_wrap=True, highlight=False)
     with ExitStack() as stack:
