@@ -9,9 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import cascade
 from cascade import backbone
@@ -155,14 +154,13 @@ def test_bench(hand: Path) -> None:
 
 
 def test_train_on_nothing(tmp_path: Path) -> None:
-    arguments = ["train", tmp_path / "none", "--out", tmp_path / "m" / "1", "--run", tmp_path / "run"]
-    result = run(*arguments)
+    result = run("train", tmp_path / "none", "--out", tmp_path / "m" / "1", "--run", tmp_path / "run")
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert "error: " in result.output and str(tmp_path / "none") in result.output
 
 
 def test_wrong_use_is_explained() -> None:
-    for arguments in (["predict"], ["verify"], ["fly"], ["bench", "x", "--batch", "0"]):
+    for arguments in (("predict",), ("verify",), ("fly",), ("bench", "x", "--batch", "0")):
         result = run(*arguments)
         assert result.exit_code == 2
         assert "Usage" in result.stderr and "Traceback" not in result.stderr

@@ -84,6 +84,10 @@ def embeddings(found: list[Prediction]) -> np.ndarray:
     return np.stack([a.embedding for a in found if a.embedding is not None])
 
 
+def numbers(p: Prediction) -> list[float]:
+    return [p.confidence, *(x.score for x in p.labels), *(x.similarity for x in p.neighbours)]
+
+
 def same(a: Prediction | ItemError, b: Prediction | ItemError) -> None:
     """Equal in everything that is a choice, and to float tolerance in everything that is a number."""
     assert isinstance(a, Prediction) and isinstance(b, Prediction), (a, b)
@@ -91,8 +95,7 @@ def same(a: Prediction | ItemError, b: Prediction | ItemError) -> None:
     assert [getattr(a, n) for n in choices] == [getattr(b, n) for n in choices]
     assert [x.name for x in a.labels] == [x.name for x in b.labels]
     assert [x.name for x in a.neighbours] == [x.name for x in b.neighbours]
-    numbers = [(p.confidence, *(x.score for x in p.labels), *(x.similarity for x in p.neighbours)) for p in (a, b)]
-    np.testing.assert_allclose(*numbers, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-3, atol=1e-3)
     assert a.ood == pytest.approx(b.ood, abs=0.01), "a percentile of few images: it jumps where they lie close"
     if a.embedding is not None and b.embedding is not None:
         np.testing.assert_allclose(a.embedding, b.embedding, rtol=1e-3, atol=1e-3)

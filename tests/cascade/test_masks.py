@@ -103,7 +103,9 @@ def test_golden_counts(name: str, golden: int, derived: Callable[[], int]) -> No
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
     sizes = {n: p.numel() for n, p in model.named_parameters()}
-    assert sum(sizes[n] for n in maskable(model)) == golden == derived()
+    found = list(maskable(model))
+    assert sum(sizes[n] for n in found) == golden == derived()
+    assert found == [n for n in sizes if n in found], "in the model's own order, as docs/bundle-format.md says"
 
 
 def rows_of(name: str) -> dict[str, int]:
