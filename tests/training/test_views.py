@@ -1,0 +1,154 @@
+"""Stored trunk features stand for the live crops, and an interrupted store ends with the same bytes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade import backbone as backbones
+from cascade import masks
+from cascade.errors import CascadeError
+from cascade.executors.torch import TorchExecutor
+from cascade.images import Preprocessing
+from cascade.masks import Mask
+from cascade.residency import Residency
+from training import views
+from training.augment import Crop, multi_crop
+from training.loop import SelfSupervised, generator, seed_everything
+from training.masking import MaskedModel, mask_backbone
+from training.recipe import Recipe
+
+STAGE, DRAWS = 3, 2
+RECIPE = Recipe("", size=32, batch=24, local_crops=3, prototypes=30, projection=16, queue=0, draws=DRAWS)
+CROPS: tuple[Crop, ...] = RECIPE.crops(32)
+
+
+@pytest.fixture(scope="module")
+def pixels(cifar: list[Image.Image]) -> np.ndarray:
+    """More than a batch of the store, so that the last one is a rest: uint8 [100, 3, 36, 36]."""
+    return np.stack([np.asarray(image.resize((36, 36))).transpose(2, 0, 1) for image in cifar[:100]])
+
+
+@pytest.fixture
+def executor() -> TorchExecutor:
+    return TorchExecutor(backbones.load("test_efficientnet", "random:0"), Residency(2**30))
+
+
+def preprocessing(executor: TorchExecutor) -> Preprocessing:
+    return Preprocessing.of(executor.backbone.config, 32)
+
+
+def store(executor: TorchExecutor, pixels: np.ndarray, path: Path) -> list[np.ndarray]:
+    return views.store(executor, STAGE, pixels, preprocessing(executor), CROPS, DRAWS, path)
+
+
+def crops_of(pixels: np.ndarray, draw: int, begin: int, crop: Crop, p: Preprocessing) -> Tensor:
+    """The crops that the store took of one batch, live: float32 [B, count, 3, side, side]."""
+    own, batch = generator(draw, begin, crop[1]), torch.from_numpy(pixels[begin : begin + views.BATCH])
+    some = multi_crop(batch, (crop,), generator=own, mean=p.mean, std=p.std, blur=CROPS[0][1] / 224)
+    return torch.stack(some, dim=1)
+
+
+class Live(SelfSupervised):
+    """Trains on the crops of the store, computed from the pixels."""
+
+    images: np.ndarray
+
+    def _trunk(
+        self, model: MaskedModel, pixels: Tensor, rows: np.ndarray, generator: torch.Generator
+    ) -> Iterator[tuple[int, Tensor]]:
+        draws = torch.randint(DRAWS, (len(rows),), generator=generator).tolist()
+        for crop in CROPS:
+            begins = [row // views.BATCH * views.BATCH for row in rows.tolist()]
+            x = [
+                crops_of(self.images, d, b, crop, self.preprocessing)[r - b]
+                for d, b, r in zip(draws, begins, rows.tolist(), strict=True)
+            ]
+            yield crop[0], model.trunk(torch.stack(x).transpose(0, 1).flatten(0, 1))
+
+
+def step(objective: SelfSupervised, model: MaskedModel, pixels: np.ndarray) -> tuple[float, Tensor]:
+    """Loss, and all gradients of the scores in one row."""
+    rows = np.random.default_rng(0).permutation(len(pixels))[:24]
+    model.train()
+    objective.before(0.5)
+    loss = objective.loss(model, torch.from_numpy(pixels[rows]), rows, 0.5, torch.Generator().manual_seed(7))
+    loss.backward()
+    return loss.item(), torch.cat([s.grad.flatten() for s in model.scores.values() if s.grad is not None])
+
+
+def test_a_step_on_stored_features_is_a_step_on_the_same_crops(
+    executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    stored = store(executor, pixels, tmp_path / "views")
+    backbone, p, got = executor.backbone, preprocessing(executor), []
+    for kind in (SelfSupervised, Live):
+        seed_everything(0)
+        objective = kind(RECIPE, backbone.features, p, stored)
+        if isinstance(objective, Live):
+            objective.images = pixels
+        got.append(step(objective, mask_backbone(backbone, STAGE), pixels))
+    (loss, gradient), (live_loss, live_gradient) = got
+    assert loss == pytest.approx(live_loss, rel=1e-3)
+    assert (gradient - live_gradient).norm() < 0.02 * live_gradient.norm()  # features are kept in half precision
+
+
+def test_every_row_is_its_images_and_its_draws(executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
+    stored, p = store(executor, pixels, tmp_path / "views"), preprocessing(executor)
+    for crop, group in zip(CROPS, stored, strict=True):
+        assert group.dtype == np.float16 and group.shape[:2] == (DRAWS * 100, crop[0])
+        for draw in range(DRAWS):
+            for begin in (0, 64):
+                live = crops_of(pixels, draw, begin, crop, p)
+                expected = executor.run(live.flatten(0, 1), 0, STAGE).unflatten(0, live.shape[:2])
+                rows = group[draw * 100 + begin : draw * 100 + begin + len(live)]
+                np.testing.assert_allclose(rows, expected.numpy(), rtol=2e-3, atol=2e-3)
+        assert not np.array_equal(group[:100], group[100:]), "each draw is an augmentation of its own"
+
+
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_an_interrupted_store_goes_on_and_ends_with_the_same_bytes(
+    passes: int, executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(executor, pixels, tmp_path / "whole" / "views")
+    run, left = executor.run, [passes + 1]  # the first pass measures the shape
+
+    def dies(x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return run(x, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "run", dies)
+        with pytest.raises(KeyboardInterrupt):
+            store(executor, pixels, tmp_path / "cut" / "views")
+    parts = list((tmp_path / "cut").iterdir())
+    assert [p.suffix for p in parts] == [".part"]
+    with open(parts[0], "ab") as part:  # what a kill in the midst of a write leaves
+        part.write(b"half a row")
+    store(executor, pixels, tmp_path / "cut" / "views")
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == files and len(files) == 2
+    for name in files:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_features_are_the_plain_trunks_whatever_mask_is_in_place(
+    executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    plain = [np.array(group) for group in store(executor, pixels, tmp_path / "plain")]
+    every_other = masks.pack(torch.arange(executor.backbone.flat.numel()) % 2 == 0)
+    executor.swap(Mask("dispatcher", 0, every_other))
+    for a, b in zip(plain, store(executor, pixels, tmp_path / "masked"), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_crops_of_one_size_would_share_a_file(executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
+    same: tuple[Crop, ...] = ((2, 32, (0.14, 1.0)), (6, 32, (0.05, 0.14)))
+    with pytest.raises(CascadeError, match="--local-size"):
+        views.store(executor, STAGE, pixels, preprocessing(executor), same, DRAWS, tmp_path / "views")
