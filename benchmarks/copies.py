@@ -138,11 +138,12 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=2)
     chosen = options.parse_args()
     spawn, draw = multiprocessing.get_context("spawn"), np.random.default_rng(0)
-    pipes, bytes_grown, seconds = {}, {}, dict[str, list[float]]()
+    peers, pipes, bytes_grown, seconds = [], {}, {}, dict[str, list[float]]()
     for way in WAYS:
         pipes[way], theirs = spawn.Pipe()
         arguments = (way, chosen.backbone, chosen.models, chosen.threads, chosen.size, theirs)
-        spawn.Process(target=peer, args=arguments, daemon=True).start()
+        peers.append(spawn.Process(target=peer, args=arguments, daemon=True))
+        peers[-1].start()
         bytes_grown[way] = pipes[way].recv()
         seconds[way] = []
     for _ in range(chosen.rounds):
@@ -150,8 +151,9 @@ def main() -> None:
         for way, pipe in pipes.items():
             pipe.send(requests)
             seconds[way].append(pipe.recv())
-    for pipe in pipes.values():
+    for process, pipe in zip(peers, pipes.values(), strict=True):
         pipe.send(None)
+        process.join()  # it removes its files
 
     ours = next(iter(WAYS))
     title = f"{chosen.models} adapted {chosen.backbone}, {chosen.size} px, one image a request, uniform"

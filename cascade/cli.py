@@ -94,12 +94,16 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the predictions.")] = 8080,
     metrics_port: Annotated[int, typer.Option(help="Of /metrics.")] = 8082,
+    management_port: Annotated[int, typer.Option(help="Of the workers' state, always on loopback.")] = 8081,
     workers: Annotated[int, typer.Option(help="Processes, each with a backbone of its own.", min=1)] = 1,
+    budget: Annotated[int | None, typer.Option(help="Bytes of materialised masks, for each worker.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Serve a model store with TorchServe: [bold]cascade serve --model-store model_store[/]"""
     from handlers.torchserve.entrypoint import serve as run
 
-    run(model_store, host=host, port=port, metrics_port=metrics_port, workers=workers)
+    ports = {"port": port, "metrics_port": metrics_port, "management_port": management_port}
+    run(model_store, host=host, **ports, workers=workers, budget_bytes=budget, device=device)
 
 
 @app.command()
