@@ -132,15 +132,22 @@ class Run:
 
     @property
     def mask_from(self) -> int:
-        return self.backbone.stage(self.recipe.mask_from)
+        return self._stage("--mask-from", self.recipe.mask_from)
 
     @property
     def expert_from(self) -> int:
-        first = self.backbone.stage(self.recipe.expert_from) if self.recipe.expert_from else self.mask_from
+        first = self._stage("--expert-from", self.recipe.expert_from) if self.recipe.expert_from else self.mask_from
         if first < self.mask_from:
             raise CascadeError(
                 "--expert-from lies before --mask-from: experts start where the dispatcher does, or later"
             )
+        return first
+
+    def _stage(self, option: str, name: str) -> int:
+        """A stage from which on there is something to mask."""
+        first = self.backbone.stage(name)
+        if self.backbone.offset(first) == self.backbone.flat.numel():
+            raise CascadeError(f"{self.recipe.backbone} has nothing to mask from {name} on: choose an earlier {option}")
         return first
 
     @cached_property

@@ -352,6 +352,7 @@ def one_test_image(root: Path, cifar: list[Image.Image]) -> Path:
         (one_class, {}, "all training images are in the class folder cat"),
         (one_test_image, {}, "1 test image is too few to calibrate with"),
         (enough, {"mask_from": "layer4"}, "test_efficientnet has no stage 'layer4'; choose 0-6 or: stem blocks.0"),
+        (enough, {"backbone": "test_convnext", "mask_from": "norm_pre"}, "nothing to mask from norm_pre on: choose an"),
         (enough, {"expert_from": "blocks.1"}, "--expert-from lies before --mask-from"),
         (enough, {"expert_from": "conv_head", "draws": 2}, "leave --expert-from out, or --draws"),
         (enough, {"backbone": "resnet-five-hundred"}, "timm knows no model 'resnet-five-hundred'"),
