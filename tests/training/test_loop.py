@@ -235,7 +235,9 @@ def test_the_rate_falls_as_a_cosine_to_zero(
     np.testing.assert_allclose(seen[1::2], RECIPE.head_lr * cosine)  # head's and prototypes'
 
 
-def test_scores_have_no_weight_decay(pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sgd_has_momentum_and_scores_have_no_weight_decay(
+    pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[torch.optim.Optimizer] = []
     real = torch.optim.Optimizer.__init__
 
@@ -249,6 +251,7 @@ def test_scores_have_no_weight_decay(pixels: np.ndarray, tmp_path: Path, monkeyp
     groups = [group for optimizer in made for group in optimizer.param_groups]
     decays = {group["initial_lr"]: group["weight_decay"] for group in groups}
     assert len(groups) == 4 and decays == {0.1: 0, RECIPE.head_lr: RECIPE.head_decay}
+    assert [(g["momentum"], g["nesterov"]) for g in groups if "momentum" in g] == [(0.9, False)] * 3
 
 
 def test_only_the_given_images_are_trained_on(pixels: np.ndarray, tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ def test_codes_see_the_queue_once_it_is_full_and_its_time_has_come(
     swav, model = objective(recipe)
     fit("m", model, swav, pixels, recipe, 8, tmp_path)
     assert [len(s) for s in seen[0::2]] == [len(s) for s in seen[1::2]] == expected
+    for first, second in zip(seen[0::2], seen[1::2], strict=True):
+        assert len(first) == 16 or not torch.equal(first[16:], second[16:]), "each view has a queue of its own"
 
 
 def test_the_queue_holds_each_views_own_features_of_earlier_steps(
