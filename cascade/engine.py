@@ -22,7 +22,7 @@ from cascade.bundle import Bundle, check, read
 from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
 from cascade.fusion import MODES, Fusion, Mode
-from cascade.images import LIMITS, ImageError, Limits, Preprocessing
+from cascade.images import LIMITS, ImageError, Limits, Preprocessing, convert
 from cascade.images import decode as decode_image
 from cascade.images import read as read_image
 from cascade.masks import Mask
@@ -297,10 +297,7 @@ def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
 
 def _open(image: Source, limits: Limits) -> Image.Image:
     if isinstance(image, Image.Image):
-        try:
-            return image.convert("RGB")  # where it was opened from a file, only now are its pixels read
-        except OSError as error:
-            raise ImageError(400, "truncated", f"the image is truncated or damaged ({error}): open it again") from error
+        return convert(image, limits)
     return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)
 
 

@@ -8,7 +8,8 @@ tests/cascade/test_images.py a test for each row.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -87,11 +88,23 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Ima
     if len(data) > limits.max_bytes:
         raise _too_large(len(data), limits)
     opener = _opener(bytes(data[:12]))
+    with _damage_named(), opener(BytesIO(data)) as im:  # headers only
+        return convert(im, limits)
+
+
+def convert(im: Image.Image, limits: Limits = LIMITS) -> Image.Image:
+    """What ``decode`` does with an image that Pillow has opened already; ``im`` stays as it is."""
+    _check_size(im.size, limits)
+    with _damage_named():
+        im.load()
+        return _upright(im, _rgb(im))
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Whatever a decoder raises, as an ImageError."""
     try:
-        with opener(BytesIO(data)) as im:  # headers only
-            _check_size(im.size, limits)
-            im.load()
-            return _upright(im, _rgb(im))
+        yield
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as e:  # Pillow's own, higher limit, met inside the WebP header

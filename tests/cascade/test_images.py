@@ -21,7 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from sklearn.datasets import load_sample_image
 
 from cascade.errors import CascadeError
-from cascade.images import LIMITS, UPRIGHT, ImageError, Limits, Preprocessing, decode, read
+from cascade.images import LIMITS, UPRIGHT, ImageError, Limits, Preprocessing, convert, decode, read
 
 ORIENTATION = 0x0112
 
@@ -394,3 +394,16 @@ def test_oblong_backbones_need_a_size() -> None:
     with pytest.raises(CascadeError, match="pass a size"):
         Preprocessing.of(oblong)
     assert Preprocessing.of(oblong, size=128).size == 128
+
+
+def test_an_opened_image_is_treated_like_a_file() -> None:
+    """Limits, transparency and orientation do not depend on who opened it; the caller's image stays as it is."""
+    clear = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    turned = Image.new("RGB", (8, 4), "red")
+    turned.getexif()[0x0112] = 6
+    assert convert(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert convert(turned).size == (4, 8)
+    assert clear.mode == "RGBA" and turned.getexif()[0x0112] == 6
+    with pytest.raises(ImageError) as refused:
+        convert(Image.new("1", (20_000, 10)))
+    assert refused.value.status == 413
