@@ -24,6 +24,8 @@ from cascade.errors import CascadeError
 from cascade.fusion import MODES
 from cascade.prediction import Prediction
 from training import clusters, dispatcher, evaluate, experts, fuse, pack, pipeline
+from training.loop import SelfSupervised, under
+from training.masking import MaskedModel
 from training.recipe import Recipe
 from training.run import CLUSTERS, Run, Watch, begin, resume
 
@@ -132,9 +134,11 @@ def test_cascades(changes: dict[str, object], cifar_folder: Path, tmp_path: Path
         np.testing.assert_allclose(got, expected.numpy(), rtol=1e-2, atol=1e-2)
 
 
-def test_experts_that_start_deeper_share_the_dispatchers_trunk(cifar_folder: Path, tmp_path: Path) -> None:
+def test_experts_that_start_deeper_share_the_dispatchers_trunk(
+    cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The expert that was trained, all stages of it, answers as the two masks one after the other do."""
-    settings = recipe(cifar_folder, expert_from="conv_head", train_norms=True, mask_from="blocks.2")
+    settings = recipe(cifar_folder, expert_from="conv_head", train_norms=True, mask_from="blocks.2", queue=64)
     train(tmp_path, settings)
     run = resume(tmp_path / "run", Watch(None))
     expert = run.experts[0]
@@ -142,11 +146,16 @@ def test_experts_that_start_deeper_share_the_dispatchers_trunk(cifar_folder: Pat
     assert all(name.startswith(("bn2", "conv_head")) for name in expert.norms)
     assert {n.split(".")[0] for n in run.dispatcher.norms} >= {"blocks", "bn2"}
 
-    from training.masking import mask_backbone
-    from training.run import under
-
-    model = mask_backbone(run.backbone, run.expert_from, train_norms=True, below=run.dispatcher)
-    trained = run.trained("expert-0")
+    made: list[tuple[MaskedModel, SelfSupervised]] = []
+    monkeypatch.setattr(experts, "fit", lambda name, model, objective, *_, **__: made.append((model, objective)))
+    experts.train(run)
+    model, objective = made[0]
+    start, trained = run.trained("dispatcher"), run.trained("expert-0")
+    assert all(torch.equal(s, start[f"scores.{n}"]) for n, s in model.scores.items())
+    assert all(torch.equal(b, start[f"norms.{n}"]) for n, b in model.norms.items())
+    assert torch.equal(objective.module.prototypes, start["objective.prototypes"])
+    buffers = dict(objective.module.named_buffers())
+    assert set(buffers) == {"queue", "filled"} and not any(bool(b.any()) for b in buffers.values()), "of other images"
     model.load(under(trained, "scores."), under(trained, "norms."))
     x = run.preprocessing.transform()(run.held_out.open(0))[None]
     model.model.eval()
