@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from cascade.errors import CascadeError
@@ -49,9 +50,23 @@ def budget(run: Run, controls: bool) -> None:
         parts["equal-steps control"] = r.steps + r.clusters * r.expert_steps
     listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)
     run.watch.say(f"{len(run.images)} images to train on, {len(run.held_out)} to measure by")
+    _check_sides(run)
     stages = [run.backbone.row[first].name for first in (run.mask_from, run.expert_from)]
     run.watch.say(f"dispatcher masked from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else ""))
     run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
+
+
+def _check_sides(run: Run) -> None:
+    """That the backbone takes images of the sides of all crops: most ViTs are made for one."""
+    r, main = run.recipe, run.preprocessing.size
+    for side in {main} if r.labels else {main, *(side for _, side, _ in r.crops(main))}:
+        try:
+            run.executor.run(torch.zeros(1, 3, side, side, device=run.backbone.flat.device))
+        except (AssertionError, RuntimeError) as error:
+            raise CascadeError(
+                f"{r.backbone} can't take images of {side} px ({str(error).splitlines()[0]}):"
+                " try another --size, or --local-crops 0"
+            ) from error
 
 
 def command(arguments: list[str]) -> None:

@@ -107,6 +107,7 @@ def test_the_small_cascade_is_whole(bundle_path: Path, cifar: list[Image.Image])
         {"expert_from": "conv_head", "train_norms": True},
         {"mask_from": "0", "local_crops": 2, "queue": 64},
         {"draws": 2, "backbone": "test_resnet", "mask_from": "layer3"},
+        {"backbone": "test_vit", "size": 160, "mask_from": "blocks.4", "clusters": 2},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -362,6 +363,11 @@ def one_test_image(root: Path, cifar: list[Image.Image]) -> Path:
         (one_test_image, {}, "1 test image is too few to calibrate with"),
         (enough, {"mask_from": "layer4"}, "test_efficientnet has no stage 'layer4'; choose 0-6 or: stem blocks.0"),
         (enough, {"backbone": "test_convnext", "mask_from": "norm_pre"}, "nothing to mask from norm_pre on: choose an"),
+        (
+            enough,
+            {"backbone": "test_vit", "size": 160, "mask_from": "-3", "local_crops": 2},
+            r"test_vit can't take images of 72 px \(.*\): try another --size, or --local-crops 0",
+        ),
         (enough, {"expert_from": "blocks.1"}, "--expert-from lies before --mask-from"),
         (enough, {"expert_from": "conv_head", "draws": 2}, "leave --expert-from out, or --draws"),
         (enough, {"backbone": "resnet-five-hundred"}, "timm knows no model 'resnet-five-hundred'"),
