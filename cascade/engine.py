@@ -6,7 +6,7 @@ batch.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,11 +34,17 @@ T = TypeVar("T")
 Source = bytes | bytearray | str | Path | Image.Image
 
 
-@dataclass
-class _Item:
-    """One image on its way."""
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image that is ready for a pass: decoded, and its bundle and mode settled.
 
-    index: int
+    Attributes:
+        bundle: serves this image even if a newer version comes before its pass.
+        mode: one that the bundle has.
+        options: what the answer should hold.
+        pixels: float32 [3, H, W], preprocessed.
+    """
+
     bundle: Bundle
     mode: Mode
     options: Options
@@ -111,23 +117,31 @@ class Engine:
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
         if len(wishes) != len(images):
             raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
-        answers: list[Prediction | ItemError | None] = [None] * len(images)
-        items: list[_Item] = []
         with metrics.stage("decode"):
-            for index, (image, wish) in enumerate(zip(images, wishes, strict=True)):
-                prepared = self._prepare(index, image, wish)
-                if isinstance(prepared, ItemError):
-                    answers[index] = prepared
-                    metrics.count(wish.bundle, None, prepared.status)
-                else:
-                    items.append(prepared)
-        metrics.BATCH_IMAGES.observe(len(images))
+            prepared = [self.prepare(image, wish) for image, wish in zip(images, wishes, strict=True)]
+        answers = iter(self.run([item for item in prepared if isinstance(item, Item)]))
+        return [next(answers) if isinstance(item, Item) else item for item in prepared]
+
+    def prepare(self, image: Source, options: Options = Options()) -> Item | ItemError:
+        """Decode one image for the bundle that it wants; safe in any thread, beside a pass.
+
+        What is wrong with the image or the options is the answer, counted.
+        """
+        item = self._prepare(image, options)
+        if isinstance(item, ItemError):
+            metrics.count(options.bundle, None, item.status)
+        return item
+
+    def run(self, items: Sequence[Item]) -> list[Prediction]:
+        """One pass for all ``items``, answers in their order; passes of several threads take turns."""
+        answers: list[Prediction | None] = [None] * len(items)
+        metrics.BATCH_IMAGES.observe(len(items))
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            for group in _groups(items, _trunk):
-                for index, answer in self._run(group):
-                    answers[index] = answer
+            for rows in _groups(range(len(items)), lambda row: _trunk(items[row])):
+                for row, answer in zip(rows, self._run([items[row] for row in rows]), strict=True):
+                    answers[row] = answer
                     metrics.count(answer.bundle, answer.cluster, 200)
                     metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
         return [answer for answer in answers if answer is not None]
@@ -137,10 +151,10 @@ class Engine:
         for name, version in self.bundles:
             bundle = self._bundles[name][version]
             blank = Image.new("RGB", (bundle.preprocessing.size,) * 2)
-            item = self._prepare(0, blank, Options(name, version))
-            assert isinstance(item, _Item)
+            item = self._prepare(blank, Options(name, version))
+            assert isinstance(item, Item)
             with self._lock, torch.no_grad():
-                list(self._run([item]))
+                self._run([item])
 
     def stats(self) -> dict[str, int]:
         """Bytes held (backbones, packed bundles, materialised weights) and what the residency did."""
@@ -178,7 +192,7 @@ class Engine:
             return ItemError(404, "unknown_version", f"no such version; loaded: {' '.join(sorted(held, key=_number))}")
         return found
 
-    def _prepare(self, index: int, image: Source, options: Options) -> _Item | ItemError:
+    def _prepare(self, image: Source, options: Options) -> Item | ItemError:
         bundle = self.find(options.bundle, options.version)
         if isinstance(bundle, ItemError):
             return bundle
@@ -191,9 +205,9 @@ class Engine:
             picture = _open(image, self.limits)
         except ImageError as error:
             return ItemError(error.status, error.kind, str(error))
-        return _Item(index, bundle, mode, options, _transform(bundle.preprocessing)(picture))
+        return Item(bundle, mode, options, _transform(bundle.preprocessing)(picture))
 
-    def _run(self, items: list[_Item]) -> Iterator[tuple[int, Prediction]]:
+    def _run(self, items: list[Item]) -> list[Prediction]:
         """Items of one backbone, one input shape and one first masked stage: the plain trunk is theirs together."""
         bundle = items[0].bundle
         executor = self.executor(bundle)
@@ -205,10 +219,13 @@ class Engine:
             executor.swap(None)
             with metrics.stage("dispatch"):
                 x = executor.run(x, 0, start)
+        answers: dict[int, Prediction] = {}
         for rows in _groups(range(len(items)), lambda row: items[row].bundle.identity):
-            yield from self._run_bundle(executor, [items[row] for row in rows], x[rows])
+            found = self._run_bundle(executor, [items[row] for row in rows], x[rows])
+            answers.update(zip(rows, found, strict=True))
+        return [answers[row] for row in range(len(items))]
 
-    def _run_bundle(self, executor: TorchExecutor, items: list[_Item], x: Tensor) -> Iterator[tuple[int, Prediction]]:
+    def _run_bundle(self, executor: TorchExecutor, items: list[Item], x: Tensor) -> list[Prediction]:
         """Items of one bundle: its dispatcher once, then each expert for the rows that want it."""
         bundle = items[0].bundle
         start = bundle.dispatcher.start
@@ -242,22 +259,21 @@ class Engine:
             for row in rows:
                 applied[row].append(expert.name)
         labels, neighbours = _labels(items, embeddings), _neighbours(items, embeddings)
-        for row, item in enumerate(items):
-            yield (
-                item.index,
-                Prediction(
-                    bundle=bundle.name,
-                    version=bundle.version,
-                    mode=item.mode,
-                    cluster=cluster[row],
-                    confidence=float(confidence[row]),
-                    ood=float(ood[row]),
-                    masks=tuple(applied[row]),
-                    labels=labels[row],
-                    neighbours=neighbours[row],
-                    embedding=embeddings[row].cpu().numpy() if item.options.embedding else None,
-                ),
+        return [
+            Prediction(
+                bundle=bundle.name,
+                version=bundle.version,
+                mode=item.mode,
+                cluster=cluster[row],
+                confidence=float(confidence[row]),
+                ood=float(ood[row]),
+                masks=tuple(applied[row]),
+                labels=labels[row],
+                neighbours=neighbours[row],
+                embedding=embeddings[row].cpu().numpy() if item.options.embedding else None,
             )
+            for row, item in enumerate(items)
+        ]
 
 
 def load(path: Path | str, budget_bytes: int | None = None, device: str = "cpu", weights: Path | None = None) -> Engine:
@@ -271,7 +287,7 @@ def load(path: Path | str, budget_bytes: int | None = None, device: str = "cpu",
     return engine
 
 
-def _trunk(item: _Item) -> Hashable:
+def _trunk(item: Item) -> Hashable:
     """Items that agree on this share the plain backbone up to their dispatchers' first stage."""
     bundle = item.bundle
     return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape
@@ -314,7 +330,7 @@ def _fuse(out: Tensor, fusions: list[Fusion], rows: list[int], block: Tensor, ex
             out[[rows[i] for i in at]] += fusion.project(block[at], expert)
 
 
-def _labels(items: list[_Item], embeddings: Tensor) -> list[tuple[Label, ...]]:
+def _labels(items: list[Item], embeddings: Tensor) -> list[tuple[Label, ...]]:
     """The best labels of each row, best first."""
     out: list[tuple[Label, ...]] = []
     for row, item in enumerate(items):
@@ -329,7 +345,7 @@ def _labels(items: list[_Item], embeddings: Tensor) -> list[tuple[Label, ...]]:
     return out
 
 
-def _neighbours(items: list[_Item], embeddings: Tensor) -> list[tuple[Neighbour, ...]]:
+def _neighbours(items: list[Item], embeddings: Tensor) -> list[tuple[Neighbour, ...]]:
     """The nearest training images of each row, nearest first."""
     out: list[tuple[Neighbour, ...]] = []
     for row, item in enumerate(items):
