@@ -139,7 +139,7 @@ class Engine:
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            for rows in _groups(range(len(items)), lambda row: _trunk(items[row])):
+            for rows in _groups(range(len(items)), lambda row: trunk(items[row])):
                 for row, answer in zip(rows, self._run([items[row] for row in rows]), strict=True):
                     answers[row] = answer
                     metrics.count(answer.bundle, answer.cluster, 200)
@@ -287,7 +287,7 @@ def load(path: Path | str, budget_bytes: int | None = None, device: str = "cpu",
     return engine
 
 
-def _trunk(item: Item) -> Hashable:
+def trunk(item: Item) -> Hashable:
     """Items that agree on this share the plain backbone up to their dispatchers' first stage."""
     bundle = item.bundle
     return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape

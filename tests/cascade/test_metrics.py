@@ -73,6 +73,8 @@ def test_names_types_and_units() -> None:
         "backbone_bytes": "gauge",
         "backbones": "gauge",
         "queue_depth": "gauge",
+        "queue_seconds": "histogram",
+        "dropped": "counter",
         "cluster_share_shift": "gauge",
         "bundle_refused": "gauge",
     }
