@@ -84,6 +84,11 @@ class Batcher:
     def __exit__(self, *exc: object) -> None:
         self.close(drain=exc[0] is None)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes images."""
+        return not self._closed
+
     def submit(self, image: Source, options: Options = Options(), timeout: float | None = None) -> "Future[Answer]":
         """Decode the image here, in the calling thread, and queue it.
 

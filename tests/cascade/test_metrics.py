@@ -75,6 +75,7 @@ def test_names_types_and_units() -> None:
         "queue_depth": "gauge",
         "queue_seconds": "histogram",
         "dropped": "counter",
+        "http_seconds": "histogram",
         "cluster_share_shift": "gauge",
         "bundle_refused": "gauge",
     }
