@@ -32,8 +32,9 @@ from cascade.prediction import ItemError, Label, Neighbour, Options, Prediction
 from cascade.residency import Residency
 
 DEFAULT_BUDGET = 2**30
+MAX_PIXEL = 1000  # normalised ones lie within +-20 or so; from very large ones a network makes NaN
 T = TypeVar("T")
-Source = bytes | bytearray | str | Path | Image.Image
+Source = bytes | bytearray | str | Path | Image.Image | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ class Engine:
         """Answers in the order of ``images``; whatever is wrong with one of them is its own error.
 
         Args:
-            images: encoded bytes, paths, or PIL images.
+            images: encoded bytes, paths, PIL images, or preprocessed pixels float32 [3, H, W].
             options: for all of them, or one for each.
         """
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
@@ -150,7 +151,7 @@ class Engine:
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            for rows in _groups(range(len(items)), lambda row: _trunk(items[row])):
+            for rows in _groups(range(len(items)), lambda row: trunk(items[row])):
                 for row, answer in zip(rows, self._run([items[row] for row in rows]), strict=True):
                     answers[row] = answer
                     metrics.count(answer.bundle, answer.cluster, 200)
@@ -212,6 +213,9 @@ class Engine:
             return ItemError(400, "unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
         if mode not in bundle.fusions:
             return ItemError(400, "mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
+        if isinstance(image, Tensor):
+            wrong = _wrong(image, bundle.preprocessing.size)
+            return ItemError(400, "bad_pixels", wrong) if wrong else Item(bundle, mode, options, image)
         try:
             picture = _open(image, self.limits)
         except ImageError as error:
@@ -306,7 +310,7 @@ def load(
     return engine
 
 
-def _trunk(item: Item) -> Hashable:
+def trunk(item: Item) -> Hashable:
     """Items that agree on this share the plain backbone up to their dispatchers' first stage."""
     bundle = item.bundle
     return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape
@@ -330,7 +334,15 @@ def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
     return preprocessing.transform()
 
 
-def _open(image: Source, limits: Limits) -> Image.Image:
+def _wrong(pixels: Tensor, size: int) -> str | None:
+    """Why these pixels are no input of a backbone that takes squares of ``size``."""
+    if pixels.dtype != torch.float32 or pixels.shape != (3, size, size):
+        return f"pixels are {pixels.dtype} {list(pixels.shape)}: this bundle takes float32 [3, {size}, {size}]"
+    within = pixels.abs() <= MAX_PIXEL  # of a NaN, too, that is false
+    return None if within.all() else f"pixels lie outside of +-{MAX_PIXEL}: send preprocessed ones"
+
+
+def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -> Image.Image:
     if isinstance(image, Image.Image):
         return convert(image, limits)
     return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)

@@ -73,6 +73,9 @@ def test_names_types_and_units() -> None:
         "backbone_bytes": "gauge",
         "backbones": "gauge",
         "queue_depth": "gauge",
+        "queue_seconds": "histogram",
+        "dropped": "counter",
+        "http_seconds": "histogram",
         "cluster_share_shift": "gauge",
         "bundle_refused": "gauge",
     }
