@@ -39,11 +39,11 @@ class CascadeHandler:
         torch.set_num_threads(settings["threads"])
         self.gate = Path(settings["gate"])
         self.engine = Engine(budget_bytes=settings["budget_bytes"], device=settings["device"])
-        refusals = load_store(self.engine, Path(settings["model_store"]))
-        self.engine.warm_up()
+        registry = load_store(self.engine, settings["model_store"])
         _log_to_stderr()
-        for refusal in refusals:
-            logging.error("refused %s: %s", refusal.path, refusal.reason)
+        for state in registry.states():
+            if state.reason:
+                logging.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """A JSON text and a status for each request of a batch, in order; never raises for one of them."""
