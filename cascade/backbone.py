@@ -112,6 +112,11 @@ class Backbone:
                 parameter = self._parameters[name]
                 parameter.data = flat[begin - first : end - first].view(parameter.shape)
 
+    def release(self) -> None:
+        """Give the maskable weights back, once an executor has its own; their number and places stay known."""
+        self.flat = self.flat.to("meta")
+        self.point(self.flat)
+
     def __post_init__(self) -> None:
         self._parameters = dict(self.model.named_parameters())
         self.spans: dict[str, tuple[int, int]] = {}
