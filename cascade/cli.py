@@ -90,20 +90,39 @@ def predict(
 @app.command()
 @in_one_line
 def serve(
-    model_store: Annotated[Path, typer.Option(help="Folder of bundles, <name>/<version>.")] = Path("model_store"),
+    model_store: Annotated[str, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = "model_store",
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the predictions.")] = 8080,
     metrics_port: Annotated[int, typer.Option(help="Of /metrics.")] = 8082,
     management_port: Annotated[int, typer.Option(help="Of the workers' state, always on loopback.")] = 8081,
     workers: Annotated[int, typer.Option(help="Processes, each with a backbone of its own.", min=1)] = 1,
     budget: Annotated[int | None, typer.Option(help="Bytes of materialised masks, for each worker.", min=1)] = None,
+    memory: Annotated[int | None, typer.Option(help="Bytes of backbones and bundles, for each worker.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
+    poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
+    auth: Annotated[bool, typer.Option("--auth/--no-auth", help="Whether a prediction needs a token.")] = True,
+    token_file: Annotated[Path | None, typer.Option(help="Where the token is written, readable for you alone.")] = None,
 ) -> None:
     """Serve a model store with TorchServe: [bold]cascade serve --model-store model_store[/]"""
+    from cascade.registry import pinned
     from handlers.torchserve.entrypoint import serve as run
 
-    ports = {"port": port, "metrics_port": metrics_port, "management_port": management_port}
-    run(model_store, host=host, **ports, workers=workers, budget_bytes=budget, device=device)
+    run(
+        model_store,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        management_port=management_port,
+        workers=workers,
+        budget_bytes=budget,
+        memory_bytes=memory,
+        device=device,
+        pins=pinned(pin or ()),
+        poll=poll,
+        auth=auth,
+        token_file=token_file,
+    )
 
 
 @app.command()
