@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from cascade import __version__, metrics
 from cascade.batcher import STOPPING
 from cascade.bundle import Bundle
+from cascade.oip import LENGTH_HEADER
 from cascade.prediction import ItemError, Options
 from handlers.asgi import v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
@@ -150,7 +151,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         found(request, model, version)  # before the body is read
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
-        asked = await asyncio.to_thread(v2.parse, body, request.headers.get(v2.LENGTH_HEADER), most)
+        asked = await asyncio.to_thread(v2.parse, body, request.headers.get(LENGTH_HEADER), most)
         for _ in range(AGAIN):
             bundle = found(request, model, version)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
@@ -165,7 +166,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         content, length = v2.response(asked, bundle, answers)
         if length is None:
             return Response(content, media_type="application/json")
-        return Response(content, headers={v2.LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
+        return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
     def found(request: Request, model: str, version: str | None) -> Bundle:
         service.check(request, model)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cascade import Engine, Options, Prediction
 from cascade.batcher import Batcher
-from handlers.asgi import v2
+from cascade.oip import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, JsonLines, Limits
 from handlers.asgi.keys import Keys
@@ -161,24 +161,24 @@ def test_paths_that_are_none(ask: Ask) -> None:
 
 def binary(files: list[bytes], **more: Any) -> dict[str, Any]:
     """A request whose images and answers are binary data."""
-    data = b"".join(struct.pack("<I", len(each)) + each for each in files)
+    data = packed(files)
     about = {"name": "image", "shape": [len(files)], "datatype": "BYTES"}
     inputs = [about | {"parameters": {"binary_data_size": len(data)}}]
     text = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}} | more).encode()
-    return {"content": text + data, "headers": {v2.LENGTH_HEADER: str(len(text))}}
+    return {"content": text + data, "headers": {LENGTH_HEADER: str(len(text))}}
 
 
 def outputs(answer: httpx.Response) -> dict[str, Any]:
     """Each output as an array, or a list of texts."""
     assert answer.status_code == 200, answer.text
-    length = int(answer.headers.get(v2.LENGTH_HEADER, len(answer.content)))
+    length = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
     rest, found = answer.content[length:], {}
     for output in json.loads(answer.content[:length])["outputs"]:
         size = output.get("parameters", {}).get("binary_data_size")
         data, rest = (None, rest) if size is None else (rest[:size], rest[size:])
         kind = {"INT64": "<i8", "FP32": "<f4"}.get(output["datatype"])
         if kind is None:
-            texts = output["data"] if data is None else [b.decode() for b in v2._unpacked(memoryview(data))]
+            texts = output["data"] if data is None else [b.decode() for b in unpacked(data)]
             found[output["name"]] = texts
         else:
             flat = np.asarray(output["data"], kind) if data is None else np.frombuffer(data, kind)
@@ -215,7 +215,7 @@ def test_pixels(ask: Ask, engine: Engine, files: list[bytes], cifar: list[Image.
         got = outputs(ask("POST", "/v2/models/birds/infer", json={"inputs": [document]}))
         assert got["cluster"].tolist() == want and got["error"] == ["", ""]
     text = json.dumps({"inputs": [about | {"parameters": {"binary_data_size": pixels.nbytes}}]}).encode()
-    headers = {v2.LENGTH_HEADER: str(len(text))}
+    headers = {LENGTH_HEADER: str(len(text))}
     got = outputs(ask("POST", "/v2/models/birds/infer", content=text + pixels.tobytes(), headers=headers))
     assert got["cluster"].tolist() == want
     for wrong in (np.nan, np.inf, 1e30):
@@ -306,13 +306,13 @@ def test_requests_that_make_no_sense(ask: Ask, document: Any) -> None:
 
 def test_broken_json_and_binary_data(ask: Ask, files: list[bytes]) -> None:
     def kind(content: bytes, length: str | None = None) -> tuple[int, str]:
-        headers = {} if length is None else {v2.LENGTH_HEADER: length.encode("latin-1")}
+        headers = {} if length is None else {LENGTH_HEADER: length.encode("latin-1")}
         return error(ask("POST", "/v2/models/birds/infer", content=content, headers=headers))
 
     for content in (b"", b"{", b"\xff", b"[" * 100_000, b'{"inputs":' + b"9" * 5000 + b"}"):
         assert kind(content) == (400, "bad_request")
     good = binary(files[:1])
-    text, length = good["content"], good["headers"][v2.LENGTH_HEADER]
+    text, length = good["content"], good["headers"][LENGTH_HEADER]
     for wrong in ("-1", "x", "", "1" * 30, str(len(text) + 1), "\xb2", str(int(length) - 1)):
         assert kind(text, wrong) == (400, "bad_request")
     assert kind(text + b"more", length) == (400, "bad_request")
