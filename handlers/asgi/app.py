@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -18,7 +18,7 @@ from cascade.batcher import STOPPING
 from cascade.bundle import Bundle
 from cascade.oip import LENGTH_HEADER
 from cascade.prediction import ItemError, Options
-from handlers.asgi import v2
+from handlers.asgi import ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
 from handlers.torchserve.handler import NOT_FINITE, parse
@@ -39,6 +39,7 @@ def create_app(service: Service) -> Guard:
     _predictions(app, service)
     _protocol(app, service)
     _state(app, service)
+    _pages(app, service)
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
@@ -190,6 +191,30 @@ def _state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         return Response(await asyncio.to_thread(metrics.scrape), media_type="text/plain; version=0.0.4")
+
+
+def _pages(app: FastAPI, service: Service) -> None:
+    """For people: the page to look at, the API's description, and the map that the page draws."""
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/ui", include_in_schema=False)
+    async def look() -> Response:
+        return HTMLResponse(ui.page("ui.html"), headers=ui.HEADERS)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(ui.page("docs.html"), headers=ui.HEADERS)
+
+    @app.get("/v1/map/{bundle}/{version}", summary="The neighbour bank in two dimensions")
+    async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
+        service.check(request, bundle)
+        found = service.engine.find(bundle, version)
+        if isinstance(found, ItemError):
+            raise Refusal(found)
+        bank = next((bank for name, bank in found.banks.items() if name == (mode or found.card.mode)), None)
+        if bank is None:
+            raise Refusal(ItemError(404, "no_bank", "this bundle has no neighbour bank for that mode"))
+        return await asyncio.to_thread(ui.flat, bank)
 
 
 class _InMemory(MultiPartParser):

@@ -79,7 +79,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                took = b"total;dur=%.1f" % (1000 * (time.perf_counter() - begin))
+                ours = [(b"x-request-id", request_id), (b"server-timing", took)]
+                message["headers"] = [*message.get("headers", ()), *ours]
             await send(message)
 
         body = _Body(self, headers, receive)
