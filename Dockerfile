@@ -37,8 +37,11 @@ ENV HOME=/tmp USER=cascade
 EXPOSE 8080 8082
 
 # Ready is what TorchServe's worker says of itself: /ping is Healthy long before that, and while it crashes.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=2m CMD ["python", "-c", "import httpx; \
-    workers = httpx.get('http://127.0.0.1:8081/models/cascade', trust_env=False).json()[0]['workers']; \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=2m CMD ["python", "-c", "import glob, httpx, json; \
+    keys = [json.load(open(file)) for file in glob.glob('/tmp/cascade-*/key_file.json')]; \
+    headers = {'Authorization': 'Bearer ' + key['management']['key'] for key in keys}; \
+    url = 'http://127.0.0.1:8081/models/cascade'; \
+    workers = httpx.get(url, headers=headers, trust_env=False).json()[0]['workers']; \
     assert any(worker['status'] == 'READY' for worker in workers), workers"]
 
 ENTRYPOINT ["cascade", "serve"]

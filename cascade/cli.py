@@ -98,13 +98,14 @@ def predict(
 @app.command()
 @in_one_line
 def serve(
-    model_store: Annotated[Path, typer.Option(help="Folder of bundles, <name>/<version>.")] = Path("model_store"),
+    model_store: Annotated[str, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = "model_store",
     frontend: Annotated[Frontend, typer.Option(help="Which server; asgi speaks Open Inference Protocol v2.")] = (
         Frontend.torchserve
     ),
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the predictions; asgi has /metrics on it, too.")] = 8080,
     budget: Annotated[int | None, typer.Option(help="Bytes of materialised masks, for each worker.", min=1)] = None,
+    memory: Annotated[int | None, typer.Option(help="Bytes of backbones and bundles, for each worker.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     drain: Annotated[float, typer.Option(help="Seconds for requests in progress, once told to stop.", min=0)] = 8,
     metrics_port: Annotated[int, typer.Option(help="torchserve: of /metrics.")] = 8082,
@@ -115,19 +116,30 @@ def serve(
     patience: Annotated[float, typer.Option(help="asgi: seconds until the oldest image comes first.", min=0)] = 0.05,
     queue: Annotated[int, typer.Option(help="asgi: images that may wait; 503 for more.", min=1)] = 256,
     log_level: Annotated[str, typer.Option(help="asgi: debug, info, warning or error.")] = "info",
+    pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
+    poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
+    auth: Annotated[
+        bool, typer.Option("--auth/--no-auth", help="torchserve: whether a prediction needs a token.")
+    ] = True,
+    token_file: Annotated[
+        Path | None, typer.Option(help="torchserve: where the token is written, for you alone.")
+    ] = None,
 ) -> None:
     """Serve a model store: [bold]cascade serve --model-store model_store --frontend asgi[/]"""
-    common = {"host": host, "port": port, "budget_bytes": budget, "device": device, "drain_timeout": drain}
+    from cascade.registry import pinned
+
+    common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
+    common |= {"device": device, "drain_timeout": drain, "pins": pinned(pin or ()), "poll": poll}
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 
-        batching = {"max_batch": max_batch, "patience": patience, "queue": queue}
-        serve_asgi(model_store, api_keys=api_keys, log_level=log_level, **common, **batching)  # type: ignore[arg-type]
+        common |= {"max_batch": max_batch, "patience": patience, "queue": queue}
+        serve_asgi(model_store, api_keys=api_keys, log_level=log_level, **common)
         return
     from handlers.torchserve.entrypoint import serve as serve_torchserve
 
     ports = {"metrics_port": metrics_port, "management_port": management_port}
-    serve_torchserve(model_store, workers=workers, **common, **ports)  # type: ignore[arg-type]
+    serve_torchserve(model_store, workers=workers, auth=auth, token_file=token_file, **common, **ports)
 
 
 @app.command()

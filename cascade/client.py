@@ -82,8 +82,8 @@ class Client:
             outputs: some of ``cascade.oip.OUTPUTS``.
 
         Returns:
-            Each output by name: an array with a row an image, or a list of texts. Where ``error`` is not empty, the
-            image has no answer.
+            Each output by name: an array with a row an image, or a list of texts; and the ``version`` that made them.
+            Where ``error`` is not empty, the image has no answer.
 
         Raises:
             ClientError: no answer, or the request as a whole was refused.
@@ -158,10 +158,10 @@ def _error(answer: httpx.Response) -> ItemError:
 
 
 def _columns(answer: httpx.Response) -> dict[str, Any]:
-    length = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
-    found: dict[str, Any] = {}
-    at = length
-    for output in json.loads(answer.content[:length])["outputs"]:
+    at = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
+    head = json.loads(answer.content[:at])
+    found: dict[str, Any] = {"version": head["model_version"]}
+    for output in head["outputs"]:
         data = answer.content[at : at + output["parameters"]["binary_data_size"]]
         at += len(data)
         if output["datatype"] == "BYTES":

@@ -5,12 +5,15 @@ group by mask -> expert tails -> fusion -> heads. An image's answer does not dep
 batch.
 """
 
+import math
+import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -20,7 +23,8 @@ from cascade import backbone as backbones
 from cascade import metrics, router
 from cascade.bundle import Bundle, check, read
 from cascade.errors import CascadeError
-from cascade.executors.torch import TorchExecutor
+from cascade.executors import Executor
+from cascade.executors.choice import Kind, choose
 from cascade.fusion import MODES, Fusion, Mode
 from cascade.images import LIMITS, ImageError, Limits, Preprocessing, convert
 from cascade.images import decode as decode_image
@@ -60,6 +64,12 @@ class Engine:
         device: where the backbones live.
         limits: of the images.
         weights: a checkpoint that takes the place of the bundles' own weight source.
+        executor: what runs the backbones, see ``cascade.executors``; ``auto`` is the fastest here, and what the
+            environment variable CASCADE_EXECUTOR says goes before it.
+        memory_bytes: for backbones and packed bundles together; None for no limit.
+
+    Attributes:
+        pins: version of a bundle, by its name, that answers where a request names none; else the latest does.
     """
 
     def __init__(
@@ -68,43 +78,89 @@ class Engine:
         device: str = "cpu",
         limits: Limits = LIMITS,
         weights: Path | None = None,
+        executor: Kind = "auto",
+        memory_bytes: int | None = None,
     ) -> None:
-        self.device, self.limits, self.weights = device, limits, weights
+        self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
+        self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
         self.residency = Residency(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
-        self._executors: dict[str, TorchExecutor] = {}
+        self.pins: Mapping[str, str] = {}
+        # Replaced, never changed in place: who reads them needs no lock.
+        self._executors: dict[str, Executor] = {}
         self._bundles: dict[str, dict[str, Bundle]] = {}
-        self._lock = threading.Lock()
+        self._leaving: list[tuple[weakref.ref[Bundle], tuple[Mask, ...], str]] = []
+        self._lock = threading.Lock()  # of passes, which take turns
+        self._changing = threading.RLock()  # of what is loaded; taken before the other one
 
     @property
     def bundles(self) -> list[tuple[str, str]]:
         """(name, version) of every bundle, versions rising."""
-        return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=_number)]
+        return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
 
-    def add(self, bundle: Bundle) -> None:
+    def add(self, bundle: Bundle, warm: bool = False) -> None:
         """Make a bundle available, after it was checked against its backbone (loaded on first need).
+
+        Passes go on meanwhile. Nothing is seen of the bundle until all of it is ready, and nothing of a bad one stays.
+
+        Args:
+            warm: run a blank image through it first, which takes its turn among the passes.
 
         Raises:
             BackboneError, BundleError: the backbone can't be loaded, or the bundle does not fit it.
+            CascadeError: it is loaded already, or does not fit into the memory or the budget that there is.
         """
-        with self._lock:
-            want = bundle.card.backbone
-            if bundle.identity in self.bundles:
-                raise CascadeError(f"bundle {bundle.name}/{bundle.version} is loaded already; give it another version")
-            executor = self._executors.get(want.fingerprint)
+        with self._changing:
+            here, fingerprint = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone.fingerprint
+            if bundle.version in self._bundles.get(bundle.name, ()):
+                raise CascadeError(f"{here} is loaded already; give it another version")
+            executor = self._executors.get(fingerprint)
             if executor is None:
-                backbone = backbones.load(want.name, want.source, self.weights, self.device)
-                executor = TorchExecutor(backbone, self.residency)
-            check(bundle, executor.backbone)
-            largest = max(executor.size(mask) for mask in bundle.masks)
-            if largest > self.residency.budget:
-                raise CascadeError(
-                    f"bundle {bundle.name}/{bundle.version} needs {largest} bytes for one mask's weights, the budget is"
-                    f" {self.residency.budget}: give more"
-                )
-            self._executors[want.fingerprint] = executor
-            self._bundles.setdefault(bundle.name, {})[bundle.version] = bundle.to(self.device)
+                executor = self._load(bundle)
+            else:
+                check(bundle, executor.backbone)
+            experts = tuple(map(executor.pack, bundle.experts))
+            bundle = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts).to(self.device)
+            self._fit(here, bundle, executor)
+            self._executors = {**self._executors, fingerprint: executor}
+            if warm:
+                try:
+                    self._try(bundle)
+                except Exception:
+                    self._drop([(bundle.masks, fingerprint)])
+                    raise
+            held = self._bundles.get(bundle.name, {})
+            self._bundles = {**self._bundles, bundle.name: {**held, bundle.version: bundle}}
             metrics.serving(bundle.name, bundle.card.router.shares if bundle.card.router else ())
             metrics.resident(self.stats())
+
+    def remove(self, name: str, version: str) -> None:
+        """Take a bundle away: no new request finds it, those that have it already are answered.
+
+        Its weights leave with the last of them, and so does its backbone where no other bundle uses it.
+
+        Raises:
+            CascadeError: there is no such bundle.
+        """
+        with self._changing:
+            held = dict(self._bundles.get(name, {}))
+            if version not in held:
+                raise CascadeError(f"bundle {name}/{version} is not loaded; loaded: {self.bundles}")
+            bundle = held.pop(version)
+            # Items hold their bundle, so it lives as long as one of them waits or is in a pass.
+            leaving = (weakref.ref(bundle), bundle.masks, bundle.card.backbone.fingerprint)
+            del bundle
+            others = {n: b for n, b in self._bundles.items() if n != name}
+            self._bundles = {**others, name: held} if held else others
+            self._leaving = [*self._leaving, leaving]
+            self.release()
+
+    def release(self) -> None:
+        """Let go of what removed bundles held, those whose last request is answered by now."""
+        with self._changing:
+            gone = [each for each in self._leaving if each[0]() is None]
+            self._leaving = [each for each in self._leaving if each not in gone]
+            if gone:
+                self._drop([(masks, fingerprint) for _, masks, fingerprint in gone])
 
     def predict(
         self, images: Sequence[Source], options: Options | Sequence[Options] = Options()
@@ -149,13 +205,9 @@ class Engine:
 
     def warm_up(self) -> None:
         """One blank image through every bundle, so that no first request pays for compiling and indexing."""
-        for name, version in self.bundles:
-            bundle = self._bundles[name][version]
-            blank = Image.new("RGB", (bundle.preprocessing.size,) * 2)
-            item = self._prepare(blank, Options(name, version))
-            assert isinstance(item, Item)
-            with self._lock, torch.no_grad():
-                self._run([item])
+        for held in self._bundles.values():
+            for bundle in held.values():
+                self._try(bundle)
 
     def stats(self) -> dict[str, int]:
         """Bytes held (backbones, packed bundles, materialised weights) and what the residency did."""
@@ -163,7 +215,7 @@ class Engine:
         return {
             "backbones": len(self._executors),
             "bundles": len(self.bundles),
-            "backbone_bytes": sum(e.backbone.bytes() for e in self._executors.values()),
+            "backbone_bytes": sum(e.bytes() for e in self._executors.values()),
             "packed_bytes": sum(b.bytes() for held in self._bundles.values() for b in held.values()),
             "materialised_bytes": r.used,
             "budget_bytes": r.budget,
@@ -172,26 +224,77 @@ class Engine:
             "evictions": r.evictions,
         }
 
-    def executor(self, bundle: Bundle) -> TorchExecutor:
+    def executor(self, bundle: Bundle) -> Executor:
         """What runs a loaded bundle's backbone."""
         return self._executors[bundle.card.backbone.fingerprint]
 
     def find(self, name: str | None, version: str | None = None) -> Bundle | ItemError:
-        """The bundle that a request means, or the error that says which there are."""
-        if name is None and len(self._bundles) == 1:
-            name = next(iter(self._bundles))
+        """The bundle that a request means, or the error that says which there are.
+
+        Without a version it is the pinned one, else the latest.
+        """
+        bundles = self._bundles
+        if name is None and len(bundles) == 1:
+            name = next(iter(bundles))
+        names = " ".join(sorted(bundles)) or "none"
         if name is None:
-            names = " ".join(sorted(self._bundles)) or "none"
             return ItemError(400, "bundle_missing", f"say which bundle; loaded: {names}")
-        held = self._bundles.get(name)
+        held = bundles.get(name)
         if held is None:
-            return ItemError(
-                404, "unknown_bundle", f"no such bundle; loaded: {' '.join(sorted(self._bundles)) or 'none'}"
+            return ItemError(404, "unknown_bundle", f"no such bundle; loaded: {names}")
+        versions = " ".join(sorted(held, key=number))
+        if version is None and (pinned := self.pins.get(name)) is not None:
+            return held.get(pinned) or ItemError(
+                404, "unknown_version", f"pinned to version {pinned}, which is not there; loaded: {versions}"
             )
-        found = held[max(held, key=_number)] if version is None else held.get(version)
-        if found is None:
-            return ItemError(404, "unknown_version", f"no such version; loaded: {' '.join(sorted(held, key=_number))}")
-        return found
+        found = held[max(held, key=number)] if version is None else held.get(version)
+        return found or ItemError(404, "unknown_version", f"no such version; loaded: {versions}")
+
+    def _load(self, bundle: Bundle) -> Executor:
+        """An executor for the bundle's backbone, after the bundle was checked against it."""
+        want = bundle.card.backbone
+        backbone = backbones.load(want.name, want.source, self.weights, self.device)
+        check(bundle, backbone)
+        return choose(backbone, self.residency, self._kind, bundle.preprocessing.size)
+
+    def _fit(self, here: str, bundle: Bundle, executor: Executor) -> None:
+        """That there is room for the bundle, and for its backbone where that is new."""
+        largest = max(executor.size(mask) for mask in bundle.masks)
+        if largest > self.residency.budget:
+            raise CascadeError(
+                f"{here} needs {largest} bytes for one mask's weights, the budget is {self.residency.budget}: give more"
+            )
+        new = bundle.bytes() + (0 if executor in self._executors.values() else executor.bytes())
+        stats = self.stats()
+        held = stats["backbone_bytes"] + stats["packed_bytes"]
+        if self.memory_bytes is not None and held + new > self.memory_bytes:
+            raise CascadeError(
+                f"{here} needs {new} bytes of memory, {held} of {self.memory_bytes} are taken: give more, or take"
+                " other bundles away"
+            )
+
+    def _try(self, bundle: Bundle) -> None:
+        """A first pass, before anybody depends on it."""
+        blank = _transform(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
+        item = Item(bundle, bundle.card.mode, Options(embedding=True), blank)
+        with self._lock, torch.no_grad():
+            (answer,) = self._run([item])
+        if not (math.isfinite(answer.confidence) and torch.tensor(answer.embedding).isfinite().all()):
+            raise CascadeError(
+                f"bundle {bundle.name}/{bundle.version} answers with numbers that are none; train it again"
+            )
+
+    def _drop(self, gone: list[tuple[tuple[Mask, ...], str]]) -> None:
+        """Let go of the weights of masks, and of backbones (by fingerprint) that no bundle uses any more."""
+        used = {b.card.backbone.fingerprint for held in self._bundles.values() for b in held.values()}
+        used |= {fingerprint for _, _, fingerprint in self._leaving}
+        with self._lock:
+            for masks, fingerprint in gone:
+                self._executors[fingerprint].swap(None)
+                for mask in masks:
+                    self.residency.drop(mask)
+            self._executors = {f: e for f, e in self._executors.items() if f in used}
+        metrics.resident(self.stats())
 
     def _prepare(self, image: Source, options: Options) -> Item | ItemError:
         bundle = self.find(options.bundle, options.version)
@@ -224,12 +327,14 @@ class Engine:
             with metrics.stage("dispatch"):
                 x = executor.run(x, 0, start)
         answers: dict[int, Prediction] = {}
-        for rows in _groups(range(len(items)), lambda row: items[row].bundle.identity):
+        groups = _groups(range(len(items)), lambda row: items[row].bundle.identity)
+        # Those whose weights are there come first, or they would be evicted for the others and made again.
+        for rows in sorted(groups, key=lambda rows: items[rows[0]].bundle.dispatcher not in self.residency):
             found = self._run_bundle(executor, [items[row] for row in rows], x[rows])
             answers.update(zip(rows, found, strict=True))
         return [answers[row] for row in range(len(items))]
 
-    def _run_bundle(self, executor: TorchExecutor, items: list[Item], x: Tensor) -> list[Prediction]:
+    def _run_bundle(self, executor: Executor, items: list[Item], x: Tensor) -> list[Prediction]:
         """Items of one bundle: its dispatcher once, then each expert for the rows that want it."""
         bundle = items[0].bundle
         start = bundle.dispatcher.start
@@ -280,13 +385,19 @@ class Engine:
         ]
 
 
-def load(path: Path | str, budget_bytes: int | None = None, device: str = "cpu", weights: Path | None = None) -> Engine:
+def load(
+    path: Path | str,
+    budget_bytes: int | None = None,
+    device: str = "cpu",
+    weights: Path | None = None,
+    executor: Kind = "auto",
+) -> Engine:
     """An engine that holds the bundle at ``path`` (``<name>/<version>``), verified.
 
     Raises:
         BundleError, BackboneError: what is wrong, and where.
     """
-    engine = Engine(budget_bytes, device, weights=weights)
+    engine = Engine(budget_bytes, device, weights=weights, executor=executor)
     engine.add(read(Path(path)))
     return engine
 
@@ -305,7 +416,7 @@ def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterable[list[T
     return found.values()
 
 
-def _number(version: str) -> tuple[int, str]:
+def number(version: str) -> tuple[int, str]:
     """Sorts versions as numbers where they are numbers."""
     return (int(version) if version.isdecimal() else -1, version)
 
@@ -329,7 +440,7 @@ def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -
     return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)
 
 
-def _swap(executor: TorchExecutor, mask: Mask) -> None:
+def _swap(executor: Executor, mask: Mask) -> None:
     with metrics.stage("swap"):
         executor.swap(mask)
 

@@ -69,9 +69,22 @@ def apply(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Tensor:
         return apply_plain(backbone, mask, out)
     from cascade.kernels import cpu  # numba takes a second to come up
 
-    bounds = [s.offset - first for s in backbone.segments if s.offset >= first] + [len(pristine)]
-    cpu.masked(mask.bits.numpy(), pristine.numpy(), np.array(bounds), out.numpy())
+    bounds = np.array([s.offset - first for s in backbone.segments if s.offset >= first] + [len(pristine)])
+    bits = mask.bits.numpy()
+    alphas = np.sqrt(np.maximum(cpu.count(bits, bounds), 1) / np.diff(bounds))
+    scales = np.repeat((1 / alphas).astype(np.float32)[:, None], cpu.LANES, axis=1)
+    begin, end, segment = cut(bounds[:-1], bounds[1:])
+    cpu.masked(bits, pristine.numpy(), begin, end, scales[segment], out.numpy())
     return out
+
+
+def cut(begin: np.ndarray, end: np.ndarray, size: int = 1 << 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranges cut into pieces of at most ``size``, that threads can share: begin, end, and of which range it is."""
+    pieces = -(-(end - begin) // size)
+    which = np.repeat(np.arange(len(begin)), pieces)
+    nth = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = begin[which] + nth * size
+    return starts, np.minimum(starts + size, end[which]), which
 
 
 def apply_plain(backbone: Backbone, mask: Mask, out: Tensor) -> Tensor:

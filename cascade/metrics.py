@@ -76,8 +76,11 @@ CLUSTER_SHARE_SHIFT = _gauge(
     "livemax",
 )
 BUNDLE_REFUSED = _gauge(
-    "bundle_refused", "1 for a bundle in the store that could not be loaded.", ["bundle"], "livemax"
+    "bundle_refused", "1 for a bundle of which a version in the store could not be loaded.", ["bundle"], "livemax"
 )
+BUNDLES = _gauge("bundles", "Bundles of the store by state: ready, loading, refused, removed.", ["state"], "livemax")
+STORE_UNREACHABLE = _gauge("store_unreachable", "1 while the model store can't be read.", mode="livemax")
+RELOADS = Counter("cascade_reloads_total", "Looks at the store: changed, unchanged or failed.", ["outcome"])
 
 _STAGES = {name: STAGE_SECONDS.labels(name) for name in STAGES}
 
@@ -97,6 +100,7 @@ class _Shares:
 
 
 _serving: dict[str, _Shares] = {}
+_refused: set[str] = set()
 _lock = threading.Lock()
 
 
@@ -111,9 +115,11 @@ def serving(bundle: str, shares: Sequence[float] = ()) -> None:
         CLUSTER_SHARE_SHIFT.labels(bundle).set(0)
 
 
-def refused(bundle: str) -> None:
-    """A bundle in the store (never a client's string) could not be loaded."""
-    BUNDLE_REFUSED.labels(bundle).set(1)
+def refused(bundle: str, still: bool = True) -> None:
+    """A version of a bundle in the store (never a client's string) could not be loaded; not ``still``: none is left."""
+    if still or bundle in _refused:
+        BUNDLE_REFUSED.labels(bundle).set(still)
+        _refused.add(bundle)
 
 
 def count(bundle: str | None, cluster: int | None, status: int) -> None:

@@ -1,46 +1,228 @@
-"""The model store: which bundles there are, and loading them into an engine."""
+"""The registry: an engine kept in step with a model store while it serves.
+
+Whatever is wrong with a store or a bundle costs nothing that is served: a new version is read, verified and
+warmed up beside the old one and becomes visible at once or not at all; a bad one is refused by name, and looked
+at again when its files change; while the store is out of reach, what is loaded stays.
+"""
 
 import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from cascade import metrics
-from cascade.bundle import CARD, read
-from cascade.engine import Engine
+from cascade.bundle import BundleError
+from cascade.engine import Engine, number
 from cascade.errors import CascadeError
+from cascade.store import Identity, Store, StoreError
 
 log = logging.getLogger(__name__)
+RETRY = 60.0
+"""Seconds until another try where the fault may lie outside the bundle: memory, disk, network, weights."""
+LASTING = float("inf")
+REMEMBERED = 100
+"""Removed bundles whose state is still told."""
+Kind = Literal["ready", "loading", "refused", "removed"]
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A bundle that was not loaded, and why."""
+class State:
+    """A bundle of the store as it is now.
 
-    path: Path
-    reason: str
+    Attributes:
+        state: a ready one answers requests; a removed one is no longer in the store.
+        reason: why it was refused; of a ready one, what is wrong with the files that now lie in its place.
+    """
+
+    name: str
+    version: str
+    state: Kind
+    reason: str | None = None
 
 
-def discover(store: Path) -> list[Path]:
-    """Folders ``<name>/<version>`` of a store that hold a card, sorted; hidden ones (being written) are passed over."""
-    cards = (p.parent for p in Path(store).glob(f"*/*/{CARD}"))
-    return sorted(p for p in cards if not any(part.startswith(".") for part in (p.name, p.parent.name)))
+@dataclass(frozen=True)
+class _Bad:
+    """A look at a bundle that ended badly: not repeated while its stamp is the same, before ``again`` (monotonic)."""
+
+    stamp: str
+    again: float
 
 
-def load_store(engine: Engine, store: Path) -> list[Refusal]:
-    """Add every bundle of a store to the engine; a bad one is refused by name and the rest goes on.
+class Registry:
+    """Loads the bundles of a store into an engine, and follows the store's changes.
+
+    Args:
+        engine: to serve them; nothing else adds to it or removes from it.
+        store: where they lie.
+        pins: version by bundle name, for requests that name none; the latest version of all others.
+    """
+
+    def __init__(self, engine: Engine, store: Store, pins: Mapping[str, str] | None = None) -> None:
+        self.engine, self.store = engine, store
+        engine.pins = dict(pins or {})
+        self._held: dict[Identity, tuple[str, str]] = {}  # (stamp, digest) of what is served
+        self._bad: dict[Identity, _Bad] = {}
+        self._states: dict[Identity, State] = {}  # replaced, never changed: readers need no lock
+        self._trouble: str | None = None
+        self._looking = threading.Lock()
+
+    def states(self, name: str | None = None) -> list[State]:
+        """Every bundle of the store (or those called ``name``), versions rising; safe in any thread."""
+        found = [s for s in self._states.values() if name in (None, s.name)]
+        return sorted(found, key=lambda s: (s.name, number(s.version)))
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the store can't be read at the moment, or None."""
+        return self._trouble
+
+    def reload(self) -> list[State]:
+        """Look at the store now: load what is new, remove what is gone; all faults are states, logged and counted."""
+        with self._looking:
+            self.engine.release()
+            try:
+                found = self.store.look()
+                if not found and self._held:
+                    raise StoreError(f"the store {self.store.where} is empty: is it mounted? The last bundles stay")
+            except StoreError as error:
+                self._is_reachable(str(error))
+                metrics.RELOADS.labels("failed").inc()
+                if not self._held:
+                    self._load(self.store.cached())
+                return self.states()
+            self._is_reachable(None)
+            before = self._held
+            self._load(found)  # first, so that a name whose version changes is never without one
+            for identity in [i for i in self._states if i not in found]:
+                self._take_away(identity)
+            self.store.prune(found)
+            metrics.RELOADS.labels("unchanged" if self._held == before else "changed").inc()
+            return self.states()
+
+    @contextmanager
+    def watching(self, interval: float) -> Iterator[None]:
+        """Look every ``interval`` seconds, in a thread, until the block ends; 0 for never."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(interval):
+                try:
+                    self.reload()
+                except Exception:  # a defect of ours must not end the watch unseen
+                    log.exception("the store could not be looked at")
+
+        thread = threading.Thread(target=watch, name="cascade-registry", daemon=True)
+        if interval > 0:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if interval > 0:
+                thread.join(10)  # a download that hangs ends with the process
+
+    def _load(self, found: Mapping[Identity, str]) -> None:
+        for identity in sorted(found, key=lambda i: (i[0], number(i[1]))):
+            self._consider(identity, found[identity])
+
+    def _consider(self, identity: Identity, stamp: str) -> None:
+        held, bad = self._held.get(identity), self._bad.get(identity)
+        if held and held[0] == stamp:
+            if bad:
+                self._set(identity, "ready")
+            return
+        if bad and bad.stamp == stamp and time.monotonic() < bad.again:
+            return
+        known = self._states.get(identity)
+        if known is None or known.state == "removed":
+            self._set(identity, "loading")
+        try:
+            bundle, digest = self.store.read(*identity)
+            if held and digest != held[1]:
+                raise BundleError("its files are no longer those that are served: give a change the next version")
+            if not held:
+                self.engine.add(bundle, warm=True)
+        except Exception as error:
+            if not isinstance(error, CascadeError):  # from a library, over something that no check of ours foresaw
+                log.exception("bundle %s/%s can't be used", *identity)
+            lasting = isinstance(error, BundleError) or not isinstance(error, CascadeError)
+            again = LASTING if lasting else time.monotonic() + RETRY
+            reason = str(error) if isinstance(error, CascadeError) else f"it can't be used ({type(error).__name__})"
+            self._set(identity, "ready" if held else "refused", reason, _Bad(stamp, again))
+        else:
+            self._held = {**self._held, identity: (stamp, digest)}
+            self._set(identity, "ready")
+
+    def _take_away(self, identity: Identity) -> None:
+        if identity in self._held:
+            self.engine.remove(*identity)
+            self._held = {i: h for i, h in self._held.items() if i != identity}
+            # There is room now, perhaps, for what was refused for the lack of it.
+            self._bad = {i: b if b.again == LASTING else _Bad(b.stamp, 0.0) for i, b in self._bad.items()}
+            self._set(identity, "removed")
+        elif self._states[identity].state != "removed":
+            self._set(identity, None)
+
+    def _set(
+        self,
+        identity: Identity,
+        state: Kind | None,
+        reason: str | None = None,
+        bad: _Bad | None = None,
+    ) -> None:
+        """Make a state known: to front ends, in the metrics and, where it is another than before, in the log."""
+        name, version = identity
+        old, new = self._states.get(identity), State(name, version, state, reason) if state else None
+        others = {i: s for i, s in self._states.items() if i != identity}
+        self._states = {**others, identity: new} if new else others
+        self._bad = {i: b for i, b in self._bad.items() if i != identity} | ({identity: bad} if bad else {})
+        for forgotten in [i for i, s in self._states.items() if s.state == "removed"][:-REMEMBERED]:
+            self._states = {i: s for i, s in self._states.items() if i != forgotten}
+        metrics.refused(name, any(n == name for n, _ in self._bad))
+        for each in get_args(Kind):
+            metrics.BUNDLES.labels(each).set(sum(s.state == each for s in self._states.values()))
+        if reason and (old is None or old.reason != reason):
+            log.error("refused bundle %s/%s: %s", name, version, reason)
+        elif new and old and new.state != old.state and state in ("ready", "removed"):
+            log.info("bundle %s/%s: %s", name, version, state)
+
+    def _is_reachable(self, trouble: str | None) -> None:
+        metrics.STORE_UNREACHABLE.set(trouble is not None)
+        if trouble and self._trouble is None:
+            log.error("%s; what is loaded is served on", trouble)
+        elif self._trouble and trouble is None:
+            log.warning("the store %s is in reach again", self.store.where)
+        self._trouble = trouble
+
+
+def load_store(
+    engine: Engine, where: str | Path, pins: Mapping[str, str] | None = None, cache: Path | None = None
+) -> Registry:
+    """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
+
+    Args:
+        where, cache: as of :class:`cascade.store.Store`.
 
     Raises:
         CascadeError: no bundle at all could be loaded.
     """
-    refused = []
-    for path in discover(store):
-        try:
-            engine.add(read(path))
-        except CascadeError as error:
-            refused.append(Refusal(path, str(error)))
-            metrics.refused(path.parent.name)
-            log.error("refused bundle %s/%s: %s", path.parent.name, path.name, error)
+    registry = Registry(engine, Store(where, cache), pins)
+    states = registry.reload()
     if not engine.bundles:
-        why = f"; {refused[0].reason}" if refused else f": put bundles at {store}/<name>/<version>/"
-        raise CascadeError(f"no bundle could be loaded from {store}{why}")
-    return refused
+        refused = [s.reason for s in states if s.reason]
+        why = (registry.trouble, *refused, f"put bundles at {where}/<name>/<version>/")
+        raise CascadeError(f"no bundle could be loaded from {where}: {next(filter(None, why))}")
+    return registry
+
+
+def pinned(texts: Iterable[str]) -> dict[str, str]:
+    """``demo@3`` as ``{"demo": "3"}``. Raises CascadeError for anything else."""
+    pairs = [text.rpartition("@") for text in texts]
+    for text, (name, _, version) in zip(texts, pairs, strict=True):
+        if not name or not version:
+            raise CascadeError(f"can't pin {text!r}: write NAME@VERSION, like demo@3")
+    return {name: version for name, _, version in pairs}

@@ -61,6 +61,11 @@ class Residency:
         while self._held:
             self._drop(next(iter(self._held)))
 
+    def drop(self, key: Hashable) -> None:
+        """Let go of a mask that nobody will ask for again; nothing where it is not held."""
+        if key in self._held:
+            self._drop(key)
+
     def _drop(self, key: Hashable) -> Tensor:
         weights = self._held.pop(key)
         self.used -= weights.nbytes

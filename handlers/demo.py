@@ -29,9 +29,9 @@ class DemoError(CascadeError):
     """There is nothing to send, or an image was not answered."""
 
 
-def answers(url: str, images: list[Path]) -> Iterator[tuple[Path, dict[str, Any], float]]:
+def answers(url: str, images: list[Path], headers: dict[str, str]) -> Iterator[tuple[Path, dict[str, Any], float]]:
     """Post one image after the other; gives its path, the answer, the seconds it took. Raises DemoError."""
-    with httpx.Client(trust_env=False, timeout=60) as client:
+    with httpx.Client(trust_env=False, timeout=60, headers=headers) as client:
         for image in images:
             body, kind = image.read_bytes(), TYPES[image.suffix.lower()]
             start = time.perf_counter()
@@ -57,7 +57,7 @@ def show(server: Server, images: list[Path], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, show_lines=True, collapse_padding=True, pad_edge=False, caption=caption)
     for name in ("image", "cluster", "conf.", "ood", "label", "nearest", "masks", "ms"):
         table.add_column(name, justify="right" if name == "ms" else "left", no_wrap=name == "image")
-    for each in answers(server.url, images):
+    for each in answers(server.url, images, server.headers):
         table.add_row(*row(*each))
     console.print(table)
     console.print(f"endpoint  {server.url}\nmetrics   {server.metrics_url}")

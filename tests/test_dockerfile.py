@@ -46,10 +46,12 @@ class Management(BaseHTTPRequestHandler):
     """Says what TorchServe's management address says of a model whose worker has the state in the class."""
 
     status = "READY"
+    wanted: str | None = None
 
     def do_GET(self) -> None:
         body = json.dumps([{"modelName": "cascade", "workers": [{"id": "9000", "status": self.status}]}]).encode()
-        self.send_response(200 if self.path == "/models/cascade" else 404)
+        allowed = self.headers["Authorization"] == self.wanted
+        self.send_response(400 if not allowed else 200 if self.path == "/models/cascade" else 404)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -68,14 +70,21 @@ def management() -> Iterator[HTTPServer]:
         thread.join()
 
 
-def test_health_is_the_readiness_of_the_worker(management: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("auth", [True, False])
+def test_health_is_the_readiness_of_the_worker(
+    management: HTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auth: bool
+) -> None:
     (check,) = instructions("HEALTHCHECK")
     python, *arguments = json.loads(check.partition("CMD ")[2])
     assert python == "python"
+    if auth:
+        monkeypatch.setattr(Management, "wanted", "Bearer the-key")
+        (tmp_path / "cascade-xyz").mkdir()
+        (tmp_path / "cascade-xyz/key_file.json").write_text(json.dumps({"management": {"key": "the-key"}}))
 
     def is_healthy() -> bool:
-        command = [a.replace(":8081/", f":{management.server_port}/") for a in (sys.executable, *arguments)]
-        return subprocess.run(command, capture_output=True).returncode == 0
+        program = arguments[1].replace(":8081/", f":{management.server_port}/").replace("/tmp/", f"{tmp_path}/")
+        return subprocess.run([sys.executable, arguments[0], program], capture_output=True).returncode == 0
 
     assert is_healthy()
     monkeypatch.setattr(Management, "status", "WORKER_STOPPED")

@@ -1,36 +1,112 @@
-"""The fused swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass.
+"""The swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass over memory.
 
-Numba compiles it in about a second when it is first used. The plain references are in ``cascade.masks``.
+Numba compiles the loops when they are first used, and keeps them beside this file, or in the user's cache. The plain
+references are in ``cascade.masks`` (``apply_plain``) and ``cascade.flat`` (``reorder_plain``).
 """
 
+from typing import Any
+
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
-PIECE = 1 << 16  # weights that a thread takes at a time: 256 kB in, 256 kB out, which stay in its cache
+LANES = 16
+"""Weights that one step takes: the bits of a 16-bit word, a vector register of float32 with AVX-512."""
+
+STREAM = 1 << 24
+"""Bytes from which on the output goes past the caches: it would not stay in them until it is read."""
 
 
-def masked(bits: np.ndarray, weights: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
-    """Write ``W * M / alpha`` into ``out``.
+def masked(
+    bits: np.ndarray, weights: np.ndarray, begin: np.ndarray, end: np.ndarray, scales: np.ndarray, out: np.ndarray
+) -> None:
+    """Write ``W * M * scale`` into ``out``, piece by piece; what lies between pieces is left as it is.
 
     Args:
         bits: packed bits, uint8 [ceil(n / 8)].
         weights: pristine, float32 [n].
-        bounds: where each segment (with an alpha of its own) begins, and n, int64 [segments + 1].
+        begin, end: of each piece, int64 [P].
+        scales: float32 [P, 16]; a weight at position i takes that of lane ``i % 16``.
         out: float32 [n].
     """
-    sizes = np.diff(bounds)
-    scales = 1 / np.sqrt(np.maximum(_count(bits, bounds), 1) / sizes)
-    pieces = -(-sizes // PIECE)
-    segment = np.repeat(np.arange(len(sizes)), pieces)
-    first = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = bounds[segment] + first * PIECE
-    end = np.minimum(begin + PIECE, bounds[segment + 1])
-    _masked(bits, weights, begin, end, scales.astype(np.float32)[segment], out)
+    words = bits[: len(bits) // 2 * 2].view(np.uint16)
+    past_caches = out.nbytes >= STREAM and out.ctypes.data % (4 * LANES) == 0
+    _masked(words, bits, weights, begin, end, scales, past_caches, out)
 
 
-@njit(parallel=True, nogil=True)
-def _count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cover - compiled
-    """Active weights of each segment."""
+def _make_step(nontemporal: bool) -> Any:
+    """An intrinsic ``step(out, weights, scale, at, word)`` for 16 weights at once.
+
+    LLVM makes no vector code of a loop over single bits that comes near the speed of memory; so the three vector
+    operations are written down. They are target independent: a masked multiply with AVX-512, a few more elsewhere.
+    """
+    lanes, bools = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(1), LANES)
+
+    @intrinsic
+    def step(typing: Any, out: Any, weights: Any, scale: Any, at: Any, word: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def place(which: int, index: Any = None) -> Any:
+                array = context.make_array(signature.args[which])(context, builder, arguments[which])
+                pointer = builder.gep(array.data, [index]) if index is not None else array.data
+                return builder.bitcast(pointer, lanes.as_pointer())
+
+            def load(pointer: Any) -> Any:
+                value = builder.load(pointer)
+                value.align = 4
+                return value
+
+            product = builder.fmul(load(place(1, arguments[3])), load(place(2)))
+            kept = builder.select(builder.bitcast(arguments[4], bools), product, ir.Constant(lanes, [0.0] * LANES))
+            store = builder.store(kept, place(0, arguments[3]))
+            store.align = 4 * LANES if nontemporal else 4
+            if nontemporal:
+                store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+            return context.get_dummy_value()
+
+        return types.void(out, weights, scale, types.int64, types.uint16), code
+
+    return step
+
+
+_step, _step_past_caches = _make_step(False), _make_step(True)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _masked(
+    words: np.ndarray,
+    bits: np.ndarray,
+    weights: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    scales: np.ndarray,
+    past_caches: bool,
+    out: np.ndarray,
+) -> None:  # pragma: no cover - compiled
+    for p in prange(len(begin)):
+        i, stop, scale = begin[p], end[p], scales[p]
+        while i < stop and i & 15:
+            out[i] = weights[i] * (scale[i & 15] * np.float32((bits[i >> 3] >> (i & 7)) & 1))
+            i += 1
+        whole = max(i, stop & ~15)
+        if past_caches:
+            for word in range(i >> 4, whole >> 4):
+                _step_past_caches(out, weights, scale, word << 4, words[word])
+        else:
+            for word in range(i >> 4, whole >> 4):
+                _step(out, weights, scale, word << 4, words[word])
+        for k in range(whole, stop):
+            out[k] = weights[k] * (scale[k & 15] * np.float32((bits[k >> 3] >> (k & 7)) & 1))
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cover - compiled
+    """Active weights of each segment.
+
+    Args:
+        bits: packed bits, uint8.
+        bounds: where each segment begins, and the end of the last, int64 [segments + 1].
+    """
     out = np.zeros(len(bounds) - 1, np.int64)
     for s in prange(len(out)):
         i, end, total = bounds[s], bounds[s + 1], 0
@@ -50,21 +126,53 @@ def _count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no co
     return out
 
 
-@njit(parallel=True, nogil=True)
-def _masked(
-    bits: np.ndarray, weights: np.ndarray, begin: np.ndarray, end: np.ndarray, scales: np.ndarray, out: np.ndarray
-) -> None:  # pragma: no cover - compiled
-    """Each piece [begin, end) with its scale."""
-    for p in prange(len(begin)):
-        i, stop, scale = begin[p], end[p], scales[p]
-        while i < stop and i & 7:
-            out[i] = weights[i] * (scale * np.float32((bits[i >> 3] >> (i & 7)) & 1))
-            i += 1
-        for q in range(i >> 3, stop >> 3):  # whole bytes: the inner loop becomes vector code
-            byte, o = np.uint32(bits[q]), q << 3
-            for k in range(8):
-                out[o + k] = weights[o + k] * (scale * np.float32((byte >> k) & 1))
-        i = max(i, stop & ~7)
-        while i < stop:
-            out[i] = weights[i] * (scale * np.float32((bits[i >> 3] >> (i & 7)) & 1))
-            i += 1
+@njit(parallel=True, nogil=True, cache=True)
+def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:  # pragma: no cover
+    """Bits from the order of ``Backbone.flat`` to an executor's, see ``cascade.flat.Order``.
+
+    Args:
+        bits: uint8, as in a ``Mask``.
+        tasks: int64 [T, 8]; each writes bytes of its own. Where its unit's bits begin, its first row, the rows that
+            there are, groups of rows, rows a group (1, 8 or 16), columns, where its order of columns begins and ends.
+            The tasks' outputs follow each other, each beginning at a multiple of 16.
+        columns: int32; the canonical column of each place, -1 where there is padding.
+        out: uint8, zeros.
+    """
+    places = np.zeros(len(tasks) + 1, np.int64)
+    for t in range(len(tasks)):
+        size = tasks[t, 3] * tasks[t, 4] * (tasks[t, 7] - tasks[t, 6])
+        places[t + 1] = (places[t] + size + 15) & ~15
+    for t in prange(len(tasks)):
+        origin, first, rows, groups, block, width = (
+            tasks[t, 0],
+            tasks[t, 1],
+            tasks[t, 2],
+            tasks[t, 3],
+            tasks[t, 4],
+            tasks[t, 5],
+        )
+        place = places[t]
+        lanes = np.zeros(width, np.uint16)  # of each column the bits of the group's rows
+        for group in range(groups):
+            lanes[:] = 0
+            for lane in range(min(block, rows - first - group * block)):
+                at = origin + (first + group * block + lane) * width
+                if at & 7 == 0 and width & 7 == 0:
+                    for byte in range(width >> 3):
+                        value = np.uint16(bits[(at >> 3) + byte])
+                        for k in range(8):
+                            lanes[(byte << 3) + k] |= ((value >> k) & np.uint16(1)) << lane
+                else:
+                    for k in range(width):
+                        lanes[k] |= np.uint16((bits[(at + k) >> 3] >> ((at + k) & 7)) & 1) << lane
+            for v in range(tasks[t, 6], tasks[t, 7]):
+                word = lanes[columns[v]] if columns[v] >= 0 else np.uint16(0)
+                if block == 16:
+                    out[place >> 3] = word & 255
+                    out[(place >> 3) + 1] = word >> 8
+                elif block == 8:
+                    out[place >> 3] = word
+                else:
+                    out[place >> 3] |= word << (place & 7)
+                place += block
+    return

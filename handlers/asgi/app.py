@@ -1,7 +1,7 @@
 """The application: requests in, one batcher behind them, answers out. docs/http.md describes what it speaks."""
 
 import asyncio
-import json
+from dataclasses import replace
 from functools import cache
 from http import HTTPStatus
 from typing import Any
@@ -18,10 +18,11 @@ from cascade.batcher import STOPPING
 from cascade.bundle import Bundle
 from cascade.oip import LENGTH_HEADER
 from cascade.prediction import ItemError, Options
+from cascade.registry import State
 from handlers.asgi import ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
-from handlers.torchserve.handler import NOT_FINITE, parse
+from handlers.torchserve.handler import NOT_FINITE, _body, parse, wants_bytes
 
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
@@ -110,10 +111,10 @@ def _predictions(app: FastAPI, service: Service) -> None:
             raise Refusal(answer)
         request.state.about.update(bundle=answer.bundle, version=answer.version)
         try:
-            text = json.dumps(answer.to_json(), separators=(",", ":"), allow_nan=False)
+            text, kind, about = _body(answer, wants_bytes(request.headers))
         except ValueError:
             raise Refusal(NOT_FINITE) from None
-        return Response(text, media_type="application/json")
+        return Response(text, headers=about, media_type=kind)
 
 
 def _protocol(app: FastAPI, service: Service) -> None:
@@ -125,13 +126,13 @@ def _protocol(app: FastAPI, service: Service) -> None:
 
     @app.get("/v2/models", summary="Bundles and their versions")
     async def models(request: Request) -> dict[str, Any]:
-        return {"models": [{"name": name, "versions": v} for name, v in service.bundles(request).items()]}
+        return {"models": [{"name": name} | _versions(states) for name, states in service.states(request).items()]}
 
     @app.get("/v2/models/{model}", summary="Bundle metadata")
     @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata")
     async def model_metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
         bundle = found(request, model, version)
-        return v2.metadata(bundle, service.bundles(request).get(model, [bundle.version]))
+        return v2.metadata(bundle) | _versions(service.states(request, model).get(model, []))
 
     @app.get("/v2/models/{model}/ready", summary="Bundle readiness")
     @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness")
@@ -173,7 +174,9 @@ def _protocol(app: FastAPI, service: Service) -> None:
         service.check(request, model)
         bundle = service.engine.find(model, version)
         if isinstance(bundle, ItemError):
-            raise Refusal(bundle)
+            states = service.states(request, model).get(model, [])
+            why = [f"; version {s.version} is refused: {s.reason}" for s in states if version in (None, s.version)]
+            raise Refusal(replace(bundle, message=bundle.message + "".join(why)))
         return bundle
 
 
@@ -215,6 +218,12 @@ def _pages(app: FastAPI, service: Service) -> None:
         if bank is None:
             raise Refusal(ItemError(404, "no_bank", "this bundle has no neighbour bank for that mode"))
         return await asyncio.to_thread(ui.flat, bank)
+
+
+def _versions(states: list[State]) -> dict[str, Any]:
+    """The versions that answer, and the state of each in the store."""
+    state = {s.version: {"state": s.state} | ({"reason": s.reason} if s.reason else {}) for s in states}
+    return {"versions": [s.version for s in states if s.state == "ready"], "state": state}
 
 
 class _InMemory(MultiPartParser):

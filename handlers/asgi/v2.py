@@ -140,13 +140,12 @@ def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | It
     return b"".join([text, *blobs]), len(text) if blobs else None
 
 
-def metadata(bundle: Bundle, versions: list[str]) -> dict[str, Any]:
+def metadata(bundle: Bundle) -> dict[str, Any]:
     """What a client asks before it sends anything: inputs and outputs of one bundle."""
     side = bundle.preprocessing.size
     shapes = {"embedding": [-1, bundle.card.dim]}
     return {
         "name": bundle.name,
-        "versions": versions,
         "platform": "cascade",
         "inputs": [
             {"name": "image", "datatype": "BYTES", "shape": [-1]},

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,12 +64,15 @@ def run(settings: dict[str, Any]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
     opened = None if settings["api_keys"] is None else keys.read(Path(settings["api_keys"]))
-    engine = Engine(settings["budget_bytes"], settings["device"])
-    load_store(engine, Path(settings["model_store"]))
-    engine.warm_up()
+    engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=settings["memory_bytes"])
+    registry = load_store(engine, settings["model_store"], settings["pins"])
     batching = {name: settings[name] for name in ("max_batch", "patience", "queue")}
-    with Batcher(engine, **batching) as batcher, socket.socket(fileno=settings["socket"]) as listening:
-        service = Service(batcher, opened)
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket(fileno=settings["socket"]))
+        batcher = stack.enter_context(Batcher(engine, **batching))
+        stack.enter_context(registry.watching(settings["poll"]))
+        service = Service(batcher, opened, registry=registry)
+        stack.callback(service.close)
         guard = create_app(service)
         config = uvicorn.Config(
             guard,
@@ -82,10 +86,7 @@ def run(settings: dict[str, Any]) -> None:
             timeout_keep_alive=30,
             timeout_graceful_shutdown=1,
         )
-        try:
-            Server(config, service, guard, settings).run([listening])
-        finally:
-            service.close()
+        Server(config, service, guard, settings).run([listening])
 
 
 def _log(level: str) -> None:

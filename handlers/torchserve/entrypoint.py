@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 from string import Template
@@ -29,12 +30,14 @@ from rich.console import Console
 from cascade import metrics
 from cascade.errors import CascadeError
 from cascade.images import LIMITS
-from handlers.torchserve import process
+from cascade.store import is_url
+from handlers.torchserve import process, tokens
 
 HERE = Path(__file__).parent
 LOOPBACK = "127.0.0.1"
 PORTS = ("port", "metrics_port", "management_port", "grpc_inference_port", "grpc_management_port")
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+POLL = 10.0  # seconds between two looks at the store
 DIED = "Backend worker process died."  # TorchServe's last words before the traceback
 
 
@@ -49,7 +52,7 @@ class Server:
     progress finish, then ends every process and removes every file. Raises ServerError.
 
     Args:
-        model_store: holds <name>/<version>/cascade.json.
+        model_store: holds <name>/<version>/cascade.json; a folder, or a URL that fsspec knows.
         host: address of predictions and metrics; management and gRPC are always on loopback.
         port, metrics_port, management_port: 0 for any free one.
         workers: each holds its own backbone.
@@ -58,16 +61,22 @@ class Server:
         start_timeout: seconds until every worker is READY.
         drain_timeout: seconds for the work in progress to finish.
         log_to_stderr: show the warnings of the running server there.
+        auth: predictions need a token.
+        token_file: where the token for predictions is written (0600) while the server runs; None for our own folder.
+        pins: version by bundle name, for requests that name none.
+        poll: seconds between two looks at the store; 0 for never.
+        memory_bytes: of backbones and packed bundles, for each worker; None for no limit.
 
     Attributes:
         url: where images are posted.
         metrics_url: Prometheus metrics of all workers; management_url: the state of the workers, on loopback.
         java: the process that leads all others.
+        folder: everything that the server writes; private.
     """
 
     def __init__(
         self,
-        model_store: Path,
+        model_store: Path | str,
         host: str = LOOPBACK,
         port: int = 0,
         metrics_port: int = 0,
@@ -79,22 +88,33 @@ class Server:
         start_timeout: float = 120,
         drain_timeout: float = 8,
         log_to_stderr: bool = False,
+        auth: bool = True,
+        token_file: Path | None = None,
+        pins: Mapping[str, str] | None = None,
+        poll: float = POLL,
+        memory_bytes: int | None = None,
     ) -> None:
-        if not any(model_store.glob("*/*/cascade.json")):
+        remote = is_url(str(model_store))
+        if not remote and not any(Path(model_store).glob("*/*/cascade.json")):
             raise ServerError(f"no bundle in {model_store}: it has to hold <name>/<version>/cascade.json")
         inside = [(LOOPBACK, each) for each in (management_port, 0, 0)]
         ports = claim_ports((host, port), (host, metrics_port), *inside)
         self.settings = dict(zip(PORTS, ports, strict=True)) | {
             "host": host,
-            "model_store": json.dumps(str(model_store.resolve())),
+            "model_store": json.dumps(str(model_store if remote else Path(model_store).resolve())),
             "workers": workers,
-            "budget_bytes": "null" if budget_bytes is None else budget_bytes,
+            "budget_bytes": json.dumps(budget_bytes),
+            "memory_bytes": json.dumps(memory_bytes),
+            "pins": json.dumps(dict(pins or {})),
+            "poll": poll,
             "device": device,
             "threads": threads or max(1, len(os.sched_getaffinity(0)) // workers),
+            "no_auth": "false" if auth else "true",
             "startup_timeout": round(start_timeout),
             "max_request_size": LIMITS.max_bytes * 4 // 3 + 2**16,  # base64, and the JSON around it
         }
         self.workers, self.log_to_stderr = workers, log_to_stderr
+        self.auth, self._token_file = auth, token_file
         self.start_timeout, self.drain_timeout = start_timeout, drain_timeout
         self.url = f"http://{host}:{ports[0]}/predictions/cascade"
         self.metrics_port = ports[1]
@@ -105,7 +125,8 @@ class Server:
         with ExitStack() as stack:
             # A proxy has no business with loopback.
             self.client = stack.enter_context(httpx.Client(trust_env=False))
-            self.folder = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-")))
+            self.folder = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-")))  # mode 0700
+            self.token_file = self._token_file or self.folder / "token"
             self._fill_folder()
             os.environ[METRICS_FOLDER] = str(self.folder / "metrics")  # the workers inherit it
             stack.callback(os.environ.pop, METRICS_FOLDER)
@@ -116,6 +137,9 @@ class Server:
             # What Java itself does on SIGTERM is of no use: it drops its connections, then waits for seconds.
             stack.callback(process.kill, self.java)
             self._wait_until_ready()
+            if self.auth:
+                stack.callback(self.token_file.unlink, missing_ok=True)
+                tokens.hand_out(self.folder, self.token_file)
             self._resources = stack.pop_all()
         return self
 
@@ -175,11 +199,26 @@ class Server:
             "OMP_WAIT_POLICY": "passive",
         }
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request for a prediction has to carry: the token, or nothing without authorization."""
+        return self._bearer("inference")
+
+    def renew_tokens(self) -> None:
+        """New tokens, in the file too; the old ones open nothing from then on. Raises TokenError."""
+        if self.auth:
+            tokens.renew(self.folder, self.management_url, self.client)
+            tokens.hand_out(self.folder, self.token_file)
+
+    def _bearer(self, kind: tokens.Kind) -> dict[str, str]:
+        return tokens.bearer(self.folder, kind) if self.auth else {}
+
     def _describe(self) -> list[dict[str, Any]]:
         """The workers as TorchServe sees them; none while it does not answer."""
         try:
-            return list(self.client.get(self.management_url).raise_for_status().json()[0]["workers"])
-        except httpx.HTTPError:
+            headers = self._bearer("management")
+            return list(self.client.get(self.management_url, headers=headers).raise_for_status().json()[0]["workers"])
+        except (httpx.HTTPError, OSError, ValueError):  # not up yet, or the keys are just being written
             return []
 
     def _wait_until_ready(self) -> None:
@@ -217,7 +256,7 @@ class Server:
         """Send what the handler refuses at once, and wait for that."""
         left = max(0.5, end - time.monotonic())
         try:
-            self.client.post(self.url, headers={"X-Cascade-Fields": "nothing"}, timeout=left)
+            self.client.post(self.url, headers=self.headers | {"X-Cascade-Fields": "nothing"}, timeout=left)
         except httpx.HTTPError as e:
             print(f"not all requests could be finished before the end: {e!r}", file=sys.stderr)
 
@@ -254,27 +293,45 @@ def claim_ports(*addresses: tuple[str, int]) -> list[int]:
 
 
 def serve(
-    model_store: Path,
-    host: str = LOOPBACK,
+    model_store: Path | str,
     port: int = 8080,
     metrics_port: int = 8082,
     management_port: int = 8081,
-    workers: int = 1,
-    budget_bytes: int | None = None,
-    device: str = "cpu",
-    drain_timeout: float = 8,
+    **options: Any,
 ) -> None:
-    """Serve in the foreground until SIGTERM or Ctrl-C. Arguments as of `Server`; raises ServerError."""
-    ports = (port, metrics_port, management_port)
-    options: dict[str, Any] = {"drain_timeout": drain_timeout, "log_to_stderr": True}
-    server = Server(model_store, host, *ports, workers, budget_bytes, device, **options)
+    """Serve in the foreground until SIGTERM or Ctrl-C; SIGHUP makes new tokens. Arguments as of `Server`.
+
+    Raises:
+        ServerError: it cannot be started, or it ended by itself.
+    """
+    options |= {"port": port, "metrics_port": metrics_port, "management_port": management_port}
+    server = Server(model_store, log_to_stderr=True, **options)
     exit_on_signals()
     console = Console(soft_wrap=True, highlight=False)
     with ExitStack() as stack:
         with console.status("starting TorchServe"):
             stack.enter_context(server)
-        console.print(f"ready: POST images to {server.url}\nmetrics: {server.metrics_url}\nCtrl-C stops")
+        stack.enter_context(_renewing_on_hangup(server))
+        token = f'-H "Authorization: Bearer $(cat {server.token_file})" ' if server.auth else ""
+        console.print(f"ready: curl -T IMAGE {token}{server.url}\nmetrics: {server.metrics_url}\nCtrl-C stops")
         server.wait()
+
+
+@contextmanager
+def _renewing_on_hangup(server: Server) -> Iterator[None]:
+    """While the block runs, SIGHUP makes new tokens; a failure is said, and the server goes on."""
+
+    def renew(number: int, frame: FrameType | None) -> None:
+        try:
+            server.renew_tokens()
+        except CascadeError as e:
+            print(f"error: {e}", file=sys.stderr)
+
+    before = signal.signal(signal.SIGHUP, renew)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def exit_on_signals(status: int = 0) -> None:

@@ -4,6 +4,7 @@ TorchServe 0.12 fails the whole batch when a handler raises, so whatever is wron
 that request's own status and error body. It also demands exactly one class in this module.
 """
 
+import atexit
 import base64
 import binascii
 import fcntl
@@ -11,6 +12,8 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from cascade.registry import load_store
 
 PREFIX = "x-cascade-"
 OPTIONS = ("bundle", "version", "mode", "fields")
+BINARY = "application/octet-stream"
 FIELDS = ("labels", "neighbours", "embedding")
 NOT_FINITE = ItemError(500, "not_finite", "the answer has numbers that are none: try cascade verify on the bundle")
 STOPPING = ItemError(503, "stopping", "the server is stopping: send the request again, to another replica")
@@ -31,22 +35,27 @@ class CascadeHandler:
     """One engine with every bundle of the model store, over one resident backbone."""
 
     def initialize(self, context: Any) -> None:
-        """Load the model store that the `cascade` part of model-config.yaml names.
+        """Load the model store that the `cascade` part of model-config.yaml names, and follow its changes.
 
         A bundle that cannot be used is left out, and the log says why. Raises CascadeError if none is left.
         """
         settings = context.model_yaml_config["cascade"]
         torch.set_num_threads(settings["threads"])
         self.gate = Path(settings["gate"])
-        self.engine = Engine(budget_bytes=settings["budget_bytes"], device=settings["device"])
-        refusals = load_store(self.engine, Path(settings["model_store"]))
-        self.engine.warm_up()
+        memory = settings["memory_bytes"]
+        self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
+        registry = load_store(self.engine, settings["model_store"], settings["pins"])
         _log_to_stderr()
-        for refusal in refusals:
-            logging.error("refused %s: %s", refusal.path, refusal.reason)
+        for state in registry.states():
+            if state.reason:
+                logging.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
+        resources = ExitStack()
+        resources.enter_context(registry.watching(settings["poll"]))
+        atexit.register(resources.close)
 
-    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
-        """A JSON text and a status for each request of a batch, in order; never raises for one of them."""
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
+        """An answer and a status for each request of a batch, in order; never raises for one of them."""
+        headers = [context.get_all_request_header(i) for i in range(len(data))]
         try:
             gate = self.gate.open()
         except FileNotFoundError:  # the entrypoint took it away: no new work, see Server.drain
@@ -54,18 +63,21 @@ class CascadeHandler:
         else:
             with gate:
                 fcntl.flock(gate, fcntl.LOCK_SH)
-                answers = self.predict([parse(item, context.get_all_request_header(i)) for i, item in enumerate(data)])
-        texts = []
+                answers = self.predict([parse(*each) for each in zip(data, headers, strict=True)])
+        bodies = []
         for i, answer in enumerate(answers):
             try:
-                texts.append(_text(answer))
+                body, kind, named = _body(answer, wants_bytes(headers[i]))
             except ValueError:
                 answer = NOT_FINITE
-                texts.append(_text(answer))
-            context.set_response_content_type(i, "application/json")
+                body, kind, named = _body(answer, False)
+            bodies.append(body)
+            context.set_response_content_type(i, kind)
+            for name, value in named.items():
+                context.set_response_header(i, name, value)
             if isinstance(answer, ItemError):
                 context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
-        return texts
+        return bodies
 
     def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:
         """One engine call for the requests that could be read; the errors of the others keep their places."""
@@ -74,9 +86,24 @@ class CascadeHandler:
         return [request if isinstance(request, ItemError) else next(answers) for request in requests]
 
 
-def _text(answer: Prediction | ItemError) -> str:
-    """Compact JSON. Raises ValueError for a NaN or an infinity, which JSON has not."""
-    return json.dumps(answer.to_json(), separators=(",", ":"), allow_nan=False)
+def wants_bytes(headers: Mapping[str, Any]) -> bool:
+    """Whether a request asks for the embedding as it lies in memory and not for JSON."""
+    accepted = [str(value) for name, value in headers.items() if name.lower() == "accept"]
+    return any(each.partition(";")[0].strip().lower() == BINARY for value in accepted for each in value.split(","))
+
+
+def _body(answer: Prediction | ItemError, binary: bool) -> tuple[str | bytes, str, dict[str, str]]:
+    """Body, content type and headers: compact JSON, or the embedding (float32, little endian) and the rest as headers.
+
+    Raises ValueError for a NaN or an infinity, which JSON has not.
+    """
+    whole = answer.to_json()
+    text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
+    if not binary or isinstance(answer, ItemError) or answer.embedding is None:
+        return text, "application/json", {}
+    rest = {name: whole[name] for name in ("bundle", "version", "mode", "cluster", "confidence", "ood")}
+    headers = {name: str(value) for name, value in rest.items()} | {"masks": ",".join(answer.masks)}
+    return answer.embedding.astype("<f4").tobytes(), BINARY, {PREFIX + name: v for name, v in headers.items()}
 
 
 def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
@@ -98,10 +125,13 @@ def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, O
             body = base64.b64decode(options.pop("image"), validate=True)
         except (ValueError, TypeError, KeyError, RecursionError, binascii.Error):
             return ItemError(400, "bad_request", 'a JSON body is an object with "image", the image\'s bytes in base64')
-    return _options(body, options)
+    wish = _options(options)
+    return (
+        wish if isinstance(wish, ItemError) else (body, replace(wish, embedding=wish.embedding or wants_bytes(headers)))
+    )
 
 
-def _options(body: bytes, given: dict[str, Any]) -> tuple[bytes, Options] | ItemError:
+def _options(given: dict[str, Any]) -> Options | ItemError:
     """Only names and types are checked: whether a bundle, version or mode exists is for the engine to say."""
     if unknown := sorted(set(given) - set(OPTIONS)):
         return ItemError(400, "unknown_option", f"unknown option {unknown[0][:40]!r}: there are {', '.join(OPTIONS)}")
@@ -114,8 +144,7 @@ def _options(body: bytes, given: dict[str, Any]) -> tuple[bytes, Options] | Item
     if not isinstance(fields, list) or not set(map(str, fields)) <= set(FIELDS):
         return ItemError(400, "bad_option", f"option 'fields' takes some of {', '.join(FIELDS)}")
     counts = [5 if name in fields else 0 for name in ("labels", "neighbours")]
-    wish = Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
-    return body, wish
+    return Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
 
 
 def _log_to_stderr() -> None:

@@ -30,8 +30,8 @@ from cascade.heads import Bank, Linear
 from cascade.images import Preprocessing
 from cascade.masks import Mask, density, difference, pack, unpack
 from cascade.ood import OutOfDomain
-from cascade.registry import discover
 from cascade.router import KINDS, Calibration
+from cascade.store import discover
 
 from .handmade import handmade
 

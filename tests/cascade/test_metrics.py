@@ -78,6 +78,9 @@ def test_names_types_and_units() -> None:
         "http_seconds": "histogram",
         "cluster_share_shift": "gauge",
         "bundle_refused": "gauge",
+        "bundles": "gauge",
+        "store_unreachable": "gauge",
+        "reloads": "counter",
     }
 
 
@@ -135,6 +138,10 @@ def test_resident_sets_the_gauges() -> None:
 def test_refused_bundle() -> None:
     metrics.refused("broken/3")
     assert now("bundle_refused", bundle="broken/3") == 1
+    metrics.refused("broken/3", still=False)
+    assert now("bundle_refused", bundle="broken/3") == 0
+    metrics.refused("never-broken", still=False)
+    assert b"never-broken" not in metrics.scrape()
 
 
 def test_share_shift_is_the_distance_from_training() -> None:

@@ -1,23 +1,43 @@
-"""The model store: what can be loaded is, what can't is refused by name."""
+"""The registry: what can be loaded is, what can't is refused by name, and passes go on whatever the store does."""
 
+import gc
+import logging
 import shutil
+import threading
+import time
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
+import psutil
 import pytest
+import torch
 from PIL import Image
 
-from cascade import Engine, Options, Prediction, metrics
+from cascade import Engine, ItemError, Options, Prediction, metrics
+from cascade import backbone as backbones
+from cascade import registry as registries
 from cascade.bundle import Bundle, write
+from cascade.engine import Item
 from cascade.errors import CascadeError
-from cascade.registry import Refusal, discover, load_store
+from cascade.registry import Registry, State, load_store, pinned
 
-from .handmade import handmade
+from .handmade import handmade, named
+
+Watched = tuple[Engine, Registry]
 
 
 @pytest.fixture(scope="module")
 def hand(cifar: list[Image.Image]) -> Bundle:
     return handmade(cifar[:40], experts=0)
+
+
+@pytest.fixture(scope="module")
+def other(cifar: list[Image.Image]) -> Bundle:
+    """Over another backbone."""
+    return handmade(cifar[:40], experts=2, source="random:1")
 
 
 @pytest.fixture
@@ -26,55 +46,78 @@ def store(hand: Bundle, tmp_path: Path) -> Path:
     root = tmp_path / "store"
     for path in ("a/1", "a/2", "b/1", "corrupt/1", "half/1"):
         write(hand, root / path)
-    masks = root / "corrupt/1/masks.safetensors"
-    raw = bytearray(masks.read_bytes())
-    raw[-3] ^= 16
-    masks.write_bytes(raw)
+    flip(root / "corrupt/1/masks.safetensors")
     (root / "half/1/fusion.safetensors").unlink()
     back = hand.card.backbone.model_copy(update={"fingerprint": "1" * 64})
     write(replace(hand, card=hand.card.model_copy(update={"backbone": back})), root / "foreign/1")
     elsewhere = hand.card.backbone.model_copy(update={"fingerprint": "2" * 64, "source": "file:gone.safetensors"})
     write(replace(hand, card=hand.card.model_copy(update={"backbone": elsewhere})), root / "lost/1")
     shutil.copytree(root / "a/1", root / "a/.3.99.tmp")
-    shutil.copytree(root / "a", root / ".trash")
-    (root / "notes.txt").write_text("mine")
-    (root / "empty/1").mkdir(parents=True)
     return root
 
 
-def test_discovers_what_has_a_card(store: Path) -> None:
-    found = [str(p.relative_to(store)) for p in discover(store)]
-    assert found == ["a/1", "a/2", "b/1", "corrupt/1", "foreign/1", "half/1", "lost/1"]
+@pytest.fixture
+def small(hand: Bundle, tmp_path: Path) -> Path:
+    """A store of one good bundle, ``a/1``."""
+    write(hand, tmp_path / "small/a/1")
+    return tmp_path / "small"
 
 
-def test_loads_the_good_and_refuses_the_bad_by_name(store: Path, cifar: list[Image.Image]) -> None:
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 16
+    file.write_bytes(raw)
+
+
+def states(registry: Registry) -> dict[str, str]:
+    return {f"{s.name}/{s.version}": s.state for s in registry.states()}
+
+
+def ask(engine: Engine, image: Image.Image, **wish: str) -> str:
+    """The version that answers, or the kind of the error."""
+    (answer,) = engine.predict([image], Options(**wish))  # type: ignore[arg-type]
+    return answer.kind if isinstance(answer, ItemError) else answer.version
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [r.getMessage() for r in caplog.records if r.name == "cascade.registry" and r.levelno > logging.INFO]
+    caplog.clear()
+    return found
+
+
+def gauge(name: str, **labels: str) -> float | None:
+    return metrics.REGISTRY.get_sample_value(f"cascade_{name}", labels)
+
+
+# --- what is loaded, and what is refused
+
+
+def test_loads_the_good_and_refuses_the_bad_by_name(
+    store: Path, cifar: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
     engine = Engine()
-    refused = load_store(engine, store)
+    registry = load_store(engine, store)
     assert engine.bundles == [("a", "1"), ("a", "2"), ("b", "1")]
-    assert all(isinstance(r, Refusal) for r in refused)
-    reasons = {str(r.path.relative_to(store)): r.reason for r in refused}
-    assert list(reasons) == ["corrupt/1", "foreign/1", "half/1", "lost/1"]
-    assert "masks.safetensors: its checksum is not the one in SHA256SUMS" in reasons["corrupt/1"]
-    assert "bundle foreign/1 was trained on test_resnet with fingerprint 111111111111" in reasons["foreign/1"]
-    assert "(fusion.safetensors); copy the bundle again, whole" in reasons["half/1"]
-    assert "no weights at gone.safetensors; give the checkpoint with --weights FILE" in reasons["lost/1"]
+    reasons = {s.name: s.reason or "" for s in registry.states() if s.state == "refused"}
+    assert list(reasons) == ["corrupt", "foreign", "half", "lost"]
+    assert "masks.safetensors: its checksum is not the one in SHA256SUMS" in reasons["corrupt"]
+    assert "bundle foreign/1 was trained on test_resnet with fingerprint 111111111111" in reasons["foreign"]
+    assert "(fusion.safetensors); copy the bundle again, whole" in reasons["half"]
+    assert "no weights at gone.safetensors; give the checkpoint with --weights FILE" in reasons["lost"]
     assert not [reason for reason in reasons.values() if "\n" in reason]
+    assert registry.states("b") == [State("b", "1", "ready")]
     assert all(isinstance(a, Prediction) for a in engine.predict(cifar[:2], [Options(bundle="a"), Options(bundle="b")]))
-    assert b'cascade_bundle_refused{bundle="corrupt"} 1.0' in metrics.scrape()
-
-
-def test_refusals_are_logged_by_name(store: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load_store(Engine(), store)
-    lines = [record.getMessage() for record in caplog.records if record.name == "cascade.registry"]
-    assert [line.split(":")[0] for line in lines] == [
-        f"refused bundle {name}/1" for name in ("corrupt", "foreign", "half", "lost")
-    ]
+    assert [line.split(":")[0] for line in lines(caplog)] == [f"refused bundle {name}/1" for name in reasons]
+    assert [gauge("bundle_refused", bundle=name) for name in reasons] == [1] * 4
+    assert (gauge("bundles", state="ready"), gauge("bundles", state="refused")) == (3, 4)
+    assert engine.stats()["backbones"] == 1, "nothing of the refused stays"
 
 
 def test_an_empty_store(tmp_path: Path) -> None:
-    for store in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CascadeError, match=r"no bundle could be loaded .*: put bundles at .*/<name>/<version>/"):
-            load_store(Engine(), store)
+    with pytest.raises(CascadeError, match=r"no bundle could be loaded .*: put bundles at .*/<name>/<version>/"):
+        load_store(Engine(), tmp_path)
+    with pytest.raises(CascadeError, match=r"no bundle could be loaded .*nowhere: No such file .* is it mounted\?"):
+        load_store(Engine(), tmp_path / "nowhere")
 
 
 def test_a_store_of_nothing_but_bad_ones(store: Path) -> None:
@@ -83,3 +126,393 @@ def test_a_store_of_nothing_but_bad_ones(store: Path) -> None:
     with pytest.raises(CascadeError, match="no bundle could be loaded from .*masks.safetensors: its checksum") as error:
         load_store(Engine(), store)
     assert "\n" not in str(error.value)
+
+
+def test_a_bad_one_is_read_again_when_it_changed(
+    hand: Bundle, small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    write(hand, small / "a/2")
+    shutil.copy(small / "a/2/masks.safetensors", small / "kept")
+    flip(small / "a/2/masks.safetensors")
+    reads: list[tuple[str, ...]] = []
+    read = registry.store.read
+
+    def counted(*identity: str) -> tuple[Bundle, str]:
+        reads.append(identity)
+        return read(*identity)
+
+    monkeypatch.setattr(registry.store, "read", counted)
+    for _ in range(3):
+        registry.reload()
+    assert reads == [("a", "2")] and states(registry) == {"a/1": "ready", "a/2": "refused"}
+    assert len(lines(caplog)) == 1 and gauge("bundle_refused", bundle="a") == 1
+    shutil.move(small / "kept", small / "a/2/masks.safetensors")
+    registry.reload()
+    assert len(reads) == 2 and states(registry) == {"a/1": "ready", "a/2": "ready"}
+    assert gauge("bundle_refused", bundle="a") == 0
+
+
+def test_half_copied_becomes_whole(hand: Bundle, small: Path, tmp_path: Path, cifar: list[Image.Image]) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    files = sorted(write(hand, tmp_path / "from/a/2").iterdir())
+    (small / "a/2").mkdir()
+    for file in files:
+        registry.reload()
+        assert states(registry).get("a/2") != "ready" and ask(engine, cifar[0]) == "1"
+        shutil.copy(file, small / "a/2")
+    registry.reload()
+    assert ask(engine, cifar[0]) == "2"
+
+
+def test_a_version_is_never_overwritten(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    shutil.copytree(small / "a/1", small / "kept")
+    shutil.rmtree(small / "a/1")
+    write(replace(hand, card=hand.card.model_copy(update={"training": {"other": 1}})), small / "a/1")
+    registry.reload()
+    (state,) = registry.states()
+    assert state.state == "ready" and "give a change the next version" in (state.reason or "")
+    assert gauge("bundle_refused", bundle="a") == 1 and ask(engine, cifar[0]) == "1"
+    flip(small / "a/1/masks.safetensors")
+    registry.reload()
+    (state,) = registry.states()
+    assert state.state == "ready" and "checksum" in (state.reason or "") and ask(engine, cifar[0]) == "1"
+    shutil.rmtree(small / "a/1")
+    shutil.move(small / "kept", small / "a/1")  # the same bytes, other dates
+    registry.reload()
+    assert registry.states() == [State("a", "1", "ready")] and gauge("bundle_refused", bundle="a") == 0
+
+
+def test_what_cannot_answer_is_refused(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    bad = {m: replace(f, bias=f.bias * float("nan")) for m, f in hand.fusions.items()}
+    write(replace(hand, fusions=bad), small / "a/2")
+    registry.reload()
+    assert "answers with numbers that are none" in (registry.states("a")[1].reason or "")
+    assert ask(engine, cifar[0]) == "1" and ask(engine, cifar[0], version="2") == "unknown_version"
+
+
+def test_a_defect_while_loading_refuses_one_bundle(
+    hand: Bundle, small: Path, monkeypatch: pytest.MonkeyPatch, cifar: list[Image.Image]
+) -> None:
+    """What a library raises over files that no check of ours foresaw."""
+    engine = Engine()
+    registry = load_store(engine, small)
+    write(hand, small / "a/2")
+    monkeypatch.setattr(engine, "_try", lambda bundle: torch.zeros(2) @ torch.zeros(3))
+    held = engine.stats()
+    registry.reload()
+    assert states(registry) == {"a/1": "ready", "a/2": "refused"} and engine.stats() == held
+    assert "can't be used (RuntimeError)" in (registry.states("a")[1].reason or "")
+
+
+# --- versions
+
+
+def test_latest_pinned_and_back(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    engine = Engine()
+    registry = load_store(engine, small, pinned(["b@1"]))
+    for name, version in (("a", "9"), ("a", "10"), ("b", "1"), ("b", "2")):
+        write(hand, small / name / version)
+    registry.reload()
+    assert ask(engine, cifar[0], bundle="a") == "10", "versions are numbers"
+    assert ask(engine, cifar[0], bundle="b") == "1", "pinned"
+    assert ask(engine, cifar[0], bundle="b", version="2") == "2", "named by the request"
+    shutil.rmtree(small / "a/10")
+    shutil.rmtree(small / "b/1")
+    registry.reload()
+    assert ask(engine, cifar[0], bundle="a") == "9"
+    assert ask(engine, cifar[0], bundle="b") == "unknown_version"
+    assert states(registry) == {"a/1": "ready", "a/9": "ready", "a/10": "removed", "b/1": "removed", "b/2": "ready"}
+    write(hand, small / "a/10")
+    registry.reload()
+    assert states(registry)["a/10"] == "ready"
+
+
+@pytest.mark.parametrize("text", ["demo", "@3", "demo@", ""])
+def test_pins_that_make_no_sense(text: str) -> None:
+    with pytest.raises(CascadeError, match="NAME@VERSION"):
+        pinned([text])
+
+
+def test_versions_come_and_go_under_load(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    """Every answer is the one that its version gives; none fails."""
+    marked = {v: replace(hand.fusions["dispatcher"], bias=torch.full((8,), 100.0 * v)) for v in (1, 2)}
+    shutil.rmtree(small / "a")
+    whole = {v: write(replace(hand, fusions={"dispatcher": f}), small / f"a/{v}") for v, f in marked.items()}
+    shutil.move(whole[2], small / ".aside")
+    engine = Engine()
+    registry = load_store(engine, small)
+    done = threading.Event()
+    seen: list[tuple[str, int]] = []
+    wrong: list[object] = []
+
+    def client() -> None:
+        while not done.is_set():
+            for answer in engine.predict(cifar[:2], Options(embedding=True)):
+                if isinstance(answer, Prediction) and answer.embedding is not None:
+                    seen.append((answer.version, round(float(answer.embedding.mean()) / 100)))
+                else:
+                    wrong.append(answer)
+
+    clients = [threading.Thread(target=client) for _ in range(3)]
+    for thread in clients:
+        thread.start()
+    try:
+        for _ in range(5):
+            for source, target in ((small / ".aside", whole[2]), (whole[2], small / ".aside")):
+                shutil.move(source, target)
+                registry.reload()
+                before = len(seen)
+                while len(seen) < before + 10:
+                    time.sleep(0.01)
+    finally:
+        done.set()
+        for thread in clients:
+            thread.join()
+    assert not wrong and {version for version, _ in seen} == {"1", "2"}
+    assert all(int(version) == mark for version, mark in seen)
+
+
+# --- passes go on
+
+
+def test_loading_a_backbone_holds_up_no_pass(
+    other: Bundle, small: Path, monkeypatch: pytest.MonkeyPatch, cifar: list[Image.Image]
+) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    write(other, small / "b/1")
+    entered, leave, load = threading.Event(), threading.Event(), backbones.load
+
+    def slow(*args: object, **kwargs: object) -> backbones.Backbone:
+        entered.set()
+        assert leave.wait(30)
+        return load(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(backbones, "load", slow)
+    loader = threading.Thread(target=registry.reload)
+    loader.start()
+    try:
+        assert entered.wait(30)
+        assert ask(engine, cifar[0]) == "1"
+        assert states(registry) == {"a/1": "ready", "b/1": "loading"}
+        assert ask(engine, cifar[0], bundle="b") == "unknown_bundle"
+    finally:
+        leave.set()
+        loader.join()
+    assert ask(engine, cifar[0], bundle="b") == "1"
+
+
+def test_removal_waits_for_its_requests(hand: Bundle, other: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    write(other, small / "b/1")
+    engine = Engine()
+    registry = load_store(engine, small)
+    before = engine.stats()
+    assert before["backbones"] == 2
+    backbone = weakref.ref(
+        next(e for f, e in engine._executors.items() if f == other.card.backbone.fingerprint).backbone
+    )
+    waiting = [engine.prepare(cifar[0], Options(bundle="b")) for _ in range(2)]
+    items = [item for item in waiting if isinstance(item, Item)]
+    del waiting
+    shutil.rmtree(small / "b")
+    registry.reload()
+    assert states(registry) == {"a/1": "ready", "b/1": "removed"}
+    assert ask(engine, cifar[0], bundle="b") == "unknown_bundle"
+    assert engine.stats()["backbones"] == 2, "two requests still need it"
+    assert [answer.bundle for answer in engine.run(items)] == ["b", "b"]
+    items.clear()
+    registry.reload()
+    engine.predict(cifar[:1], Options(bundle="a"))
+    after = engine.stats()
+    assert after["backbones"] == 1 and after["backbone_bytes"] < before["backbone_bytes"]
+    assert after["materialised_bytes"] < before["materialised_bytes"]
+    gc.collect()
+    assert backbone() is None, "its memory is free"
+    write(other, small / "b/2")
+    registry.reload()
+    assert ask(engine, cifar[0], bundle="b") == "2"
+
+
+def test_remove_says_what_is_not_there() -> None:
+    with pytest.raises(CascadeError, match="bundle a/1 is not loaded"):
+        Engine().remove("a", "1")
+
+
+# --- many, and within the memory
+
+
+def test_two_hundred_bundles_over_one_backbone(hand: Bundle, tmp_path: Path, cifar: list[Image.Image]) -> None:
+    whole = write(hand, tmp_path / "store/b000/1")
+    for i in range(1, 200):
+        shutil.copytree(whole, tmp_path / f"store/b{i:03}/1")
+    process = psutil.Process()
+    engine = Engine(budget_bytes=8 * 2**20)
+    start, memory = time.process_time(), process.memory_info().rss
+    registry = load_store(engine, tmp_path / "store")
+    seconds, grown = time.process_time() - start, process.memory_info().rss - memory
+    stats = engine.stats()
+    assert (stats["bundles"], stats["backbones"]) == (200, 1)
+    print(f"200 bundles: {seconds:.1f} s of CPU, {grown / 2**20:.0f} MB grown, {stats}")
+    assert stats["packed_bytes"] == 200 * hand.bytes()
+    assert grown < stats["packed_bytes"] + stats["backbone_bytes"] + stats["budget_bytes"] + 100 * 2**20
+    start = time.process_time()
+    registry.reload()
+    assert time.process_time() - start < seconds / 2, "a look at an unchanged store reads no bundle"
+    asked = [Options(bundle=f"b{i:03}") for i in range(0, 200, 10)]
+    assert {getattr(a, "bundle", a) for a in engine.predict([cifar[0]] * 20, asked)} == {o.bundle for o in asked}
+
+
+def test_backbones_side_by_side_within_a_budget(
+    hand: Bundle, other: Bundle, small: Path, monkeypatch: pytest.MonkeyPatch, cifar: list[Image.Image]
+) -> None:
+    probe = Engine()
+    for bundle in (named(hand, "a"), named(other, "b")):
+        probe.add(bundle)
+    stats = probe.stats()
+    need = stats["backbone_bytes"] + stats["packed_bytes"]
+    write(other, small / "b/1")
+    engine = Engine(memory_bytes=need)
+    assert states(load_store(engine, small)) == {"a/1": "ready", "b/1": "ready"}
+
+    engine = Engine(memory_bytes=need - 1)
+    registry = load_store(engine, small)
+    assert states(registry) == {"a/1": "ready", "b/1": "refused"}
+    reason = registry.states("b")[0].reason or ""
+    assert reason.startswith("bundle b/1 needs ") and f"of {need - 1} are taken: give more" in reason
+    assert engine.stats()["backbones"] == 1 and ask(engine, cifar[0]) == "1"
+    write(replace(other, name="c"), small / "c/1")
+    shutil.rmtree(small / "a")
+    registry.reload()
+    registry.reload()  # there is room now
+    assert states(registry)["b/1"] == "ready"
+
+
+# --- a store out of reach, and time
+
+
+def test_a_store_out_of_reach_costs_nothing(
+    hand: Bundle, small: Path, cifar: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    small.rename(small.with_name("aside"))
+    for _ in range(3):
+        registry.reload()
+    assert ask(engine, cifar[0]) == "1" and states(registry) == {"a/1": "ready"}
+    (line,) = lines(caplog)
+    assert "is it mounted?; what is loaded is served on" in line and gauge("store_unreachable") == 1
+    assert registry.trouble
+    small.mkdir()  # an empty mount point
+    registry.reload()
+    assert ask(engine, cifar[0]) == "1" and gauge("store_unreachable") == 1 and lines(caplog) == []
+    small.rmdir()
+    small.with_name("aside").rename(small)
+    write(hand, small / "a/2")
+    registry.reload()
+    (line,) = lines(caplog)
+    assert "in reach again" in line and gauge("store_unreachable") == 0 and registry.trouble is None
+    assert ask(engine, cifar[0]) == "2"
+
+
+def test_starts_from_its_copies_while_the_store_is_out_of_reach(
+    small: Path, tmp_path: Path, cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.put(str(small), "/remote", recursive=True)
+    load_store(Engine(), "memory://remote", cache=tmp_path / "cache")
+    fs.mv("/remote", "/aside", recursive=True)
+    engine = Engine()
+    registry = load_store(engine, "memory://remote", cache=tmp_path / "cache")
+    assert registry.trouble and ask(engine, cifar[0]) == "1"
+    fs.mv("/aside", "/remote", recursive=True)
+    registry.reload()
+    assert registry.trouble is None and registry.states() == [State("a", "1", "ready")]
+    with pytest.raises(CascadeError, match="can't be read"):
+        load_store(Engine(), "memory://nowhere", cache=tmp_path / "cache")
+    fs.rm("/remote", recursive=True)
+
+
+def test_another_try_after_a_minute_by_a_clock_that_never_jumps(
+    hand: Bundle, small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    write(hand, small / "a/2")
+    now, tries, add = 1000.0, 0, engine.add
+
+    def full(bundle: Bundle, warm: bool = False) -> None:
+        nonlocal tries
+        tries += 1
+        raise CascadeError("no room")
+
+    monkeypatch.setattr(registries.time, "monotonic", lambda: now)
+    monkeypatch.setattr(registries.time, "time", lambda: 0.0)
+    monkeypatch.setattr(engine, "add", full)
+    registry.reload()
+    registry.reload()
+    assert tries == 1
+    now += registries.RETRY + 1
+    registry.reload()
+    assert tries == 2 and len(lines(caplog)) == 1, "said once"
+    monkeypatch.setattr(engine, "add", add)
+    now += registries.RETRY + 1
+    registry.reload()
+    assert states(registry)["a/2"] == "ready"
+
+
+@pytest.fixture
+def watched(small: Path) -> Iterator[Watched]:
+    engine = Engine()
+    registry = load_store(engine, small)
+    with registry.watching(0.02):
+        yield engine, registry
+
+
+def test_watching(
+    watched: tuple[Engine, Registry],
+    hand: Bundle,
+    small: Path,
+    cifar: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, registry = watched
+    looks, look = [0], registry.store.look
+
+    def failing() -> dict[tuple[str, str], str]:
+        looks[0] += 1
+        if looks[0] == 1:
+            raise ZeroDivisionError  # a defect of ours
+        return look()
+
+    monkeypatch.setattr(registry.store, "look", failing)
+    write(hand, small / "a/2")
+    end = time.monotonic() + 20
+    while ask(engine, cifar[0]) != "2":
+        assert time.monotonic() < end
+    assert looks[0] > 1
+
+
+def test_watching_ends_with_its_block(small: Path) -> None:
+    registry = load_store(Engine(), small)
+    for interval in (0, 0.01, 1000):
+        with registry.watching(interval):
+            assert ("cascade-registry" in [t.name for t in threading.enumerate()]) == (interval > 0)
+        assert "cascade-registry" not in [t.name for t in threading.enumerate()]
+
+
+def test_what_is_remembered_of_the_removed_is_bounded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries, "REMEMBERED", 2)
+    for i in range(2, 6):
+        shutil.copytree(small / "a/1", small / f"a/{i}")
+    registry = load_store(Engine(), small)
+    for i in range(2, 6):
+        shutil.rmtree(small / f"a/{i}")
+    registry.reload()
+    assert states(registry) == {"a/1": "ready", "a/4": "removed", "a/5": "removed"}

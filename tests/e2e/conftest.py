@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -32,8 +32,9 @@ import json, sys
 from pathlib import Path
 from cascade.errors import CascadeError
 from handlers.torchserve.entrypoint import serve
+options = json.loads(sys.argv[2])
 try:
-    serve(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    serve(sys.argv[1], token_file=Path(options.pop("token_file")), **options)
 except CascadeError as e:
     sys.exit(f"error: {e}")
 """
@@ -53,6 +54,24 @@ class Running:
     process: "subprocess.Popen[str]"
     folder: Path
     """Its TMPDIR: whatever it writes lies there."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The token for predictions, as it was handed out; nothing without authorization."""
+        token = self.folder / "token"
+        return {"Authorization": f"Bearer {token.read_text().strip()}"} if token.exists() else {}
+
+    def keys(self) -> dict[str, dict[str, str]]:
+        """TorchServe's own key file; {} without authorization."""
+        found = list(self.folder.glob("cascade-*/key_file.json"))
+        return dict(json.loads(found[0].read_text())) if found else {}
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What TorchServe says of its workers."""
+        keys = self.keys()
+        headers = {"Authorization": f"Bearer {keys['management']['key']}"} if keys else {}
+        (model,) = CLIENT.get(self.management_url, headers=headers).raise_for_status().json()
+        return list(model["workers"])
 
     def processes(self) -> list[int]:
         """Every living process that was started with our TMPDIR, orphans among them."""
@@ -96,12 +115,13 @@ class Running:
 
 
 @contextmanager
-def serving(store: Path, host: str = LOOPBACK, **options: object) -> Iterator[Running]:
+def serving(store: Path | str, host: str = LOOPBACK, **options: object) -> Iterator[Running]:
     """Run `serve` until the block ends; then nothing of it may be left, neither process nor file."""
     port, metrics_port, management_port = claim_ports((host, 0), (host, 0), (LOOPBACK, 0))
     ports = {"port": port, "metrics_port": metrics_port, "management_port": management_port}
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))  # short: sockets lie in it
-    command = [sys.executable, "-c", SERVE, str(store), json.dumps(options | ports | {"host": host})]
+    rest = {"host": host, "token_file": str(folder / "token")}
+    command = [sys.executable, "-c", SERVE, str(store), json.dumps(ports | rest | options)]
     with (folder / "stderr").open("w") as stderr:
         process = subprocess.Popen(
             command,

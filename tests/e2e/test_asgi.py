@@ -35,14 +35,30 @@ def test_answer_is_the_engines(asgi: Asgi, engine: Engine, photos: list[bytes]) 
 
 
 def test_both_front_ends_say_the_same(asgi: Asgi, server: Running, photos: list[bytes]) -> None:
+    both = (asgi, server)
     for headers in ({}, {"X_Cascade_Bundle": "one"}, {"X_Cascade_Bundle": "three"}, {"X_Cascade_Colour": "red"}):
         for body in (photos[0], b"hello", b"", photos[0][:500]):
-            ours, theirs = (post(each, body, **headers) for each in (asgi, server))
+            ours, theirs = (post(each, body, **headers) for each in both)
             assert ours.status_code == theirs.status_code
             if ours.status_code == 200:
                 assert same(answer(ours), answer(theirs))
             else:
                 assert error(ours) == error(theirs)
+    ours, theirs = (post(each, photos[0], X_Cascade_Bundle="one", Accept="application/octet-stream") for each in both)
+    np.testing.assert_allclose(np.frombuffer(ours.content, "<f4"), np.frombuffer(theirs.content, "<f4"), atol=1e-3)
+    assert ours.headers["content-type"] == theirs.headers["content-type"] == "application/octet-stream"
+    named = [{name for name in each.headers if name.startswith("x-cascade-")} for each in (ours, theirs)]
+    assert named[0] == named[1] >= {"x-cascade-bundle", "x-cascade-cluster", "x-cascade-masks"}
+
+
+def test_refused_bundles_and_their_reason(asgi: Asgi) -> None:
+    models = {each["name"]: each for each in CLIENT.get(f"{asgi.base}/v2/models").json()["models"]}
+    assert models["one"]["versions"] == ["1"] and models["one"]["state"] == {"1": {"state": "ready"}}
+    assert models["broken"]["versions"] == [] and models["broken"]["state"]["1"]["state"] == "refused"
+    reason = models["broken"]["state"]["1"]["reason"]
+    answer = CLIENT.get(f"{asgi.base}/v2/models/broken")
+    assert answer.status_code == 404 and f"version 1 is refused: {reason}" in answer.json()["error"]
+    assert asgi.metrics()["cascade_bundle_refused{bundle=broken}"] == 1
 
 
 def test_concurrent_requests_keep_their_own_answers(asgi: Asgi, engine: Engine, photos: list[bytes]) -> None:
@@ -112,8 +128,9 @@ def test_unmodified_tritonclient(asgi: Asgi, engine: Engine, photos: list[bytes]
 def test_our_client_with_both_front_ends(asgi: Asgi, server: Running, engine: Engine, photos: list[bytes]) -> None:
     (expected,) = engine.predict(photos[:1], Options(embedding=True, neighbours=0))
     assert isinstance(expected, Prediction) and expected.embedding is not None
-    for url in (asgi.base, asgi.url, server.url):
-        with Client(url) as client:
+    token = server.headers["Authorization"].removeprefix("Bearer ")
+    for url, key in ((asgi.base, None), (asgi.url, None), (server.url, token)):
+        with Client(url, key=key) as client:
             got = client.predict(photos[0], Options("one", "1", embedding=True, neighbours=0))
             assert isinstance(got, Prediction) and got.embedding is not None
             assert (got.cluster, got.masks, got.neighbours) == (expected.cluster, expected.masks, ())
@@ -121,7 +138,7 @@ def test_our_client_with_both_front_ends(asgi: Asgi, server: Running, engine: En
             wrong = client.predict(b"no image", Options("one"))
             assert isinstance(wrong, ItemError) and (wrong.status, wrong.kind) == (400, "not_an_image")
     with Client(asgi.base) as client:
-        assert client.models() == {"one": ["1"], "two": ["1"]}
+        assert client.models() == {"one": ["1"], "two": ["1"], "broken": []}
         found = client.infer([photos[0], b"no image"], "one", "1", "conditional")
         assert found["cluster"].tolist() == [expected.cluster, -1]
         assert found["error"][0] == "" and found["error"][1].startswith("400 not_an_image")

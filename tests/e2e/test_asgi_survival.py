@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
+import cascade
+from cascade.bundle import write
+from tests.cascade.handmade import handmade
 from tests.e2e.asgi_server import Asgi, serving_asgi
 from tests.e2e.conftest import CLIENT
 from tests.e2e.test_torchserve import encoded
@@ -136,6 +140,57 @@ def test_twice_the_load_that_it_carries(survivor: Asgi, photos: list[bytes], sec
     after = Load(survivor.url, photos).start(4)
     time.sleep(1)
     assert after.stop().keys() == {200}, "recovered at once"
+
+
+@pytest.mark.parametrize("times", short_and_whole(2, 20))
+def test_versions_come_and_go_under_load(
+    cifar: list[Image.Image], photos: list[bytes], tmp_path: Path, times: int
+) -> None:
+    """Not one failed answer, and each is of the version that it names."""
+    store, aside = tmp_path / "store", tmp_path / "aside"
+    want = {}
+    for version, seed in (("1", 0), ("2", 1)):
+        path = write(handmade(cifar[:20], seed=seed), (aside if version == "2" else store) / "rolled" / version)
+        want[version] = cascade.load(path).predict(photos, cascade.Options(embedding=True))
+    seen: Counter[str] = Counter()
+    done = threading.Event()
+
+    def client(number: int) -> None:
+        i = number
+        with cascade.Client(server.base) as http:
+            while not done.is_set():
+                i = (i + 1) % 10
+                if i % 2:
+                    found = http.infer([photos[i], photos[i - 1]], "rolled")
+                    got, version = found["embedding"][0], found["version"]
+                else:
+                    answer = http.predict(photos[i], cascade.Options(embedding=True))
+                    assert isinstance(answer, cascade.Prediction), answer
+                    got, version = answer.embedding, answer.version
+                expected = want[version][i]
+                assert isinstance(expected, cascade.Prediction) and expected.embedding is not None
+                np.testing.assert_allclose(got, expected.embedding, atol=1e-3)
+                seen[version] += 1
+
+    def shows(versions: list[str]) -> bool:
+        return CLIENT.get(f"{server.base}/v2/models/rolled").json()["versions"] == versions
+
+    with serving_asgi(store, "--poll", "0.1", "--log-level", "warning") as server, ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client, i) for i in range(4)]
+        try:
+            for _ in range(times):
+                (aside / "rolled" / "2").rename(store / "rolled" / "2")
+                assert settled(lambda: shows(["1", "2"]), 20)
+                time.sleep(0.3)
+                (store / "rolled" / "2").rename(aside / "rolled" / "2")
+                assert settled(lambda: shows(["1"]), 20)
+                time.sleep(0.3)
+        finally:
+            done.set()
+        for each in clients:
+            each.result()
+    print(f"rolled out and back {times} times: answers by version {dict(seen)}")
+    assert min(seen["1"], seen["2"]) > 10 * times
 
 
 def refused(answer: httpx.Response) -> None:

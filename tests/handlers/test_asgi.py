@@ -327,7 +327,10 @@ def test_broken_json_and_binary_data(ask: Ask, files: list[bytes]) -> None:
 def test_metadata_and_health(ask: Ask) -> None:
     assert ask("GET", "/v2").json()["extensions"] == ["binary_tensor_data"]
     assert ask("GET", "/v2/models").json() == {
-        "models": [{"name": "birds", "versions": ["1", "2"]}, {"name": "ships", "versions": ["1"]}]
+        "models": [
+            {"name": "birds", "versions": ["1", "2"], "state": {v: {"state": "ready"} for v in "12"}},
+            {"name": "ships", "versions": ["1"], "state": {"1": {"state": "ready"}}},
+        ]
     }
     for path in ("/v2/models/birds", "/v2/models/birds/versions/1"):
         about = ask("GET", path).json()

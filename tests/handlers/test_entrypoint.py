@@ -51,7 +51,7 @@ def test_store_without_a_bundle(tmp_path: Path) -> None:
 
 
 def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> None:
-    server = Server(store, host="0.0.0.0", workers=2, budget_bytes=10**8, threads=1)
+    server = Server(store, host="0.0.0.0", workers=2, budget_bytes=10**8, threads=1, pins={"demo": "3"})
     server.folder = tmp_path
     server._fill_folder()
     lines = (tmp_path / "config.properties").read_text().splitlines()
@@ -60,6 +60,7 @@ def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> N
     assert config["management_address"].startswith("http://127.0.0.1:")
     assert config["grpc_inference_address"] == config["grpc_management_address"] == LOOPBACK
     assert config["enable_model_api"] == config["enable_envvars_config"] == "false"
+    assert config["disable_token_authorization"] == "false"
     assert config["allowed_urls"] == f"file://{tmp_path}/nothing/.*"
     model = tmp_path / "models" / "cascade"
     settings = yaml.safe_load((model / "model-config.yaml").read_text())
@@ -67,6 +68,9 @@ def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> N
     assert settings["cascade"] == {
         "model_store": str(store),
         "budget_bytes": 10**8,
+        "memory_bytes": None,
+        "pins": {"demo": "3"},
+        "poll": 10.0,
         "device": "cpu",
         "threads": 1,
         "gate": str(tmp_path / "gate"),

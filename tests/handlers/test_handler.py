@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ts.context import Context, RequestProcessor
 from ts.utils.util import list_classes_from_module
@@ -172,6 +173,40 @@ def test_answer_that_is_no_number_costs_only_itself(served: CascadeHandler) -> N
     texts = served.handle(data, context)
     assert [context.get_response_status(i)[0] for i in range(3)] == [200, 500, 200]
     assert json.loads(texts[1])["error"]["kind"] == "not_finite"
+
+
+@pytest.mark.parametrize(
+    ("accept", "binary"),
+    [
+        ("application/octet-stream", True),
+        ("text/html, Application/Octet-Stream;q=0.9", True),
+        ("*/*", False),
+        ("application/json", False),
+        ("", False),
+    ],
+)
+def test_bytes_for_those_who_ask(served: CascadeHandler, accept: str, binary: bool) -> None:
+    embedding = np.array([1.5, -2.0, 0.25], np.float32)
+    good = Prediction("demo", "1", "conditional", 2, 0.5, 0.25, ("dispatcher", "expert-2"), embedding=embedding)
+    seen: list[Options] = []
+
+    def predict(images: list[bytes], options: list[Options]) -> list[Prediction | ItemError]:
+        seen.extend(options)
+        nan = replace(good, embedding=embedding * float("nan"))
+        return [good, ItemError(400, "x", "x"), nan]
+
+    served.engine = SimpleNamespace(predict=predict)  # type: ignore[assignment]
+    data, context = batch(*[(PHOTO, {"accept": accept, "X-Cascade-Fields": ""})] * 3)
+    bodies = served.handle(data, context)
+    assert [o.embedding for o in seen] == [binary] * 3
+    kinds = [context.get_response_content_type(i) for i in range(3)]
+    assert kinds == ["application/octet-stream" if binary else "application/json", *["application/json"] * 2]
+    assert [context.get_response_status(i)[0] for i in range(3)] == [200, 400, 500]
+    if binary:
+        assert bodies[0] == embedding.tobytes()
+        headers = context.get_response_headers(0)
+        assert headers["x-cascade-cluster"] == "2" and headers["x-cascade-masks"] == "dispatcher,expert-2"
+        assert headers["x-cascade-ood"] == "0.25"
 
 
 def test_empty_body_is_left_to_the_engine() -> None:

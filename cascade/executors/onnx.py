@@ -1,0 +1,271 @@
+"""ONNX Runtime with the weights as inputs: as fast as a static session, and a mask is a set of pointers.
+
+ONNX Runtime's fast convolutions want weights in blocks of 8 or 16 output channels, and only weights that are constants
+of the graph are brought into that order. So the graph is optimised once with constants whose values are their own
+positions: where each value ends up is the order (``cascade.flat.Order``). Then the constants are made inputs of the
+optimised graph, and every mask's weights are written in that order from the start. Identical outputs, no constant
+left that a mask would have to change; sessions take milliseconds to make.
+"""
+
+import copy
+import importlib
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from cascade.backbone import Backbone
+from cascade.errors import CascadeError
+from cascade.executors.flat import FlatExecutor
+from cascade.flat import Flat, Order
+from cascade.fold import Folded, Unit
+from cascade.residency import Residency
+from cascade.stages import stages
+
+# They would merge a unit's weights with other constants.
+_KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]
+_ROWS = 13  # bits of a probe bias that count rows; the others count units, and float32 holds 24 exactly
+
+
+class OnnxError(CascadeError):
+    """This backbone, or this installation, is not for ONNX Runtime; the PyTorch executors run everything."""
+
+
+class OnnxExecutor(FlatExecutor):
+    """Runs optimised graphs of the folded model, one for each range of stages and shape of input that is asked for.
+
+    Args:
+        backbone: the model. residency: materialised weights.
+        provider: ``CPUExecutionProvider`` or ``CUDAExecutionProvider``, which must fit the backbone's device.
+
+    Raises:
+        OnnxError: a library is missing, or the graph can't be bound.
+    """
+
+    def __init__(self, backbone: Backbone, residency: Residency, provider: str = "CPUExecutionProvider") -> None:
+        self.backbone, self.residency, self.provider = backbone, residency, provider
+        folded = Folded(backbone)
+        self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
+        x = torch.zeros(2, *backbone.config["input_size"], device=backbone.flat.device)
+        graph = _graph(folded, x, 0, None, provider)
+        self.flat = Flat(folded, graph.orders)
+        self.plain = self.flat.pristine
+        self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
+        self.place = [(self.plain, 0)] * len(folded.units)
+        self.shift = [(self.flat.shifts, 0)] * len(folded.units)
+        self.loose = dict(self.flat.loose)
+        self.point(0, self.plain, self.flat.shifts, {})
+
+    def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
+        for i in range(first, len(self.place)):
+            self.place[i] = weights, int(self.flat.begin[i] - self.flat.begin[first])
+            self.shift[i] = shifts, int(self.flat.row[i] - self.flat.row[first])
+        self.loose.update(loose)
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        key = start, stop, x.shape[1:]
+        if key not in self._sessions:
+            self._sessions[key] = _Session(_graph(self.flat.folded, x, start, stop, self.provider), self)
+        return self._sessions[key].run(x)
+
+
+class _Graph:
+    """An optimised graph with its units' weights as inputs.
+
+    Attributes:
+        model: the ONNX model's bytes.
+        orders: of the units in it, in the units' order. first: index of the first of them.
+        shapes: of every input but the image, by name: ``weight.INDEX``, ``shift.INDEX`` or a loose tensor's name.
+    """
+
+    def __init__(self, model: bytes, orders: list[Order], first: int, shapes: dict[str, list[int]]) -> None:
+        self.model, self.orders, self.first, self.shapes = model, orders, first, shapes
+
+
+class _Session:
+    """One graph, ready to run under whatever its executor points to."""
+
+    def __init__(self, graph: _Graph, executor: OnnxExecutor) -> None:
+        onnxruntime = _library("onnxruntime")
+        for i, order in enumerate(graph.orders, graph.first):
+            if not np.array_equal(order.columns, executor.flat.orders[i].columns):
+                raise OnnxError(f"{executor.backbone.name}: ONNX Runtime orders a layer's weights in two ways")
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised already
+        options = _options(onnxruntime, level)
+        self._session = onnxruntime.InferenceSession(graph.model, options, providers=[executor.provider])
+        self._shapes, self._executor = graph.shapes, executor
+
+    def run(self, x: Tensor) -> Tensor:
+        x, executor, binding = x.detach().float().contiguous(), self._executor, self._session.io_binding()
+
+        def bind(name: str, tensor: Tensor, offset: int, shape: Sequence[int]) -> None:
+            pointer = tensor.data_ptr() + 4 * offset
+            binding.bind_input(name, tensor.device.type, tensor.device.index or 0, np.float32, shape, pointer)
+
+        bind("x", x, 0, x.shape)
+        for name, shape in self._shapes.items():
+            kind, _, index = name.partition(".")
+            if kind == "weight":
+                bind(name, *executor.place[int(index)], shape)
+            elif kind == "shift":
+                bind(name, *executor.shift[int(index)], shape)
+            else:
+                bind(name, executor.loose[name], 0, shape)
+        binding.bind_output("y")
+        self._session.run_with_iobinding(binding)
+        return torch.from_numpy(binding.copy_outputs_to_cpu()[0]).to(x.device)
+
+
+class _Range(nn.Module):
+    """Stages ``start`` to ``stop`` of a model; the tensors keep the model's names under ``model.``"""
+
+    def __init__(self, model: nn.Module, start: int, stop: int | None) -> None:
+        super().__init__()
+        self.model, self.stop = model, stop
+        self._stages = stages(model)[start:stop]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self._stages:
+            x = stage.run(x)
+        return self.model.forward_head(x, pre_logits=True) if self.stop is None else x  # type: ignore[operator]
+
+
+class _Pointwise(nn.Module):
+    """A linear layer as a 1x1 convolution, which ONNX Runtime can keep in blocks; a matrix product it could not."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(t, requires_grad=False) for t in (weight[:, :, None, None], bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        flat = x.reshape(shape[0], 1, -1, shape[-1]).permute(0, 3, 1, 2)
+        return conv2d(flat, self.weight, self.bias).permute(0, 2, 3, 1).reshape(*shape[:-1], self.weight.shape[0])
+
+
+def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: str) -> _Graph:
+    """The optimised graph of a range of stages, for inputs of this shape and any number of them."""
+    onnx, onnxruntime = _library("onnx"), _library("onnxruntime")
+    count = len(folded.backbone.row)
+    inside = [
+        (i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < (count if stop is None else stop)
+    ]
+    with tempfile.TemporaryDirectory(prefix="cascade-onnx-") as folder:
+        exported, optimised = Path(folder, "exported.onnx"), Path(folder, "optimised.onnx")
+        options = _options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+        options.optimized_model_filepath = str(optimised)
+        _export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]), exported)
+        onnxruntime.InferenceSession(str(exported), options, providers=[provider], disabled_optimizers=_KEEP_APART)
+        model = onnx.load(optimised)
+    return _bound(model, inside, [f"model.{name}" for name in folded.loose], folded.backbone.name)
+
+
+def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
+    """The folded model with weights that are their own positions: v of a weight stood at place v - 1 - index."""
+    shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
+    model = copy.deepcopy(folded.model, shared)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]  # plain products: it fuses them itself
+    for i, unit in inside:
+        size = unit.rows * unit.columns
+        if size + i >= 1 << 24 or unit.rows > 1 << _ROWS or i >= 1 << 24 - _ROWS:
+            raise OnnxError(f"{folded.backbone.name}: {unit.module} is too large to be probed")
+        weight = torch.arange(1, size + 1, dtype=torch.float32) + i
+        bias = torch.arange(1, unit.rows + 1, dtype=torch.float32) + float(i << _ROWS)
+        layer = model.get_submodule(unit.module)
+        if isinstance(layer, nn.Linear):
+            parent, _, name = unit.module.rpartition(".")
+            setattr(model.get_submodule(parent), name, _Pointwise(weight.view(unit.shape), bias))
+        else:
+            layer.weight = nn.Parameter(weight.view(unit.shape), requires_grad=False)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+def _export(module: nn.Module, x: Tensor, path: Path) -> None:
+    """Write a module as an ONNX model that takes any batch size."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the newer exporter takes four times as long, and one more library
+        torch.onnx.export(
+            module.eval(),
+            (x.cpu(),),
+            path,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+            dynamo=False,
+            do_constant_folding=False,
+            opset_version=17,
+        )
+
+
+def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: str) -> _Graph:
+    """Find the units' constants in the optimised graph by their values, and make inputs of them."""
+    onnx = _library("onnx")
+    constants = {c.name: c for c in model.graph.initializer}
+    orders: dict[int, Order] = {}
+    renamed: dict[str, str] = {}
+    units = dict(inside)
+    for node in model.graph.node:
+        if not node.op_type.endswith("Conv") or len(node.input) < 3 or node.input[2] not in constants:
+            continue
+        bias = onnx.numpy_helper.to_array(constants[node.input[2]])
+        index = int(bias.flat[0]) >> _ROWS
+        if index not in units or bias.flat[0] != (index << _ROWS) + 1:
+            continue
+        weight = onnx.numpy_helper.to_array(constants[node.input[1]])
+        orders[index] = _order(units[index], index, weight, bias)
+        renamed |= {node.input[1]: f"weight.{index}", node.input[2]: f"shift.{index}"}
+    present = [n for n in loose if n in constants]
+    renamed |= {n: n.removeprefix("model.") for n in present}
+    if missing := [unit.module for i, unit in inside if i not in orders]:
+        raise OnnxError(f"{name}: ONNX Runtime merged the weights of {missing[0]} with others")
+    shapes = {}
+    for old, new in renamed.items():
+        shapes[new] = list(constants[old].dims)
+        model.graph.initializer.remove(constants[old])
+        model.graph.input.append(onnx.helper.make_tensor_value_info(new, onnx.TensorProto.FLOAT, shapes[new]))
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(n, n) for n in node.input]
+    return _Graph(model.SerializeToString(), [orders[i] for i, _ in inside], inside[0][0] if inside else 0, shapes)
+
+
+def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> Order:
+    """The order in which ONNX Runtime keeps a unit's weights, from the values at each place."""
+    places = weight.reshape(-1).astype(np.int64) - 1 - index  # padding becomes negative
+    padding = weight.reshape(-1) == 0
+    rows, columns = np.where(padding, -1, places // unit.columns), np.where(padding, -1, places % unit.columns)
+    for block in (1, 16, 8):
+        groups = -(-unit.rows // block)
+        if len(places) % (groups * block) or bias.size not in (unit.rows, groups * block):
+            continue
+        order = Order(block, columns.reshape(groups, -1, block)[0, :, 0].astype(np.int32))
+        wanted = order.arrange(torch.arange(1, unit.rows * unit.columns + 1).view(unit.rows, unit.columns)).numpy()
+        if np.array_equal(wanted, np.where(padding, 0, places + 1)):
+            return order
+    raise OnnxError(f"{unit.module}: ONNX Runtime keeps its weights in an order that is not known: {rows[:4]}")
+
+
+def _options(onnxruntime: Any, level: Any) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    # Threads that spin while they wait take the cores from whatever else computes: the swap, another session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _library(name: str) -> Any:
+    """onnx or onnxruntime, or one line that says which extra brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise OnnxError(f"{name} is missing: pip install 'cascade-vision[cpu]' (or [gpu], on a CUDA machine)") from None

@@ -1,0 +1,189 @@
+"""An executor's own flat buffer: the folded weights in the order in which its kernels read them.
+
+``Backbone.flat`` and the bits of a ``Mask`` have the model's order. An executor may want another one (channels last,
+blocks of 16 output channels): then its weights are brought into that order once, the bits of each mask when it is
+loaded, and a swap stays one pass over memory. A pass is always bits and pristine weights in, masked and scaled
+weights out.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.fold import Folded
+from cascade.masks import Mask, cut, pack, unpack
+
+ALIGN = 16  # weights: each unit begins at a whole word of bits, and at a cache line
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """In which order an executor keeps the weights of one unit, ``[rows, columns]`` in the model's.
+
+    Attributes:
+        block: rows that alternate with every weight (1: row by row, 8 or 16: blocked).
+        columns: int32 [places], the column at each place of a row, -1 for padding.
+    """
+
+    block: int
+    columns: np.ndarray
+
+    def arrange(self, matrix: Tensor) -> Tensor:
+        """[rows, columns] in this order, one dimension, padded with zeros (False)."""
+        rows, places = -(-len(matrix) // self.block) * self.block, torch.from_numpy(self.columns).to(matrix.device)
+        padded = matrix.new_zeros(rows, matrix.shape[1] + 1)
+        padded[: len(matrix), : matrix.shape[1]] = matrix
+        return padded[:, places.long()].view(rows // self.block, self.block, -1).transpose(1, 2).reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(Mask):
+    """A mask as an executor keeps it: bits in its order, and what remains of alphas, norms and biases.
+
+    Attributes:
+        scales, shifts: float32 [rows], padded to whole blocks, from the mask's first stage to the end.
+        loose: what else it changes, by name, see ``Folded``.
+    """
+
+    scales: Tensor = field(default_factory=lambda: torch.empty(0))
+    shifts: Tensor = field(default_factory=lambda: torch.empty(0))
+    loose: dict[str, Tensor] = field(default_factory=dict)
+
+    def bytes(self) -> int:
+        held = (self.bits, self.scales, self.shifts, *self.loose.values())
+        return sum(t.nbytes for t in held)
+
+
+class Flat:
+    """The pristine weights of a folded backbone in an executor's order.
+
+    Attributes:
+        pristine: float32 [n], the plain backbone's folded weights. shifts: float32 [rows], its shifts. loose: its
+            loose tensors, see ``Folded``.
+        begin: where each unit's weights begin, int64 [units + 1]; row: where its rows begin.
+    """
+
+    def __init__(self, folded: Folded, orders: Sequence[Order]) -> None:
+        self.folded, self.orders = folded, list(orders)
+        units = folded.units
+        blocks = [-(-u.rows // o.block) for u, o in zip(units, orders, strict=True)]
+        sizes = [n * o.block * len(o.columns) for n, o in zip(blocks, orders, strict=True)]
+        self.begin = np.cumsum([0, *(-(-size // ALIGN) * ALIGN for size in sizes)])
+        self.row = np.cumsum([0, *(n * o.block for n, o in zip(blocks, orders, strict=True))])
+        device = folded.backbone.flat.device
+        state = folded.model.state_dict()
+        self.loose = {name: state[name].detach().clone() for name in folded.loose}
+        self.pristine = torch.zeros(int(self.begin[-1]), device=device)
+        self.shifts = torch.zeros(int(self.row[-1]), device=device)
+        for i, (unit, order) in enumerate(zip(units, orders, strict=True)):
+            weight, shift = folded.plain(unit)
+            self.pristine[self.begin[i] : self.begin[i] + sizes[i]] = order.arrange(weight)
+            self.shifts[self.row[i] : self.row[i] + unit.rows] = shift
+        # Pieces with one set of scales: a row, or a block of rows.
+        per = [len(o.columns) * o.block for o in orders]
+        begin = np.concatenate([b + np.arange(n) * p for b, n, p in zip(self.begin, blocks, per, strict=False)])
+        end = begin + np.repeat(per, blocks)
+        rows = np.concatenate([_lanes(r, n, o.block) for r, n, o in zip(self.row, blocks, orders, strict=False)])
+        self._pieces = begin, end, rows
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def first(self, stage: int) -> int:
+        """Index of the first unit that belongs to ``stage`` or a later one."""
+        return next((i for i, u in enumerate(self.folded.units) if u.stage >= stage), len(self.folded.units))
+
+    def size(self, stage: int) -> int:
+        """Bytes of a mask's materialised weights that begins at ``stage``."""
+        return 4 * int(self.begin[-1] - self.begin[self.first(stage)])
+
+    def pack(self, mask: Mask) -> Packed:
+        """A mask in this order; the model's order of its bits is not kept."""
+        first, device = self.first(mask.start), self.pristine.device
+        scales, shifts = (np.zeros(self.row[-1] - self.row[first], np.float32) for _ in range(2))
+        for i, affine in enumerate(self.folded.affines(mask), first):
+            rows = slice(self.row[i] - self.row[first], self.row[i] - self.row[first] + len(affine.scale))
+            scales[rows], shifts[rows] = affine.scale, affine.shift
+        return Packed(
+            mask.name,
+            mask.start,
+            self._reorder(mask).to(device),
+            scales=torch.from_numpy(scales).to(device),
+            shifts=torch.from_numpy(shifts).to(device),
+            loose={name: t.to(device) for name, t in self.folded.loosened(mask).items()},
+        )
+
+    def materialise(self, mask: Packed, out: Tensor | None = None) -> Tensor:
+        """Masked and scaled weights, float32 [n], from the mask's first stage to the end."""
+        from cascade.kernels import cpu  # numba takes a second to come up
+
+        pristine = self.pristine[self.begin[self.first(mask.start)] :]
+        out = torch.empty_like(pristine) if out is None else out
+        begin, end, rows = self._plan(mask.start)
+        cpu.masked(mask.bits.numpy(), pristine.numpy(), begin, end, mask.scales.numpy()[rows], out.numpy())
+        return out
+
+    def materialise_plain(self, mask: Packed) -> Tensor:
+        """``materialise`` in plain PyTorch: the reference for every kernel, on any device."""
+        pristine = self.pristine[self.begin[self.first(mask.start)] :]
+        begin, end, rows = self._plan(mask.start)
+        scale = torch.zeros_like(pristine)
+        for b, e, lanes in zip(begin, end, mask.scales.cpu().numpy()[rows], strict=True):
+            scale[b:e] = torch.from_numpy(np.resize(lanes, e - b)).to(scale)
+        return pristine * unpack(mask.bits, len(pristine)) * scale
+
+    def _plan(self, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pieces of a suffix, alike for all threads: begin, end, and the rows of their sixteen lanes, int64 [P, 16]."""
+        if stage not in self._plans:
+            i = self.first(stage)
+            begin, end, rows = self._pieces
+            keep = begin >= self.begin[i]
+            starts, ends, which = cut(begin[keep] - self.begin[i], end[keep] - self.begin[i], 1 << 14)
+            threads = os.cpu_count() or 1  # a thread takes a run of pieces: late ones are large, early ones small
+            dealt = np.concatenate([np.arange(len(starts))[t::threads] for t in range(threads)])
+            self._plans[stage] = starts[dealt], ends[dealt], (rows[keep] - self.row[i])[which][dealt]
+        return self._plans[stage]
+
+    def _reorder(self, mask: Mask) -> Tensor:
+        """The bits of ``mask`` in this order, uint8."""
+        from cascade.kernels import cpu
+
+        first, origin = self.first(mask.start), self.folded.backbone.offset(mask.start)
+        tasks, columns, at = [], [], 0
+        for unit, order in list(zip(self.folded.units, self.orders, strict=True))[first:]:
+            columns.append(order.columns)
+            span = (at, at := at + len(order.columns))
+            groups = -(-unit.rows // order.block)
+            # Row by row, rows may share a byte: one task. Blocks begin at a byte, so each is one, for all threads.
+            steps = (
+                [(0, groups)]
+                if order.block == 1 or order.block * len(order.columns) % ALIGN
+                else [(g, 1) for g in range(groups)]
+            )
+            for group, count in steps:
+                tasks.append(
+                    (unit.offset - origin, group * order.block, unit.rows, count, order.block, unit.columns, *span)
+                )
+        out = np.zeros((self.begin[-1] - self.begin[first]) // 8, np.uint8)
+        if tasks:
+            cpu.reorder(mask.bits.cpu().numpy(), np.array(tasks), np.concatenate(columns), out)
+        return torch.from_numpy(out)
+
+    def reorder_plain(self, mask: Mask) -> Tensor:
+        """``_reorder`` in plain PyTorch: its reference."""
+        first, origin = self.first(mask.start), self.folded.backbone.offset(mask.start)
+        active = unpack(mask.bits, self.folded.backbone.flat.numel() - origin)
+        out = torch.zeros(int(self.begin[-1] - self.begin[first]), dtype=torch.bool)
+        for i in range(first, len(self.orders)):
+            unit = self.folded.units[i]
+            own = active[unit.offset - origin :][: unit.rows * unit.columns].view(unit.rows, unit.columns)
+            arranged = self.orders[i].arrange(own)
+            out[self.begin[i] - self.begin[first] :][: len(arranged)] = arranged
+        return pack(out)
+
+
+def _lanes(row: int, groups: int, block: int) -> np.ndarray:
+    """Rows of the sixteen lanes of each group: int64 [groups, 16]."""
+    return row + np.arange(groups)[:, None] * block + np.arange(ALIGN)[None, :] % block

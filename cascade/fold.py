@@ -1,0 +1,242 @@
+"""Folding: every BatchNorm goes into the convolution before it, so that a mask is bits, scales and shifts.
+
+    BN(W * M / alpha (*) x + b)  =  (W' * M * scale) (*) x + shift
+
+``W'`` is the weight with the backbone's own BatchNorm folded in, one copy for all masks. A mask's alpha, its
+BatchNorm statistics, its masked biases and affines are all in ``scale`` and ``shift``, one number a row (output
+channel), computed once in float64 (paper §3, eq. 3; method.md §1). Linear layers carry 1 / alpha the same way.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from cascade.backbone import Backbone
+from cascade.masks import Mask
+
+PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
+"""Layers that use their weight as it stands; a subclass may standardise it first."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One layer whose weights carry a mask.
+
+    Attributes:
+        module: its dotted name. norm: that of the BatchNorm folded into it, None where none follows.
+        stage: index of the stage it lives in.
+        offset: of its weights in ``Backbone.flat``.
+        shape: of its weight; the first axis is the rows, the others are the columns.
+    """
+
+    module: str
+    norm: str | None
+    stage: int
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return int(np.prod(self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What a mask does to the rows of one unit: float64 [rows] each."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+class Folded:
+    """A backbone as units, with a model that has no BatchNorm left where it could be folded.
+
+    Attributes:
+        units: in the order of the flat buffer, by stage.
+        model: a copy of the backbone's model without those BatchNorms, which shares the parameters that no mask
+            changes. Every unit has a weight and a bias, both empty: they are for an executor to set.
+        loose: tensors beside the units' that a mask changes all the same (a BatchNorm that could not be folded, an
+            affine of another norm), by name.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.units = list(_units(backbone))
+        gone = {unit.norm for unit in self.units if unit.norm}
+        inside = {f"{unit.module}.weight" for unit in self.units} | {f"{unit.module}.bias" for unit in self.units}
+        inside |= {f"{norm}.{part}" for norm in gone for part in ("weight", "bias", "running_mean", "running_var")}
+        self.loose = [name for name in (*backbone.spans, *backbone.norms) if name not in inside]
+        self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.loose)}
+        shared = {id(t): t for t in (*backbone.model.parameters(), *backbone.model.buffers())}
+        state = backbone.model.state_dict(keep_vars=True)
+        for name in self.loose:  # they are views of the backbone's flat buffer, or will change with every mask
+            own = state[name]
+            shared[id(own)] = (
+                nn.Parameter(own.detach().clone(), requires_grad=False) if name in backbone.spans else own.clone()
+            )
+        self.model = copy.deepcopy(backbone.model, shared)
+        for unit in self.units:  # or they would keep the backbone's flat buffer
+            layer = self.model.get_submodule(unit.module)
+            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            layer.bias = nn.Parameter(torch.empty(0), requires_grad=False)
+        for name in gone:
+            norm = self.model.get_submodule(name)
+            parts = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # timm's BatchNormAct2d
+            _replace(self.model, name, nn.Sequential(*parts) if parts else nn.Identity())
+
+    def bytes(self) -> int:
+        """Memory of the small tensors that new masks are folded with."""
+        return sum(values.nbytes for values in self._small.values())
+
+    def plain(self, unit: Unit) -> tuple[Tensor, Tensor]:
+        """A unit without any mask: folded weight float32 [rows, columns], shift float32 [rows]."""
+        weight = self.backbone.flat[unit.offset : unit.offset + unit.rows * unit.columns].view(unit.rows, unit.columns)
+        gain = torch.from_numpy(self._gain(unit)).to(weight)
+        shift = self.affine(unit, _State(self)).shift
+        return weight * gain[:, None], torch.from_numpy(shift).float()
+
+    def affines(self, mask: Mask) -> list[Affine]:
+        """What ``mask`` does to each unit from its first stage on."""
+        state = _State(self, mask)
+        return [self.affine(unit, state) for unit in self.units if unit.stage >= mask.start]
+
+    def loosened(self, mask: Mask) -> dict[str, Tensor]:
+        """The ``loose`` tensors under ``mask``, those of its own stages."""
+        state = _State(self, mask)
+        return {name: torch.from_numpy(state(name)).float() for name in self.loose if state.covers(name)}
+
+    def affine(self, unit: Unit, state: "_State") -> Affine:
+        """Scale relative to the folded weight, and shift, of one unit."""
+        scale = 1 / state.alphas(unit)
+        shift = np.zeros(unit.rows)
+        layer = self.backbone.model.get_submodule(unit.module)
+        if getattr(layer, "bias", None) is not None:
+            shift = state(f"{unit.module}.bias")
+        if unit.norm is None:
+            return Affine(scale, shift)
+        norm = cast(nn.BatchNorm2d, self.backbone.model.get_submodule(unit.norm))
+        own = np.sqrt(self._small[f"{unit.norm}.running_var"] + norm.eps)
+        deviation = np.sqrt(state(f"{unit.norm}.running_var") + norm.eps)
+        gamma, beta = (state(f"{unit.norm}.{p}") if norm.affine else float(p == "weight") for p in ("weight", "bias"))
+        shift = (shift - state(f"{unit.norm}.running_mean")) * gamma / deviation + beta
+        # Never a division by the backbone's gamma, which may be zero: a masked gamma is gamma * M / alpha.
+        ratio = state.ratio(f"{unit.norm}.weight")
+        return Affine(scale * ratio * own / deviation, shift)
+
+    def _gain(self, unit: Unit) -> np.ndarray:
+        """What the backbone's own BatchNorm multiplies a unit's rows with, float64 [rows]."""
+        if unit.norm is None:
+            return np.ones(unit.rows)
+        norm = cast(nn.BatchNorm2d, self.backbone.model.get_submodule(unit.norm))
+        state = _State(self)
+        gamma = state(f"{unit.norm}.weight") if norm.affine else 1.0
+        return np.asarray(gamma / np.sqrt(state(f"{unit.norm}.running_var") + norm.eps) * np.ones(unit.rows))
+
+
+class _State:
+    """The backbone's small tensors as one mask (None: no mask) leaves them, float64."""
+
+    def __init__(self, folded: Folded, mask: Mask | None = None) -> None:
+        self.backbone, self.small, self.mask = folded.backbone, folded._small, mask
+        backbone = folded.backbone
+        self.first = backbone.offset(mask.start) if mask else backbone.flat.numel()
+        if mask is None:
+            return
+        from cascade.kernels.cpu import count  # numba takes a second to come up
+
+        self.bits = mask.bits.cpu().numpy()
+        covered = [s for s in backbone.segments if s.offset >= self.first]
+        bounds = np.array([s.offset - self.first for s in covered] + [backbone.flat.numel() - self.first])
+        share = np.maximum(count(self.bits, bounds), 1) / np.diff(bounds)
+        self.alpha = {s.offset: a for s, a in zip(covered, np.sqrt(share).tolist(), strict=True)}
+
+    def __call__(self, name: str) -> np.ndarray:
+        """A bias, an affine or a statistic."""
+        if self.mask and name in self.mask.norms:
+            return np.asarray(self.mask.norms[name].double().cpu().numpy())
+        return self.small[name] * self.ratio(name)
+
+    def covers(self, name: str) -> bool:
+        """Whether the mask changes a loose tensor."""
+        assert self.mask is not None
+        return name in self.mask.norms or (name in self.backbone.spans and self.backbone.spans[name][0] >= self.first)
+
+    def ratio(self, name: str) -> np.ndarray | float:
+        """M / alpha of a small parameter, each row block with its own; 1 where it carries no mask."""
+        if name not in self.backbone.spans or self.backbone.spans[name][0] < self.first:
+            return 1.0
+        begin, end = (at - self.first for at in self.backbone.spans[name])
+        bits = np.unpackbits(self.bits[begin // 8 : -(-end // 8)], bitorder="little")
+        return bits[begin % 8 :][: end - begin] / self._blocks(name)
+
+    def alphas(self, unit: Unit) -> np.ndarray:
+        """Alpha of each row of a unit's weight."""
+        return self._blocks(f"{unit.module}.weight", unit.columns) if unit.offset >= self.first else np.ones(unit.rows)
+
+    def _blocks(self, name: str, width: int = 1) -> np.ndarray:
+        blocks = [s for s in self.backbone.segments if s.parameter == name]
+        return np.concatenate([np.full(s.size // width, self.alpha[s.offset]) for s in blocks])
+
+
+def _units(backbone: Backbone) -> Iterator[Unit]:
+    follows = _follows(backbone)
+    stages = {s.parameter: s.stage for s in backbone.segments}
+    for parameter, (begin, _) in backbone.spans.items():
+        name = parameter.removesuffix(".weight")
+        layer = backbone.model.get_submodule(name) if name != parameter else None
+        if type(layer) in PLAIN:
+            shape = tuple(cast(Tensor, layer.weight).shape)  # type: ignore[union-attr]
+            yield Unit(name, follows.get(name), stages[parameter], begin, shape)
+
+
+@torch.inference_mode()
+def _follows(backbone: Backbone) -> dict[str, str]:
+    """The BatchNorm that takes each convolution's output, seen in one pass."""
+    made: dict[int, tuple[str, Tensor]] = {}
+    found: dict[str, str] = {}
+    hooks = []
+    for name, module in backbone.model.named_modules():
+        if type(module) in PLAIN:
+            hooks.append(module.register_forward_hook(lambda m, i, out, n=name: made.update({id(out): (n, out)})))
+        elif isinstance(module, nn.BatchNorm2d):
+
+            def see(m: nn.Module, inputs: tuple[Tensor, ...], norm: str = name) -> None:
+                if (maker := made.get(id(inputs[0]))) is not None:
+                    found[maker[0]] = norm
+
+            hooks.append(module.register_forward_pre_hook(see))
+    try:
+        backbone.model(torch.zeros(1, *backbone.config["input_size"], device=backbone.flat.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _small(backbone: Backbone, units: list[Unit], loose: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """All statistics, and the biases and affines that belong to units or are loose."""
+    yield from backbone.norms.items()
+    parameters = dict(backbone.model.named_parameters())
+    owners = {f"{module}.{part}" for u in units for module in (u.module, u.norm) for part in ("weight", "bias")}
+    weights = {f"{u.module}.weight" for u in units}
+    for name in (owners - weights) | set(loose):
+        if name in backbone.spans:
+            begin, end = backbone.spans[name]
+            yield name, backbone.flat[begin:end]
+        elif name in parameters:
+            yield name, parameters[name].detach().flatten()
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,233 @@
+"""A model store: a folder or any fsspec URL with bundles as ``<name>/<version>/``, read whole or not at all.
+
+Bundles of a URL are copied into a folder of this machine, verified before anything can take them for whole, and
+read from there: so a worker that is started again downloads nothing, and starts even if the store is out of reach.
+"""
+
+import hashlib
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from cascade.bundle import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read, sync_folder
+from cascade.errors import CascadeError
+
+T = TypeVar("T")
+Identity = tuple[str, str]
+"""(name, version) of a bundle."""
+NAME = re.compile(r"[\w-][\w. -]*")
+"""A bundle's or a version's name in a remote store, and of a file in it: it becomes a path on this machine."""
+MAX_FILES = 16  # of a bundle; it has five
+ROOM = "make room for copies of the store's bundles"
+_copies = itertools.count()
+log = logging.getLogger(__name__)
+
+
+class StoreError(CascadeError):
+    """The store can't be read, or the folder for its copies can't be written: worth another try later."""
+
+
+class Store:
+    """Where bundles come from.
+
+    Args:
+        where: a folder, or a URL that fsspec knows (``s3://bucket/models``, ``https://host/models``, ``memory://m``).
+        cache: the folder for copies of remote bundles; None for one below ``~/.cache/cascade``.
+
+    Raises:
+        StoreError: fsspec doesn't know the URL, lacks a package for it, or it holds a password.
+    """
+
+    def __init__(self, where: str | Path, cache: Path | None = None) -> None:
+        self.where = str(where)
+        self.folder: Path | None = Path(where)
+        self.cache: Path | None = None
+        if not is_url(self.where):
+            return
+        if urlsplit(self.where).password:
+            raise StoreError("the store's URL holds a password: give it by the environment or fsspec's configuration")
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.where)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"can't open the store {self.where} ({_line(error)}): see fsspec's list of URLs") from None
+        self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
+        if self.folder is None:
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            self.cache = (cache or home / "cascade") / hashlib.sha256(self.where.encode()).hexdigest()[:16]
+            self._sweep(self.cache)
+
+    def look(self) -> dict[Identity, str]:
+        """Every bundle that lies there, good or bad, with a stamp that differs when a file of it was changed.
+
+        Raises:
+            StoreError: the store is out of reach.
+        """
+        folder = self.folder
+        return self._reach(self._look) if folder is None else _within(lambda: _listed(folder), "is it mounted?")
+
+    def cached(self) -> dict[Identity, str]:
+        """The bundles of which a whole copy lies on this machine: what there is while the store is out of reach."""
+        return _listed(self.cache) if self.cache is not None and self.cache.is_dir() else {}
+
+    def read(self, name: str, version: str) -> tuple[Bundle, str]:
+        """A bundle, verified, and the digest of its checksums (equal where, and only where, all its bytes are).
+
+        Raises:
+            BundleError: what is wrong with it.
+            StoreError: it can't be reached, or copied to this machine.
+        """
+        if self.folder is not None:
+            return _read(self.folder / name / version)
+        assert self.cache is not None
+        copy, there = self.cache / name / version, f"{self.root.rstrip('/')}/{name}/{version}"
+        try:
+            files = self._reach(lambda: self._files(there))
+            sums = self._reach(lambda: self.fs.cat_file(files[SUMS])) if SUMS in files else b""
+        except StoreError:
+            if not copy.is_dir():
+                raise
+            return _read(copy)
+        if (copy / SUMS).is_file() and (copy / SUMS).read_bytes() == sums:
+            try:
+                return _read(copy)
+            except BundleError as error:
+                log.warning("a copy was damaged on this machine and is fetched again: %s", error)
+        return self._copy(files, there, copy)
+
+    def prune(self, keep: dict[Identity, str]) -> None:
+        """Delete the copies of bundles that the store no longer holds."""
+        for name, version in self.cached().keys() - keep.keys():
+            assert self.cache is not None
+            shutil.rmtree(self.cache / name / version, ignore_errors=True)
+
+    def _look(self) -> dict[Identity, str]:
+        self.fs.invalidate_cache()
+        found = {}
+        for bundle in self._folders(self.root):
+            for version in self._folders(bundle):
+                entries = self.fs.ls(version, detail=True)
+                files = {_base(e["name"]): e for e in entries}
+                if CARD not in files:
+                    continue
+                stamp = repr(sorted((name, sorted(map(str, e.items()))) for name, e in files.items()))
+                if SUMS in files and any(e.get("size") is None for e in files.values()):  # HTTP says names and no more
+                    stamp += self.fs.cat_file(files[SUMS]["name"]).decode(errors="replace")
+                found[_base(bundle), _base(version)] = stamp
+        return found
+
+    def _folders(self, path: str) -> list[str]:
+        entries = [e for e in self.fs.ls(path, detail=True) if e["name"].rstrip("/") != path.rstrip("/")]
+        return sorted(e["name"] for e in entries if e["type"] == "directory" and NAME.fullmatch(_base(e["name"])))
+
+    def _files(self, path: str) -> dict[str, str]:
+        """Full names by the names of the files in a remote folder."""
+        self.fs.invalidate_cache()
+        return {_base(e["name"]): e["name"] for e in self.fs.ls(path, detail=True)}
+
+    def _copy(self, files: dict[str, str], there: str, copy: Path) -> tuple[Bundle, str]:
+        """Fetch a bundle: every file synced, the whole verified, then renamed to where it is looked for."""
+        assert self.cache is not None
+        staging = self.cache / f".{os.getpid()}-{next(_copies)}"
+        here = staging / copy.parent.name / copy.name
+        if foreign := [name for name in files if not NAME.fullmatch(name)] or sorted(files)[MAX_FILES:]:
+            raise BundleError(f"{there}: {foreign[0]!r} is no file of a bundle; copy the bundle again")
+        try:
+            _within(lambda: here.mkdir(parents=True), ROOM)
+            for name, remote in files.items():
+                self._fetch(remote, here / name)
+            try:
+                found = _read(here)
+            except BundleError as error:
+                raise BundleError(str(error).replace(str(here), there)) from None
+            _within(lambda: _replace(here, copy), ROOM)
+            return found
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _fetch(self, remote: str, here: Path) -> None:
+        with self._reach(lambda: self.fs.open(remote, "rb")) as source, _within(lambda: open(here, "xb"), ROOM) as out:
+            size = 0
+            while block := self._reach(lambda: source.read(2**20)):
+                size += _within(lambda: out.write(block), ROOM)
+                if size > MAX_BYTES:
+                    raise BundleError(f"{remote} is larger than {MAX_BYTES} bytes; no part of a bundle is")
+            _within(out.flush, ROOM)
+            _within(lambda: os.fsync(out.fileno()), ROOM)
+
+    def _reach(self, ask: Callable[[], T]) -> T:
+        """Ask the remote store; whatever its client raises (each has classes of its own) is a StoreError."""
+        try:
+            return ask()
+        except Exception as error:
+            raise StoreError(f"the store {self.where} can't be read ({_line(error)}): is it in reach?") from error
+
+    @staticmethod
+    def _sweep(cache: Path) -> None:
+        """Remove copies that were cut off because their process died."""
+        for path in cache.glob(".*-*"):
+            if not Path("/proc", path.name[1:].partition("-")[0]).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def is_url(where: str) -> bool:
+    """Whether a store is given as a URL and not as a folder."""
+    return "://" in where or "::" in where
+
+
+def discover(store: Path) -> list[Path]:
+    """Folders ``<name>/<version>`` of a store that hold a card, sorted; hidden ones (being written) are passed over."""
+    cards = (p.parent for p in Path(store).glob(f"*/*/{CARD}"))
+    return sorted(p for p in cards if not any(part.startswith(".") for part in (p.name, p.parent.name)))
+
+
+def _listed(folder: Path) -> dict[Identity, str]:
+    found = {}
+    os.listdir(folder)  # glob says nothing where a folder is missing or may not be read
+    for path in discover(folder):
+        files = [(p.name, p.stat()) for p in sorted(path.iterdir())]
+        found[path.parent.name, path.name] = repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files])
+    return found
+
+
+def _read(path: Path) -> tuple[Bundle, str]:
+    """A bundle of this machine and its digest; a disk that can't be read is no fault of the bundle."""
+    try:
+        return read(path), hashlib.sha256((path / SUMS).read_bytes()).hexdigest()
+    except BundleError as error:
+        if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
+            raise StoreError(str(error)) from error
+        raise
+
+
+def _replace(here: Path, copy: Path) -> None:
+    """Put a whole copy in its place; a worker beside us may have put the same one there."""
+    sync_folder(here)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(copy, ignore_errors=True)
+    here.rename(copy)
+    sync_folder(copy.parent)
+
+
+def _within(do: Callable[[], T], advice: str) -> T:
+    """Do something with a folder of this machine; an OSError is a StoreError."""
+    try:
+        return do()
+    except OSError as error:
+        raise StoreError(f"{error.filename or 'model store'}: {error.strerror}: {advice}") from error
+
+
+def _base(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
