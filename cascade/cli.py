@@ -126,10 +126,13 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model store: [bold]cascade serve --model-store model_store --frontend asgi[/]"""
-    from cascade.registry import pinned
+    pins: dict[str, str] = {}
+    if pin:
+        from cascade.registry import pinned  # which loads torch: the process that supervises does without
 
+        pins = pinned(pin)
     common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
-    common |= {"device": device, "drain_timeout": drain, "pins": pinned(pin or ()), "poll": poll}
+    common |= {"device": device, "drain_timeout": drain, "pins": pins, "poll": poll}
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 

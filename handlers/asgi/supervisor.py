@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 from cascade.errors import CascadeError
-from cascade.store import is_url
 from handlers.asgi.guard import JsonLines
 from handlers.torchserve import process
 
@@ -152,7 +151,7 @@ def serve(
         ServerError: the address cannot be had, or the engine process does not come up.
     """
     settings = {
-        "model_store": str(model_store if is_url(str(model_store)) else Path(model_store).resolve()),
+        "model_store": str(model_store),
         "budget_bytes": budget_bytes,
         "memory_bytes": memory_bytes,
         "pins": dict(pins or {}),

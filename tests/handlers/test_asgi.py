@@ -5,6 +5,8 @@ import base64
 import json
 import logging
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -467,3 +469,10 @@ def test_a_fault_is_500_with_an_id_and_in_the_log(
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     line = json.loads(JsonLines().format(record))
     assert line["request_id"] == "here" and "TypeError" in line["traceback"]
+
+
+def test_supervisor_is_light() -> None:
+    """It stays beside every engine process, and starts the next one."""
+    program = "import sys, handlers.asgi.supervisor; print(sorted({'torch', 'timm', 'fastapi'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
