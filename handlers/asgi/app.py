@@ -165,7 +165,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
         if len(errors) == len(answers) and errors[0].status >= 500:
             raise Refusal(errors[0])
-        content, length = v2.response(asked, bundle, answers)
+        content, length = await asyncio.to_thread(v2.response, asked, bundle, answers)
         if length is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from cascade import metrics
 from cascade.batcher import DEADLINE, OVERLOADED, STOPPING, Answer, Batcher
 from cascade.prediction import ItemError, Options
 from cascade.registry import Registry, State
@@ -74,6 +75,7 @@ class Service:
     async def answers(self, request: Request, images: list[bytes | Tensor], options: Options) -> list[Answer]:
         """Decoded in a pool, answered in the batcher's passes; given up when the client hangs up or time is over."""
         if self._images + len(images) > self.batcher.queue + self.batcher.max_batch:
+            metrics.DROPPED.labels(OVERLOADED.kind).inc(len(images))
             raise Refusal(OVERLOADED)
         seconds = self.limits.answer_seconds
         end = time.monotonic() + seconds

@@ -1,6 +1,7 @@
 """The page to look at, and what only it asks for: a flat map of a bundle's neighbour bank."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +34,7 @@ class Map:
     points: list[list[float]]
 
 
+@cache
 def page(name: str) -> str:
     """One of the HTML files beside this module."""
     return HERE.joinpath(name).read_text()

@@ -376,6 +376,27 @@ def test_many_bodies_at_a_time_are_refused(guard: Guard, ask: Ask) -> None:
     assert error(ask("POST", "/v1/predict", content=bytes(100_000))) == (400, "bundle_missing")
 
 
+def test_bodies_that_do_not_come_keep_nobody_out(guard: Guard, files: list[bytes]) -> None:
+    """Announced is not sent."""
+
+    async def silent() -> Any:
+        yield b"x"
+        await asyncio.sleep(1)
+
+    async def go() -> tuple[list[httpx.Response], httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://test") as http:
+            headers = {"X-Cascade-Bundle": "birds"}
+            slow = [asyncio.create_task(http.post("/v1/predict", content=silent(), headers=headers)) for _ in range(9)]
+            await asyncio.sleep(0.1)
+            good = await http.post("/v1/predict", content=files[0], headers=headers)
+            return [await each for each in slow], good
+
+    slow, good = asyncio.run(go())
+    assert good.status_code == 200
+    assert {error(each) for each in slow} == {(408, "slow_body")}
+    assert guard.requests == guard.held == 0
+
+
 def ask_anyhow(guard: Guard, **options: Any) -> httpx.Response:
     async def go() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://test") as http:
