@@ -6,9 +6,9 @@ with cascade.Client("http://127.0.0.1:8080") as client:
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -18,6 +18,7 @@ from cascade.errors import CascadeError
 from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from cascade.prediction import ItemError, Options, Prediction
 
+T = TypeVar("T")
 Image = bytes | str | Path
 LONGEST_PAUSE = 5.0  # seconds between two tries
 
@@ -65,7 +66,7 @@ class Client:
             if (value := getattr(options, name)) is not None:
                 headers[f"X-Cascade-{name}"] = value
         answer = self._ask("POST", self._predict, content=_read(image), headers=headers)
-        return Prediction.from_json(_json(answer)) if answer.status_code == 200 else _error(answer)
+        return _understood(answer, lambda: Prediction.from_json(answer.json())) if _good(answer) else _error(answer)
 
     def infer(
         self,
@@ -103,16 +104,16 @@ class Client:
         ).encode()
         path = f"/v2/models/{quote(bundle, '')}" + (f"/versions/{quote(version, '')}" if version else "") + "/infer"
         answer = self._ask("POST", path, content=head + data, headers={LENGTH_HEADER: str(len(head))})
-        if answer.status_code != 200:
+        if not _good(answer):
             raise ClientError(f"the request was refused, status {answer.status_code}: {_error(answer).message}")
-        return _columns(answer)
+        return _understood(answer, lambda: _columns(answer))
 
     def models(self) -> dict[str, list[str]]:
         """The versions of each bundle (the ASGI front end only). Raises ClientError."""
         answer = self._ask("GET", "/v2/models")
-        if answer.status_code != 200:
+        if not _good(answer):
             raise ClientError(f"no list of bundles, status {answer.status_code}: {_error(answer).message}")
-        return {each["name"]: each["versions"] for each in _json(answer)["models"]}
+        return _understood(answer, lambda: {each["name"]: each["versions"] for each in answer.json()["models"]})
 
     def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         end = time.monotonic() + self.patience
@@ -140,11 +141,15 @@ def _read(image: Image) -> bytes:
         raise ClientError(f"{image} cannot be read ({e.strerror}): check the path") from e
 
 
-def _json(answer: httpx.Response) -> Any:
+def _good(answer: httpx.Response) -> bool:
+    return answer.status_code == 200
+
+
+def _understood(answer: httpx.Response, make: Callable[[], T]) -> T:
     try:
-        return answer.json()
-    except ValueError as e:
-        raise ClientError(f"{answer.url} answers what is no JSON: is this a Cascade server?") from e
+        return make()
+    except (ValueError, TypeError, KeyError) as e:
+        raise ClientError(f"{answer.url} gives another answer ({e!r}): is this a Cascade server?") from e
 
 
 def _error(answer: httpx.Response) -> ItemError:
