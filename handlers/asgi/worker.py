@@ -30,6 +30,8 @@ from handlers.asgi.guard import Guard, JsonLines
 from handlers.asgi.service import Service
 
 READY = b"ready\n"
+HUNG = 120  # seconds; a pass takes one or two
+log = logging.getLogger("cascade.worker")
 
 
 class Server(uvicorn.Server):
@@ -54,6 +56,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         drained = self.service.stopping and (self.guard.requests == 0 or time.monotonic() > self.end)
         dead = not self.service.batcher.alive  # then the supervisor starts another process
+        if self.service.batcher.pass_seconds > HUNG:
+            log.error("a pass hangs for %d s: this process ends, and the next one takes over", HUNG)
+            os.kill(os.getpid(), signal.SIGKILL)  # nothing gentler ends a thread that hangs in a driver
         return await super().on_tick(counter) or drained or dead
 
 
