@@ -28,6 +28,9 @@ JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG 
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
 STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 413, 415, 431, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, ERROR)
+JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer.", "content": {"application/json": {}, "application/octet-stream": {}}}
+}
 NO_FORM = ItemError(400, "bad_request", "send one image a request: this is no form with one file as its one part")
 AGAIN = 2  # an unpinned request that meets a version on its way out looks for the newest this often
 
@@ -96,7 +99,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
     description = {"parameters": options, "requestBody": {"required": True, "content": content}}
 
     @app.put("/v1/predict", include_in_schema=False)  # curl -T
-    @app.post("/v1/predict", openapi_extra=description, summary="Predict one image")
+    @app.post("/v1/predict", openapi_extra=description, responses=JSON_OR_BYTES, summary="Predict one image")
     async def predict(request: Request) -> Response:
         service.admit(request)
         body, kind = await _one_body(request)
@@ -146,8 +149,10 @@ def _protocol(app: FastAPI, service: Service) -> None:
     body = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}} | tensors
     description = {"requestBody": {"required": True, "content": body}}
 
-    @app.post("/v2/models/{model}/infer", openapi_extra=description, summary="Predict images")
-    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description, summary="Predict images")
+    about: dict[str, Any] = {"openapi_extra": description, "responses": JSON_OR_BYTES, "summary": "Predict images"}
+
+    @app.post("/v2/models/{model}/infer", **about)
+    @app.post("/v2/models/{model}/versions/{version}/infer", **about)
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         service.admit(request)
         found(request, model, version)  # before the body is read
