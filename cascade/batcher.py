@@ -144,7 +144,7 @@ class Batcher:
         return OVERLOADED if self._waiting + self._decoding >= self.queue else None
 
     def _decode(self, image: Source, options: Options, timeout: float | None) -> Item | ItemError:
-        if not self._decoders.acquire(timeout=None if timeout is None else max(0, timeout)):
+        if timeout is not None and timeout <= 0 or not self._decoders.acquire(timeout=timeout):
             return _counted(DEADLINE, options.bundle)
         try:
             with metrics.stage("decode"):

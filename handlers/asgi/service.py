@@ -80,15 +80,15 @@ class Service:
         seconds = self.limits.answer_seconds
         end = time.monotonic() + seconds
 
-        def submit() -> "list[Future[Answer]]":
-            return [self.batcher.submit(image, options, end - time.monotonic()) for image in images]
+        def submit(image: bytes | Tensor) -> "Future[Answer]":
+            return self.batcher.submit(image, options, end - time.monotonic())
 
-        async def work() -> list[Answer]:
-            futures = await asyncio.get_running_loop().run_in_executor(self._decoding, submit)
-            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        async def answer(image: bytes | Tensor) -> Answer:
+            future = await asyncio.get_running_loop().run_in_executor(self._decoding, submit, image)
+            return await asyncio.wrap_future(future)
 
         self._images += len(images)
-        answered, gone = asyncio.ensure_future(work()), asyncio.ensure_future(_hung_up(request))
+        answered, gone = asyncio.gather(*map(answer, images)), asyncio.ensure_future(_hung_up(request))
         try:
             await asyncio.wait((answered, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if answered.done():

@@ -159,6 +159,7 @@ def test_answers_are_the_engines(late: Bundle, cifar: list[Image.Image]) -> None
 
 def test_bad_image_is_its_own_error(held: Held) -> None:
     with Batcher(held) as batcher:
+        assert kind(batcher.submit(b"no image", Options("a"), timeout=0)) == (503, "deadline"), "not even decoded"
         assert kind(batcher.submit(b"no image", Options("a"))) == (400, "not_an_image")
         assert kind(batcher.submit(b"no image", Options("z"))) == (404, "unknown_bundle")
     assert not held.passes
