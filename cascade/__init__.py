@@ -22,13 +22,15 @@ if "torch" not in sys.modules:
 
 if TYPE_CHECKING:
     from cascade.bundle import Bundle
+    from cascade.client import Client
     from cascade.engine import Engine, ItemError, Options, Prediction, load
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "CascadeError", "Engine", "ItemError", "Options", "Prediction", "load"]
+__all__ = ["Bundle", "CascadeError", "Client", "Engine", "ItemError", "Options", "Prediction", "load"]
 
 _HOMES = {
     "Bundle": "cascade.bundle",
+    "Client": "cascade.client",
     "Engine": "cascade.engine",
     "ItemError": "cascade.engine",
     "Options": "cascade.engine",

@@ -126,28 +126,23 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model store: [bold]cascade serve --model-store model_store --frontend asgi[/]"""
-    common = {"host": host, "port": port, "budget_bytes": budget, "device": device, "drain_timeout": drain}
+    pins: dict[str, str] = {}
+    if pin:
+        from cascade.registry import pinned  # which loads torch: the process that supervises does without
+
+        pins = pinned(pin)
+    common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
+    common |= {"device": device, "drain_timeout": drain, "pins": pins, "poll": poll}
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 
-        batching = {"max_batch": max_batch, "patience": patience, "queue": queue}
-        serve_asgi(Path(model_store), api_keys=api_keys, log_level=log_level, **common, **batching)  # type: ignore[arg-type]
+        common |= {"max_batch": max_batch, "patience": patience, "queue": queue}
+        serve_asgi(model_store, api_keys=api_keys, log_level=log_level, **common)
         return
-    from cascade.registry import pinned
     from handlers.torchserve.entrypoint import serve as serve_torchserve
 
-    serve_torchserve(
-        model_store,
-        metrics_port=metrics_port,
-        management_port=management_port,
-        workers=workers,
-        memory_bytes=memory,
-        pins=pinned(pin or ()),
-        poll=poll,
-        auth=auth,
-        token_file=token_file,
-        **common,  # type: ignore[arg-type]
-    )
+    ports = {"metrics_port": metrics_port, "management_port": management_port}
+    serve_torchserve(model_store, workers=workers, auth=auth, token_file=token_file, **common, **ports)
 
 
 @app.command()
