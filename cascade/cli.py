@@ -103,6 +103,7 @@ def serve(
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
     auth: Annotated[bool, typer.Option("--auth/--no-auth", help="Whether a prediction needs a token.")] = True,
     token_file: Annotated[Path | None, typer.Option(help="Where the token is written, readable for you alone.")] = None,
+    log_level: Annotated[str, typer.Option(help="info (a line a request), warning or error.")] = "warning",
 ) -> None:
     """Serve a model store with TorchServe: [bold]cascade serve --model-store model_store[/]"""
     from cascade.registry import pinned
@@ -122,6 +123,7 @@ def serve(
         poll=poll,
         auth=auth,
         token_file=token_file,
+        log_level=log_level,
     )
 
 

@@ -39,6 +39,7 @@ WINDOW = 1000
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SCORES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 _CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
 REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "cluster", "status"])
@@ -49,6 +50,12 @@ MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and alrea
 MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialised.")
 MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialised masks that were dropped.")
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
+OOD_SCORE = Histogram(
+    "cascade_ood_score",
+    "Out-of-domain score, a percentile among the training images: without drift it is spread evenly.",
+    ["bundle"],
+    buckets=_SCORES,
+)
 
 
 def _gauge(name: str, text: str, labels: Sequence[str] = (), mode: Literal["livesum", "livemax"] = "livesum") -> Gauge:

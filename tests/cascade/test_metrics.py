@@ -78,6 +78,7 @@ def test_names_types_and_units() -> None:
         "bundles": "gauge",
         "store_unreachable": "gauge",
         "reloads": "counter",
+        "ood_score": "histogram",
     }
 
 
