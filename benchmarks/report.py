@@ -2,13 +2,14 @@
 
 import json
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
+
+from cascade.executors.choice import processor
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,7 @@ def figure(values: list[float], goal: str | None = None) -> Figure:
 
 def hardware() -> str:
     """The processor's name and the cores that this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def report(benchmark: str, figures: dict[str, Figure], table: Table) -> None:

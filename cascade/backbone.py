@@ -115,7 +115,11 @@ class Backbone:
     def release(self) -> None:
         """Give the maskable weights back, once an executor has its own; their number and places stay known."""
         self.flat = self.flat.to("meta")
-        self.point(self.flat)
+        for name, (begin, end) in self.spans.items():
+            module, _, part = name.rpartition(".")
+            shape = self._parameters[name].shape
+            self._parameters[name] = nn.Parameter(self.flat[begin:end].view(shape), requires_grad=False)
+            setattr(self.model.get_submodule(module), part, self._parameters[name])
 
     def __post_init__(self) -> None:
         self._parameters = dict(self.model.named_parameters())

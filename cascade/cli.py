@@ -5,6 +5,7 @@ Every command imports what it needs when it runs, so that ``cascade --help`` ans
 
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,6 +23,13 @@ app = typer.Typer(
 F = TypeVar("F", bound=Callable[..., Any])
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder, e.g. model_store/demo/1.")]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]
+
+
+class Frontend(StrEnum):
+    """Which server is around the engine."""
+
+    torchserve = "torchserve"
+    asgi = "asgi"
 
 
 def in_one_line(command: F) -> F:
@@ -91,39 +99,57 @@ def predict(
 @in_one_line
 def serve(
     model_store: Annotated[str, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = "model_store",
+    frontend: Annotated[Frontend, typer.Option(help="Which server; asgi speaks Open Inference Protocol v2.")] = (
+        Frontend.torchserve
+    ),
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the predictions.")] = 8080,
-    metrics_port: Annotated[int, typer.Option(help="Of /metrics.")] = 8082,
-    management_port: Annotated[int, typer.Option(help="Of the workers' state, always on loopback.")] = 8081,
-    workers: Annotated[int, typer.Option(help="Processes, each with a backbone of its own.", min=1)] = 1,
+    port: Annotated[int, typer.Option(help="Of the predictions; asgi has /metrics on it, too.")] = 8080,
     budget: Annotated[int | None, typer.Option(help="Bytes of materialised masks, for each worker.", min=1)] = None,
     memory: Annotated[int | None, typer.Option(help="Bytes of backbones and bundles, for each worker.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    drain: Annotated[float, typer.Option(help="Seconds for requests in progress, once told to stop.", min=0)] = 8,
+    metrics_port: Annotated[int, typer.Option(help="torchserve: of /metrics.")] = 8082,
+    management_port: Annotated[int, typer.Option(help="torchserve: of the workers' state, on loopback.")] = 8081,
+    workers: Annotated[int, typer.Option(help="torchserve: processes, each with its own backbone.", min=1)] = 1,
+    api_keys: Annotated[Path | None, typer.Option(help="asgi: file of lines BUNDLE SHA256; none: no keys.")] = None,
+    max_batch: Annotated[int, typer.Option(help="asgi: images in a pass at most.", min=1)] = 32,
+    patience: Annotated[float, typer.Option(help="asgi: seconds until the oldest image comes first.", min=0)] = 0.05,
+    queue: Annotated[int, typer.Option(help="asgi: images that may wait; 503 for more.", min=1)] = 256,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info (a line a request), warning, error; asgi: info, else warning.")
+    ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
-    auth: Annotated[bool, typer.Option("--auth/--no-auth", help="Whether a prediction needs a token.")] = True,
-    token_file: Annotated[Path | None, typer.Option(help="Where the token is written, readable for you alone.")] = None,
-    log_level: Annotated[str, typer.Option(help="info (a line a request), warning or error.")] = "warning",
+    auth: Annotated[
+        bool, typer.Option("--auth/--no-auth", help="torchserve: whether a prediction needs a token.")
+    ] = True,
+    token_file: Annotated[
+        Path | None, typer.Option(help="torchserve: where the token is written, for you alone.")
+    ] = None,
 ) -> None:
-    """Serve a model store with TorchServe: [bold]cascade serve --model-store model_store[/]"""
-    from cascade.registry import pinned
-    from handlers.torchserve.entrypoint import serve as run
+    """Serve a model store: [bold]cascade serve --model-store model_store --frontend asgi[/]"""
+    common = {"host": host, "port": port, "budget_bytes": budget, "device": device, "drain_timeout": drain}
+    if frontend is Frontend.asgi:
+        from handlers.asgi.supervisor import serve as serve_asgi
 
-    run(
+        batching = {"max_batch": max_batch, "patience": patience, "queue": queue}
+        serve_asgi(Path(model_store), api_keys=api_keys, log_level=log_level or "info", **common, **batching)  # type: ignore[arg-type]
+        return
+    from cascade.registry import pinned
+    from handlers.torchserve.entrypoint import serve as serve_torchserve
+
+    serve_torchserve(
         model_store,
-        host=host,
-        port=port,
         metrics_port=metrics_port,
         management_port=management_port,
         workers=workers,
-        budget_bytes=budget,
         memory_bytes=memory,
-        device=device,
         pins=pinned(pin or ()),
         poll=poll,
         auth=auth,
         token_file=token_file,
-        log_level=log_level,
+        log_level=log_level or "warning",
+        **common,  # type: ignore[arg-type]
     )
 
 

@@ -6,13 +6,14 @@ batch.
 """
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -22,7 +23,8 @@ from cascade import backbone as backbones
 from cascade import metrics, router
 from cascade.bundle import Bundle, check, read
 from cascade.errors import CascadeError
-from cascade.executors.torch import TorchExecutor
+from cascade.executors import Executor
+from cascade.executors.choice import Kind, choose
 from cascade.fusion import MODES, Fusion, Mode
 from cascade.images import LIMITS, ImageError, Limits, Preprocessing, convert
 from cascade.images import decode as decode_image
@@ -32,8 +34,9 @@ from cascade.prediction import ItemError, Label, Neighbour, Options, Prediction
 from cascade.residency import Residency
 
 DEFAULT_BUDGET = 2**30
+MAX_PIXEL = 1000  # normalised ones lie within +-20 or so; from very large ones a network makes NaN
 T = TypeVar("T")
-Source = bytes | bytearray | str | Path | Image.Image
+Source = bytes | bytearray | str | Path | Image.Image | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,8 @@ class Engine:
         device: where the backbones live.
         limits: of the images.
         weights: a checkpoint that takes the place of the bundles' own weight source.
+        executor: what runs the backbones, see ``cascade.executors``; ``auto`` is the fastest here, and what the
+            environment variable CASCADE_EXECUTOR says goes before it.
         memory_bytes: for backbones and packed bundles together; None for no limit.
 
     Attributes:
@@ -73,13 +78,15 @@ class Engine:
         device: str = "cpu",
         limits: Limits = LIMITS,
         weights: Path | None = None,
+        executor: Kind = "auto",
         memory_bytes: int | None = None,
     ) -> None:
         self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
+        self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
         self.residency = Residency(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
         self.pins: Mapping[str, str] = {}
         # Replaced, never changed in place: who reads them needs no lock.
-        self._executors: dict[str, TorchExecutor] = {}
+        self._executors: dict[str, Executor] = {}
         self._bundles: dict[str, dict[str, Bundle]] = {}
         self._leaving: list[tuple[weakref.ref[Bundle], tuple[Mask, ...], str]] = []
         self._lock = threading.Lock()  # of passes, which take turns
@@ -106,10 +113,14 @@ class Engine:
             here, fingerprint = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone.fingerprint
             if bundle.version in self._bundles.get(bundle.name, ()):
                 raise CascadeError(f"{here} is loaded already; give it another version")
-            executor = self._executors.get(fingerprint) or self._load(bundle)
-            check(bundle, executor.backbone)
+            executor = self._executors.get(fingerprint)
+            if executor is None:
+                executor = self._load(bundle)
+            else:
+                check(bundle, executor.backbone)
+            experts = tuple(map(executor.pack, bundle.experts))
+            bundle = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts).to(self.device)
             self._fit(here, bundle, executor)
-            bundle = bundle.to(self.device)
             self._executors = {**self._executors, fingerprint: executor}
             if warm:
                 try:
@@ -157,7 +168,7 @@ class Engine:
         """Answers in the order of ``images``; whatever is wrong with one of them is its own error.
 
         Args:
-            images: encoded bytes, paths, or PIL images.
+            images: encoded bytes, paths, PIL images, or preprocessed pixels float32 [3, H, W].
             options: for all of them, or one for each.
         """
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
@@ -185,7 +196,7 @@ class Engine:
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            for rows in _groups(range(len(items)), lambda row: _trunk(items[row])):
+            for rows in _groups(range(len(items)), lambda row: trunk(items[row])):
                 for row, answer in zip(rows, self._run([items[row] for row in rows]), strict=True):
                     answers[row] = answer
                     metrics.count(answer.bundle, answer.cluster, 200)
@@ -206,7 +217,7 @@ class Engine:
         return {
             "backbones": len(self._executors),
             "bundles": len(self.bundles),
-            "backbone_bytes": sum(e.backbone.bytes() for e in self._executors.values()),
+            "backbone_bytes": sum(e.bytes() for e in self._executors.values()),
             "packed_bytes": sum(b.bytes() for held in self._bundles.values() for b in held.values()),
             "materialised_bytes": r.used,
             "budget_bytes": r.budget,
@@ -215,7 +226,7 @@ class Engine:
             "evictions": r.evictions,
         }
 
-    def executor(self, bundle: Bundle) -> TorchExecutor:
+    def executor(self, bundle: Bundle) -> Executor:
         """What runs a loaded bundle's backbone."""
         return self._executors[bundle.card.backbone.fingerprint]
 
@@ -241,18 +252,21 @@ class Engine:
         found = held[max(held, key=number)] if version is None else held.get(version)
         return found or ItemError(404, "unknown_version", f"no such version; loaded: {versions}")
 
-    def _load(self, bundle: Bundle) -> TorchExecutor:
+    def _load(self, bundle: Bundle) -> Executor:
+        """An executor for the bundle's backbone, after the bundle was checked against it."""
         want = bundle.card.backbone
-        return TorchExecutor(backbones.load(want.name, want.source, self.weights, self.device), self.residency)
+        backbone = backbones.load(want.name, want.source, self.weights, self.device)
+        check(bundle, backbone)
+        return choose(backbone, self.residency, self._kind, bundle.preprocessing.size)
 
-    def _fit(self, here: str, bundle: Bundle, executor: TorchExecutor) -> None:
+    def _fit(self, here: str, bundle: Bundle, executor: Executor) -> None:
         """That there is room for the bundle, and for its backbone where that is new."""
         largest = max(executor.size(mask) for mask in bundle.masks)
         if largest > self.residency.budget:
             raise CascadeError(
                 f"{here} needs {largest} bytes for one mask's weights, the budget is {self.residency.budget}: give more"
             )
-        new = bundle.bytes() + (0 if executor in self._executors.values() else executor.backbone.bytes())
+        new = bundle.bytes() + (0 if executor in self._executors.values() else executor.bytes())
         stats = self.stats()
         held = stats["backbone_bytes"] + stats["packed_bytes"]
         if self.memory_bytes is not None and held + new > self.memory_bytes:
@@ -293,6 +307,9 @@ class Engine:
             return ItemError(400, "unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
         if mode not in bundle.fusions:
             return ItemError(400, "mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
+        if isinstance(image, Tensor):
+            wrong = _wrong(image, bundle.preprocessing.size)
+            return ItemError(400, "bad_pixels", wrong) if wrong else Item(bundle, mode, options, image)
         try:
             picture = _open(image, self.limits)
         except ImageError as error:
@@ -312,12 +329,14 @@ class Engine:
             with metrics.stage("dispatch"):
                 x = executor.run(x, 0, start)
         answers: dict[int, Prediction] = {}
-        for rows in _groups(range(len(items)), lambda row: items[row].bundle.identity):
+        groups = _groups(range(len(items)), lambda row: items[row].bundle.identity)
+        # Those whose weights are there come first, or they would be evicted for the others and made again.
+        for rows in sorted(groups, key=lambda rows: items[rows[0]].bundle.dispatcher not in self.residency):
             found = self._run_bundle(executor, [items[row] for row in rows], x[rows])
             answers.update(zip(rows, found, strict=True))
         return [answers[row] for row in range(len(items))]
 
-    def _run_bundle(self, executor: TorchExecutor, items: list[Item], x: Tensor) -> list[Prediction]:
+    def _run_bundle(self, executor: Executor, items: list[Item], x: Tensor) -> list[Prediction]:
         """Items of one bundle: its dispatcher once, then each expert for the rows that want it."""
         bundle = items[0].bundle
         start = bundle.dispatcher.start
@@ -368,18 +387,24 @@ class Engine:
         ]
 
 
-def load(path: Path | str, budget_bytes: int | None = None, device: str = "cpu", weights: Path | None = None) -> Engine:
+def load(
+    path: Path | str,
+    budget_bytes: int | None = None,
+    device: str = "cpu",
+    weights: Path | None = None,
+    executor: Kind = "auto",
+) -> Engine:
     """An engine that holds the bundle at ``path`` (``<name>/<version>``), verified.
 
     Raises:
         BundleError, BackboneError: what is wrong, and where.
     """
-    engine = Engine(budget_bytes, device, weights=weights)
+    engine = Engine(budget_bytes, device, weights=weights, executor=executor)
     engine.add(read(Path(path)))
     return engine
 
 
-def _trunk(item: Item) -> Hashable:
+def trunk(item: Item) -> Hashable:
     """Items that agree on this share the plain backbone up to their dispatchers' first stage."""
     bundle = item.bundle
     return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape
@@ -403,13 +428,21 @@ def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
     return preprocessing.transform()
 
 
-def _open(image: Source, limits: Limits) -> Image.Image:
+def _wrong(pixels: Tensor, size: int) -> str | None:
+    """Why these pixels are no input of a backbone that takes squares of ``size``."""
+    if pixels.dtype != torch.float32 or pixels.shape != (3, size, size):
+        return f"pixels are {pixels.dtype} {list(pixels.shape)}: this bundle takes float32 [3, {size}, {size}]"
+    within = pixels.abs() <= MAX_PIXEL  # of a NaN, too, that is false
+    return None if within.all() else f"pixels lie outside of +-{MAX_PIXEL}: send preprocessed ones"
+
+
+def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -> Image.Image:
     if isinstance(image, Image.Image):
         return convert(image, limits)
     return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)
 
 
-def _swap(executor: TorchExecutor, mask: Mask) -> None:
+def _swap(executor: Executor, mask: Mask) -> None:
     with metrics.stage("swap"):
         executor.swap(mask)
 

@@ -63,8 +63,8 @@ class Folded:
 
     Attributes:
         units: in the order of the flat buffer, by stage.
-        model: a copy of the backbone's model without those BatchNorms; every unit has a bias. It shares all
-            other parameters with the backbone; the units' own are for an executor to set.
+        model: a copy of the backbone's model without those BatchNorms, which shares the parameters that no mask
+            changes. Every unit has a weight and a bias, both empty: they are for an executor to set.
         loose: tensors beside the units' that a mask changes all the same (a BatchNorm that could not be folded, an
             affine of another norm), by name.
     """
@@ -78,11 +78,25 @@ class Folded:
         self.loose = [name for name in (*backbone.spans, *backbone.norms) if name not in inside]
         self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.loose)}
         shared = {id(t): t for t in (*backbone.model.parameters(), *backbone.model.buffers())}
+        state = backbone.model.state_dict(keep_vars=True)
+        for name in self.loose:  # they are views of the backbone's flat buffer, or will change with every mask
+            own = state[name]
+            shared[id(own)] = (
+                nn.Parameter(own.detach().clone(), requires_grad=False) if name in backbone.spans else own.clone()
+            )
         self.model = copy.deepcopy(backbone.model, shared)
+        for unit in self.units:  # or they would keep the backbone's flat buffer
+            layer = self.model.get_submodule(unit.module)
+            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            layer.bias = nn.Parameter(torch.empty(0), requires_grad=False)
         for name in gone:
             norm = self.model.get_submodule(name)
             parts = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # timm's BatchNormAct2d
             _replace(self.model, name, nn.Sequential(*parts) if parts else nn.Identity())
+
+    def bytes(self) -> int:
+        """Memory of the small tensors that new masks are folded with."""
+        return sum(values.nbytes for values in self._small.values())
 
     def plain(self, unit: Unit) -> tuple[Tensor, Tensor]:
         """A unit without any mask: folded weight float32 [rows, columns], shift float32 [rows]."""

@@ -49,6 +49,15 @@ GROUP_IMAGES = Histogram("cascade_group_images", "Images of a batch that share a
 MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and already materialised.")
 MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialised.")
 MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialised masks that were dropped.")
+QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited for its pass.", buckets=_SECONDS)
+HTTP_SECONDS = Histogram(
+    "cascade_http_seconds", "Time of a request to the ASGI front end.", ["route", "status"], buckets=_SECONDS
+)
+DROPPED = Counter(
+    "cascade_dropped_total",
+    "Images that came to no pass: overloaded, deadline, cancelled or stopping.",
+    ["why"],
+)
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
 OOD_SCORE = Histogram(
     "cascade_ood_score",

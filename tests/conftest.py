@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Before numpy and torch start their threads: on two shared cores, threads that spin while they wait cost minutes.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Hundreds of engines over small networks: the plain executor is there at once. Those who test the others name them.
+os.environ["CASCADE_EXECUTOR"] = "plain"
 
 import numpy as np
 import pytest

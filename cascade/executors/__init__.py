@@ -1,5 +1,42 @@
 """Executors: ways to run a pass, or a part of one, under a mask. One module each, one interface.
 
-swap(mask)            make ``mask`` (None: the plain backbone) the one that the next runs use
-run(x, start, stop)   stages ``start`` to ``stop`` of the backbone, see ``Backbone.run``
+    plain    the timm model as it is: the reference, and what training runs
+    folded   PyTorch, BatchNorm folded, channels last
+    onnx     ONNX Runtime, the weights as inputs in the order of its own kernels
+
+Each keeps masks in its own form (``pack``), materialises their weights within the residency's budget (``swap``) and
+runs stages of the backbone under the mask that is in place (``run``). ``choice.choose`` takes the fastest.
 """
+
+from typing import Protocol
+
+from torch import Tensor
+
+from cascade.backbone import Backbone
+from cascade.masks import Mask
+
+
+class Executor(Protocol):
+    """What the engine asks of an executor."""
+
+    backbone: Backbone
+
+    def pack(self, mask: Mask) -> Mask:
+        """The mask in the form that ``swap`` takes; what it holds beyond that is given up."""
+        ...
+
+    def size(self, mask: Mask) -> int:
+        """Bytes of the mask's materialised weights."""
+        ...
+
+    def swap(self, mask: Mask | None) -> None:
+        """Make a packed mask (None: the plain backbone) the one that the next runs use, from its first stage on."""
+        ...
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Stages ``start`` to ``stop`` (None: to the end, with pooling) of the backbone."""
+        ...
+
+    def bytes(self) -> int:
+        """Memory of the resident backbone, without materialised masks."""
+        ...

@@ -14,11 +14,13 @@ class FlatExecutor:
     Attributes:
         backbone: gives names and sizes; its maskable weights may have been released.
         flat: the weights in this executor's order. residency: materialised weights, shared between backbones.
+        plain: what runs without a mask, ordered like ``flat.pristine``.
     """
 
     backbone: Backbone
     flat: Flat
     residency: Residency
+    plain: Tensor
     _now: Packed | None = None
 
     def pack(self, mask: Mask) -> Packed:
@@ -38,17 +40,19 @@ class FlatExecutor:
             return
         if self._now is not None:  # first, so that nothing keeps evicted weights alive
             first = self.flat.first(self._now.start)
-            plain = {name: self.flat.loose[name] for name in self._now.loose}
-            self.point(
-                first, self.flat.pristine[self.flat.begin[first] :], self.flat.shifts[self.flat.row[first] :], plain
-            )
+            weights, shifts = self.plain[self.flat.begin[first] :], self.flat.shifts[self.flat.row[first] :]
+            self.point(first, weights, shifts, {name: self.flat.loose[name] for name in self._now.loose})
             self._now = None
         if mask is None:
             return
         assert isinstance(mask, Packed), "a mask is packed before it is swapped"
-        weights = self.residency.get(mask, self.size(mask), lambda out: self.flat.materialise(mask, out))
+        weights = self.residency.get(mask, self.size(mask), lambda out: self.materialise(mask, out))
         self.point(self.flat.first(mask.start), weights, mask.shifts, mask.loose)
         self._now = mask
+
+    def materialise(self, mask: Packed, out: Tensor | None) -> Tensor:
+        """The mask's weights, from its first stage on, in ``out`` where one is given."""
+        return self.flat.materialise(mask, out)
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
         """Make units from index ``first`` on read these weights and shifts, and the layers these loose tensors."""
@@ -60,6 +64,15 @@ class FlatExecutor:
 
     def bytes(self) -> int:
         """Memory of the resident backbone, each tensor once."""
-        units = {f"{u.module}.{part}" for u in self.flat.folded.units for part in ("weight", "bias")}
-        rest = [t for name, t in self.flat.folded.model.state_dict().items() if name not in units]
-        return sum(t.nbytes for t in [self.flat.pristine, self.flat.shifts, *rest])
+        folded = self.flat.folded
+        masked = {f"{u.module}.{part}" for u in folded.units for part in ("weight", "bias")} | set(folded.loose)
+        models = {**self.backbone.model.state_dict(), **folded.model.state_dict()}
+        held = [
+            self.flat.pristine,
+            self.flat.shifts,
+            self.plain,
+            *self.flat.loose.values(),
+            *self.backbone.norms.values(),
+        ]
+        storages = [t.untyped_storage() for t in held + [t for name, t in models.items() if name not in masked]]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + folded.bytes()

@@ -1,57 +1,94 @@
-"""PyTorch with BatchNorm folded and weights channels last: on a CPU faster than the plain model, and on a GPU."""
+"""PyTorch with BatchNorm folded and weights channels last, in float32 or bfloat16."""
+
+import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade.backbone import Backbone
+from cascade.errors import CascadeError
 from cascade.executors.flat import FlatExecutor
-from cascade.flat import Flat, Order
+from cascade.flat import Flat, Order, Packed
 from cascade.fold import Folded, Unit
+from cascade.masks import Mask
 from cascade.residency import Residency
 from cascade.stages import stages
 
 
 class FoldedExecutor(FlatExecutor):
-    """Runs the folded model; its parameters are views of the flat buffer, or of a mask's materialised weights."""
+    """Runs the folded model; its parameters are views of the plain weights, or of a mask's materialised ones.
 
-    def __init__(self, backbone: Backbone, residency: Residency) -> None:
-        self.backbone, self.residency = backbone, residency
+    Args:
+        backbone: the model. residency: materialised weights.
+        dtype: of weights and activations in a pass; masks are applied in float32 and rounded once.
+
+    Raises:
+        CascadeError: the processor has no bfloat16.
+    """
+
+    def __init__(self, backbone: Backbone, residency: Residency, dtype: torch.dtype = torch.float32) -> None:
+        if dtype == torch.bfloat16 and backbone.flat.device.type == "cpu" and not _has_bfloat16():
+            raise CascadeError("this processor has no bfloat16: choose another executor")
+        self.backbone, self.residency, self.dtype = backbone, residency, dtype
         folded = Folded(backbone)
         self.flat = Flat(folded, [channels_last(unit) for unit in folded.units])
+        if dtype != torch.float32:  # what no mask changes; a copy, for the backbone keeps its own
+            folded.model = copy.deepcopy(folded.model).to(dtype)
+            self.flat.shifts = self.flat.shifts.to(dtype)
+        self.plain = self.flat.pristine.to(dtype)
+        self._scratch: Tensor | None = None
         self._row = stages(folded.model)
-        for unit in folded.units:
-            layer = folded.model.get_submodule(unit.module)
-            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-            layer.bias = nn.Parameter(torch.empty(0), requires_grad=False)
-        self.point(0, self.flat.pristine, self.flat.shifts, {})
+        self.point(0, self.plain, self.flat.shifts, {})
+
+    def pack(self, mask: Mask) -> Packed:
+        packed = super().pack(mask)
+        loose = {name: t.to(self.dtype) for name, t in packed.loose.items()}
+        return replace(packed, shifts=packed.shifts.to(self.dtype), loose=loose)
+
+    def size(self, mask: Mask) -> int:
+        return super().size(mask) * self.dtype.itemsize // 4
+
+    def materialise(self, mask: Packed, out: Tensor | None) -> Tensor:
+        if self.dtype == torch.float32:
+            return super().materialise(mask, out)
+        if self._scratch is None:
+            self._scratch = torch.empty_like(self.flat.pristine)
+        whole = self.flat.materialise(mask, self._scratch[: super().size(mask) // 4])
+        return whole.to(self.dtype) if out is None else out.copy_(whole)
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
         flat, model = self.flat, self.flat.folded.model
         for i, unit in enumerate(flat.folded.units[first:], first):
             layer = model.get_submodule(unit.module)
             begin, row = int(flat.begin[i] - flat.begin[first]), int(flat.row[i] - flat.row[first])
-            weight = weights[begin : begin + unit.rows * unit.columns]
-            layer.weight.data = _view(weight, unit)  # type: ignore[union-attr]
-            layer.bias.data = shifts[row : row + unit.rows]  # type: ignore[union-attr]
+            layer.weight.data = _view(weights[begin : begin + unit.rows * unit.columns], unit)
+            layer.bias.data = shifts[row : row + unit.rows]
         for name, tensor in loose.items():
             module, _, part = name.rpartition(".")
             getattr(model.get_submodule(module), part).data = tensor
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         with torch.inference_mode():
+            x = x.to(self.dtype)
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
             for stage in self._row[start:stop]:
                 x = stage.run(x)
-            return self.flat.folded.model.forward_head(x, pre_logits=True) if stop is None else x  # type: ignore[operator]
+            if stop is not None:
+                return x
+            return self.flat.folded.model.forward_head(x, pre_logits=True).float()  # type: ignore[operator]
+
+    def bytes(self) -> int:
+        return super().bytes() + (0 if self._scratch is None else self._scratch.nbytes)
 
 
 def channels_last(unit: Unit) -> Order:
     """Row by row; a convolution's columns with the input channel innermost."""
     columns = np.arange(unit.columns, dtype=np.int32)
     if len(unit.shape) == 4:
-        columns = columns.reshape(unit.shape[1], -1).T.reshape(-1)
-    return Order(1, np.ascontiguousarray(columns))
+        columns = columns.reshape(unit.shape[1], -1).T.reshape(-1).copy()
+    return Order(1, columns)
 
 
 def _view(weight: Tensor, unit: Unit) -> Tensor:
@@ -59,3 +96,7 @@ def _view(weight: Tensor, unit: Unit) -> Tensor:
         return weight.view(unit.shape)
     rows, depth, height, width = unit.shape
     return weight.view(rows, height, width, depth).permute(0, 3, 1, 2)
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -8,7 +8,7 @@ left that a mask would have to change; sessions take milliseconds to make.
 """
 
 import copy
-import io
+import importlib
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -50,17 +50,17 @@ class OnnxExecutor(FlatExecutor):
 
     def __init__(self, backbone: Backbone, residency: Residency, provider: str = "CPUExecutionProvider") -> None:
         self.backbone, self.residency, self.provider = backbone, residency, provider
-        self._folded = Folded(backbone)
-        self._probe = _Probe(self._folded)
+        folded = Folded(backbone)
         self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
         x = torch.zeros(2, *backbone.config["input_size"], device=backbone.flat.device)
-        graph = self._probe.graph(x, 0, None, provider)
-        self.flat = Flat(self._folded, graph.orders)
+        graph = _graph(folded, x, 0, None, provider)
+        self.flat = Flat(folded, graph.orders)
+        self.plain = self.flat.pristine
         self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
-        self.place = [(self.flat.pristine, 0)] * len(self._folded.units)
-        self.shift = [(self.flat.shifts, 0)] * len(self._folded.units)
+        self.place = [(self.plain, 0)] * len(folded.units)
+        self.shift = [(self.flat.shifts, 0)] * len(folded.units)
         self.loose = dict(self.flat.loose)
-        self.point(0, self.flat.pristine, self.flat.shifts, {})
+        self.point(0, self.plain, self.flat.shifts, {})
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
         for i in range(first, len(self.place)):
@@ -71,8 +71,7 @@ class OnnxExecutor(FlatExecutor):
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
         if key not in self._sessions:
-            graph = self._probe.graph(x, start, stop, self.provider)
-            self._sessions[key] = _Session(graph, self)
+            self._sessions[key] = _Session(_graph(self.flat.folded, x, start, stop, self.provider), self)
         return self._sessions[key].run(x)
 
 
@@ -150,63 +149,61 @@ class _Pointwise(nn.Module):
         return conv2d(flat, self.weight, self.bias).permute(0, 2, 3, 1).reshape(*shape[:-1], self.weight.shape[0])
 
 
-class _Probe:
-    """The folded model with weights that are their own positions."""
-
-    def __init__(self, folded: Folded) -> None:
-        self.folded, backbone = folded, folded.backbone
-        if len(folded.units) >= 1 << 24 - _ROWS or max(u.rows for u in folded.units) > 1 << _ROWS:
-            raise OnnxError(f"{backbone.name} has too many layers, or too many channels in one, to be probed")
-        shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
-        self.model = copy.deepcopy(folded.model, shared)
-        for module in self.model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False  # plain products, which ONNX Runtime fuses in its own way
-
-    def graph(self, x: Tensor, start: int, stop: int | None, provider: str) -> _Graph:
-        """The optimised graph of a range of stages, for inputs of this shape and any number of them."""
-        onnx, onnxruntime = _library("onnx"), _library("onnxruntime")
-        units = list(enumerate(self.folded.units))
-        end = len(stages(self.model)) if stop is None else stop
-        inside = [(i, u) for i, u in units if start <= u.stage < end]
-        self._fill(inside)
-        with tempfile.TemporaryDirectory(prefix="cascade-onnx-") as folder:
-            optimised = Path(folder, "optimised.onnx")
-            options = _options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
-            options.optimized_model_filepath = str(optimised)
-            exported = _export(_Range(self.model, start, stop), x[:1].expand(2, *x.shape[1:]))
-            onnxruntime.InferenceSession(exported, options, providers=[provider], disabled_optimizers=_KEEP_APART)
-            model = onnx.load(optimised)
-        return _bound(model, inside, [f"model.{name}" for name in self.folded.loose], self.folded.backbone.name)
-
-    def _fill(self, inside: list[tuple[int, Unit]]) -> None:
-        """Value v of a weight: it stood at place v - 1 - index. Of a bias: row and unit."""
-        for i, unit in inside:
-            size = unit.rows * unit.columns
-            if size + i >= 1 << 24:
-                raise OnnxError(f"{self.folded.backbone.name}: {unit.module} is too large to be probed")
-            weight = torch.arange(1, size + 1, dtype=torch.float32) + i
-            bias = torch.arange(1, unit.rows + 1, dtype=torch.float32) + float(i << _ROWS)
-            layer = self.model.get_submodule(unit.module)
-            if isinstance(layer, nn.Linear | _Pointwise):
-                parent, _, name = unit.module.rpartition(".")
-                setattr(self.model.get_submodule(parent), name, _Pointwise(weight.view(unit.shape[:2]), bias))
-            else:
-                layer.weight = nn.Parameter(weight.view(unit.shape), requires_grad=False)
-                layer.bias = nn.Parameter(bias, requires_grad=False)
+def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: str) -> _Graph:
+    """The optimised graph of a range of stages, for inputs of this shape and any number of them."""
+    onnx, onnxruntime = _library("onnx"), _library("onnxruntime")
+    count = len(folded.backbone.row)
+    inside = [
+        (i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < (count if stop is None else stop)
+    ]
+    with tempfile.TemporaryDirectory(prefix="cascade-onnx-") as folder:
+        exported, optimised = Path(folder, "exported.onnx"), Path(folder, "optimised.onnx")
+        options = _options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+        options.optimized_model_filepath = str(optimised)
+        _export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]), exported)
+        onnxruntime.InferenceSession(str(exported), options, providers=[provider], disabled_optimizers=_KEEP_APART)
+        model = onnx.load(optimised)
+    return _bound(model, inside, [f"model.{name}" for name in folded.loose], folded.backbone.name)
 
 
-def _export(module: nn.Module, x: Tensor) -> bytes:
-    """The ONNX model of a module, with any batch size."""
-    out = io.BytesIO()
+def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
+    """The folded model with weights that are their own positions: v of a weight stood at place v - 1 - index."""
+    shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
+    model = copy.deepcopy(folded.model, shared)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]  # plain products: it fuses them itself
+    for i, unit in inside:
+        size = unit.rows * unit.columns
+        if size + i >= 1 << 24 or unit.rows > 1 << _ROWS or i >= 1 << 24 - _ROWS:
+            raise OnnxError(f"{folded.backbone.name}: {unit.module} is too large to be probed")
+        weight = torch.arange(1, size + 1, dtype=torch.float32) + i
+        bias = torch.arange(1, unit.rows + 1, dtype=torch.float32) + float(i << _ROWS)
+        layer = model.get_submodule(unit.module)
+        if isinstance(layer, nn.Linear):
+            parent, _, name = unit.module.rpartition(".")
+            setattr(model.get_submodule(parent), name, _Pointwise(weight.view(unit.shape), bias))
+        else:
+            layer.weight = nn.Parameter(weight.view(unit.shape), requires_grad=False)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+def _export(module: nn.Module, x: Tensor, path: Path) -> None:
+    """Write a module as an ONNX model that takes any batch size."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the newer exporter takes four times as long and one more library
-        axes = {"x": {0: "batch"}, "y": {0: "batch"}}
+        warnings.simplefilter("ignore")  # the newer exporter takes four times as long, and one more library
         torch.onnx.export(
-            module.eval(), (x.cpu(),), out, input_names=["x"], output_names=["y"], dynamic_axes=axes, dynamo=False,
-            do_constant_folding=False, opset_version=17,
-        )  # fmt: skip
-    return out.getvalue()
+            module.eval(),
+            (x.cpu(),),
+            path,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+            dynamo=False,
+            do_constant_folding=False,
+            opset_version=17,
+        )
 
 
 def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: str) -> _Graph:
@@ -268,8 +265,6 @@ def _options(onnxruntime: Any, level: Any) -> Any:
 
 def _library(name: str) -> Any:
     """onnx or onnxruntime, or one line that says which extra brings it."""
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -1,4 +1,6 @@
-"""The PyTorch executor: parameters are views, and a swap points them to the mask's materialised weights."""
+"""The plain PyTorch executor: parameters are views, and a swap points them to the mask's materialised weights."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +23,15 @@ class TorchExecutor:
         self.backbone, self.residency = backbone, residency
         self._norms = {name: _module_of(backbone, name) for name in backbone.norms}
         self._now: Mask | None = None
+
+    def pack(self, mask: Mask) -> Mask:
+        """The mask as it is, on the backbone's device."""
+        device = self.backbone.flat.device
+        return replace(mask, bits=mask.bits.to(device), norms={n: t.to(device) for n, t in mask.norms.items()})
+
+    def bytes(self) -> int:
+        """Memory of the resident backbone."""
+        return self.backbone.bytes()
 
     def swap(self, mask: Mask | None) -> None:
         """Put the weights and BatchNorm statistics of ``mask`` in place, from its first stage on.

@@ -1,7 +1,7 @@
 """The swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass over memory.
 
-Numba compiles the loops in a few seconds when they are first used. The plain references are in ``cascade.masks``
-(``apply_plain``) and ``cascade.flat`` (``reorder_plain``).
+Numba compiles the loops when they are first used, and keeps them beside this file, or in the user's cache. The plain
+references are in ``cascade.masks`` (``apply_plain``) and ``cascade.flat`` (``reorder_plain``).
 """
 
 from typing import Any
@@ -31,11 +31,11 @@ def masked(
         out: float32 [n].
     """
     words = bits[: len(bits) // 2 * 2].view(np.uint16)
-    stream = out.nbytes >= STREAM and out.ctypes.data % (4 * LANES) == 0
-    (_masked_past_caches if stream else _masked)(words, bits, weights, begin, end, scales, out)
+    past_caches = out.nbytes >= STREAM and out.ctypes.data % (4 * LANES) == 0
+    _masked(words, bits, weights, begin, end, scales, past_caches, out)
 
 
-def _step(nontemporal: bool) -> Any:
+def _make_step(nontemporal: bool) -> Any:
     """An intrinsic ``step(out, weights, scale, at, word)`` for 16 weights at once.
 
     LLVM makes no vector code of a loop over single bits that comes near the speed of memory; so the three vector
@@ -69,37 +69,37 @@ def _step(nontemporal: bool) -> Any:
     return step
 
 
-def _loop(nontemporal: bool) -> Any:
-    step = _step(nontemporal)
+_step, _step_past_caches = _make_step(False), _make_step(True)
 
-    @njit(parallel=True, nogil=True)
-    def loop(
-        words: np.ndarray,
-        bits: np.ndarray,
-        weights: np.ndarray,
-        begin: np.ndarray,
-        end: np.ndarray,
-        scales: np.ndarray,
-        out: np.ndarray,
-    ) -> None:  # pragma: no cover - compiled
-        for p in prange(len(begin)):
-            i, stop, scale = begin[p], end[p], scales[p]
-            while i < stop and i & 15:
-                out[i] = weights[i] * (scale[i & 15] * np.float32((bits[i >> 3] >> (i & 7)) & 1))
-                i += 1
-            whole = max(i, stop & ~15)
+
+@njit(parallel=True, nogil=True, cache=True)
+def _masked(
+    words: np.ndarray,
+    bits: np.ndarray,
+    weights: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    scales: np.ndarray,
+    past_caches: bool,
+    out: np.ndarray,
+) -> None:  # pragma: no cover - compiled
+    for p in prange(len(begin)):
+        i, stop, scale = begin[p], end[p], scales[p]
+        while i < stop and i & 15:
+            out[i] = weights[i] * (scale[i & 15] * np.float32((bits[i >> 3] >> (i & 7)) & 1))
+            i += 1
+        whole = max(i, stop & ~15)
+        if past_caches:
             for word in range(i >> 4, whole >> 4):
-                step(out, weights, scale, word << 4, words[word])
-            for k in range(whole, stop):
-                out[k] = weights[k] * (scale[k & 15] * np.float32((bits[k >> 3] >> (k & 7)) & 1))
-
-    return loop
-
-
-_masked, _masked_past_caches = _loop(False), _loop(True)
+                _step_past_caches(out, weights, scale, word << 4, words[word])
+        else:
+            for word in range(i >> 4, whole >> 4):
+                _step(out, weights, scale, word << 4, words[word])
+        for k in range(whole, stop):
+            out[k] = weights[k] * (scale[k & 15] * np.float32((bits[k >> 3] >> (k & 7)) & 1))
 
 
-@njit(parallel=True, nogil=True)
+@njit(parallel=True, nogil=True, cache=True)
 def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cover - compiled
     """Active weights of each segment.
 
@@ -126,7 +126,7 @@ def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cov
     return out
 
 
-@njit(parallel=True, nogil=True)
+@njit(parallel=True, nogil=True, cache=True)
 def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:  # pragma: no cover
     """Bits from the order of ``Backbone.flat`` to an executor's, see ``cascade.flat.Order``.
 

@@ -1,0 +1,130 @@
+"""Which executor: the fastest on this hardware, by a short measurement that is made once and recorded."""
+
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Literal, get_args
+
+import torch
+
+from cascade.backbone import Backbone
+from cascade.errors import CascadeError
+from cascade.executors import Executor
+from cascade.residency import Residency
+
+Kind = Literal["auto", "plain", "folded", "bf16", "onnx"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SAME: tuple[Kind, ...] = ("folded", "onnx")  # those that compute in float32, among which a measurement may choose
+BATCH, ROUNDS = 4, 3
+log = logging.getLogger(__name__)
+
+
+def choose(backbone: Backbone, residency: Residency, kind: Kind = "auto", size: int | None = None) -> Executor:
+    """An executor for a backbone, whose own copy of the weights is given up where the executor has one.
+
+    Args:
+        kind: ``auto`` takes the fastest in float32; ``bf16`` is for whom speed is worth three digits.
+        size: side of the images that it will see, pixels.
+
+    Raises:
+        CascadeError: an executor that was asked for can't run here.
+    """
+    if kind not in KINDS:
+        raise CascadeError(f"there is no executor {kind!r}; choose one of: {' '.join(KINDS)}")
+    if kind == "auto":
+        executor = _fastest(backbone, residency, size or backbone.config["input_size"][-1])
+    else:
+        executor = make(backbone, residency, kind)
+    if kind != "plain":
+        backbone.release()
+    return executor
+
+
+def make(backbone: Backbone, residency: Residency, kind: Kind) -> Executor:
+    """An executor of one kind."""
+    if kind == "plain":
+        from cascade.executors.torch import TorchExecutor
+
+        return TorchExecutor(backbone, residency)
+    if kind == "onnx":
+        from cascade.executors.onnx import OnnxExecutor
+
+        return OnnxExecutor(backbone, residency)
+    from cascade.executors.folded import FoldedExecutor
+
+    return FoldedExecutor(backbone, residency, torch.bfloat16 if kind == "bf16" else torch.float32)
+
+
+def _fastest(backbone: Backbone, residency: Residency, size: int) -> Executor:
+    """From the record, or measured: median of interleaved passes, the first of each not counted."""
+    device = backbone.flat.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    key = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {backbone.name}, {size} px"
+    record = _read()
+    if (found := record.get(key)) and (kind := min(found, key=found.__getitem__)) in SAME:
+        try:
+            return make(backbone, residency, kind)
+        except CascadeError as error:  # what was there when it was recorded is gone
+            log.warning("executor %s can't be used any more: %s", kind, error)
+    executors: dict[Kind, Executor] = {}
+    for kind in SAME:
+        if device.type == "cuda" and kind == "onnx":
+            continue  # its graphs would be launched one operation at a time; the folded executor replays CUDA graphs
+        try:
+            executors[kind] = make(backbone, residency, kind)
+        except CascadeError as error:
+            log.info("no executor %s: %s", kind, error)
+    seconds: dict[Kind, list[float]] = {kind: [] for kind in executors}
+    x = torch.zeros(BATCH, 3, size, size, device=device)
+    for nth in range(ROUNDS + 1 if len(executors) > 1 else 0):
+        for kind, executor in executors.items():
+            begin = time.perf_counter()
+            executor.run(x)[0, 0].item()
+            if nth:
+                seconds[kind].append(time.perf_counter() - begin)
+    took = {kind: round(median(s) / BATCH, 6) for kind, s in seconds.items() if s}
+    best: Kind = min(took, key=took.__getitem__) if took else next(iter(executors))
+    log.info("executor %s for %s: seconds an image %s", best, key, took)
+    if took:
+        _write(_read() | {key: took})
+    return executors[best]
+
+
+def path() -> Path:
+    """Where measurements are recorded: seconds an image, by executor, hardware, backbone and size."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "cascade", "executors.json")
+
+
+def _read() -> dict[str, dict[Kind, float]]:
+    try:
+        found = json.loads(path().read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):  # none yet, or damaged: it is measured again
+        return {}
+
+
+def _write(record: dict[str, dict[Kind, float]]) -> None:
+    """Whole or not at all; without a writable cache the next start measures again."""
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path().parent, suffix=".tmp", delete=False) as out:
+            json.dump(record, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(out.name, path())
+    except OSError as error:
+        log.info("the choice of an executor is not recorded: %s", error)
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

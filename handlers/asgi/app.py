@@ -1,0 +1,215 @@
+"""The application: requests in, one batcher behind them, answers out. docs/http.md describes what it speaks."""
+
+import asyncio
+import json
+from functools import cache
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from cascade import __version__, metrics
+from cascade.batcher import STOPPING
+from cascade.bundle import Bundle
+from cascade.prediction import ItemError, Options
+from handlers.asgi import v2
+from handlers.asgi.guard import FAILED, Guard, Refusal
+from handlers.asgi.service import Service
+from handlers.torchserve.handler import NOT_FINITE, parse
+
+JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
+ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
+STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 413, 415, 431, 500, 503)
+ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, ERROR)
+NO_FORM = ItemError(400, "bad_request", "send one image a request: this is no form with one file as its one part")
+AGAIN = 2  # an unpinned request that meets a version on its way out looks for the newest this often
+
+
+def create_app(service: Service) -> Guard:
+    """The whole ASGI application over a service."""
+    app = FastAPI(
+        title="Cascade", version=__version__, redoc_url=None, docs_url=None, responses=ERRORS, redirect_slashes=False
+    )
+    _predictions(app, service)
+    _protocol(app, service)
+    _state(app, service)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        return service.problem(request, refusal.error)
+
+    @app.exception_handler(HTTPException)
+    async def nowhere(request: Request, error: HTTPException) -> Response:
+        phrase = HTTPStatus(error.status_code).phrase.lower()
+        kind = phrase.replace(" ", "_")
+        answer = service.problem(request, ItemError(error.status_code, kind, f"{phrase}: /openapi.json has the paths"))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(ClientDisconnect)
+    async def hung_up(request: Request, error: ClientDisconnect) -> Response:
+        return service.problem(request, ItemError(400, "hung_up", "the client closed the connection before the answer"))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return service.problem(request, FAILED)
+
+    @cache
+    def described() -> dict[str, Any]:
+        """FastAPI's description, and the body of /infer, which FastAPI does not read itself."""
+        schema = v2.InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        whole = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        whole["components"]["schemas"] |= schema.pop("$defs") | {"InferRequest": schema}
+        return whole
+
+    app.openapi = described  # type: ignore[method-assign]
+    return Guard(app, service.limits)
+
+
+def _predictions(app: FastAPI, service: Service) -> None:
+    """/v1/predict: one file in, one answer out; headers, JSON and forms as with TorchServe."""
+    header = {"in": "header", "required": False, "schema": {"type": "string"}}
+    options = [{"name": f"X-Cascade-{name}", **header} for name in ("Bundle", "Version", "Mode", "Fields")]
+    form = {"type": "object", "properties": {"image": JPEG_OR_SO}, "required": ["image"]}
+    document = {
+        "type": "object",
+        "required": ["image"],
+        "properties": {
+            "image": {"type": "string", "format": "byte", "description": "The file in base64."},
+            "fields": {"type": "array", "items": {"enum": ["labels", "neighbours", "embedding"]}},
+            **{name: {"type": "string"} for name in ("bundle", "version", "mode")},
+        },
+    }
+    content = {
+        "application/octet-stream": {"schema": JPEG_OR_SO},
+        "application/json": {"schema": document},
+        "multipart/form-data": {"schema": form},
+    }
+    description = {"parameters": options, "requestBody": {"required": True, "content": content}}
+
+    @app.put("/v1/predict", include_in_schema=False)  # curl -T
+    @app.post("/v1/predict", openapi_extra=description, summary="Predict one image")
+    async def predict(request: Request) -> Response:
+        service.admit(request)
+        body, kind = await _one_body(request)
+        headers: dict[str, Any] = {name: value for name, value in request.headers.items() if name != "body"}
+        asked = await asyncio.to_thread(parse, {"body": body}, headers | {"body": {"content-type": kind}})
+        if isinstance(asked, ItemError):
+            raise Refusal(asked)
+        image, options = asked
+        service.check(request, options.bundle)
+        (answer,) = await service.answers(request, [image], options)
+        if isinstance(answer, ItemError):
+            raise Refusal(answer)
+        request.state.about.update(bundle=answer.bundle, version=answer.version)
+        try:
+            text = json.dumps(answer.to_json(), separators=(",", ":"), allow_nan=False)
+        except ValueError:
+            raise Refusal(NOT_FINITE) from None
+        return Response(text, media_type="application/json")
+
+
+def _protocol(app: FastAPI, service: Service) -> None:
+    """/v2: the Open Inference Protocol."""
+
+    @app.get("/v2", summary="Server metadata")
+    async def server() -> dict[str, Any]:
+        return {"name": "cascade", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/models", summary="Bundles and their versions")
+    async def models(request: Request) -> dict[str, Any]:
+        return {"models": [{"name": name, "versions": v} for name, v in service.bundles(request).items()]}
+
+    @app.get("/v2/models/{model}", summary="Bundle metadata")
+    @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata")
+    async def model_metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+        bundle = found(request, model, version)
+        return v2.metadata(bundle, service.bundles(request).get(model, [bundle.version]))
+
+    @app.get("/v2/models/{model}/ready", summary="Bundle readiness")
+    @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness")
+    async def model_ready(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+        bundle = found(request, model, version)
+        if not service.ready:
+            raise Refusal(STOPPING)
+        return {"name": bundle.name, "ready": True}
+
+    tensors: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    body = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}} | tensors
+    description = {"requestBody": {"required": True, "content": body}}
+
+    @app.post("/v2/models/{model}/infer", openapi_extra=description, summary="Predict images")
+    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description, summary="Predict images")
+    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        service.admit(request)
+        found(request, model, version)  # before the body is read
+        body = await request.body()
+        most = min(service.limits.images, service.batcher.queue)
+        asked = await asyncio.to_thread(v2.parse, body, request.headers.get(v2.LENGTH_HEADER), most)
+        for _ in range(AGAIN):
+            bundle = found(request, model, version)  # one for all images of the request
+            embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
+            wish = Options(model, bundle.version, asked.mode, embedding, labels, 0)
+            answers = await service.answers(request, asked.images, wish)
+            if version or not any(isinstance(a, ItemError) and a.kind == "unknown_version" for a in answers):
+                break
+        request.state.about.update(bundle=bundle.name, version=bundle.version, images=len(answers))
+        errors = [answer for answer in answers if isinstance(answer, ItemError)]
+        if len(errors) == len(answers) and errors[0].status >= 500:
+            raise Refusal(errors[0])
+        content, length = v2.response(asked, bundle, answers)
+        if length is None:
+            return Response(content, media_type="application/json")
+        return Response(content, headers={v2.LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
+
+    def found(request: Request, model: str, version: str | None) -> Bundle:
+        service.check(request, model)
+        bundle = service.engine.find(model, version)
+        if isinstance(bundle, ItemError):
+            raise Refusal(bundle)
+        return bundle
+
+
+def _state(app: FastAPI, service: Service) -> None:
+    """Alive, ready, and in which state."""
+
+    @app.get("/v2/health/live", summary="The process answers")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", summary="Every bundle is loaded and new work is taken")
+    async def ready() -> Response:
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+    @app.get("/metrics", summary="Prometheus metrics")
+    async def scrape() -> Response:
+        return Response(await asyncio.to_thread(metrics.scrape), media_type="text/plain; version=0.0.4")
+
+
+class _InMemory(MultiPartParser):
+    """Starlette's parser would write a file over 1 MB to the disk, which may be full; the body is bounded here."""
+
+    spool_max_size = 2**40
+
+
+async def _one_body(request: Request) -> tuple[bytes, str]:
+    """The body and its content type; of a form, those of its one part."""
+    kind = request.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):
+        return await request.body(), kind
+    try:
+        form = await _InMemory(request.headers, request.stream(), max_files=1, max_fields=1).parse()
+    except (MultiPartException, LookupError):
+        raise Refusal(NO_FORM) from None
+    try:
+        if len(form.multi_items()) != 1:
+            raise Refusal(NO_FORM)
+        ((_, part),) = form.multi_items()
+        return (part.encode() if isinstance(part, str) else await part.read()), "application/octet-stream"
+    finally:
+        await form.close()

@@ -1,0 +1,73 @@
+"""What uvicorn leaves open before a request reaches the application: heads without end, in length and in time."""
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD = 16 * 2**10  # bytes of the request line and all headers
+HEAD_SECONDS = 10.0  # from a connection, or a head's first byte, to the head's end
+MAX_CONNECTIONS = 4096
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol; refuses long heads with 431, slow ones with 408, and too many connections with 503."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._head: int | None = 0  # bytes so far; None while no head is being read
+        self._clock: asyncio.TimerHandle | None = None
+        super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(503, "overloaded", "too many connections: try again later")
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head is not None and not self.transport.is_closing():
+            self._head += len(data)
+            if self._head > MAX_HEAD:
+                self._refuse(431, "head_too_large", f"the headers are over {MAX_HEAD} bytes: send fewer")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head = 0
+        self._start_clock()
+
+    def on_headers_complete(self) -> None:
+        self._head = None
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def _start_clock(self) -> None:
+        if self._clock is None and not self.transport.is_closing():
+            self._clock = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _too_slow(self) -> None:
+        self._clock = None
+        self._refuse(408, "slow_head", f"the headers took over {HEAD_SECONDS:g} s: send them at once")
+
+    def _refuse(self, status: int, kind: str, message: str) -> None:
+        """Answer and close; only close where an earlier answer is still being written (pipelined requests)."""
+        if self.cycle is None or self.cycle.response_complete:
+            error: dict[str, Any] = {"error": {"status": status, "kind": kind, "message": message}}
+            body = json.dumps(error, separators=(",", ":")).encode()
+            lines = [
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+                "content-type: application/json",
+                f"content-length: {len(body)}",
+                *(["retry-after: 1"] if status == 503 else []),
+                "connection: close",
+            ]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()

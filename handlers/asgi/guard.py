@@ -1,0 +1,176 @@
+"""The outermost layer of the application: request ids, the log, limits of size and time, and the end."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from cascade import metrics
+from cascade.prediction import ItemError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("cascade.http")
+ID = re.compile(rb"[\w.:-]{1,128}")
+QUIET = ("/v2/health", "/metrics")  # polled every few seconds
+FAILED = ItemError(500, "failed", "the server failed at this request: its log says why, under the request id")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of requests.
+
+    Attributes:
+        body: bytes of one body. bodies: bytes of all bodies that are held at a time.
+        body_seconds: for a body to come in. answer_seconds: for its answer.
+        images: in one request.
+    """
+
+    body: int = 64 * 2**20
+    bodies: int = 512 * 2**20
+    body_seconds: float = 30
+    answer_seconds: float = 30
+    images: int = 64
+
+
+LIMITS = Limits()
+
+
+class Refusal(Exception):
+    """A request that is answered with an error; the application turns it into a response."""
+
+    def __init__(self, error: ItemError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Guard:
+    """ASGI middleware.
+
+    Attributes:
+        requests: in progress, apart from those that are only polled.
+        held: bytes of bodies that are in memory or may soon be.
+    """
+
+    def __init__(self, app: App, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+        self.requests = self.held = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if ID.fullmatch(given) else uuid4().hex.encode()
+        about: dict[str, Any] = {"request_id": request_id.decode()}
+        scope.setdefault("state", {})["about"] = about
+        status, begin = 0, time.perf_counter()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        body = _Body(self, headers, receive)
+        polled = scope["path"].startswith(QUIET)
+        self.requests += not polled
+        try:
+            await self.app(scope, body.receive, answer)
+        except Exception:
+            log.exception("a request failed", extra={"about": about})  # the answer, 500, is sent
+        finally:
+            self.requests -= not polled
+            body.release()
+            seconds = time.perf_counter() - begin
+            route = getattr(scope.get("route"), "path", "none")
+            metrics.HTTP_SECONDS.labels(route, str(status)).observe(seconds)
+            about |= {"method": scope["method"], "path": scope["path"][:200], "status": status}
+            about |= {"ms": round(1000 * seconds, 1), "bytes": body.size}
+            log.log(logging.DEBUG if polled and status == 200 else logging.INFO, "request", extra={"about": about})
+
+
+class _Body:
+    """A request's body on its way in: counted, timed, and refused when it is too large, too slow, or one too many."""
+
+    def __init__(self, guard: Guard, headers: dict[bytes, bytes], receive: Receive) -> None:
+        self.guard, self.limits, self._receive = guard, guard.limits, receive
+        length = headers.get(b"content-length", b"")
+        chunked = b"transfer-encoding" in headers
+        self.announced = self.limits.body if chunked else int(length) if length.isdigit() else 0
+        self.waits_for_leave = headers.get(b"expect", b"").lower() == b"100-continue"
+        self.size = self.held = 0
+        self.complete = False
+        self.end: float | None = None
+
+    async def receive(self) -> Message:
+        if self.complete:
+            return await self._receive()  # until the client hangs up
+        if self.end is None:
+            await self._begin()
+        try:
+            async with asyncio.timeout_at(self.end):
+                message = await self._receive()
+        except TimeoutError:
+            seconds = self.limits.body_seconds
+            raise Refusal(ItemError(408, "slow_body", f"the body took over {seconds:g} s: send it faster")) from None
+        self.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        if self.size > self.limits.body:
+            await self._refuse(_too_large(self.limits.body))
+        return message
+
+    def release(self) -> None:
+        self.guard.held -= self.held
+        self.held = 0
+
+    async def _begin(self) -> None:
+        self.end = asyncio.get_running_loop().time() + self.limits.body_seconds
+        if self.announced > self.limits.body:
+            await self._refuse(_too_large(self.limits.body))
+        if self.guard.held + self.announced > self.limits.bodies:
+            await self._refuse(ItemError(503, "overloaded", "too many bodies at a time: send it again later"))
+        self.held = self.announced
+        self.guard.held += self.held
+
+    async def _refuse(self, error: ItemError) -> None:
+        """Read on and throw away, within limits, before the answer: a client that still sends may not see it else."""
+        if not self.waits_for_leave:
+            left = 4 * self.limits.body
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(self.end):
+                    while not self.complete and left > 0:
+                        message = await self._receive()
+                        left -= len(message.get("body", b""))
+                        self.complete = not message.get("more_body", False)
+        raise Refusal(error)
+
+
+def _too_large(limit: int) -> ItemError:
+    return ItemError(413, "body_too_large", f"the body is over {limit / 2**20:g} MiB: send less at a time")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a record: time, level, message, what is known about the request, and a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "about", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)

@@ -1,0 +1,247 @@
+"""The Open Inference Protocol, version 2, with the binary-data extension: bytes to images, and answers to bytes.
+
+docs/http.md has the tensors. Names and field order are the protocol's.
+"""
+
+import base64
+import binascii
+import json
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from cascade.bundle import Bundle
+from cascade.fusion import MODES
+from cascade.prediction import ItemError, Prediction
+from handlers.asgi.guard import Refusal
+from handlers.torchserve.handler import NOT_FINITE
+
+LENGTH_HEADER = "Inference-Header-Content-Length"
+OUTPUTS = {"cluster": "INT64", "confidence": "FP32", "ood": "FP32", "embedding": "FP32", "label": "BYTES"} | {
+    "error": "BYTES"
+}
+
+
+class TensorParameters(BaseModel):
+    """What goes with an input: where its data is."""
+
+    binary_data_size: int | None = Field(default=None, ge=0, strict=True, description="Bytes behind the JSON part.")
+
+
+class Input(BaseModel):
+    """`image` (encoded files) or `pixels` (preprocessed)."""
+
+    name: Literal["image", "pixels"]
+    shape: list[int] = Field(max_length=8)
+    datatype: str
+    parameters: TensorParameters = TensorParameters()
+    data: list[Any] | None = Field(default=None, description="Files in base64 for `image`, numbers for `pixels`.")
+
+
+class OutputParameters(BaseModel):
+    """How an output is sent."""
+
+    binary_data: bool | None = None
+
+
+class Output(BaseModel):
+    """An output that is asked for."""
+
+    name: Literal["cluster", "confidence", "ood", "embedding", "label", "error"]
+    parameters: OutputParameters = OutputParameters()
+
+
+class RequestParameters(BaseModel):
+    """Options of the whole request."""
+
+    mode: str | None = Field(default=None, description=f"One of {', '.join(MODES)}.")
+    binary_data_output: bool = False
+
+
+class InferRequest(BaseModel):
+    """The JSON part of a request to .../infer."""
+
+    model_config = ConfigDict(title="InferRequest")
+    id: str | None = Field(default=None, max_length=256)
+    parameters: RequestParameters = RequestParameters()
+    inputs: list[Input] = Field(min_length=1, max_length=1)
+    outputs: list[Output] | None = Field(default=None, max_length=16)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What a request asks for.
+
+    Attributes:
+        images: encoded files, or tensors float32 [3, H, W].
+        outputs: name and whether it goes out as binary data.
+    """
+
+    id: str | None
+    mode: str | None
+    images: list[bytes | Tensor]
+    outputs: dict[str, bool]
+
+
+def parse(body: bytes, json_length: str | None, most: int) -> Inference:
+    """Read a request of at most ``most`` images; ``json_length`` is the value of LENGTH_HEADER.
+
+    Raises:
+        Refusal: with 400, or 413 for too many images.
+    """
+    length = len(body)
+    if json_length is not None:
+        if not (json_length.isascii() and json_length.isdigit() and int(json_length[:12]) <= len(body)):
+            raise _bad(f"{LENGTH_HEADER} must be the length of the JSON part, {len(body)} at most")
+        length = int(json_length)
+    try:
+        asked = InferRequest.model_validate_json(body[:length])
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the JSON part"
+        raise _bad(f"{where}: {first['msg']}"[:300].replace("\n", " ")) from None
+    (tensor,) = asked.inputs
+    rest = memoryview(body)[length:]
+    size = tensor.parameters.binary_data_size
+    if len(rest) != (size or 0):
+        raise _bad(f"{len(rest)} bytes follow the JSON part where binary_data_size says {size or 0}")
+    if (size is None) == (tensor.data is None):
+        raise _bad(f"input {tensor.name} needs data, or binary_data_size and the bytes behind the JSON part; not both")
+    images = (_files if tensor.name == "image" else _pixels)(tensor, rest, most)
+    binary = asked.parameters.binary_data_output
+    outputs = dict.fromkeys(OUTPUTS, binary)
+    if asked.outputs is not None:
+        wishes = [(o.name, o.parameters.binary_data) for o in asked.outputs]
+        outputs = {name: binary if wish is None else wish for name, wish in wishes}
+    return Inference(asked.id, asked.parameters.mode, images, outputs)
+
+
+def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | ItemError]) -> tuple[bytes, int | None]:
+    """The body of an answer, and the length of its JSON part where binary data follows."""
+    described, blobs = [], []
+    for name, binary in asked.outputs.items():
+        values = _column(name, bundle, answers)
+        about: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": list(np.shape(values))}
+        if binary:
+            blobs.append(_packed(values) if isinstance(values, list) else values.tobytes())
+            about["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            about["data"] = values if isinstance(values, list) else values.ravel().tolist()
+        described.append(about)
+    found = {"model_name": bundle.name, "model_version": bundle.version}
+    head = found | ({} if asked.id is None else {"id": asked.id}) | {"outputs": described}
+    try:
+        text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        raise Refusal(NOT_FINITE) from None
+    return b"".join([text, *blobs]), len(text) if blobs else None
+
+
+def metadata(bundle: Bundle, versions: list[str]) -> dict[str, Any]:
+    """What a client asks before it sends anything: inputs and outputs of one bundle."""
+    side = bundle.preprocessing.size
+    shapes = {"embedding": [-1, bundle.card.dim]}
+    return {
+        "name": bundle.name,
+        "versions": versions,
+        "platform": "cascade",
+        "inputs": [
+            {"name": "image", "datatype": "BYTES", "shape": [-1]},
+            {"name": "pixels", "datatype": "FP32", "shape": [-1, 3, side, side]},
+        ],
+        "outputs": [{"name": n, "datatype": t, "shape": shapes.get(n, [-1])} for n, t in OUTPUTS.items()],
+    }
+
+
+def _files(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:
+    if tensor.datatype != "BYTES" or len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ([], [1]):
+        raise _bad("input image is BYTES [N]")
+    count = _count(tensor, most)
+    if tensor.data is None:
+        found = [*_unpacked(rest)]
+    else:
+        texts = [each for row in tensor.data for each in (row if isinstance(row, list) else [row])]
+        try:
+            found = [base64.b64decode(text, validate=True) for text in texts]
+        except (ValueError, TypeError, binascii.Error):
+            raise _bad("data of input image is files in base64; send others as binary data") from None
+    if len(found) != count:
+        raise _bad(f"input image holds {len(found)} files where its shape says {count}")
+    return [*found]
+
+
+def _pixels(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:
+    if tensor.datatype != "FP32" or len(tensor.shape) != 4 or tensor.shape[1] != 3 or min(tensor.shape[2:]) < 1:
+        raise _bad("input pixels is FP32 [N, 3, H, W]")
+    _count(tensor, most)
+    if tensor.data is None:
+        if len(rest) % 4:
+            raise _bad("binary data of FP32 has a multiple of 4 bytes")
+        values = np.frombuffer(rest, "<f4")
+    else:
+        try:
+            numbers = np.asarray(tensor.data)
+        except ValueError:  # nested lists of unequal lengths
+            numbers = np.asarray("")
+        if numbers.dtype.kind not in "iuf":
+            raise _bad("data of input pixels is numbers, flat or nested as its shape says")
+        values = numbers.astype(np.float32).ravel()
+    if values.size != math.prod(tensor.shape):
+        raise _bad(f"input pixels holds {values.size} numbers where its shape says {math.prod(tensor.shape)}")
+    return [*torch.from_numpy(values.astype(np.float32).reshape(tensor.shape))]
+
+
+def _count(tensor: Input, most: int) -> int:
+    count = tensor.shape[0]
+    if count < 1:
+        raise _bad("send one image at least")
+    if count > most:
+        raise Refusal(ItemError(413, "too_many_images", f"{count} images in one request: send {most} at most"))
+    return count
+
+
+def _column(name: str, bundle: Bundle, answers: Sequence[Prediction | ItemError]) -> Any:
+    """One output: an array, or a list of texts. What has no answer is -1 for the cluster, else 0 or empty."""
+    good = [None if isinstance(answer, ItemError) else answer for answer in answers]
+    match name:
+        case "cluster":
+            return np.array([-1 if a is None else a.cluster for a in good], "<i8")
+        case "embedding":
+            blank = np.zeros(bundle.card.dim, np.float32)
+            return np.stack([blank if a is None or a.embedding is None else a.embedding for a in good]).astype("<f4")
+        case "label":
+            return [a.labels[0].name if a and a.labels else "" for a in good]
+        case "error":
+            return [f"{a.status} {a.kind}: {a.message}" if isinstance(a, ItemError) else "" for a in answers]
+        case _:
+            return np.array([0 if a is None else getattr(a, name) for a in good], "<f4")
+
+
+def _unpacked(data: memoryview) -> Iterator[bytes]:
+    """The elements of BYTES as binary data: each with its length in front, 4 bytes, little-endian."""
+    at = 0
+    while at < len(data):
+        if at + 4 > len(data):
+            raise _bad("the binary data of input image ends inside a length")
+        (length,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + length > len(data):
+            raise _bad("a file in the binary data of input image is longer than the data")
+        yield bytes(data[at : at + length])
+        at += length
+
+
+def _packed(texts: list[str]) -> bytes:
+    encoded = [text.encode() for text in texts]
+    return b"".join(struct.pack("<I", len(each)) + each for each in encoded)
+
+
+def _bad(message: str) -> Refusal:
+    return Refusal(ItemError(400, "bad_request", message))

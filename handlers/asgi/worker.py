@@ -1,0 +1,104 @@
+"""The engine process: loads the model store, then serves on the socket that it was given, until it is told to stop.
+
+python -m handlers.asgi.worker '{"socket": 3, ...}'     as handlers/asgi/supervisor.py starts it
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+
+from cascade.batcher import Batcher
+from cascade.engine import Engine
+from cascade.errors import CascadeError
+from cascade.registry import load_store
+from handlers.asgi import keys
+from handlers.asgi.app import create_app
+from handlers.asgi.connection import Connection
+from handlers.asgi.guard import Guard, JsonLines
+from handlers.asgi.service import Service
+
+READY = b"ready\n"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with another end: it goes on accepting, refuses new work, and leaves when the old work is answered."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, guard: Guard, settings: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.service, self.guard = service, guard
+        self.drain_timeout, self.ready = settings["drain_timeout"], settings["ready"]
+        self.end = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.service.stopping:
+            self.service.stopping = True
+            self.end = time.monotonic() + self.drain_timeout
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        os.write(self.ready, READY)
+        os.close(self.ready)
+
+    async def on_tick(self, counter: int) -> bool:
+        drained = self.service.stopping and (self.guard.requests == 0 or time.monotonic() > self.end)
+        dead = not self.service.batcher.alive  # then the supervisor starts another process
+        return await super().on_tick(counter) or drained or dead
+
+
+def run(settings: dict[str, Any]) -> None:
+    """Serve until SIGTERM or SIGINT; settings as `supervisor.Server` makes them. Raises CascadeError."""
+    _log(settings["log_level"])
+    torch.set_num_threads(settings["threads"])
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
+    opened = None if settings["api_keys"] is None else keys.read(Path(settings["api_keys"]))
+    engine = Engine(settings["budget_bytes"], settings["device"])
+    load_store(engine, Path(settings["model_store"]))
+    engine.warm_up()
+    batching = {name: settings[name] for name in ("max_batch", "patience", "queue")}
+    with Batcher(engine, **batching) as batcher, socket.socket(fileno=settings["socket"]) as listening:
+        service = Service(batcher, opened)
+        guard = create_app(service)
+        config = uvicorn.Config(
+            guard,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,
+        )
+        try:
+            Server(config, service, guard, settings).run([listening])
+        finally:
+            service.close()
+
+
+def _log(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("cascade").setLevel(level.upper())
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of what clients send that is no HTTP
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until uvicorn takes over
+    try:
+        run(json.loads(sys.argv[1]))
+    except CascadeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,98 @@
+"""The choice of an executor: measured once, recorded, and never a reason to fail."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascade import backbone as backbones
+from cascade.errors import CascadeError
+from cascade.executors import choice
+from cascade.executors.choice import choose
+from cascade.executors.folded import FoldedExecutor
+from cascade.executors.onnx import OnnxError, OnnxExecutor
+from cascade.executors.torch import TorchExecutor
+from cascade.residency import Residency
+
+KINDS = {"plain": TorchExecutor, "folded": FoldedExecutor, "onnx": OnnxExecutor}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "cascade" / "executors.json"
+
+
+def chosen(kind: Any = "auto", size: int | None = None) -> Any:
+    return choose(backbones.load("test_resnet", "random:0"), Residency(2**30), kind, size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_is_asked_for(kind: str, cache: Path) -> None:
+    assert type(chosen(kind)) is KINDS[kind]
+    assert not cache.exists(), "nothing was measured"
+
+
+def test_the_fastest_is_taken_and_recorded(cache: Path) -> None:
+    executor = chosen(size=64)
+    ((key, seconds),) = json.loads(cache.read_text()).items()
+    assert key.endswith("test_resnet, 64 px") and set(seconds) == {"folded", "onnx"}
+    assert type(executor) is KINDS[min(seconds, key=seconds.get)] and min(seconds.values()) > 0
+    assert [p.name for p in cache.parent.iterdir()] == ["executors.json"], "no temporary file stays"
+
+
+@pytest.mark.parametrize("fast", ["folded", "onnx"])
+def test_the_record_decides(fast: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen(size=64)
+    record = json.loads(cache.read_text())
+    for seconds in record.values():
+        seconds[fast] = 1e-9
+    cache.write_text(json.dumps(record))
+    monkeypatch.setattr(choice, "_write", lambda record: pytest.fail("it measured again"))
+    assert type(chosen(size=64)) is KINDS[fast]
+
+
+def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def missing(name: str) -> Any:
+        raise OnnxError(f"{name} is missing")
+
+    monkeypatch.setattr("cascade.executors.onnx._library", missing)
+    assert type(chosen()) is FoldedExecutor
+    with pytest.raises(CascadeError, match="is missing"):
+        chosen("onnx")
+
+
+def test_what_was_recorded_is_gone(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen(size=64)
+    record = {key: {"onnx": 1e-9, "folded": 1.0} for key in json.loads(cache.read_text())}
+    cache.write_text(json.dumps(record))
+
+    def missing(name: str) -> Any:
+        raise OnnxError(f"{name} is missing")
+
+    monkeypatch.setattr("cascade.executors.onnx._library", missing)
+    with caplog.at_level(logging.WARNING):
+        assert type(chosen(size=64)) is FoldedExecutor
+    assert "executor onnx can't be used any more: onnx is missing" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"other": 1}', "\0"])
+def test_a_damaged_record_is_measured_again(damage: str, cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text(damage)
+    chosen(size=64)
+    assert any(key.endswith("test_resnet, 64 px") for key in json.loads(cache.read_text()))
+
+
+def test_a_cache_that_cannot_be_written(cache: Path) -> None:
+    cache.parent.write_text("a file where the folder should be")
+    assert type(chosen(size=64)) in (FoldedExecutor, OnnxExecutor)
+
+
+def test_an_unknown_one() -> None:
+    with pytest.raises(CascadeError, match="no executor 'fast'; choose one of: auto plain folded bf16 onnx"):
+        chosen("fast")

@@ -1,0 +1,146 @@
+"""Every executor against the plain one: same features under every mask, from every stage, in any order of swaps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cascade import backbone as backbones
+from cascade.backbone import Backbone
+from cascade.bundle import read
+from cascade.errors import CascadeError
+from cascade.executors import Executor
+from cascade.executors.choice import Kind, make
+from cascade.executors.torch import TorchExecutor
+from cascade.masks import Mask
+from cascade.residency import Residency
+from tests.cascade.handmade import random_mask
+
+OTHERS: tuple[Kind, ...] = ("folded", "onnx")
+# The last three: norms that cannot be folded, grouped convolutions with squeeze and excitation, layer scale.
+NETWORKS = [
+    "test_resnet",
+    "test_efficientnet",
+    "test_vit",
+    "test_convnext",
+    "densenet121",
+    "regnety_002",
+    "test_convnext2",
+]
+
+
+def calibrated(name: str) -> Backbone:
+    """Random weights, with norms that do something and activations that stay in a sane range."""
+    backbone = backbones.load(name, "random:0")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, *backbone.config["input_size"], generator=generator)
+    model = backbone.model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the statistics of this one batch
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.uniform_(module.bias, -0.2, 0.2, generator=generator)
+            module.reset_running_stats()
+    with torch.no_grad():
+        model(images)
+    return backbones.wrap(model.eval(), name, "random:0")
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return calibrated(request.param)
+
+
+@pytest.fixture(scope="module")
+def x(backbone: Backbone) -> Tensor:
+    return torch.randn(3, *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
+
+
+def features(executor: Executor, mask: Mask | None, x: Tensor, start: int) -> Tensor:
+    executor.swap(None)
+    x = executor.run(x, 0, start) if start else x
+    executor.swap(None if mask is None else executor.pack(mask))
+    return executor.run(x, start).clone()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_equals_the_plain_executor(backbone: Backbone, x: Tensor, kind: Kind) -> None:
+    plain, other = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), kind)
+    generator = torch.Generator().manual_seed(2)
+    want = features(plain, None, x, 0)
+    assert want.std(dim=0).max() > 1e-3, "the images must differ, or this proves little"
+    scale = float(want.abs().max())
+    torch.testing.assert_close(features(other, None, x, 0), want, rtol=1e-4, atol=1e-5 * scale)
+    for start in sorted({0, 1, len(backbone.row) // 2, len(backbone.row) - 1} - {len(backbone.row)}):
+        mask = random_mask(backbone, "m", start, generator, norms=True)
+        got, masked = features(other, mask, x, start), features(plain, mask, x, start)
+        scale = float(masked.abs().max())
+        torch.testing.assert_close(got, masked, rtol=1e-3, atol=1e-4 * scale)
+    torch.testing.assert_close(features(other, None, x, 0), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    plain.swap(None)  # it swaps the backbone's own model, which the next test takes
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_trained_bundles_masks(bundle_path: Path, kind: Kind) -> None:
+    """From the training loop, on its real backbone, in every range of stages that the engine asks for."""
+    bundle = read(bundle_path)
+    backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source)
+    plain, other = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), kind)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for start in range(len(backbone.row)):
+        torch.testing.assert_close(other.run(x, 0, start), plain.run(x, 0, start), rtol=1e-3, atol=1e-3)
+    for mask in bundle.masks:
+        got, want = features(other, mask, x, mask.start), features(plain, mask, x, mask.start)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_any_batch_size_and_image_size(kind: Kind) -> None:
+    backbone = calibrated("test_efficientnet")
+    plain, other = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), kind)
+    for shape in ((1, 64), (7, 64), (2, 96), (1, 64)):
+        x = torch.randn(shape[0], 3, shape[1], shape[1], generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(other.run(x), plain.run(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16() -> None:
+    """Half the bytes, three digits; where the processor has no such arithmetic a clear no."""
+    backbone = calibrated("test_resnet")
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        with pytest.raises(CascadeError, match="no bfloat16"):
+            make(backbone, Residency(2**30), "bf16")
+        return
+    plain, half = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), "bf16")
+    x = torch.randn(3, *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
+    masks = [random_mask(backbone, "m", start, torch.Generator().manual_seed(start), norms=True) for start in (0, 3)]
+    for mask in (None, *masks):
+        start = mask.start if mask else 0
+        want, got = features(plain, mask, x, start), features(half, mask, x, start)
+        assert got.dtype == torch.float32
+        assert nn.functional.cosine_similarity(got, want).min() > 0.999
+        if mask:
+            assert half.size(mask) <= plain.size(mask) // 2 + 64
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_backbones_weights_are_given_up(kind: Kind) -> None:
+    """One copy of the weights stays, and everything still runs."""
+    from cascade.executors.choice import choose
+
+    backbone = calibrated("test_resnet")
+    x = torch.randn(2, *backbone.config["input_size"], generator=torch.Generator().manual_seed(0))
+    mask = random_mask(backbone, "m", 2, torch.Generator().manual_seed(0), norms=True)
+    plain = TorchExecutor(backbone, Residency(2**30))
+    want = features(plain, None, x, 0), features(plain, mask, x, 2)
+    plain.swap(None)
+    executor = choose(backbone, Residency(2**30), kind)
+    assert backbone.flat.is_meta
+    got = features(executor, None, x, 0), features(executor, mask, x, 2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unpacked_mask_is_no_mask_for_others() -> None:
+    executor = make(calibrated("test_resnet"), Residency(2**30), "folded")
+    with pytest.raises(AssertionError, match="packed before it is swapped"):
+        executor.swap(random_mask(executor.backbone, "m", 0, torch.Generator()))

@@ -1,0 +1,44 @@
+"""ONNX Runtime with bound weights: the order that it keeps them in is found, and what can't be bound is said."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cascade import backbone as backbones
+from cascade.executors.onnx import OnnxError, OnnxExecutor, _order
+from cascade.flat import Order
+from cascade.fold import Unit
+from cascade.residency import Residency
+
+
+@pytest.mark.parametrize("block", [1, 8, 16])
+def test_the_order_is_read_off_the_probe(block: int) -> None:
+    unit = Unit("layer", None, 0, 0, (20, 3, 3, 3))
+    columns = np.append(np.random.default_rng(0).permutation(27), [-1, -1]).astype(np.int32)
+    probe = torch.arange(1, 20 * 27 + 1).view(20, 27).float()
+    kept = Order(block, columns).arrange(probe).numpy()
+    found = _order(unit, 5, np.where(kept > 0, kept + 5, 0), np.zeros(-(-20 // block) * block))
+    assert found.block == block
+    np.testing.assert_array_equal(found.columns, columns)
+
+
+def test_an_order_that_is_none() -> None:
+    unit = Unit("layer", None, 0, 0, (16, 8, 1, 1))
+    values = np.random.default_rng(0).permutation(128).astype(np.float32) + 1
+    with pytest.raises(OnnxError, match="layer: ONNX Runtime keeps its weights in an order that is not known"):
+        _order(unit, 0, values, np.zeros(16))
+
+
+def test_blocks_are_found_on_this_processor() -> None:
+    """Without blocks everything would still be right, and half as fast."""
+    executor = OnnxExecutor(backbones.load("resnet18", "random:0"), Residency(2**30))
+    blocks = {order.block for order in executor.flat.orders}
+    assert blocks in ({16}, {8}), blocks
+
+
+def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(OnnxError, match=r"onnx is missing: pip install 'cascade-vision\[cpu\]'"):
+        OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))

@@ -1,0 +1,334 @@
+"""The batcher over a real engine; where the order of passes is tested, the engine waits for a sign before each."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from cascade import Engine, ItemError, Options, Prediction
+from cascade.batcher import Answer, Batcher
+from cascade.bundle import Bundle
+from cascade.engine import Item
+from cascade.errors import CascadeError
+
+from .handmade import handmade, named
+from .test_metrics import now
+
+
+class Held(Engine):
+    """Runs a pass when told to, and keeps a list of (bundle, images) for each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go = threading.Semaphore(0), threading.Semaphore(0)
+        self.passes: list[list[str]] = []
+
+    def run(self, items: Sequence[Item]) -> list[Prediction]:
+        self.passes.append([item.bundle.name for item in items])
+        self.entered.release()
+        assert self.go.acquire(timeout=30)
+        return super().run(items)
+
+
+@pytest.fixture(scope="module")
+def whole(cifar: list[Image.Image]) -> Bundle:
+    """Masks everything: it has no trunk to share."""
+    return handmade(cifar[:20], experts=0, size=32)
+
+
+@pytest.fixture(scope="module")
+def late(cifar: list[Image.Image]) -> Bundle:
+    """Masks the last stages only."""
+    return handmade(cifar[:20], experts=2, mask_from=3, size=32)
+
+
+@pytest.fixture
+def held(whole: Bundle) -> Iterator[Held]:
+    engine = Held()
+    for name in ("a", "b", "c"):
+        engine.add(named(whole, name))
+    before = now("queue_depth")
+    yield engine
+    assert now("queue_depth") == before, "whatever came has left the queue"
+
+
+def busy(batcher: Batcher, image: Image.Image, bundle: str = "c") -> "Future[Answer]":
+    """The engine is in a pass when this returns, and stays there until it is told to go on."""
+    future = batcher.submit(image, Options(bundle))
+    assert batcher.engine.entered.acquire(timeout=30)  # type: ignore[attr-defined]
+    return future
+
+
+def queue(batcher: Batcher, image: Image.Image, bundles: str) -> "list[Future[Answer]]":
+    return [batcher.submit(image, Options(bundle)) for bundle in bundles]
+
+
+def order(engine: Held, batcher: Batcher, futures: "list[Future[Answer]]") -> list[str]:
+    """Let all passes go; the bundles of each but the first, joined."""
+    engine.go.release(100)
+    assert all(isinstance(f.result(30), Prediction) for f in futures)
+    return ["".join(names) for names in engine.passes[1:]]
+
+
+def kind(future: "Future[Answer]") -> tuple[int, str]:
+    answer = future.result(30)
+    assert isinstance(answer, ItemError) and "\n" not in answer.message
+    return answer.status, answer.kind
+
+
+# --- which images share a pass, and which pass is first
+
+
+def test_largest_group_first(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, patience=60) as batcher:
+        busy(batcher, cifar[0])
+        assert order(held, batcher, queue(batcher, cifar[0], "abbabb")) == ["bbbb", "aa"]
+
+
+def test_no_company_where_nothing_is_shared(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, patience=60) as batcher:
+        busy(batcher, cifar[0])
+        assert order(held, batcher, queue(batcher, cifar[0], "abb")) == ["bb", "a"]
+
+
+def test_who_waited_longer_than_patience_is_first(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, patience=0.05) as batcher:
+        busy(batcher, cifar[0])
+        futures = queue(batcher, cifar[0], "a")
+        time.sleep(0.1)
+        assert order(held, batcher, futures + queue(batcher, cifar[0], "bbb"))[0] == "a"
+
+
+def test_no_patience_is_arrival_order(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, patience=0) as batcher:
+        busy(batcher, cifar[0])
+        assert order(held, batcher, queue(batcher, cifar[0], "abbbca")) == ["aa", "bbb", "c"]
+
+
+def test_no_more_than_max_batch(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, max_batch=2, patience=60) as batcher:
+        busy(batcher, cifar[0])
+        assert order(held, batcher, queue(batcher, cifar[0], "abababa")) == ["aa", "aa", "bb", "b"]
+
+
+def test_among_equals_the_materialised_one_first(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, patience=60) as batcher:
+        held.go.release()
+        busy(batcher, cifar[0], "b").result(30)  # its mask is there from now on
+        busy(batcher, cifar[0])
+        assert order(held, batcher, queue(batcher, cifar[0], "aabb")) == ["c", "bb", "aa"]
+
+
+def test_groups_that_share_the_trunk_fill_a_pass(whole: Bundle, late: Bundle, cifar: list[Image.Image]) -> None:
+    engine = Held()
+    for bundle in (named(late, "a"), named(late, "b"), named(late, "c"), named(whole, "w")):
+        engine.add(bundle)
+    with Batcher(engine, max_batch=4, patience=60) as batcher:
+        busy(batcher, cifar[0])
+        futures = queue(batcher, cifar[0], "aabbbwwc")
+        assert order(engine, batcher, futures) == ["bbbc", "aa", "ww"], "aa whole or not at all; w has no trunk"
+
+
+def test_answers_are_the_engines(late: Bundle, cifar: list[Image.Image]) -> None:
+    engine = Engine()
+    names = ("a", "b", "c")
+    for name in names:
+        engine.add(named(late, name))
+    wishes = [Options(names[i % 3], mode="conditional" if i % 2 else None) for i in range(24)]
+    want = engine.predict(cifar[:24], wishes)
+    before = now("queue_seconds_count")
+    with Batcher(engine, max_batch=8) as batcher, ThreadPoolExecutor(8) as pool:
+        got = [f.result(30) for f in pool.map(batcher.submit, cifar[:24], wishes)]
+        items = [engine.prepare(image, wish) for image, wish in zip(cifar, wishes, strict=False)]
+        prepared = [batcher.submit_item(item).result(30) for item in items if isinstance(item, Item)]
+    assert len(prepared) == 24
+    for answers in (got, prepared):
+        for a, b in zip(answers, want, strict=True):
+            assert isinstance(a, Prediction) and isinstance(b, Prediction)
+            assert (a.bundle, a.mode, a.cluster, a.masks) == (b.bundle, b.mode, b.cluster, b.masks)
+            assert a.confidence == pytest.approx(b.confidence, abs=1e-3)
+    assert now("queue_seconds_count") == before + 48
+
+
+# --- who gets no pass
+
+
+def test_bad_image_is_its_own_error(held: Held) -> None:
+    with Batcher(held) as batcher:
+        assert kind(batcher.submit(b"no image", Options("a"))) == (400, "not_an_image")
+        assert kind(batcher.submit(b"no image", Options("z"))) == (404, "unknown_bundle")
+    assert not held.passes
+
+
+def test_full_queue_answers_at_once(held: Held, cifar: list[Image.Image]) -> None:
+    refused, failed = now("dropped_total", why="overloaded"), now("requests_total", **counted("a", 503))
+    with Batcher(held, queue=3) as batcher:
+        first = busy(batcher, cifar[0])
+        futures = queue(batcher, cifar[0], "aab")
+        assert now("queue_depth") == 3
+        assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "overloaded")
+        item = held.prepare(cifar[0], Options("a"))
+        assert isinstance(item, Item)
+        assert kind(batcher.submit_item(item)) == (503, "overloaded")
+        assert batcher.retry_after() == 0, "nothing was measured yet"
+        held.go.release()
+        first.result(30)
+        assert held.entered.acquire(timeout=30)
+        assert batcher.retry_after() > 0
+        order(held, batcher, futures)
+    assert now("dropped_total", why="overloaded") == refused + 2
+    assert now("requests_total", **counted("a", 503)) == failed + 2
+
+
+def counted(bundle: str, status: int) -> dict[str, str]:
+    return {"bundle": bundle, "cluster": "none", "status": str(status)}
+
+
+def test_those_in_decoding_have_a_place(held: Held, cifar: list[Image.Image]) -> None:
+    """Or else a crowd of decoders would hold any amount of pixels before the queue says that it is full."""
+    prepare, started, go = held.prepare, threading.Semaphore(0), threading.Event()
+
+    def slow(*args: object) -> Item | ItemError:
+        started.release()
+        assert go.wait(30)
+        return prepare(*args)  # type: ignore[arg-type]
+
+    held.prepare = slow  # type: ignore[method-assign,assignment]
+    held.go.release(100)
+    with Batcher(held, queue=3, decoders=2) as batcher, ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(batcher.submit, cifar[0], Options("a")) for _ in range(2)]
+        for _ in range(2):
+            assert started.acquire(timeout=30)
+        third = pool.submit(batcher.submit, cifar[0], Options("a"), 0.05)
+        assert kind(third.result(30)) == (503, "deadline"), "no decoder came free in its time"
+        third = pool.submit(batcher.submit, cifar[0], Options("a"))
+        wait_for(lambda: batcher._decoding == 3)
+        assert not started.acquire(blocking=False), "a third one would need memory"
+        assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "overloaded")
+        go.set()
+        assert all(isinstance(f.result(30).result(30), Prediction) for f in [*waiting, third])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_deadline_and_cancelled_cost_no_pass(held: Held, cifar: list[Image.Image]) -> None:
+    before = {why: now("dropped_total", why=why) for why in ("deadline", "cancelled")}
+    with Batcher(held) as batcher:
+        busy(batcher, cifar[0])
+        late = batcher.submit(cifar[0], Options("a"), timeout=0.01)
+        given_up = batcher.submit(cifar[0], Options("a"))
+        kept = batcher.submit(cifar[0], Options("b"), timeout=60)
+        assert given_up.cancel()
+        time.sleep(0.02)
+        assert order(held, batcher, [kept]) == ["b"]
+        assert kind(late) == (503, "deadline")
+    for why, count in before.items():
+        assert now("dropped_total", why=why) == count + 1
+
+
+# --- faults and the end
+
+
+def test_a_failing_pass_fails_its_own_images(late: Bundle, cifar: list[Image.Image]) -> None:
+    class Failing(Engine):
+        def run(self, items: Sequence[Item]) -> list[Prediction]:
+            if items[0].options.labels == 0:
+                raise RuntimeError("out of luck")
+            return super().run(items)
+
+    engine = Failing()
+    engine.add(named(late, "late"))
+    before = now("requests_total", **counted("late", 500))
+    with Batcher(engine) as batcher:
+        assert kind(batcher.submit(cifar[0], Options("late", labels=0))) == (500, "failed")
+        assert isinstance(batcher.submit(cifar[0], Options("late")).result(30), Prediction)
+    assert now("requests_total", **counted("late", 500)) == before + 1
+
+
+def test_no_memory_for_an_image_is_its_own_error(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*args: object) -> Item | ItemError:
+        raise MemoryError
+
+    monkeypatch.setattr(held, "prepare", prepare)
+    with Batcher(held) as batcher:
+        assert kind(batcher.submit(b"", Options("a"))) == (500, "failed")
+
+
+def test_close_answers_what_waits(held: Held, cifar: list[Image.Image]) -> None:
+    batcher = Batcher(held)
+    futures = [busy(batcher, cifar[0]), *queue(batcher, cifar[0], "ab")]
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    wait_for(lambda: batcher._closed)
+    assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "stopping")
+    order(held, batcher, futures)
+    closing.join(30)
+    assert not closing.is_alive() and not batcher._thread.is_alive()
+    batcher.close()  # once more does no harm
+
+
+def test_close_without_drain_refuses_what_waits(held: Held, cifar: list[Image.Image]) -> None:
+    batcher = Batcher(held)
+    first, second = busy(batcher, cifar[0]), batcher.submit(cifar[0], Options("a"))
+    closing = threading.Thread(target=batcher.close, args=(False,))
+    closing.start()
+    assert kind(second) == (503, "stopping")
+    held.go.release()
+    assert isinstance(first.result(30), Prediction), "the pass in progress is finished"
+    closing.join(30)
+    assert held.passes == [["c"]]
+
+
+def test_a_scheduler_that_dies_leaves_nobody_waiting(
+    held: Held, cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    batcher = Batcher(held)
+    busy(batcher, cifar[0])
+    second = batcher.submit(cifar[0], Options("a"))
+    monkeypatch.setattr("cascade.batcher.choose", None)
+    held.go.release()
+    assert kind(second) == (503, "stopping")
+    batcher._thread.join(30)
+    assert len(seen) == 1
+    assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "stopping")
+
+
+def test_load_from_many_threads(late: Bundle, cifar: list[Image.Image]) -> None:
+    """More than the queue holds, some of it given up: each future has an answer, and the queue is empty at the end."""
+    engine = Engine()
+    for name in ("a", "b"):
+        engine.add(named(late, name))
+    files = []
+    for image in cifar[:10]:
+        image.save(file := BytesIO(), "png")
+        files.append(file.getvalue())
+    depth = now("queue_depth")
+
+    def client(i: int) -> str:
+        future = batcher.submit(files[i % 10], Options("ab"[i % 2]), timeout=0.01 if i % 7 == 0 else 30)
+        if i % 5 == 0 and future.cancel():
+            return "cancelled"
+        answer = future.result(30)
+        return answer.kind if isinstance(answer, ItemError) else answer.bundle
+
+    with Batcher(engine, max_batch=4, queue=8) as batcher, ThreadPoolExecutor(16) as pool:
+        found = [*pool.map(client, range(300))]
+    assert set(found) <= {"a", "b", "overloaded", "cancelled", "deadline"} and {"a", "b"} <= set(found)
+    assert now("queue_depth") == depth
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"queue": 0}, {"patience": -1}])
+def test_settings_that_cannot_work(held: Held, wrong: dict[str, int]) -> None:
+    with pytest.raises(CascadeError, match="a batcher needs"):
+        Batcher(held, **wrong)
