@@ -74,7 +74,8 @@ def test_every_query_of_the_dashboard_has_an_answer(prometheus: str) -> None:
         assert "$" not in filled
         found = ask(prometheus, filled)
         values = [float(each["value"][1]) for each in found]
-        assert values and all(math.isfinite(v) for v in values), f"{query}: {json.dumps(found)}"
+        # A bundle without a request in those seconds has no share of anything: NaN, a gap in the picture.
+        assert any(math.isfinite(v) for v in values), f"{query}: {json.dumps(found)}"
 
 
 def test_rules_are_loaded_and_a_broken_bundle_is_pending(prometheus: str) -> None:
