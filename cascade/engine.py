@@ -201,6 +201,8 @@ class Engine:
                     answers[row] = answer
                     metrics.count(answer.bundle, answer.cluster, 200)
                     metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
+                    if items[row].bundle.ood is not None:
+                        metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
         return [answer for answer in answers if answer is not None]
 
     def warm_up(self) -> None:
