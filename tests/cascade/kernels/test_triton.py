@@ -41,7 +41,7 @@ def test_swap_equals_plain(name: str, block: int, dtype: torch.dtype, device: st
         assert flat.tiles(start) is flat.tiles(start), "made once"
 
 
-@pytest.mark.parametrize("columns", [1, 2, 3, 9, 16, 147, 2047, 2048, 4608, triton.LONGEST])
+@pytest.mark.parametrize("columns", [1, 2, 3, 9, 16, 41, 147, 2047, 2048, 4608, triton.LONGEST])
 def test_rows_of_any_length(columns: int, device: str) -> None:
     """A row begins and ends anywhere in a tile; each weight must find its own row's scale."""
     rows = max(2, min(5000 // columns, 40))
