@@ -78,7 +78,9 @@ class Masks:
             (m.bits.data_ptr() - b // 8, m.scales.data_ptr() - 4 * r, m.shifts.data_ptr() - m.shifts.itemsize * r)
             for m, b, r in zip(masks, begin, row, strict=True)
         ]
-        self.table = torch.tensor(addresses, dtype=torch.int64).to(masks[0].bits.device, non_blocking=True)
+        device = masks[0].bits.device
+        table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.table = table.to(device, non_blocking=True)
 
 
 def masked_linear(x: Tensor, weights: Tensor, layer: Layer, table: Tensor) -> Tensor:
