@@ -32,7 +32,9 @@ def test_swap_equals_plain(name: str, block: int, dtype: torch.dtype, device: st
     folded = Folded(backbone)
     flat = Flat(folded, [shuffled(unit, block) for unit in folded.units])
     for start in (0, 2, len(backbone.row) - 1):
-        mask = flat.pack(random_mask(backbone, "m", start, torch.Generator().manual_seed(start), norms=True))
+        mask = flat.pack(
+            random_mask(backbones.load(name, "random:0"), "m", start, torch.Generator().manual_seed(start), True)
+        )
         pristine = flat.pristine[flat.begin[flat.first(start)] :]
         out = torch.full_like(pristine, torch.nan, dtype=dtype)
         triton.masked(mask.bits, pristine, flat.tiles(start), mask.scales, out)
