@@ -54,6 +54,9 @@ train-demo: env  ## train the demo cascade anew (goes on where it was stopped)
 test: lint  ## lint, then every test
 	.venv/bin/python -m pytest
 
+soak: env  ## the whole form of what `make test` runs in short: an hour or so
+	.venv/bin/python -m pytest -m soak
+
 lint: env  ## ruff and mypy
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -68,4 +71,4 @@ clean:  ## remove caches and built files; the environment and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
-.PHONY: help system env demo serve train-demo test lint lock clean
+.PHONY: help system env demo serve train-demo test soak lint lock clean
