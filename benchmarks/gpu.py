@@ -30,8 +30,9 @@ from cascade import backbone as backbones
 from cascade.backbone import Backbone
 from cascade.batcher import Batcher
 from cascade.bundle import Bundle
-from cascade.engine import Engine, Item
+from cascade.engine import Engine
 from cascade.executors.cuda import CudaExecutor
+from cascade.forward import Item
 from cascade.residency import Residency
 
 DEVICE = "cuda"

@@ -110,6 +110,9 @@ class CudaExecutor(FoldedExecutor):
         self._buffer = weakref.ref(buffer)
         self._now = self._last = mask
 
+    def ahead(self, mask: Mask) -> None:
+        """Nothing: there is one buffer, and it is in use."""
+
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         first = None if self._now is None else self.flat.first(max(self._now.start, start))
         run = super().run
@@ -121,7 +124,7 @@ class CudaExecutor(FoldedExecutor):
         parts = [self._replay((first, start, stop), function, part) for part in x.split(BUCKETS[-1])]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def run_each(self, x: Tensor, masks: Sequence[Packed], start: int, stop: int | None = None) -> Tensor:
+    def run_each(self, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None) -> Tensor:
         """Stages ``start`` to ``stop`` with image n under ``masks[n]``; afterwards the plain backbone is in place.
 
         For few images a mask: where many have the same one, ``swap`` and ``run`` cost less. Masks need not be
@@ -133,13 +136,14 @@ class CudaExecutor(FoldedExecutor):
         Returns:
             as ``run``.
         """
-        assert len(masks) == len(x) and all(mask.start <= start for mask in masks)
+        packed = [mask for mask in masks if isinstance(mask, Packed)]
+        assert len(packed) == len(masks) == len(x) and all(mask.start <= start for mask in packed)
         self.swap(None)
-        if self._distinct is None or all(mask is masks[0] for mask in masks):
-            return self._one_by_one(x, masks, start, stop)
+        if self._distinct is None or all(mask is packed[0] for mask in packed):
+            return self._one_by_one(x, packed, start, stop)
         parts = []
         for begin in range(0, len(x), BUCKETS[-1]):
-            part = list(masks[begin : begin + BUCKETS[-1]])
+            part = list(packed[begin : begin + BUCKETS[-1]])
             part += part[:1] * (_bucket(len(part)) - len(part))
             firsts = [self.flat.first(mask.start) for mask in part]
             begins, rows = ([int(at[first]) for first in firsts] for at in (self.flat.begin, self.flat.row))

@@ -50,6 +50,11 @@ class FlatExecutor:
         self.point(self.flat.first(mask.start), weights, mask.shifts, mask.loose)
         self._now = mask
 
+    def ahead(self, mask: Mask) -> None:
+        """Begin with the weights of the mask that comes next."""
+        assert isinstance(mask, Packed), "a mask is packed before it is swapped"
+        self.residency.ahead(mask, self.size(mask), lambda out: self.materialise(mask, out))
+
     def materialise(self, mask: Packed, out: Tensor | None) -> Tensor:
         """The mask's weights, from its first stage on, in ``out`` where one is given."""
         return self.flat.materialise(mask, out)

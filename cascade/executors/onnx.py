@@ -278,7 +278,7 @@ def session_options(onnxruntime: Any, level: Any) -> Any:
 
 def library(name: str) -> Any:
     """onnx or onnxruntime, or one line that says which extra brings it."""
-    # From 1.29 on it reports to its makers and leaves an identifier on the disk, unless this is set before it is loaded.
+    # From 1.29 on it reports to its makers and leaves an identifier on the disk, unless this is set before.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         return importlib.import_module(name)
