@@ -90,6 +90,7 @@ class Flat:
         rows = np.concatenate([_lanes(r, n, o.block) for r, n, o in zip(self.row, blocks, orders, strict=False)])
         self._pieces = begin, end, rows
         self._plans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._tiles: dict[int, Tensor] = {}
 
     def first(self, stage: int) -> int:
         """Index of the first unit that belongs to ``stage`` or a later one."""
@@ -116,11 +117,19 @@ class Flat:
         )
 
     def materialise(self, mask: Packed, out: Tensor | None = None) -> Tensor:
-        """Masked and scaled weights, float32 [n], from the mask's first stage to the end."""
-        from cascade.kernels import cpu  # numba takes a second to come up
+        """Masked and scaled weights, float32 [n], from the mask's first stage to the end.
 
+        On a GPU ``out`` may be bfloat16.
+        """
         pristine = self.pristine[self.begin[self.first(mask.start)] :]
         out = torch.empty_like(pristine) if out is None else out
+        if pristine.is_cuda:
+            from cascade.kernels import triton
+
+            triton.masked(mask.bits, pristine, self.tiles(mask.start), mask.scales, out)
+            return out
+        from cascade.kernels import cpu  # numba takes a second to come up
+
         begin, end, rows = self._plan(mask.start)
         cpu.masked(mask.bits.numpy(), pristine.numpy(), begin, end, mask.scales.numpy()[rows], out.numpy())
         return out
@@ -133,6 +142,18 @@ class Flat:
         for b, e, lanes in zip(begin, end, mask.scales.cpu().numpy()[rows], strict=True):
             scale[b:e] = torch.from_numpy(np.resize(lanes, e - b)).to(scale)
         return pristine * unpack(mask.bits, len(pristine)) * scale
+
+    def tiles(self, stage: int) -> Tensor:
+        """What a launch on a GPU is told about a suffix, see ``cascade.kernels.triton``; made once for all masks."""
+        if stage not in self._tiles:
+            from cascade.kernels import triton
+
+            i = self.first(stage)
+            blocks = [order.block for order in self.orders[i:]]
+            pieces = [len(order.columns) * order.block for order in self.orders[i:]]
+            table = triton.tiles(self.begin[i:] - self.begin[i], self.row[i:-1] - self.row[i], pieces, blocks)
+            self._tiles[stage] = table.to(self.pristine.device)
+        return self._tiles[stage]
 
     def _plan(self, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces of a suffix, alike for all threads: begin, end, and the rows of their sixteen lanes, int64 [P, 16]."""

@@ -6,6 +6,7 @@ and whoever serves /metrics (the entrypoint, not a worker) reads it: counters ou
 do not.
 """
 
+import logging
 import os
 import re
 import threading
@@ -32,6 +33,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from cascade.errors import CascadeError
 
+log = logging.getLogger(__name__)
 STATUSES = (200, 400, 404, 413, 500, 503)
 STAGES = ("decode", "dispatch", "swap", "expert", "fuse")
 WINDOW = 1000
@@ -39,6 +41,7 @@ WINDOW = 1000
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SCORES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 _CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
 REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "cluster", "status"])
@@ -58,6 +61,12 @@ DROPPED = Counter(
     ["why"],
 )
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
+OOD_SCORE = Histogram(
+    "cascade_ood_score",
+    "Out-of-domain score, a percentile among the training images: without drift it is spread evenly.",
+    ["bundle"],
+    buckets=_SCORES,
+)
 
 
 def _gauge(name: str, text: str, labels: Sequence[str] = (), mode: Literal["livesum", "livemax"] = "livesum") -> Gauge:
@@ -113,6 +122,22 @@ def serving(bundle: str, shares: Sequence[float] = ()) -> None:
         _serving[bundle] = _Shares(tuple(shares), list(shares))
     if shares:
         CLUSTER_SHARE_SHIFT.labels(bundle).set(0)
+    reserve()
+
+
+def reserve() -> None:
+    """Give this process's files in the multiprocess folder the disk blocks of their whole length.
+
+    They are mapped into memory and begin as holes: with the disk full, the first write into a hole would kill us.
+    """
+    if not FOLDER:
+        return
+    for file in Path(FOLDER).glob(f"*_{os.getpid()}.db"):
+        try:
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            log.warning("no room for metrics in %s (%s): make some, or the process may end", FOLDER, error.strerror)
 
 
 def refused(bundle: str, still: bool = True) -> None:

@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 LOOPBACK = "127.0.0.1"
 PORTS = ("port", "metrics_port", "management_port", "grpc_inference_port", "grpc_management_port")
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 POLL = 10.0  # seconds between two looks at the store
 DIED = "Backend worker process died."  # TorchServe's last words before the traceback
 
@@ -66,6 +67,7 @@ class Server:
         pins: version by bundle name, for requests that name none.
         poll: seconds between two looks at the store; 0 for never.
         memory_bytes: of backbones and packed bundles, for each worker; None for no limit.
+        log_level: of the workers; info has a line for each request.
 
     Attributes:
         url: where images are posted.
@@ -93,7 +95,10 @@ class Server:
         pins: Mapping[str, str] | None = None,
         poll: float = POLL,
         memory_bytes: int | None = None,
+        log_level: str = "warning",
     ) -> None:
+        if log_level not in LOG_LEVELS:
+            raise ServerError(f"unknown log level {log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
         remote = is_url(str(model_store))
         if not remote and not any(Path(model_store).glob("*/*/cascade.json")):
             raise ServerError(f"no bundle in {model_store}: it has to hold <name>/<version>/cascade.json")
@@ -107,6 +112,7 @@ class Server:
             "memory_bytes": json.dumps(memory_bytes),
             "pins": json.dumps(dict(pins or {})),
             "poll": poll,
+            "log_level": log_level,
             "device": device,
             "threads": threads or max(1, len(os.sched_getaffinity(0)) // workers),
             "no_auth": "false" if auth else "true",

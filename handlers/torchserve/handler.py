@@ -10,7 +10,9 @@ import binascii
 import fcntl
 import json
 import logging
+import re
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,8 +23,11 @@ from typing import Any
 import torch
 
 from cascade.engine import Engine, ItemError, Options, Prediction
+from cascade.logs import JsonLines
 from cascade.registry import load_store
 
+log = logging.getLogger("cascade.torchserve")
+REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 PREFIX = "x-cascade-"
 OPTIONS = ("bundle", "version", "mode", "fields")
 BINARY = "application/octet-stream"
@@ -45,16 +50,17 @@ class CascadeHandler:
         memory = settings["memory_bytes"]
         self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
         registry = load_store(self.engine, settings["model_store"], settings["pins"])
-        _log_to_stderr()
+        _log_to_stderr(settings["log_level"])
         for state in registry.states():
             if state.reason:
-                logging.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
+                log.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
         resources = ExitStack()
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """An answer and a status for each request of a batch, in order; never raises for one of them."""
+        begin = time.perf_counter()
         headers = [context.get_all_request_header(i) for i in range(len(data))]
         try:
             gate = self.gate.open()
@@ -77,6 +83,7 @@ class CascadeHandler:
                 context.set_response_header(i, name, value)
             if isinstance(answer, ItemError):
                 context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
+            _log(context.get_request_id(i), headers[i], answer, batch=len(data), seconds=time.perf_counter() - begin)
         return bodies
 
     def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:
@@ -104,6 +111,20 @@ def _body(answer: Prediction | ItemError, binary: bool) -> tuple[str | bytes, st
     rest = {name: whole[name] for name in ("bundle", "version", "mode", "cluster", "confidence", "ood")}
     headers = {name: str(value) for name, value in rest.items()} | {"masks": ",".join(answer.masks)}
     return answer.embedding.astype("<f4").tobytes(), BINARY, {PREFIX + name: v for name, v in headers.items()}
+
+
+def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction | ItemError, **batch: float) -> None:
+    """One line for a request: level info, error where the fault is ours. TorchServe answers with the same id."""
+    about: dict[str, Any] = {"request_id": request_id}
+    theirs = next((str(value) for name, value in headers.items() if name.lower() == "x-request-id"), "")
+    if REQUEST_ID.fullmatch(theirs):
+        about["client_request_id"] = theirs
+    if isinstance(answer, ItemError):
+        about |= {"status": answer.status, "error": answer.kind}
+    else:
+        about |= {"status": 200, "bundle": answer.bundle, "version": answer.version, "cluster": answer.cluster}
+    about |= {"batch": batch["batch"], "ms": round(1000 * batch["seconds"], 1)}
+    log.log(logging.ERROR if about["status"] == 500 else logging.INFO, "request", extra={"about": about})
 
 
 def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
@@ -147,13 +168,15 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
     return Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
 
 
-def _log_to_stderr() -> None:
-    """TorchServe's worker logs a line a request to stdout; from here on only warnings, and to stderr.
+def _log_to_stderr(level: str) -> None:
+    """Ours from ``level`` on, of all others warnings, to stderr as JSON. TorchServe's worker has a line a request.
 
     Java takes what a worker writes to stderr for a warning, and log4j2.xml shows warnings to who serves.
     """
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
+    logging.getLogger("cascade").setLevel(level.upper())
     for handler in root.handlers:
+        handler.setFormatter(JsonLines())
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)

@@ -81,6 +81,7 @@ def test_names_types_and_units() -> None:
         "bundles": "gauge",
         "store_unreachable": "gauge",
         "reloads": "counter",
+        "ood_score": "histogram",
     }
 
 
@@ -285,6 +286,16 @@ def test_prepare_folder_empties_it_of_metrics_only(
     assert len(list(folder.iterdir())) > 1
     metrics.prepare_folder(folder)
     assert list(folder.iterdir()) == [mine]
+
+
+def test_files_are_no_holes_once_a_bundle_is_served(
+    worker: Callable[[str], subprocess.Popen[str]], folder: Path
+) -> None:
+    """A disk that fills up later must not kill who writes into them."""
+    worker("01")
+    files = list(folder.glob("*.db"))
+    assert len(files) >= 3
+    assert all(512 * file.stat().st_blocks >= file.stat().st_size > 0 for file in files)
 
 
 def test_a_worker_makes_a_missing_folder(tmp_path: Path) -> None:

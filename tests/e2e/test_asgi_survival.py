@@ -24,7 +24,7 @@ import cascade
 from cascade.bundle import write
 from tests.cascade.handmade import handmade
 from tests.e2e.asgi_server import Asgi, serving_asgi
-from tests.e2e.conftest import CLIENT
+from tests.e2e.conftest import CLIENT, EXECUTOR
 from tests.e2e.test_torchserve import encoded
 
 pytestmark = pytest.mark.e2e
@@ -154,7 +154,7 @@ def test_versions_come_and_go_under_load(
     want = {}
     for version, seed in (("1", 0), ("2", 1)):
         path = write(handmade(cifar[:20], seed=seed), (aside if version == "2" else store) / "rolled" / version)
-        want[version] = cascade.load(path).predict(photos, cascade.Options(embedding=True))
+        want[version] = cascade.load(path, executor=EXECUTOR).predict(photos, cascade.Options(embedding=True))
     seen: Counter[str] = Counter()
     done = threading.Event()
 

@@ -272,10 +272,17 @@ def test_a_lone_request_waits_for_nobody(server: Running, engine: Engine, photos
 def test_nothing_but_predictions_and_metrics_listens_outside(store: Path, photos: list[bytes]) -> None:
     """The widest that it can be opened, without tokens too."""
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-    with serving(store, host="0.0.0.0", auth=False) as server:
+    with serving(store, host="0.0.0.0", auth=False, log_level="info") as server:
         listening = server.listening()
         assert server.headers == server.keys() == {}
-        assert post(server, photos[0], X_Cascade_Bundle="one").status_code == 200
+        answered = post(server, photos[0], X_Cascade_Bundle="one", X_Request_Id="mine-7")
+        refused = post(server, b"\x1b[2J secret", X_Cascade_Bundle="one", X_Request_Id="two\tparts")
+        post(server, b"x=%zz", Content_Type="application/x-www-form-urlencoded")
+        assert (answered.status_code, refused.status_code) == (200, 400)
+        end = time.monotonic() + 10
+        while "not_an_image" not in (text := (server.folder / "stderr").read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.05)
     predictions, metrics, management = (
         httpx.URL(url).port for url in (server.url, server.metrics_url, server.management_url)
     )
@@ -283,37 +290,15 @@ def test_nothing_but_predictions_and_metrics_listens_outside(store: Path, photos
     inside = {port for ip, port in listening if ip in loopback}
     assert management in inside and len(inside) == 3, "management, and gRPC's two"
 
-
-def test_sigterm_under_load(store: Path, photos: list[bytes], cifar: list[Image.Image]) -> None:
-    """What was sent half a second before is answered; later ones are, or are refused; nothing stays (see `serving`)."""
-    large = encoded(cifar[0], "jpeg", (6000, 6000))  # four of them take a second or so
-    sent: list[tuple[float, int]] = []
-
-    def ask(image: bytes) -> int:
-        start = time.monotonic()
-        try:
-            status = post(server, image, X_Cascade_Bundle="one").status_code
-        except httpx.TransportError:
-            status = 0
-        sent.append((start, status))
-        return status
-
-    def client(image: bytes) -> None:
-        while ask(image) == 200:
-            pass
-
-    with serving(store, drain_timeout=60) as server, ThreadPoolExecutor(12) as pool:
-        for image in photos[:8]:
-            pool.submit(client, image)
-        time.sleep(1)
-        for _ in range(4):
-            pool.submit(ask, large)
-        time.sleep(0.5)
-        told = time.monotonic()
-        assert server.end(signal.SIGTERM, within=90) == 0
-    early = [status for start, status in sent if start < told - 0.4]
-    assert set(early) == {200} and len(early) > 16
-    assert {status for _, status in sent} <= {200, 503, 0}
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines), "every line is JSON"
+    assert {"cascade.torchserve", "torchserve"} <= {line["logger"] for line in lines}
+    first, second = [line for line in lines if line["message"] == "request"]
+    assert (first["status"], first["bundle"], first["client_request_id"]) == (200, "one", "mine-7")
+    assert first["request_id"] == answered.headers["x-request-id"]
+    assert (second["status"], second["error"]) == (400, "not_an_image") and "client_request_id" not in second
+    assert second["request_id"] == refused.headers["x-request-id"]
+    assert "secret" not in text and "\x1b" not in text
 
 
 def test_a_killed_entrypoint_takes_everything_with_it(store: Path) -> None:

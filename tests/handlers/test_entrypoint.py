@@ -50,6 +50,11 @@ def test_store_without_a_bundle(tmp_path: Path) -> None:
             Server(missing)
 
 
+def test_log_level_that_is_none(store: Path) -> None:
+    with pytest.raises(ServerError, match="choose one of debug, info"):
+        Server(store, log_level="loud")
+
+
 def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> None:
     server = Server(store, host="0.0.0.0", workers=2, budget_bytes=10**8, threads=1, pins={"demo": "3"})
     server.folder = tmp_path
@@ -71,6 +76,7 @@ def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> N
         "memory_bytes": None,
         "pins": {"demo": "3"},
         "poll": 10.0,
+        "log_level": "warning",
         "device": "cpu",
         "threads": 1,
         "gate": str(tmp_path / "gate"),

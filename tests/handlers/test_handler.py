@@ -15,6 +15,7 @@ from ts.context import Context, RequestProcessor
 from ts.utils.util import list_classes_from_module
 
 from cascade.engine import ItemError, Options, Prediction
+from cascade.logs import JsonLines
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler, parse
 
@@ -240,6 +241,25 @@ def test_unreadable_requests_never_reach_the_engine(served: CascadeHandler) -> N
 def test_answers_are_compact_json(served: CascadeHandler) -> None:
     (text,) = served.handle(*batch((PHOTO, {})))
     assert text == json.dumps(json.loads(text), separators=(",", ":"))
+
+
+def test_a_line_for_each_request_and_nothing_of_the_image(
+    served: CascadeHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [
+        (PHOTO, {"X-Request-Id": "a" * 64, "Authorization": "Bearer s3cret"}),
+        (b"bad", {"x-request-id": "a b"}),
+    ]
+    data, context = batch(*requests)
+    context.request_ids = {0: "id-0", 1: "id-1"}
+    with caplog.at_level("INFO", "cascade.torchserve"):
+        served.handle(data, context)
+    first, second = (json.loads(JsonLines().format(record)) for record in caplog.records)
+    assert (first["request_id"], first["client_request_id"], first["status"]) == ("id-0", "a" * 64, 200)
+    assert (first["bundle"], first["version"], first["cluster"], first["batch"]) == ("demo", "1", 2, 2)
+    assert (second["request_id"], second["status"], second["error"]) == ("id-1", 400, "not_an_image")
+    assert "client_request_id" not in second
+    assert "s3cret" not in caplog.text and len(json.dumps(first)) < 500
 
 
 def test_no_new_work_once_the_gate_is_gone(served: CascadeHandler) -> None:

@@ -1,0 +1,358 @@
+"""What TorchServe with our handler must survive; each in a short form, and in its whole form with ``make soak``."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from cascade.bundle import read, write
+from tests.e2e.conftest import Running, serving
+from tests.e2e.test_torchserve import encoded, post
+
+pytestmark = pytest.mark.e2e
+POLL = 0.3
+
+
+def short_and_whole(short: int, whole: int) -> list[object]:
+    """Both sizes of a test; the second one runs with ``make soak`` only."""
+    return [short, pytest.param(whole, marks=pytest.mark.soak)]
+
+
+@dataclass
+class Load:
+    """Clients in threads that ask for the bundle ``one`` (two thirds of them) and ``two``, without a version.
+
+    Attributes:
+        answers: (when sent, seconds, status or 0 for a broken connection, version of ``one``).
+        wrong: answers that another bundle or version made than they say.
+    """
+
+    server: Running
+    photos: list[bytes]
+    answers: list[tuple[float, float, int, str | None]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> "Load":
+        self._threads = [threading.Thread(target=self._client, args=(i,)) for i in range(6)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(status for _, _, status, _ in self.answers)
+
+    def more(self, count: int = 12, version: str | None = None) -> None:
+        """Wait until that many more good answers (of ``one`` in this version) have come."""
+
+        def good() -> int:
+            return sum(s == 200 and version in (None, v) for _, _, s, v in list(self.answers))
+
+        before = good()
+        until(lambda: good() >= before + count, 60)
+
+    def _client(self, number: int) -> None:
+        bundle = "two" if number % 3 == 2 else "one"
+        headers = self.server.headers | {"Content-Type": "image/png", "X-Cascade-Bundle": bundle}
+        with httpx.Client(trust_env=False, timeout=120) as http:
+            while not self._done.is_set():
+                begin = time.monotonic()
+                status, version = 0, None
+                try:
+                    response = http.post(self.server.url, content=self.photos[number], headers=headers)
+                    status = response.status_code
+                    if status == 200:
+                        version = self._checked(bundle, response)
+                except httpx.TransportError:
+                    pass
+                self.answers.append((begin, time.monotonic() - begin, status, version))
+                if status != 200:
+                    time.sleep(0.02)
+
+    def _checked(self, bundle: str, response: httpx.Response) -> str | None:
+        """Version 2 has other names for its labels: an answer shows which one made it."""
+        answer = response.json()
+        made_by = "2" if answer["labels"][0]["name"].startswith("new-") else "1"
+        if (answer["bundle"], answer["version"]) != (bundle, made_by):
+            self.wrong.append(response.text)
+        return str(answer["version"]) if bundle == "one" else None
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+def said(server: Running) -> list[dict[str, str]]:
+    """The lines of its log."""
+    return [json.loads(line) for line in (server.folder / "stderr").read_text().splitlines()]
+
+
+def replaced(server: Running, worker: int) -> bool:
+    """Whether another worker than that one is ready."""
+    return [w["status"] for w in server.workers() if int(w["pid"]) != worker] == ["READY"]
+
+
+def gauge(server: Running, name: str) -> float:
+    return server.metrics().get(f"cascade_{name}", 0.0)
+
+
+@pytest.fixture(scope="module")
+def shelf(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of ``one`` and ``two``; beside it (hidden) version 2 of ``one``, whose labels have other names."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    for name in ("one", "two"):
+        shutil.copytree(bundle_path, shelf / name / "1")
+    bundle = read(bundle_path)
+    classes = [f"new-{name}" for name in bundle.card.classes]
+    write(replace(bundle, card=bundle.card.model_copy(update={"classes": classes})), shelf / ".aside" / "2")
+    return shelf
+
+
+@pytest.fixture(scope="module")
+def survivor(shelf: Path) -> Iterator[Running]:
+    """A server of its own for these tests."""
+    with serving(shelf, poll=POLL) as server:
+        yield server
+
+
+@pytest.mark.parametrize("times", short_and_whole(2, 20))
+def test_rolled_out_and_back_under_load(survivor: Running, shelf: Path, photos: list[bytes], times: int) -> None:
+    """Not one answer fails, and each is made by the version that it names."""
+    aside, there = shelf / ".aside" / "2", shelf / "one" / "2"
+    with Load(survivor, photos) as load:
+        load.more(version="1")
+        for _ in range(times):
+            aside.rename(there)
+            load.more(version="2")
+            there.rename(aside)
+            load.more(version="1")
+    versions = Counter(version for *_, version in load.answers if version)
+    slowest = max(seconds for _, seconds, *_ in load.answers)
+    print(f"{times} times out and back: {dict(load.statuses)}, versions {dict(versions)}, slowest {slowest:.2f} s")
+    assert load.statuses.keys() == {200} and load.wrong == []
+    assert survivor.metrics()["cascade_backbones"] == 1
+
+
+@pytest.mark.parametrize("times", short_and_whole(1, 10))
+def test_bad_bundles_disturb_nothing(survivor: Running, shelf: Path, photos: list[bytes], times: int) -> None:
+    """Refused by name, in the log and in the metrics, while all else is served; and forgotten when they are gone."""
+    good = shelf / "two" / "1"
+    foreign = read(good)
+    back = foreign.card.backbone.model_copy(update={"fingerprint": "1" * 64})
+    reasons = {
+        "corrupted": "its checksum is not the one in SHA256SUMS",
+        "truncated": "its checksum is not the one in SHA256SUMS",
+        "foreign": "was trained on",
+        "half-copied": "does not list just the files that are there",
+    }
+    with Load(survivor, photos) as load:
+        for turn in range(times):
+            for name in ("corrupted", "truncated", "half-copied"):
+                shutil.copytree(good, shelf / ".aside" / name)
+            masks = shelf / ".aside" / "corrupted" / "masks.safetensors"
+            raw = bytearray(masks.read_bytes())
+            raw[(turn * 4711 + 99) % len(raw)] ^= 4
+            masks.write_bytes(raw)
+            (shelf / ".aside" / "truncated" / "fusion.safetensors").write_bytes(b"")
+            (shelf / ".aside" / "half-copied" / "heads.safetensors").unlink()
+            write(
+                replace(foreign, card=foreign.card.model_copy(update={"backbone": back})), shelf / ".aside" / "foreign"
+            )
+            for name in reasons:
+                (shelf / name).mkdir()
+                (shelf / ".aside" / name).rename(shelf / name / "1")
+            until(lambda: all(gauge(survivor, f"bundle_refused{{bundle={name}}}") == 1 for name in reasons))
+            load.more()
+            for name in reasons:
+                shutil.rmtree(shelf / name)
+            until(lambda: not any(gauge(survivor, f"bundle_refused{{bundle={name}}}") for name in reasons))
+    print(f"{4 * times} bad bundles: {dict(load.statuses)}")
+    assert load.statuses.keys() == {200} and load.wrong == []
+    lines = [line["message"] for line in said(survivor)]
+    for name, reason in reasons.items():
+        about = [line for line in lines if line.startswith(f"refused bundle {name}/1: ")]
+        assert len(about) >= times and all(reason in line for line in about), (name, about)
+    assert gauge(survivor, "bundles{state=ready}") == 2
+
+
+@pytest.mark.parametrize("times", short_and_whole(1, 5))
+def test_a_store_that_goes_and_comes(survivor: Running, shelf: Path, photos: list[bytes], times: int) -> None:
+    before = len(said(survivor))
+    with Load(survivor, photos) as load:
+        for _ in range(times):
+            shelf.rename(shelf.with_name("elsewhere"))
+            until(lambda: gauge(survivor, "store_unreachable") == 1)
+            load.more()
+            shelf.with_name("elsewhere").rename(shelf)
+            until(lambda: gauge(survivor, "store_unreachable") == 0)
+    assert load.statuses.keys() == {200} and load.wrong == []
+    lines = [line["message"] for line in said(survivor)[before:]]
+    assert len(lines) == 2 * times, "once when it went, once when it came"
+    assert all(
+        "is it mounted?" in gone and "in reach again" in back
+        for gone, back in zip(lines[::2], lines[1::2], strict=True)
+    )
+
+
+@pytest.mark.parametrize("times", short_and_whole(1, 10))
+def test_a_killed_worker_under_load(survivor: Running, photos: list[bytes], times: int) -> None:
+    """What was in the worker fails cleanly, the rest waits and is answered; nothing is left of the dead."""
+    took = []
+    with Load(survivor, photos) as load:
+        for _ in range(times):
+            load.more()
+            killed = int(survivor.workers()[0]["pid"])
+            start = time.monotonic()
+            os.kill(killed, signal.SIGKILL)
+            until(partial(replaced, survivor, killed), 60)
+            load.more(1)
+            took.append(time.monotonic() - start)
+        load.more()
+    failed = sum(count for status, count in load.statuses.items() if status != 200)
+    print(f"killed {times} times: {dict(load.statuses)}; serving again after {', '.join(f'{s:.1f}' for s in took)} s")
+    assert load.statuses.keys() <= {200, 500, 507}, "nobody hung up on, nobody kept waiting"
+    assert failed <= 8 * times, "one batch each"
+    assert load.wrong == []
+    assert len(survivor.processes()) == 3, "the entrypoint, Java, a worker"
+    assert gauge(survivor, "backbones") == 1, "the dead one's are gone"
+    (folder,) = survivor.folder.glob("cascade-*")
+    living = int(survivor.workers()[0]["pid"])
+    owners = {int(file.stem.rpartition("_")[2]) for file in folder.glob("metrics/gauge_*.db")}
+    assert living in owners and len(owners) <= 2, "of workers, the living one's (and the entrypoint's)"
+    assert len(list(folder.glob(".ts.sock*"))) == 1
+
+
+@pytest.mark.parametrize("times", short_and_whole(1, 10))
+def test_sigterm_under_load(store: Path, photos: list[bytes], cifar: list[Image.Image], times: int) -> None:
+    """What was sent half a second before is answered; later ones are, or are refused; nothing stays (see `serving`)."""
+    for _ in range(times):
+        told, sent, seconds = _terminated(store, photos, encoded(cifar[0], "jpeg", (6000, 6000)))
+        early = [status for start, status in sent if start < told - 0.4]
+        assert set(early) == {200} and len(early) > 16
+        assert {status for _, status in sent} <= {200, 503, 0}
+        statuses = Counter(status for start, status in sent if start >= told - 0.4)
+        print(
+            f"SIGTERM: {len(early)} before it, all answered; from then on {dict(statuses)}; ended after {seconds:.1f} s"
+        )
+
+
+def _terminated(store: Path, photos: list[bytes], large: bytes) -> tuple[float, list[tuple[float, int]], float]:
+    """When SIGTERM came, (when sent, status or 0) of every request, and the seconds until the end."""
+    sent: list[tuple[float, int]] = []
+
+    def ask(image: bytes) -> int:
+        start = time.monotonic()
+        try:
+            status = post(server, image, X_Cascade_Bundle="one").status_code
+        except (httpx.TransportError, FileNotFoundError):  # the token's file goes with the server
+            status = 0
+        sent.append((start, status))
+        return status
+
+    def client(image: bytes) -> None:
+        while ask(image) == 200:
+            pass
+
+    with serving(store, drain_timeout=60) as server, ThreadPoolExecutor(12) as pool:
+        for image in photos[:8]:
+            pool.submit(client, image)
+        time.sleep(1)
+        for _ in range(4):  # a second's work or so
+            pool.submit(ask, large)
+        time.sleep(0.5)
+        told = time.monotonic()
+        assert server.end(signal.SIGTERM, within=90) == 0
+        seconds = time.monotonic() - told
+    return told, sent, seconds
+
+
+# A store that is elsewhere
+
+
+class Shelf(SimpleHTTPRequestHandler):
+    """Serves the store; notes what is fetched, and can be out of order."""
+
+    fetched: list[str] = []
+    broken = False
+
+    def do_GET(self) -> None:
+        if Shelf.broken:
+            self.send_error(503)
+            return
+        if "safetensors" in self.path:
+            Shelf.fetched.append(self.path)
+        super().do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_remote_store_a_killed_worker_and_a_full_disk(
+    shelf: Path, tmp_path: Path, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that starts again while the store is down takes its copies; a copy that has no room is tried again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Shelf.fetched, Shelf.broken = [], False
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Shelf, directory=shelf)) as store:
+        thread = threading.Thread(target=store.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with serving(f"http://127.0.0.1:{store.server_port}", poll=POLL) as server, Load(server, photos) as load:
+                load.more()
+                copies = sorted(Shelf.fetched)
+                assert copies and len(copies) == len(set(copies))
+
+                Shelf.broken = True
+                until(lambda: gauge(server, "store_unreachable") == 1)
+                killed = int(server.workers()[0]["pid"])
+                os.kill(killed, signal.SIGKILL)
+                until(partial(replaced, server, killed), 60)
+                load.more()
+                Shelf.broken = False
+                until(lambda: gauge(server, "store_unreachable") == 0)
+                assert sorted(Shelf.fetched) == copies, "nothing was fetched twice"
+
+                shutil.copytree(shelf / "two" / "1", shelf / "two" / "0")
+                until(lambda: gauge(server, "bundles{state=ready}") == 3)
+                worker = int(server.workers()[0]["pid"])
+                limits = resource.prlimit(worker, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+                (shelf / ".aside" / "2").rename(shelf / "one" / "2")
+                until(lambda: gauge(server, "bundle_refused{bundle=one}") == 1)
+                load.more()
+                (line,) = [line["message"] for line in said(server) if "one/2" in line["message"]]
+                assert "File too large: make room for copies" in line
+                resource.prlimit(worker, resource.RLIMIT_FSIZE, limits)
+                shutil.rmtree(shelf / "two" / "0")  # when a bundle leaves, there is another try, else within a minute
+                until(lambda: gauge(server, "bundle_refused{bundle=one}") == 0)
+                load.more(version="2")
+            assert load.statuses.keys() <= {200, 500, 507} and load.wrong == []
+            assert sum(n for status, n in load.statuses.items() if status != 200) <= 8, "the batch of the killed worker"
+        finally:
+            store.shutdown()
+            thread.join()
+            if (shelf / "one" / "2").exists():
+                (shelf / "one" / "2").rename(shelf / ".aside" / "2")
