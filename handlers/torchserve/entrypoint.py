@@ -39,6 +39,7 @@ PORTS = ("port", "metrics_port", "management_port", "grpc_inference_port", "grpc
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 POLL = 10.0  # seconds between two looks at the store
+GIVEN_UP = 15.0  # seconds beyond `start_timeout`, in which TorchServe may still try
 DIED = "Backend worker process died."  # TorchServe's last words before the traceback
 
 
@@ -155,8 +156,18 @@ class Server:
                 self._drain()
 
     def wait(self) -> NoReturn:
-        """Stay while the server runs; raise ServerError at its end."""
-        self.java.wait()
+        """Stay while the server runs; raise ServerError at its end, or when no worker is ready for too long.
+
+        TorchServe starts a worker that died again and again, for `start_timeout` seconds; then it gives up and stays.
+        """
+        ready = time.monotonic()
+        while self.java.poll() is None:
+            time.sleep(1)
+            now = time.monotonic()
+            if any(worker["status"] == "READY" for worker in self._describe()):
+                ready = now
+            elif now > ready + self.start_timeout + GIVEN_UP:
+                raise ServerError(f"no worker came back within {now - ready:.0f} s: {_reason(self._log('worker.log'))}")
         why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
         raise ServerError(f"TorchServe ended by itself: {why}")
 
