@@ -1,6 +1,7 @@
 """What all benchmarks print: a table, then one JSON object on the last line."""
 
 import json
+import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Figure:
         if self.goal is None:
             return None
         sign, bound = self.goal.split()
-        return self.value <= float(bound) if sign == "<=" else self.value >= float(bound)
+        return {"<=": operator.le, ">=": operator.ge, ">": operator.gt}[sign](self.value, float(bound))
 
 
 def figure(values: list[float], goal: str | None = None) -> Figure:
@@ -37,14 +38,35 @@ def figure(values: list[float], goal: str | None = None) -> Figure:
     return Figure(median(values), (min(values), max(values)), goal)
 
 
+def single(value: float, goal: str | None = None) -> Figure:
+    """Something that was measured once, bytes say."""
+    return Figure(value, (value, value), goal)
+
+
+class Rows:
+    """The table that a person reads: what, median, least, most, and memory where it was measured."""
+
+    def __init__(self, title: str) -> None:
+        self.table = Table("what", "median", "least", "most", "unit", "MB", title=title)
+
+    def add(self, what: str, found: Figure, unit: str, memory: int | None = None) -> None:
+        numbers = (f"{v:.3g}" if v < 1 else f"{v:.1f}" for v in (found.value, *found.spread))
+        self.table.add_row(what, *numbers, unit, "" if memory is None else f"{memory / 1e6:.0f}")
+
+
 def hardware() -> str:
     """The processor's name and the cores that this process may use."""
     return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def report(benchmark: str, figures: dict[str, Figure], table: Table) -> None:
-    """Print both, and keep the JSON under ``benchmarks/results``."""
-    Console(width=110).print(table)
+def report(benchmark: str, figures: dict[str, Figure], *tables: Table) -> None:
+    """Print the tables and one of all figures, and keep the JSON under ``benchmarks/results``."""
+    summary = Table("figure", "value", "spread", "goal", "met", title=f"{benchmark} on {hardware()}")
+    for name, f in figures.items():
+        met = {True: "yes", False: "NO", None: ""}[f.met]
+        summary.add_row(name, f"{f.value:.3f}", f"{f.spread[0]:.3f}-{f.spread[1]:.3f}", f.goal or "", met)
+    for table in (*tables, summary):
+        Console(width=118).print(table)
     body = {
         name: {"value": round(f.value, 4), "goal": f.goal, "met": f.met, "spread": [round(s, 4) for s in f.spread]}
         for name, f in figures.items()

@@ -73,6 +73,7 @@ class Batcher:
         self._groups: dict[Hashable, _Group] = {}
         self._waiting = self._decoding = self._running = 0
         self._seconds = 0.0  # an image takes, lately
+        self._begun = 0.0  # when the last pass began, monotonic
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="cascade-batcher", daemon=True)
@@ -88,6 +89,11 @@ class Batcher:
     def alive(self) -> bool:
         """Whether it takes images."""
         return not self._closed
+
+    @property
+    def pass_seconds(self) -> float:
+        """How long the pass in progress takes already; 0 where none is."""
+        return time.monotonic() - self._begun if self._running else 0.0
 
     def submit(self, image: Source, options: Options = Options(), timeout: float | None = None) -> "Future[Answer]":
         """Decode the image here, in the calling thread, and queue it.
@@ -138,7 +144,7 @@ class Batcher:
         return OVERLOADED if self._waiting + self._decoding >= self.queue else None
 
     def _decode(self, image: Source, options: Options, timeout: float | None) -> Item | ItemError:
-        if not self._decoders.acquire(timeout=None if timeout is None else max(0, timeout)):
+        if timeout is not None and timeout <= 0 or not self._decoders.acquire(timeout=timeout):
             return _counted(DEADLINE, options.bundle)
         try:
             with metrics.stage("decode"):
@@ -167,7 +173,7 @@ class Batcher:
                         return
                     late = self._remove(lambda waiting: waiting.deadline <= time.monotonic())
                     batch = self._take()
-                    self._running = len(batch)
+                    self._begun, self._running = time.monotonic(), len(batch)
                 for waiting in late:
                     _refuse(waiting, DEADLINE)
                 if batch:
@@ -181,7 +187,6 @@ class Batcher:
 
     def _run(self, batch: list[_Waiting]) -> None:
         """One pass; every future has its answer afterwards."""
-        begin = time.monotonic()
         answers: list[tuple[_Waiting, Answer]]
         try:
             answers = [*zip(batch, self.engine.run([waiting.item for waiting in batch]), strict=True)]
@@ -190,7 +195,7 @@ class Batcher:
             for waiting in batch:
                 metrics.count(waiting.item.bundle.name, None, FAILED.status)
             answers = [(waiting, FAILED) for waiting in batch]
-        seconds = (time.monotonic() - begin) / len(batch)
+        seconds = (time.monotonic() - self._begun) / len(batch)
         with self._changed:
             self._running = 0
             self._seconds += (seconds - self._seconds) * (REMEMBERED if self._seconds else 1)

@@ -9,18 +9,19 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from cascade.bundle import read
-from cascade.engine import Engine, Options
+from cascade.engine import ItemError, Options, load
+from cascade.executors.choice import Kind
 
 
-def table(path: Path, batch: int, rounds: int, weights: Path | None = None) -> Table:
+def table(path: Path, batch: int, rounds: int, weights: Path | None = None, kind: Kind = "auto") -> Table:
     """Milliseconds of a batch through the plain backbone, each mode, and of a swap; each over the plain pass.
 
     Decoding is not in it; resizing is, in the modes. The images are noise, which costs what photos cost.
     """
-    bundle = read(path)
-    engine = Engine(weights=weights)
-    engine.add(bundle)
+    engine = load(path, weights=weights, executor=kind)
+    ((name, version),) = engine.bundles
+    bundle = engine.find(name, version)
+    assert not isinstance(bundle, ItemError)
     executor = engine.executor(bundle)
     size = bundle.preprocessing.size
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -49,7 +50,14 @@ def table(path: Path, batch: int, rounds: int, weights: Path | None = None) -> T
             run()
             times[name].append((perf_counter() - begin) * 1000)
     base = median(times["plain backbone"])
-    out = Table("what", "ms (median)", "least", "most", "over plain", title=f"batch of {batch}, {rounds} rounds")
+    out = Table(
+        "what",
+        "ms (median)",
+        "least",
+        "most",
+        "over plain",
+        title=f"batch of {batch}, {rounds} rounds, {type(executor).__name__}",
+    )
     for name, ms in times.items():
         out.add_row(name, f"{median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{median(ms) / base:.2f}")
     return out

@@ -3,6 +3,7 @@
 Every command imports what it needs when it runs, so that ``cascade --help`` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -30,6 +31,19 @@ class Frontend(StrEnum):
 
     torchserve = "torchserve"
     asgi = "asgi"
+
+
+class ExecutorKind(StrEnum):
+    """What may run the backbone, see ``cascade.executors``."""
+
+    auto = "auto"
+    plain = "plain"
+    folded = "folded"
+    bf16 = "bf16"
+    onnx = "onnx"
+
+
+Chosen = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto: the fastest here in float32.")]
 
 
 def in_one_line(command: F) -> F:
@@ -80,13 +94,14 @@ def predict(
     embedding: Annotated[bool, typer.Option(help="Write the embeddings, too.")] = False,
     batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 64,
     threads: Annotated[int, typer.Option(help="Decoding threads.", min=1)] = 2,
+    executor: Chosen = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
     """Predict offline: [bold]cascade predict photos/ --out predictions.parquet --bundle model_store/demo/1[/]"""
     from cascade.batch import bar, predict_files
     from cascade.engine import Options, load
 
-    engine = load(bundle, weights=weights)
+    engine = load(bundle, weights=weights, executor=executor.value)
     options = Options(mode=mode, embedding=embedding)
     with bar("predicting") as progress:
         summary = predict_files(engine, sources, out, options, batch=batch, threads=threads, progress=progress)
@@ -107,6 +122,7 @@ def serve(
     budget: Annotated[int | None, typer.Option(help="Bytes of materialised masks, for each worker.", min=1)] = None,
     memory: Annotated[int | None, typer.Option(help="Bytes of backbones and bundles, for each worker.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    executor: Chosen = ExecutorKind.auto,
     drain: Annotated[float, typer.Option(help="Seconds for requests in progress, once told to stop.", min=0)] = 8,
     metrics_port: Annotated[int, typer.Option(help="torchserve: of /metrics.")] = 8082,
     management_port: Annotated[int, typer.Option(help="torchserve: of the workers' state, on loopback.")] = 8081,
@@ -128,29 +144,26 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model store: [bold]cascade serve --model-store model_store --frontend asgi[/]"""
-    common = {"host": host, "port": port, "budget_bytes": budget, "device": device, "drain_timeout": drain}
+    if executor is not ExecutorKind.auto:
+        os.environ["CASCADE_EXECUTOR"] = executor.value  # the processes that hold engines inherit it
+    pins: dict[str, str] = {}
+    if pin:
+        from cascade.registry import pinned  # which loads torch: the process that supervises does without
+
+        pins = pinned(pin)
+    common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
+    common |= {"device": device, "drain_timeout": drain, "pins": pins, "poll": poll}
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 
-        batching = {"max_batch": max_batch, "patience": patience, "queue": queue}
-        serve_asgi(Path(model_store), api_keys=api_keys, log_level=log_level or "info", **common, **batching)  # type: ignore[arg-type]
+        common |= {"max_batch": max_batch, "patience": patience, "queue": queue}
+        serve_asgi(model_store, api_keys=api_keys, log_level=log_level or "info", **common)
         return
-    from cascade.registry import pinned
     from handlers.torchserve.entrypoint import serve as serve_torchserve
 
-    serve_torchserve(
-        model_store,
-        metrics_port=metrics_port,
-        management_port=management_port,
-        workers=workers,
-        memory_bytes=memory,
-        pins=pinned(pin or ()),
-        poll=poll,
-        auth=auth,
-        token_file=token_file,
-        log_level=log_level or "warning",
-        **common,  # type: ignore[arg-type]
-    )
+    ports = {"metrics_port": metrics_port, "management_port": management_port}
+    common |= {"auth": auth, "token_file": token_file, "log_level": log_level or "warning"}
+    serve_torchserve(model_store, workers=workers, **common, **ports)
 
 
 @app.command()
@@ -198,6 +211,7 @@ def bench(
     bundle: BundlePath,
     batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 8,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 7,
+    executor: Chosen = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
     """Time one pass in each mode against the plain backbone, and a swap, on this machine."""
@@ -205,7 +219,7 @@ def bench(
 
     from cascade.bench import table
 
-    Console().print(table(bundle, batch, rounds, weights))
+    Console().print(table(bundle, batch, rounds, weights, executor.value))
 
 
 if __name__ == "__main__":

@@ -323,16 +323,17 @@ class Engine:
         for other in self._executors.values():  # no backbone may look at weights that are evicted for this one
             if other is not executor:
                 other.swap(None)
-        x = torch.stack([item.pixels for item in items]).to(self.device)
+        shared: Tensor | None = None
         if start := bundle.dispatcher.start:
             executor.swap(None)
             with metrics.stage("dispatch"):
-                x = executor.run(x, 0, start)
+                shared = executor.run(_stack(items, self.device), 0, start)
         answers: dict[int, Prediction] = {}
         groups = _groups(range(len(items)), lambda row: items[row].bundle.identity)
         # Those whose weights are there come first, or they would be evicted for the others and made again.
         for rows in sorted(groups, key=lambda rows: items[rows[0]].bundle.dispatcher not in self.residency):
-            found = self._run_bundle(executor, [items[row] for row in rows], x[rows])
+            own = [items[row] for row in rows]
+            found = self._run_bundle(executor, own, _stack(own, self.device) if shared is None else shared[rows])
             answers.update(zip(rows, found, strict=True))
         return [answers[row] for row in range(len(items))]
 
@@ -445,6 +446,10 @@ def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -
 def _swap(executor: Executor, mask: Mask) -> None:
     with metrics.stage("swap"):
         executor.swap(mask)
+
+
+def _stack(items: list[Item], device: str) -> Tensor:
+    return torch.stack([item.pixels for item in items]).to(device)
 
 
 def _fuse(out: Tensor, fusions: list[Fusion], rows: list[int], block: Tensor, expert: int | None) -> None:

@@ -1,7 +1,7 @@
 """What goes into the engine beside an image, and what comes out: plain data, no torch."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -72,6 +72,18 @@ class Prediction:
         out = asdict(replace(self, embedding=None)) | {"masks": list(self.masks)}
         del out["embedding"]
         return out if self.embedding is None else out | {"embedding": self.embedding.tolist()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of ``to_json``."""
+        parts: dict[str, Any] = {
+            "masks": tuple(data["masks"]),
+            "labels": tuple(Label(**each) for each in data["labels"]),
+            "neighbours": tuple(Neighbour(**each) for each in data["neighbours"]),
+        }
+        if "embedding" in data:
+            parts["embedding"] = np.array(data["embedding"], np.float32)
+        return cls(**data | parts)
 
 
 @dataclass(frozen=True)

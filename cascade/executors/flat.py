@@ -74,5 +74,7 @@ class FlatExecutor:
             *self.flat.loose.values(),
             *self.backbone.norms.values(),
         ]
-        storages = [t.untyped_storage() for t in held + [t for name, t in models.items() if name not in masked]]
+        storages = [
+            t.untyped_storage() for t in held + [t for name, t in models.items() if name not in masked] if not t.is_meta
+        ]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + folded.bytes()

@@ -11,7 +11,8 @@ import copy
 import importlib
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cascade.stages import stages
 
 # They would merge a unit's weights with other constants.
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]
+BINDINGS = 64  # that a session keeps; some ten kB each
 _ROWS = 13  # bits of a probe bias that count rows; the others count units, and float32 holds 24 exactly
 
 
@@ -63,6 +65,8 @@ class OnnxExecutor(FlatExecutor):
         self.point(0, self.plain, self.flat.shifts, {})
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
+        # What all pointers of a session follow from; loose tensors would have to be in it, too.
+        self.pointing = None if self.loose else (first, weights.data_ptr(), shifts.data_ptr())
         for i in range(first, len(self.place)):
             self.place[i] = weights, int(self.flat.begin[i] - self.flat.begin[first])
             self.shift[i] = shifts, int(self.flat.row[i] - self.flat.row[first])
@@ -92,34 +96,42 @@ class _Session:
     """One graph, ready to run under whatever its executor points to."""
 
     def __init__(self, graph: _Graph, executor: OnnxExecutor) -> None:
-        onnxruntime = _library("onnxruntime")
+        onnxruntime = library("onnxruntime")
         for i, order in enumerate(graph.orders, graph.first):
-            if not np.array_equal(order.columns, executor.flat.orders[i].columns):
+            own = executor.flat.orders[i]
+            if order.block != own.block or not np.array_equal(order.columns, own.columns):
                 raise OnnxError(f"{executor.backbone.name}: ONNX Runtime orders a layer's weights in two ways")
         level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised already
-        options = _options(onnxruntime, level)
+        options = session_options(onnxruntime, level)
         self._session = onnxruntime.InferenceSession(graph.model, options, providers=[executor.provider])
         self._shapes, self._executor = graph.shapes, executor
+        self._bindings: OrderedDict[Hashable, Any] = OrderedDict()
 
     def run(self, x: Tensor) -> Tensor:
-        x, executor, binding = x.detach().float().contiguous(), self._executor, self._session.io_binding()
-
-        def bind(name: str, tensor: Tensor, offset: int, shape: Sequence[int]) -> None:
-            pointer = tensor.data_ptr() + 4 * offset
-            binding.bind_input(name, tensor.device.type, tensor.device.index or 0, np.float32, shape, pointer)
-
-        bind("x", x, 0, x.shape)
-        for name, shape in self._shapes.items():
-            kind, _, index = name.partition(".")
-            if kind == "weight":
-                bind(name, *executor.place[int(index)], shape)
-            elif kind == "shift":
-                bind(name, *executor.shift[int(index)], shape)
-            else:
-                bind(name, executor.loose[name], 0, shape)
+        x, binding = x.detach().float().contiguous(), self._bound()
+        binding.bind_input("x", x.device.type, x.device.index or 0, np.float32, x.shape, x.data_ptr())
         binding.bind_output("y")
         self._session.run_with_iobinding(binding)
         return torch.from_numpy(binding.copy_outputs_to_cpu()[0]).to(x.device)
+
+    def _bound(self) -> Any:
+        """Everything but the image, bound; kept for a few masks, because a hundred pointers take half a millisecond."""
+        executor, key = self._executor, self._executor.pointing
+        if key is not None and key in self._bindings:
+            self._bindings.move_to_end(key)
+            return self._bindings[key]
+        binding = self._session.io_binding()
+        for name, shape in self._shapes.items():
+            kind, _, index = name.partition(".")
+            places = {"weight": executor.place, "shift": executor.shift}.get(kind)
+            tensor, offset = places[int(index)] if places else (executor.loose[name], 0)
+            pointer = tensor.data_ptr() + 4 * offset
+            binding.bind_input(name, tensor.device.type, tensor.device.index or 0, np.float32, shape, pointer)
+        if key is not None:
+            self._bindings[key] = binding
+            while len(self._bindings) > BINDINGS:
+                self._bindings.popitem(last=False)
+        return binding
 
 
 class _Range(nn.Module):
@@ -151,16 +163,16 @@ class _Pointwise(nn.Module):
 
 def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: str) -> _Graph:
     """The optimised graph of a range of stages, for inputs of this shape and any number of them."""
-    onnx, onnxruntime = _library("onnx"), _library("onnxruntime")
+    onnx, onnxruntime = library("onnx"), library("onnxruntime")
     count = len(folded.backbone.row)
     inside = [
         (i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < (count if stop is None else stop)
     ]
     with tempfile.TemporaryDirectory(prefix="cascade-onnx-") as folder:
         exported, optimised = Path(folder, "exported.onnx"), Path(folder, "optimised.onnx")
-        options = _options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+        options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = str(optimised)
-        _export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]), exported)
+        export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]), exported)
         onnxruntime.InferenceSession(str(exported), options, providers=[provider], disabled_optimizers=_KEEP_APART)
         model = onnx.load(optimised)
     return _bound(model, inside, [f"model.{name}" for name in folded.loose], folded.backbone.name)
@@ -189,7 +201,7 @@ def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
     return model
 
 
-def _export(module: nn.Module, x: Tensor, path: Path) -> None:
+def export(module: nn.Module, x: Tensor, path: Path) -> None:
     """Write a module as an ONNX model that takes any batch size."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the newer exporter takes four times as long, and one more library
@@ -208,7 +220,7 @@ def _export(module: nn.Module, x: Tensor, path: Path) -> None:
 
 def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: str) -> _Graph:
     """Find the units' constants in the optimised graph by their values, and make inputs of them."""
-    onnx = _library("onnx")
+    onnx = library("onnx")
     constants = {c.name: c for c in model.graph.initializer}
     orders: dict[int, Order] = {}
     renamed: dict[str, str] = {}
@@ -253,7 +265,7 @@ def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> Orde
     raise OnnxError(f"{unit.module}: ONNX Runtime keeps its weights in an order that is not known: {rows[:4]}")
 
 
-def _options(onnxruntime: Any, level: Any) -> Any:
+def session_options(onnxruntime: Any, level: Any) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
     options.intra_op_num_threads = torch.get_num_threads()
@@ -263,7 +275,7 @@ def _options(onnxruntime: Any, level: Any) -> Any:
     return options
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     """onnx or onnxruntime, or one line that says which extra brings it."""
     try:
         return importlib.import_module(name)

@@ -1,14 +1,14 @@
 """The application: requests in, one batcher behind them, answers out. docs/http.md describes what it speaks."""
 
 import asyncio
-import json
+from dataclasses import replace
 from functools import cache
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -16,16 +16,21 @@ from starlette.requests import ClientDisconnect
 from cascade import __version__, metrics
 from cascade.batcher import STOPPING
 from cascade.bundle import Bundle
+from cascade.oip import LENGTH_HEADER
 from cascade.prediction import ItemError, Options
-from handlers.asgi import v2
+from cascade.registry import State
+from handlers.asgi import ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
-from handlers.torchserve.handler import NOT_FINITE, parse
+from handlers.torchserve.handler import NOT_FINITE, _body, parse, wants_bytes
 
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
 STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 413, 415, 431, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, ERROR)
+JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer.", "content": {"application/json": {}, "application/octet-stream": {}}}
+}
 NO_FORM = ItemError(400, "bad_request", "send one image a request: this is no form with one file as its one part")
 AGAIN = 2  # an unpinned request that meets a version on its way out looks for the newest this often
 
@@ -38,6 +43,7 @@ def create_app(service: Service) -> Guard:
     _predictions(app, service)
     _protocol(app, service)
     _state(app, service)
+    _pages(app, service)
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
@@ -93,7 +99,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
     description = {"parameters": options, "requestBody": {"required": True, "content": content}}
 
     @app.put("/v1/predict", include_in_schema=False)  # curl -T
-    @app.post("/v1/predict", openapi_extra=description, summary="Predict one image")
+    @app.post("/v1/predict", openapi_extra=description, responses=JSON_OR_BYTES, summary="Predict one image")
     async def predict(request: Request) -> Response:
         service.admit(request)
         body, kind = await _one_body(request)
@@ -108,10 +114,10 @@ def _predictions(app: FastAPI, service: Service) -> None:
             raise Refusal(answer)
         request.state.about.update(bundle=answer.bundle, version=answer.version)
         try:
-            text = json.dumps(answer.to_json(), separators=(",", ":"), allow_nan=False)
+            text, kind, about = _body(answer, wants_bytes(request.headers))
         except ValueError:
             raise Refusal(NOT_FINITE) from None
-        return Response(text, media_type="application/json")
+        return Response(text, headers=about, media_type=kind)
 
 
 def _protocol(app: FastAPI, service: Service) -> None:
@@ -123,13 +129,13 @@ def _protocol(app: FastAPI, service: Service) -> None:
 
     @app.get("/v2/models", summary="Bundles and their versions")
     async def models(request: Request) -> dict[str, Any]:
-        return {"models": [{"name": name, "versions": v} for name, v in service.bundles(request).items()]}
+        return {"models": [{"name": name} | _versions(states) for name, states in service.states(request).items()]}
 
     @app.get("/v2/models/{model}", summary="Bundle metadata")
     @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata")
     async def model_metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
         bundle = found(request, model, version)
-        return v2.metadata(bundle, service.bundles(request).get(model, [bundle.version]))
+        return v2.metadata(bundle) | _versions(service.states(request, model).get(model, []))
 
     @app.get("/v2/models/{model}/ready", summary="Bundle readiness")
     @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness")
@@ -143,14 +149,16 @@ def _protocol(app: FastAPI, service: Service) -> None:
     body = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}} | tensors
     description = {"requestBody": {"required": True, "content": body}}
 
-    @app.post("/v2/models/{model}/infer", openapi_extra=description, summary="Predict images")
-    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description, summary="Predict images")
+    about: dict[str, Any] = {"openapi_extra": description, "responses": JSON_OR_BYTES, "summary": "Predict images"}
+
+    @app.post("/v2/models/{model}/infer", **about)
+    @app.post("/v2/models/{model}/versions/{version}/infer", **about)
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         service.admit(request)
         found(request, model, version)  # before the body is read
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
-        asked = await asyncio.to_thread(v2.parse, body, request.headers.get(v2.LENGTH_HEADER), most)
+        asked = await asyncio.to_thread(v2.parse, body, request.headers.get(LENGTH_HEADER), most)
         for _ in range(AGAIN):
             bundle = found(request, model, version)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
@@ -162,16 +170,18 @@ def _protocol(app: FastAPI, service: Service) -> None:
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
         if len(errors) == len(answers) and errors[0].status >= 500:
             raise Refusal(errors[0])
-        content, length = v2.response(asked, bundle, answers)
+        content, length = await asyncio.to_thread(v2.response, asked, bundle, answers)
         if length is None:
             return Response(content, media_type="application/json")
-        return Response(content, headers={v2.LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
+        return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
     def found(request: Request, model: str, version: str | None) -> Bundle:
         service.check(request, model)
         bundle = service.engine.find(model, version)
         if isinstance(bundle, ItemError):
-            raise Refusal(bundle)
+            states = service.states(request, model).get(model, [])
+            why = [f"; version {s.version} is refused: {s.reason}" for s in states if version in (None, s.version)]
+            raise Refusal(replace(bundle, message=bundle.message + "".join(why)))
         return bundle
 
 
@@ -186,9 +196,39 @@ def _state(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         return Response(await asyncio.to_thread(metrics.scrape), media_type="text/plain; version=0.0.4")
+
+
+def _pages(app: FastAPI, service: Service) -> None:
+    """For people: the page to look at, the API's description, and the map that the page draws."""
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/ui", include_in_schema=False)
+    async def look() -> Response:
+        return HTMLResponse(ui.page("ui.html"), headers=ui.HEADERS)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(ui.page("docs.html"), headers=ui.HEADERS)
+
+    @app.get("/v1/map/{bundle}/{version}", summary="The neighbour bank in two dimensions")
+    async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
+        service.check(request, bundle)
+        found = service.engine.find(bundle, version)
+        if isinstance(found, ItemError):
+            raise Refusal(found)
+        bank = next((bank for name, bank in found.banks.items() if name == (mode or found.card.mode)), None)
+        if bank is None:
+            raise Refusal(ItemError(404, "no_bank", "this bundle has no neighbour bank for that mode"))
+        return await asyncio.to_thread(ui.flat, bank)
+
+
+def _versions(states: list[State]) -> dict[str, Any]:
+    """The versions that answer, and the state of each in the store."""
+    state = {s.version: {"state": s.state} | ({"reason": s.reason} if s.reason else {}) for s in states}
+    return {"versions": [s.version for s in states if s.state == "ready"], "state": state}
 
 
 class _InMemory(MultiPartParser):

@@ -3,9 +3,10 @@
 import asyncio
 import json
 from http import HTTPStatus
-from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from handlers.asgi.guard import Message, Receive, Send
 
 MAX_HEAD = 16 * 2**10  # bytes of the request line and all headers
 HEAD_SECONDS = 10.0  # from a connection, or a head's first byte, to the head's end
@@ -16,8 +17,8 @@ class Connection(HttpToolsProtocol):
     """uvicorn's protocol; refuses long heads with 431, slow ones with 408, and too many connections with 503."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._head: int | None = 0  # bytes so far; None while no head is being read
-        self._clock: asyncio.TimerHandle | None = None
+        self._head = 0  # bytes of one that is not complete yet
+        self._clock: asyncio.TimerHandle | None = None  # runs while a head is awaited
         super().connection_made(transport)  # type: ignore[arg-type]
         if len(self.connections) > MAX_CONNECTIONS:
             self._refuse(503, "overloaded", "too many connections: try again later")
@@ -29,10 +30,10 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head is not None and not self.transport.is_closing():
+        if self._clock is not None and not self.transport.is_closing():
             self._head += len(data)
             if self._head > MAX_HEAD:
-                self._refuse(431, "head_too_large", f"the headers are over {MAX_HEAD} bytes: send fewer")
+                self._refuse(*TOO_LARGE)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -40,8 +41,9 @@ class Connection(HttpToolsProtocol):
         self._start_clock()
 
     def on_headers_complete(self) -> None:
-        self._head = None
         self._stop_clock()
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        self.app = _too_large if size > MAX_HEAD else self.config.loaded_app
         super().on_headers_complete()
 
     def _start_clock(self) -> None:
@@ -60,14 +62,25 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: int, kind: str, message: str) -> None:
         """Answer and close; only close where an earlier answer is still being written (pipelined requests)."""
         if self.cycle is None or self.cycle.response_complete:
-            error: dict[str, Any] = {"error": {"status": status, "kind": kind, "message": message}}
-            body = json.dumps(error, separators=(",", ":")).encode()
-            lines = [
-                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-                "content-type: application/json",
-                f"content-length: {len(body)}",
-                *(["retry-after: 1"] if status == 503 else []),
-                "connection: close",
-            ]
-            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            headers, body = _answer(status, kind, message)
+            lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
+            lines += [name + b": " + value for name, value in headers]
+            self.transport.write(b"\r\n".join([*lines, b"", body]))
         self.transport.close()
+
+
+TOO_LARGE = (431, "head_too_large", f"the headers are over {MAX_HEAD} bytes: send fewer")
+
+
+async def _too_large(scope: Message, receive: Receive, send: Send) -> None:
+    headers, body = _answer(*TOO_LARGE)
+    await send({"type": "http.response.start", "status": TOO_LARGE[0], "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _answer(status: int, kind: str, message: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    error = {"error": {"status": status, "kind": kind, "message": message}}
+    body = json.dumps(error, separators=(",", ":")).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    again = [(b"retry-after", b"1")] if status == 503 else []
+    return [*headers, *again, (b"connection", b"close")], body

@@ -30,7 +30,7 @@ class Limits:
     """Of requests.
 
     Attributes:
-        body: bytes of one body. bodies: bytes of all bodies that are held at a time.
+        body: bytes of one body. bodies: bytes of all bodies in memory.
         body_seconds: for a body to come in. answer_seconds: for its answer.
         images: in one request.
     """
@@ -58,7 +58,7 @@ class Guard:
 
     Attributes:
         requests: in progress, apart from those that are only polled.
-        held: bytes of bodies that are in memory or may soon be.
+        held: bytes of bodies in memory.
     """
 
     def __init__(self, app: App, limits: Limits) -> None:
@@ -79,7 +79,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                took = b"total;dur=%.1f" % (1000 * (time.perf_counter() - begin))
+                ours = [(b"x-request-id", request_id), (b"server-timing", took)]
+                message["headers"] = [*message.get("headers", ()), *ours]
             await send(message)
 
         body = _Body(self, headers, receive)
@@ -106,10 +108,9 @@ class _Body:
     def __init__(self, guard: Guard, headers: dict[bytes, bytes], receive: Receive) -> None:
         self.guard, self.limits, self._receive = guard, guard.limits, receive
         length = headers.get(b"content-length", b"")
-        chunked = b"transfer-encoding" in headers
-        self.announced = self.limits.body if chunked else int(length) if length.isdigit() else 0
+        self.announced = int(length) if length.isdigit() else 0
         self.waits_for_leave = headers.get(b"expect", b"").lower() == b"100-continue"
-        self.size = self.held = 0
+        self.size = 0
         self.complete = False
         self.end: float | None = None
 
@@ -117,31 +118,27 @@ class _Body:
         if self.complete:
             return await self._receive()  # until the client hangs up
         if self.end is None:
-            await self._begin()
+            self.end = asyncio.get_running_loop().time() + self.limits.body_seconds
+            if self.announced > self.limits.body:
+                await self._refuse(_too_large(self.limits.body))
         try:
             async with asyncio.timeout_at(self.end):
                 message = await self._receive()
         except TimeoutError:
             seconds = self.limits.body_seconds
             raise Refusal(ItemError(408, "slow_body", f"the body took over {seconds:g} s: send it faster")) from None
-        self.size += len(message.get("body", b""))
+        length = len(message.get("body", b""))
+        self.size += length
+        self.guard.held += length  # what is here, not what was announced: who sends nothing keeps nobody out
         self.complete = not message.get("more_body", False)
         if self.size > self.limits.body:
             await self._refuse(_too_large(self.limits.body))
+        if self.guard.held > self.limits.bodies:
+            await self._refuse(ItemError(503, "overloaded", "too many bodies at a time: send it again later"))
         return message
 
     def release(self) -> None:
-        self.guard.held -= self.held
-        self.held = 0
-
-    async def _begin(self) -> None:
-        self.end = asyncio.get_running_loop().time() + self.limits.body_seconds
-        if self.announced > self.limits.body:
-            await self._refuse(_too_large(self.limits.body))
-        if self.guard.held + self.announced > self.limits.bodies:
-            await self._refuse(ItemError(503, "overloaded", "too many bodies at a time: send it again later"))
-        self.held = self.announced
-        self.guard.held += self.held
+        self.guard.held -= self.size
 
     async def _refuse(self, error: ItemError) -> None:
         """Read on and throw away, within limits, before the answer: a client that still sends may not see it else."""

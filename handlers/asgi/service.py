@@ -11,8 +11,10 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from cascade import metrics
 from cascade.batcher import DEADLINE, OVERLOADED, STOPPING, Answer, Batcher
 from cascade.prediction import ItemError, Options
+from cascade.registry import Registry, State
 from handlers.asgi.guard import LIMITS, Limits, Refusal
 from handlers.asgi.keys import EVERY, FORBIDDEN, Keys
 
@@ -24,8 +26,11 @@ class Service:
         stopping: new work is refused, what is in progress goes on.
     """
 
-    def __init__(self, batcher: Batcher, keys: Keys | None = None, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self, batcher: Batcher, keys: Keys | None = None, limits: Limits = LIMITS, registry: Registry | None = None
+    ) -> None:
         self.batcher, self.engine, self.keys, self.limits = batcher, batcher.engine, keys, limits
+        self.registry = registry
         self.stopping = False
         self._images = 0  # in `answers`
         self._decoding = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "cascade-decode")
@@ -55,30 +60,35 @@ class Service:
             raise Refusal(opened)
         return opened
 
-    def bundles(self, request: Request) -> dict[str, list[str]]:
-        """Versions, rising, by the names of the bundles that the caller may use."""
-        opened, found = self.opened(request), dict[str, list[str]]()
-        for name, version in self.engine.bundles:
-            if EVERY in opened or name in opened:
-                found.setdefault(name, []).append(version)
+    def states(self, request: Request, name: str | None = None) -> dict[str, list[State]]:
+        """Of every bundle that the caller may use (or the one called ``name``), versions rising, refused ones too."""
+        if self.registry is not None:
+            known = self.registry.states(name)
+        else:
+            known = [State(*each, "ready") for each in self.engine.bundles if name in (None, each[0])]
+        opened, found = self.opened(request), dict[str, list[State]]()
+        for state in known:
+            if EVERY in opened or state.name in opened:
+                found.setdefault(state.name, []).append(state)
         return found
 
     async def answers(self, request: Request, images: list[bytes | Tensor], options: Options) -> list[Answer]:
         """Decoded in a pool, answered in the batcher's passes; given up when the client hangs up or time is over."""
         if self._images + len(images) > self.batcher.queue + self.batcher.max_batch:
+            metrics.DROPPED.labels(OVERLOADED.kind).inc(len(images))
             raise Refusal(OVERLOADED)
         seconds = self.limits.answer_seconds
         end = time.monotonic() + seconds
 
-        def submit() -> "list[Future[Answer]]":
-            return [self.batcher.submit(image, options, end - time.monotonic()) for image in images]
+        def submit(image: bytes | Tensor) -> "Future[Answer]":
+            return self.batcher.submit(image, options, end - time.monotonic())
 
-        async def work() -> list[Answer]:
-            futures = await asyncio.get_running_loop().run_in_executor(self._decoding, submit)
-            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        async def answer(image: bytes | Tensor) -> Answer:
+            future = await asyncio.get_running_loop().run_in_executor(self._decoding, submit, image)
+            return await asyncio.wrap_future(future)
 
         self._images += len(images)
-        answered, gone = asyncio.ensure_future(work()), asyncio.ensure_future(_hung_up(request))
+        answered, gone = asyncio.gather(*map(answer, images)), asyncio.ensure_future(_hung_up(request))
         try:
             await asyncio.wait((answered, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if answered.done():

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -117,25 +118,32 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    model_store: Path,
+    model_store: Path | str,
     host: str = "127.0.0.1",
     port: int = 8080,
     budget_bytes: int | None = None,
+    memory_bytes: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     max_batch: int = 32,
     patience: float = 0.05,
     queue: int = 256,
     api_keys: Path | None = None,
+    pins: Mapping[str, str] | None = None,
+    poll: float = 10,
     drain_timeout: float = 8,
     log_level: str = "info",
 ) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C, then return.
 
     Args:
+        model_store: a folder, or a URL that fsspec knows.
+        budget_bytes: of materialised masks. memory_bytes: of backbones and bundles; None for no limit.
         threads: of torch; None for one a core.
         max_batch, patience, queue: of the batcher.
         api_keys: a file as ``handlers.asgi.keys.read`` takes it; None lets everybody in.
+        pins: version by bundle name, for requests that name none.
+        poll: seconds between two looks at the store; 0 for never.
         drain_timeout: seconds for the requests in progress to finish.
         log_level: debug shows the polled paths, too; warning only what is wrong.
 
@@ -143,8 +151,11 @@ def serve(
         ServerError: the address cannot be had, or the engine process does not come up.
     """
     settings = {
-        "model_store": str(model_store.resolve()),
+        "model_store": str(model_store),
         "budget_bytes": budget_bytes,
+        "memory_bytes": memory_bytes,
+        "pins": dict(pins or {}),
+        "poll": poll,
         "device": device,
         "threads": threads or len(os.sched_getaffinity(0)),
         "max_batch": max_batch,

@@ -7,8 +7,7 @@ import base64
 import binascii
 import json
 import math
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +18,10 @@ from torch import Tensor
 
 from cascade.bundle import Bundle
 from cascade.fusion import MODES
+from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from cascade.prediction import ItemError, Prediction
 from handlers.asgi.guard import Refusal
 from handlers.torchserve.handler import NOT_FINITE
-
-LENGTH_HEADER = "Inference-Header-Content-Length"
-OUTPUTS = {"cluster": "INT64", "confidence": "FP32", "ood": "FP32", "embedding": "FP32", "label": "BYTES"} | {
-    "error": "BYTES"
-}
 
 
 class TensorParameters(BaseModel):
@@ -130,7 +125,8 @@ def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | It
         values = _column(name, bundle, answers)
         about: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": list(np.shape(values))}
         if binary:
-            blobs.append(_packed(values) if isinstance(values, list) else values.tobytes())
+            texts = isinstance(values, list)
+            blobs.append(packed([text.encode() for text in values]) if texts else values.tobytes())
             about["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
             about["data"] = values if isinstance(values, list) else values.ravel().tolist()
@@ -144,13 +140,12 @@ def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | It
     return b"".join([text, *blobs]), len(text) if blobs else None
 
 
-def metadata(bundle: Bundle, versions: list[str]) -> dict[str, Any]:
+def metadata(bundle: Bundle) -> dict[str, Any]:
     """What a client asks before it sends anything: inputs and outputs of one bundle."""
     side = bundle.preprocessing.size
     shapes = {"embedding": [-1, bundle.card.dim]}
     return {
         "name": bundle.name,
-        "versions": versions,
         "platform": "cascade",
         "inputs": [
             {"name": "image", "datatype": "BYTES", "shape": [-1]},
@@ -165,7 +160,10 @@ def _files(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:
         raise _bad("input image is BYTES [N]")
     count = _count(tensor, most)
     if tensor.data is None:
-        found = [*_unpacked(rest)]
+        try:
+            found = [*unpacked(rest)]
+        except ValueError as e:
+            raise _bad(str(e)) from None
     else:
         texts = [each for row in tensor.data for each in (row if isinstance(row, list) else [row])]
         try:
@@ -184,7 +182,7 @@ def _pixels(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:
     if tensor.data is None:
         if len(rest) % 4:
             raise _bad("binary data of FP32 has a multiple of 4 bytes")
-        values = np.frombuffer(rest, "<f4")
+        values = np.frombuffer(rest, NUMPY["FP32"])
     else:
         try:
             numbers = np.asarray(tensor.data)
@@ -212,35 +210,18 @@ def _column(name: str, bundle: Bundle, answers: Sequence[Prediction | ItemError]
     good = [None if isinstance(answer, ItemError) else answer for answer in answers]
     match name:
         case "cluster":
-            return np.array([-1 if a is None else a.cluster for a in good], "<i8")
+            return np.array([-1 if a is None else a.cluster for a in good], NUMPY["INT64"])
         case "embedding":
             blank = np.zeros(bundle.card.dim, np.float32)
-            return np.stack([blank if a is None or a.embedding is None else a.embedding for a in good]).astype("<f4")
+            return np.stack([blank if a is None or a.embedding is None else a.embedding for a in good]).astype(
+                NUMPY["FP32"]
+            )
         case "label":
             return [a.labels[0].name if a and a.labels else "" for a in good]
         case "error":
             return [f"{a.status} {a.kind}: {a.message}" if isinstance(a, ItemError) else "" for a in answers]
         case _:
-            return np.array([0 if a is None else getattr(a, name) for a in good], "<f4")
-
-
-def _unpacked(data: memoryview) -> Iterator[bytes]:
-    """The elements of BYTES as binary data: each with its length in front, 4 bytes, little-endian."""
-    at = 0
-    while at < len(data):
-        if at + 4 > len(data):
-            raise _bad("the binary data of input image ends inside a length")
-        (length,) = struct.unpack_from("<I", data, at)
-        at += 4
-        if at + length > len(data):
-            raise _bad("a file in the binary data of input image is longer than the data")
-        yield bytes(data[at : at + length])
-        at += length
-
-
-def _packed(texts: list[str]) -> bytes:
-    encoded = [text.encode() for text in texts]
-    return b"".join(struct.pack("<I", len(each)) + each for each in encoded)
+            return np.array([0 if a is None else getattr(a, name) for a in good], NUMPY["FP32"])
 
 
 def _bad(message: str) -> Refusal:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,8 @@ from handlers.asgi.guard import Guard, JsonLines
 from handlers.asgi.service import Service
 
 READY = b"ready\n"
+HUNG = 120  # seconds; a pass takes one or two
+log = logging.getLogger("cascade.worker")
 
 
 class Server(uvicorn.Server):
@@ -53,6 +56,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         drained = self.service.stopping and (self.guard.requests == 0 or time.monotonic() > self.end)
         dead = not self.service.batcher.alive  # then the supervisor starts another process
+        if self.service.batcher.pass_seconds > HUNG:
+            log.error("a pass hangs for %d s: this process ends, and the next one takes over", HUNG)
+            os.kill(os.getpid(), signal.SIGKILL)  # nothing gentler ends a thread that hangs in a driver
         return await super().on_tick(counter) or drained or dead
 
 
@@ -63,12 +69,15 @@ def run(settings: dict[str, Any]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
     opened = None if settings["api_keys"] is None else keys.read(Path(settings["api_keys"]))
-    engine = Engine(settings["budget_bytes"], settings["device"])
-    load_store(engine, Path(settings["model_store"]))
-    engine.warm_up()
+    engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=settings["memory_bytes"])
+    registry = load_store(engine, settings["model_store"], settings["pins"])
     batching = {name: settings[name] for name in ("max_batch", "patience", "queue")}
-    with Batcher(engine, **batching) as batcher, socket.socket(fileno=settings["socket"]) as listening:
-        service = Service(batcher, opened)
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket(fileno=settings["socket"]))
+        batcher = stack.enter_context(Batcher(engine, **batching))
+        stack.enter_context(registry.watching(settings["poll"]))
+        service = Service(batcher, opened, registry=registry)
+        stack.callback(service.close)
         guard = create_app(service)
         config = uvicorn.Config(
             guard,
@@ -82,10 +91,7 @@ def run(settings: dict[str, Any]) -> None:
             timeout_keep_alive=30,
             timeout_graceful_shutdown=1,
         )
-        try:
-            Server(config, service, guard, settings).run([listening])
-        finally:
-            service.close()
+        Server(config, service, guard, settings).run([listening])
 
 
 def _log(level: str) -> None:

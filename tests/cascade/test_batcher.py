@@ -159,6 +159,7 @@ def test_answers_are_the_engines(late: Bundle, cifar: list[Image.Image]) -> None
 
 def test_bad_image_is_its_own_error(held: Held) -> None:
     with Batcher(held) as batcher:
+        assert kind(batcher.submit(b"no image", Options("a"), timeout=0)) == (503, "deadline"), "not even decoded"
         assert kind(batcher.submit(b"no image", Options("a"))) == (400, "not_an_image")
         assert kind(batcher.submit(b"no image", Options("z"))) == (404, "unknown_bundle")
     assert not held.passes
@@ -175,11 +176,13 @@ def test_full_queue_answers_at_once(held: Held, cifar: list[Image.Image]) -> Non
         assert isinstance(item, Item)
         assert kind(batcher.submit_item(item)) == (503, "overloaded")
         assert batcher.retry_after() == 0, "nothing was measured yet"
+        wait_for(lambda: batcher.pass_seconds > 0.02)
         held.go.release()
         first.result(30)
         assert held.entered.acquire(timeout=30)
         assert batcher.retry_after() > 0
         order(held, batcher, futures)
+        wait_for(lambda: batcher.pass_seconds == 0)
     assert now("dropped_total", why="overloaded") == refused + 2
     assert now("requests_total", **counted("a", 503)) == failed + 2
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -21,6 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 import cascade
 from cascade.engine import Engine
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
+
+if TYPE_CHECKING:
+    from tests.e2e.asgi_server import Asgi
 
 ROOT = Path(__file__).parents[2]
 CLIENT = httpx.Client(trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None))
@@ -197,4 +200,13 @@ def server(store: Path, one_mask: int) -> Iterator[Running]:
     start = time.perf_counter()
     with serving(store, budget_bytes=one_mask) as running:
         print(f"TorchServe was ready after {time.perf_counter() - start:.1f} s")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def asgi(store: Path, one_mask: int) -> "Iterator[Asgi]":
+    """One ASGI server for the session, with room for a single materialised mask."""
+    from tests.e2e.asgi_server import serving_asgi
+
+    with serving_asgi(store, "--budget", str(one_mask)) as running:
         yield running

@@ -5,6 +5,8 @@ import base64
 import json
 import logging
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -18,7 +20,7 @@ from PIL import Image
 
 from cascade import Engine, Options, Prediction
 from cascade.batcher import Batcher
-from handlers.asgi import v2
+from cascade.oip import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, JsonLines, Limits
 from handlers.asgi.keys import Keys
@@ -161,24 +163,24 @@ def test_paths_that_are_none(ask: Ask) -> None:
 
 def binary(files: list[bytes], **more: Any) -> dict[str, Any]:
     """A request whose images and answers are binary data."""
-    data = b"".join(struct.pack("<I", len(each)) + each for each in files)
+    data = packed(files)
     about = {"name": "image", "shape": [len(files)], "datatype": "BYTES"}
     inputs = [about | {"parameters": {"binary_data_size": len(data)}}]
     text = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}} | more).encode()
-    return {"content": text + data, "headers": {v2.LENGTH_HEADER: str(len(text))}}
+    return {"content": text + data, "headers": {LENGTH_HEADER: str(len(text))}}
 
 
 def outputs(answer: httpx.Response) -> dict[str, Any]:
     """Each output as an array, or a list of texts."""
     assert answer.status_code == 200, answer.text
-    length = int(answer.headers.get(v2.LENGTH_HEADER, len(answer.content)))
+    length = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
     rest, found = answer.content[length:], {}
     for output in json.loads(answer.content[:length])["outputs"]:
         size = output.get("parameters", {}).get("binary_data_size")
         data, rest = (None, rest) if size is None else (rest[:size], rest[size:])
         kind = {"INT64": "<i8", "FP32": "<f4"}.get(output["datatype"])
         if kind is None:
-            texts = output["data"] if data is None else [b.decode() for b in v2._unpacked(memoryview(data))]
+            texts = output["data"] if data is None else [b.decode() for b in unpacked(data)]
             found[output["name"]] = texts
         else:
             flat = np.asarray(output["data"], kind) if data is None else np.frombuffer(data, kind)
@@ -215,7 +217,7 @@ def test_pixels(ask: Ask, engine: Engine, files: list[bytes], cifar: list[Image.
         got = outputs(ask("POST", "/v2/models/birds/infer", json={"inputs": [document]}))
         assert got["cluster"].tolist() == want and got["error"] == ["", ""]
     text = json.dumps({"inputs": [about | {"parameters": {"binary_data_size": pixels.nbytes}}]}).encode()
-    headers = {v2.LENGTH_HEADER: str(len(text))}
+    headers = {LENGTH_HEADER: str(len(text))}
     got = outputs(ask("POST", "/v2/models/birds/infer", content=text + pixels.tobytes(), headers=headers))
     assert got["cluster"].tolist() == want
     for wrong in (np.nan, np.inf, 1e30):
@@ -306,13 +308,13 @@ def test_requests_that_make_no_sense(ask: Ask, document: Any) -> None:
 
 def test_broken_json_and_binary_data(ask: Ask, files: list[bytes]) -> None:
     def kind(content: bytes, length: str | None = None) -> tuple[int, str]:
-        headers = {} if length is None else {v2.LENGTH_HEADER: length.encode("latin-1")}
+        headers = {} if length is None else {LENGTH_HEADER: length.encode("latin-1")}
         return error(ask("POST", "/v2/models/birds/infer", content=content, headers=headers))
 
     for content in (b"", b"{", b"\xff", b"[" * 100_000, b'{"inputs":' + b"9" * 5000 + b"}"):
         assert kind(content) == (400, "bad_request")
     good = binary(files[:1])
-    text, length = good["content"], good["headers"][v2.LENGTH_HEADER]
+    text, length = good["content"], good["headers"][LENGTH_HEADER]
     for wrong in ("-1", "x", "", "1" * 30, str(len(text) + 1), "\xb2", str(int(length) - 1)):
         assert kind(text, wrong) == (400, "bad_request")
     assert kind(text + b"more", length) == (400, "bad_request")
@@ -327,7 +329,10 @@ def test_broken_json_and_binary_data(ask: Ask, files: list[bytes]) -> None:
 def test_metadata_and_health(ask: Ask) -> None:
     assert ask("GET", "/v2").json()["extensions"] == ["binary_tensor_data"]
     assert ask("GET", "/v2/models").json() == {
-        "models": [{"name": "birds", "versions": ["1", "2"]}, {"name": "ships", "versions": ["1"]}]
+        "models": [
+            {"name": "birds", "versions": ["1", "2"], "state": {v: {"state": "ready"} for v in "12"}},
+            {"name": "ships", "versions": ["1"], "state": {"1": {"state": "ready"}}},
+        ]
     }
     for path in ("/v2/models/birds", "/v2/models/birds/versions/1"):
         about = ask("GET", path).json()
@@ -369,6 +374,27 @@ def test_many_bodies_at_a_time_are_refused(guard: Guard, ask: Ask) -> None:
         guard.held -= 250_000
     assert error(answer) == (503, "overloaded") and int(answer.headers["retry-after"]) >= 1
     assert error(ask("POST", "/v1/predict", content=bytes(100_000))) == (400, "bundle_missing")
+
+
+def test_bodies_that_do_not_come_keep_nobody_out(guard: Guard, files: list[bytes]) -> None:
+    """Announced is not sent."""
+
+    async def silent() -> Any:
+        yield b"x"
+        await asyncio.sleep(1)
+
+    async def go() -> tuple[list[httpx.Response], httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://test") as http:
+            headers = {"X-Cascade-Bundle": "birds"}
+            slow = [asyncio.create_task(http.post("/v1/predict", content=silent(), headers=headers)) for _ in range(9)]
+            await asyncio.sleep(0.1)
+            good = await http.post("/v1/predict", content=files[0], headers=headers)
+            return [await each for each in slow], good
+
+    slow, good = asyncio.run(go())
+    assert good.status_code == 200
+    assert {error(each) for each in slow} == {(408, "slow_body")}
+    assert guard.requests == guard.held == 0
 
 
 def ask_anyhow(guard: Guard, **options: Any) -> httpx.Response:
@@ -464,3 +490,10 @@ def test_a_fault_is_500_with_an_id_and_in_the_log(
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     line = json.loads(JsonLines().format(record))
     assert line["request_id"] == "here" and "TypeError" in line["traceback"]
+
+
+def test_supervisor_is_light() -> None:
+    """It stays beside every engine process, and starts the next one."""
+    program = "import sys, handlers.asgi.supervisor; print(sorted({'torch', 'timm', 'fastapi'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

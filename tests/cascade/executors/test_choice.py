@@ -58,7 +58,7 @@ def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch, cache: Path) -> N
     def missing(name: str) -> Any:
         raise OnnxError(f"{name} is missing")
 
-    monkeypatch.setattr("cascade.executors.onnx._library", missing)
+    monkeypatch.setattr("cascade.executors.onnx.library", missing)
     assert type(chosen()) is FoldedExecutor
     with pytest.raises(CascadeError, match="is missing"):
         chosen("onnx")
@@ -74,7 +74,7 @@ def test_what_was_recorded_is_gone(
     def missing(name: str) -> Any:
         raise OnnxError(f"{name} is missing")
 
-    monkeypatch.setattr("cascade.executors.onnx._library", missing)
+    monkeypatch.setattr("cascade.executors.onnx.library", missing)
     with caplog.at_level(logging.WARNING):
         assert type(chosen(size=64)) is FoldedExecutor
     assert "executor onnx can't be used any more: onnx is missing" in caplog.text

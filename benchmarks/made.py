@@ -1,0 +1,129 @@
+"""Bundles of random masks over seeded random weights: neither time nor bytes depend on their values."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade import backbone as backbones
+from cascade.backbone import Backbone
+from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard
+from cascade.engine import Engine, Item, Options
+from cascade.executors.choice import Kind, make
+from cascade.fusion import Fusion, Mode
+from cascade.images import Preprocessing
+from cascade.masks import Mask
+from cascade.residency import Residency
+from cascade.router import Calibration
+from training.clusters import fit_centroids
+
+DENSITY = 15 / 16  # active weights; the paper's on CIFAR-100 is 0.925
+DIM = 256
+QUICK = Options(embedding=True, labels=0, neighbours=0)
+
+
+def mask(backbone: Backbone, name: str, start: int, seed: int) -> Mask:
+    """``DENSITY`` of the weights active, and BatchNorm statistics that are the mask's own."""
+    draw = np.random.default_rng(seed)
+    size = -(-(backbone.flat.numel() - backbone.offset(start)) // 8)
+    bits = np.zeros(size, np.uint8)
+    for _ in range(4):  # a bit is off where four random ones are
+        bits |= np.frombuffer(draw.bytes(size), np.uint8)
+    prefixes = tuple(f"{prefix}." for stage in backbone.row[start:] for prefix in stage.prefixes)
+    norms = {n: t * float(draw.uniform(0.9, 1.1)) for n, t in backbone.norms.items() if n.startswith(prefixes)}
+    return Mask(name, start, torch.from_numpy(bits), norms)
+
+
+def single(backbone: Backbone, name: str, seed: int, dim: int = DIM) -> Bundle:
+    """A bundle that is one mask over every maskable weight."""
+    return _bundle(backbone, name, [mask(backbone, "dispatcher", 0, seed)], dim)
+
+
+def cascade(backbone: Backbone, name: str, experts: int, expert_from: int) -> Bundle:
+    """A cascade whose router was fitted on noise, so that noise spreads over its clusters."""
+    masks = [mask(backbone, "dispatcher", 0, 0)]
+    masks += [mask(backbone, f"expert-{k}", expert_from, k + 1) for k in range(experts)]
+    bundle = _bundle(backbone, name, masks, DIM)
+    executor = make(backbone, Residency(2**40), "folded")
+    executor.swap(executor.pack(masks[0]))
+    found = torch.cat([executor.run(noise(backbone, 16, seed)) for seed in range(4)]).numpy()
+    router = fit_centroids(found, experts, 0)
+    card = bundle.card.model_copy(update={"router": RouterCard(kind=router.kind, shares=[1 / experts] * experts)})
+    return replace(bundle, router=router, card=card)
+
+
+def noise(backbone: Backbone, count: int, seed: int = 0) -> Tensor:
+    """Images, float32 [count, 3, H, W], each with a colour and a contrast of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    look = torch.randn(count, 3, 1, 1, generator=generator)
+    return look + torch.randn(count, *backbone.config["input_size"], generator=generator) * look.abs().amax(1, True)
+
+
+def engine_of(bundles: list[Bundle], budget: int, executor: Kind = "auto") -> Engine:
+    """An engine with the bundles and a budget in bytes."""
+    engine = Engine(budget, executor=executor)
+    for bundle in bundles:
+        engine.add(bundle)
+    return engine
+
+
+def item(engine: Engine, name: str, pixels: Tensor, mode: Mode | None = None) -> Item:
+    """An image that is ready for a pass."""
+    bundle = engine.find(name)
+    assert isinstance(bundle, Bundle)
+    return Item(bundle, mode or bundle.card.mode, QUICK, pixels)
+
+
+def mask_bytes(backbone: Backbone) -> int:
+    """Of one mask's materialised weights, with room for padding."""
+    return int(4 * backbone.flat.numel() * 1.05)
+
+
+def load(name: str) -> Backbone:
+    """Seeded random weights."""
+    return backbones.load(name, "random:0")
+
+
+def _bundle(backbone: Backbone, name: str, masks: list[Mask], dim: int) -> Bundle:
+    experts = len(masks) - 1
+    slots: dict[Mode, int] = {"dispatcher": 1}
+    slots |= {"conditional": 2, "unconditional": experts + 1} if experts else {}
+    generator = torch.Generator().manual_seed(0)
+    preprocessing = Preprocessing.of(backbone.config)
+    card: dict[str, Any] = {
+        "format": 1,
+        "backbone": BackboneCard(
+            name=backbone.name,
+            source=backbone.source,
+            fingerprint=backbone.fingerprint,
+            features=backbone.features,
+            stages=[stage.name for stage in backbone.row],
+            maskable=backbone.flat.numel(),
+        ),
+        "preprocessing": preprocessing.to_json(),
+        "masks": [
+            MaskCard(
+                name=m.name, start=m.start, weights=backbone.flat.numel() - backbone.offset(m.start), density=DENSITY
+            )
+            for m in masks
+        ],
+        "mode": "conditional" if experts else "dispatcher",
+        "dim": dim,
+    }
+    return Bundle(
+        name=name,
+        version="1",
+        card=Card(**card),
+        preprocessing=preprocessing,
+        dispatcher=masks[0],
+        experts=tuple(masks[1:]),
+        router=None,
+        calibration=Calibration(),
+        ood=None,
+        fusions={
+            mode: Fusion((torch.randn(n, backbone.features, dim, generator=generator) / 50).half(), torch.zeros(dim))
+            for mode, n in slots.items()
+        },
+    )

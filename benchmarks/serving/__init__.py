@@ -1,0 +1,1 @@
+"""Mixed masks against what one would use instead, see ``__main__``."""

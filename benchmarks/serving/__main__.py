@@ -1,0 +1,77 @@
+"""Traffic that mixes many masks, against copies of the weights and against what servers do today.
+
+    python -m benchmarks.serving                                    # ResNet-50, 224 px: about 20 minutes on two cores
+    python -m benchmarks.serving --backbone vit_base_patch32_224    # or tf_efficientnet_lite0
+    python -m benchmarks.serving --only swap,mixed_uniform          # some of the measurements
+
+Weights are seeded random ones: neither time nor bytes depend on their values. Images are decoded already. Each item is
+one mask, but for the cascades. Peers are processes of their own, interleaved by rounds.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+
+from benchmarks.report import Figure, Rows, report, single
+from benchmarks.serving import cascades, cold, executors, mixed, scale, swap, torchserve
+
+WHOLE = ("resnet50",)
+"""The backbones for which everything is measured; for others what depends on the backbone."""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--backbone", default="resnet50")
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--only", help="names of measurements, separated by commas")
+    options.add_argument("--masks", type=int, default=2000, help="of scale_5_to_2000")
+    chosen = options.parse_args()
+    name, count = chosen.backbone, chosen.rounds
+    tables = {key: Rows(f"{title}: {name}") for key, title in TITLES.items()}
+    measurements: dict[str, Callable[[], dict[str, Figure]]] = {
+        "executors": lambda: executors.measure(name, count, tables["executors"]),
+        "swap": lambda: swap.measure(name, 5 * count, tables["swap"]),
+        "mixed_uniform": lambda: mixed.against_copies(
+            name, "mixed_uniform", 20, mixed.uniform(20, count), ">= 0.9", True, tables["mixed"]
+        ),
+        "mixed_zipf": lambda: mixed.against_copies(
+            name, "mixed_zipf", 100, mixed.zipf(100, count), ">= 0.95", False, tables["mixed"]
+        ),
+        "mixed_distinct": lambda: mixed.against_copies(
+            name, "mixed_distinct", 32, [list(range(32))] * count, ">= 0.75", True, tables["mixed"]
+        ),
+        "identical": lambda: mixed.identical(name, count, tables["mixed"]),
+        "today": lambda: mixed.against_today(name, mixed.uniform(20, count), 20, tables["mixed"]),
+        "cascades": lambda: cascades.measure(name, 2 * count, tables["cascades"]),
+        "cold": lambda: cold.measure(name, count, tables["cold"]),
+        "scale": lambda: scale.measure(name, chosen.masks, 512, max(3, count // 2), tables["scale"]),
+        "torchserve": lambda: torchserve.measure(name, 6, count, tables["torchserve"]),
+    }
+    wanted = chosen.only.split(",") if chosen.only else list(measurements)
+    if unknown := set(wanted) - set(measurements):
+        options.error(f"no measurement {' '.join(unknown)}; there are: {' '.join(measurements)}")
+    if not chosen.only and name not in WHOLE:
+        wanted = [key for key in wanted if key not in ("scale", "torchserve", "swap")]
+    figures: dict[str, Figure] = {"load_average_before": single(os.getloadavg()[0])}
+    for key in wanted:
+        print(f"measuring {key} ...", flush=True)
+        figures |= measurements[key]()
+    report(
+        f"serving-{name}" + (f"-{'-'.join(wanted)}" if chosen.only else ""),
+        figures,
+        *(rows.table for rows in tables.values() if rows.table.row_count),
+    )
+
+
+TITLES = {
+    "executors": "the unmasked backbone",
+    "swap": "a swap of all weights",
+    "mixed": "batches of 32 images",
+    "cascades": "cascades",
+    "cold": "a new mask",
+    "scale": "many masks",
+    "torchserve": "TorchServe",
+}
+
+if __name__ == "__main__":
+    main()

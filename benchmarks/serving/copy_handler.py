@@ -1,0 +1,29 @@
+"""What a TorchServe user writes today: a whole model a worker, a worker a model. TorchServe wants one class here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import made
+from cascade.images import Preprocessing, decode
+
+
+class CopyHandler:
+    """A timm model with weights of its own, plain PyTorch, images channels last."""
+
+    def initialize(self, context: Any) -> None:
+        settings = context.model_yaml_config["copy"]
+        torch.set_num_threads(settings["threads"])
+        backbone = made.load(settings["backbone"])
+        self.model = backbone.model
+        self.model.load_state_dict(load_file(Path(settings["weights"])))
+        self.transform = Preprocessing.of(backbone.config).transform()
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        images = [self.transform(decode(bytes(next(iter(each.values()))))) for each in data]
+        with torch.inference_mode():
+            features = self.model(torch.stack(images).contiguous(memory_format=torch.channels_last))
+        return [json.dumps(row.tolist()[: made.DIM]) for row in features]

@@ -1,0 +1,165 @@
+"""Ways to serve N adapted models; each is built in a process of its own and answers (model, image) pairs.
+
+Every way may group a batch by model first; none looks further than the batch.
+"""
+
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks import made
+from cascade import masks
+from cascade.backbone import Backbone
+from cascade.executors.choice import Kind, choose
+from cascade.executors.onnx import export, library, session_options
+from cascade.flat import Flat, Order
+from cascade.fold import Folded
+from cascade.masks import Mask
+from cascade.residency import Residency
+
+Batch = list[int]  # the model of each image
+Answer = Callable[[Batch], object]
+
+
+def ours(name: str, models: int, held: int, executor: Kind = "auto") -> Answer:
+    """Packed masks over one backbone, ``held`` of them materialised at most."""
+    backbone = made.load(name)
+    pixels, size = made.noise(backbone, 64), made.mask_bytes(backbone)
+    engine = made.engine_of([made.single(backbone, str(i), i) for i in range(models)], held * size, executor)
+
+    def answer(batch: Batch) -> dict[str, int]:
+        engine.run([made.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(batch)])
+        return engine.stats()
+
+    return answer
+
+
+def unmasked(name: str, executor: Kind = "auto") -> Answer:
+    """The backbone alone in one of our executors: whatever model is asked for, it is this one."""
+    backbone = made.load(name)
+    pixels = made.noise(backbone, 64)
+    chosen = choose(backbone, Residency(0), executor)
+    return grouped(lambda wanted, x: chosen.run(x), pixels)
+
+
+def static_copies(name: str, models: int) -> Answer:
+    """A copy of the weights for each, in a static ONNX Runtime session: the fastest executor of a copy."""
+    backbone = made.load(name)
+    pixels = made.noise(backbone, 64)
+    sessions = [static_session(backbone, made.mask(backbone, "", 0, i), pixels) for i in range(models)]
+
+    def run(model: int, x: Tensor) -> Any:
+        return sessions[model].run(None, {"x": x.numpy()})[0]
+
+    return grouped(run, pixels)
+
+
+def files(name: str, models: int) -> Answer:
+    """One resident model that loads a state_dict from disk (page cache) whenever another one is asked for."""
+    backbone = made.load(name)
+    pixels = made.noise(backbone, 64)
+    keep = tempfile.TemporaryDirectory(prefix="cascade-files-")
+    for i in range(models):
+        save_file(copy_of(backbone, made.mask(backbone, "", 0, i)).state_dict(), Path(keep.name, f"{i}.safetensors"))
+    model, now = copy_of(backbone, made.mask(backbone, "", 0, 0)), [-1]
+
+    def run(wanted: int, x: Tensor, keep: object = keep) -> Any:  # the folder goes when the process ends
+        if now[0] != wanted:
+            model.load_state_dict(load_file(Path(keep.name, f"{wanted}.safetensors")))  # type: ignore[attr-defined]
+            now[0] = wanted
+        return model(x.contiguous(memory_format=torch.channels_last))
+
+    return grouped(run, pixels)
+
+
+def hooks(name: str, models: int) -> Answer:
+    """Forward hooks that multiply each layer's weight with its mask on the fly, masks as bool tensors."""
+    backbone = made.load(name)
+    pixels, model = made.noise(backbone, 64), deepcopy(backbone.model)
+    active = []
+    for i in range(models):
+        bits = made.mask(backbone, "", 0, i).bits
+        active.append(masks.unpack(bits, backbone.flat.numel()))
+    now = [0]
+    for parameter, (begin, end) in backbone.spans.items():
+        path, _, part = parameter.rpartition(".")
+        module, pristine = model.get_submodule(path), dict(backbone.model.named_parameters())[parameter]
+
+        def hook(
+            module: nn.Module,
+            inputs: Any,
+            part: str = part,
+            pristine: Tensor = pristine,
+            span: slice = slice(begin, end),
+        ) -> None:
+            mask = active[now[0]][span].view(pristine.shape)
+            getattr(module, part).data = pristine * mask / mask.float().mean().sqrt()
+
+        module.register_forward_pre_hook(hook)
+
+    def run(wanted: int, x: Tensor) -> Any:
+        now[0] = wanted
+        return model(x.contiguous(memory_format=torch.channels_last))
+
+    return grouped(run, pixels)
+
+
+def eager(name: str, layout: str) -> Answer:
+    """The unmasked model as timm gives it, images contiguous or channels last."""
+    backbone = made.load(name)
+    pixels, model = made.noise(backbone, 64), backbone.model
+    last = layout == "channels_last"
+
+    def run(wanted: int, x: Tensor) -> Any:
+        return model(x.contiguous(memory_format=torch.channels_last) if last else x)
+
+    return grouped(run, pixels)
+
+
+def grouped(run: Callable[[int, Tensor], Any], pixels: Tensor) -> Answer:
+    """A batch's images, group by group of one model."""
+
+    def answer(batch: Batch) -> None:
+        groups: dict[int, list[int]] = {}
+        for i, model in enumerate(batch):
+            groups.setdefault(model, []).append(i % len(pixels))
+        with torch.inference_mode():
+            for model, rows in groups.items():
+                run(model, pixels[rows])
+
+    return answer
+
+
+def copy_of(backbone: Backbone, mask: Mask) -> nn.Module:
+    """A whole model with the mask's weights and statistics in it."""
+    model = deepcopy(backbone.model)
+    flat, parameters = masks.apply(backbone, mask), dict(model.named_parameters())
+    for name, (begin, end) in backbone.spans.items():
+        parameters[name].data = flat[begin:end].view(parameters[name].shape).clone()
+    model.load_state_dict(mask.norms, strict=False)
+    return model
+
+
+def static_session(backbone: Backbone, mask: Mask, pixels: Tensor) -> Any:
+    """BatchNorm folded, weights constant: ONNX Runtime may bring them into whatever order it likes."""
+    onnxruntime = library("onnxruntime")
+    folded = Folded(backbone)
+    flat = Flat(folded, [Order(1, torch.arange(u.columns, dtype=torch.int32).numpy()) for u in folded.units])
+    packed = flat.pack(mask)
+    weights = flat.materialise(packed)
+    for i, unit in enumerate(folded.units):
+        layer, begin, row = folded.model.get_submodule(unit.module), int(flat.begin[i]), int(flat.row[i])
+        own = weights[begin : begin + unit.rows * unit.columns].view(unit.shape).clone()
+        layer.weight = nn.Parameter(own, requires_grad=False)
+        layer.bias = nn.Parameter(packed.shifts[row : row + unit.rows].clone(), requires_grad=False)
+    with tempfile.TemporaryDirectory(prefix="cascade-static-") as folder:
+        path = Path(folder, "static.onnx")
+        export(folded.model, pixels[:2], path)
+        options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,176 @@
+"""A client of both front ends: files in, the same ``Prediction`` out that the engine gives.
+
+with cascade.Client("http://127.0.0.1:8080") as client:
+    print(client.predict("cat.jpg").cluster)
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+
+from cascade.errors import CascadeError
+from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
+from cascade.prediction import ItemError, Options, Prediction
+
+T = TypeVar("T")
+Image = bytes | str | Path
+LONGEST_PAUSE = 5.0  # seconds between two tries
+
+
+class ClientError(CascadeError):
+    """The server cannot be reached, or did not answer as it should."""
+
+
+class Client:
+    """One server, over as many connections as there are threads that use it.
+
+    Args:
+        url: of the server. With a path, images are posted there: ``http://HOST:8080/predictions/cascade`` for
+            TorchServe; without one to ``/v1/predict``.
+        key: API key, sent as a header.
+        timeout: seconds for one request.
+        patience: seconds to go on trying while the server is overloaded or away; a prediction may be asked twice.
+    """
+
+    def __init__(self, url: str, *, key: str | None = None, timeout: float = 60, patience: float = 0) -> None:
+        whole = httpx.URL(url)
+        self._predict = whole.path if whole.path != "/" else "/v1/predict"
+        self.patience = patience
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._http = httpx.Client(base_url=whole.copy_with(path="/"), headers=headers, timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def predict(self, image: Image, options: Options = Options()) -> Prediction | ItemError:
+        """The answer for one image, or what is wrong with it. Of labels and neighbours the server sends five at most.
+
+        Raises:
+            ClientError: no answer.
+        """
+        fields = [name for name in ("labels", "neighbours", "embedding") if getattr(options, name)]
+        headers = {"Content-Type": "application/octet-stream", "X-Cascade-Fields": ",".join(fields)}
+        for name in ("bundle", "version", "mode"):
+            if (value := getattr(options, name)) is not None:
+                headers[f"X-Cascade-{name}"] = value
+        answer = self._ask("POST", self._predict, content=_read(image), headers=headers)
+        return _understood(answer, lambda: Prediction.from_json(answer.json())) if _good(answer) else _error(answer)
+
+    def infer(
+        self,
+        images: Sequence[Image] | np.ndarray,
+        bundle: str,
+        version: str | None = None,
+        mode: str | None = None,
+        outputs: Sequence[str] = tuple(OUTPUTS),
+    ) -> dict[str, Any]:
+        """Many images in one request of the Open Inference Protocol (the ASGI front end only).
+
+        Args:
+            images: files, or float32 [N, 3, H, W], preprocessed.
+            outputs: some of ``cascade.oip.OUTPUTS``.
+
+        Returns:
+            Each output by name: an array with a row an image, or a list of texts; and the ``version`` that made them.
+            Where ``error`` is not empty, the image has no answer.
+
+        Raises:
+            ClientError: no answer, or the request as a whole was refused.
+        """
+        if isinstance(images, np.ndarray):
+            about: dict[str, Any] = {"name": "pixels", "shape": list(images.shape), "datatype": "FP32"}
+            data = images.astype(NUMPY["FP32"]).tobytes()
+        else:
+            about = {"name": "image", "shape": [len(images)], "datatype": "BYTES"}
+            data = packed([_read(image) for image in images])
+        head = json.dumps(
+            {
+                "inputs": [about | {"parameters": {"binary_data_size": len(data)}}],
+                "outputs": [{"name": name} for name in outputs],
+                "parameters": {"binary_data_output": True} | ({} if mode is None else {"mode": mode}),
+            }
+        ).encode()
+        path = f"/v2/models/{quote(bundle, '')}" + (f"/versions/{quote(version, '')}" if version else "") + "/infer"
+        answer = self._ask("POST", path, content=head + data, headers={LENGTH_HEADER: str(len(head))})
+        if not _good(answer):
+            raise ClientError(f"the request was refused, status {answer.status_code}: {_error(answer).message}")
+        return _understood(answer, lambda: _columns(answer))
+
+    def models(self) -> dict[str, list[str]]:
+        """The versions of each bundle (the ASGI front end only). Raises ClientError."""
+        answer = self._ask("GET", "/v2/models")
+        if not _good(answer):
+            raise ClientError(f"no list of bundles, status {answer.status_code}: {_error(answer).message}")
+        return _understood(answer, lambda: {each["name"]: each["versions"] for each in answer.json()["models"]})
+
+    def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+        end = time.monotonic() + self.patience
+        pause = 0.1
+        while True:
+            try:
+                answer = self._http.request(method, path, **request)
+                if answer.status_code != 503 or time.monotonic() + pause > end:
+                    return answer
+                wish = answer.headers.get("retry-after", "")
+                pause = max(pause, float(wish) if wish.isdigit() else 0)
+            except httpx.TransportError as e:
+                if time.monotonic() + pause > end:
+                    raise ClientError(f"{self._http.base_url} does not answer ({e!r}): is the server running?") from e
+            time.sleep(min(pause, LONGEST_PAUSE, max(0.0, end - time.monotonic())))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _read(image: Image) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return Path(image).read_bytes()
+    except OSError as e:
+        raise ClientError(f"{image} cannot be read ({e.strerror}): check the path") from e
+
+
+def _good(answer: httpx.Response) -> bool:
+    return answer.status_code == 200
+
+
+def _understood(answer: httpx.Response, make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except (ValueError, TypeError, KeyError) as e:
+        raise ClientError(f"{answer.url} gives another answer ({e!r}): is this a Cascade server?") from e
+
+
+def _error(answer: httpx.Response) -> ItemError:
+    """Of our own servers an ItemError; what TorchServe or a proxy answers itself has another body, or none."""
+    try:
+        error = answer.json()["error"]
+        return ItemError(**error) if isinstance(error, dict) else ItemError(answer.status_code, *error.split(": ", 1))
+    except (ValueError, TypeError, KeyError):
+        text = " ".join(answer.text.split())[:200]
+        return ItemError(answer.status_code, "http", text or answer.reason_phrase)
+
+
+def _columns(answer: httpx.Response) -> dict[str, Any]:
+    at = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
+    head = json.loads(answer.content[:at])
+    found: dict[str, Any] = {"version": head["model_version"]}
+    for output in head["outputs"]:
+        data = answer.content[at : at + output["parameters"]["binary_data_size"]]
+        at += len(data)
+        if output["datatype"] == "BYTES":
+            found[output["name"]] = [each.decode() for each in unpacked(data)]
+        else:
+            found[output["name"]] = np.frombuffer(data, NUMPY[output["datatype"]]).reshape(output["shape"])
+    return found

@@ -1,0 +1,62 @@
+"""The page to look at, and what only it asks for: a flat map of a bundle's neighbour bank."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from cascade.heads import Bank
+
+HERE = Path(__file__).parent
+POLICY = (  # the pages load nothing from elsewhere and send nothing there
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob:; connect-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+_maps: "WeakKeyDictionary[Bank, Map]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """The first two principal components of a bank, as plain numbers.
+
+    Attributes:
+        mean: [dim]; axes: [2, dim]. An L2-normalised embedding e lies at axes @ (e - mean).
+        points: [rows, 2].
+    """
+
+    mean: list[float]
+    axes: list[list[float]]
+    points: list[list[float]]
+
+
+@cache
+def page(name: str) -> str:
+    """One of the HTML files beside this module."""
+    return HERE.joinpath(name).read_text()
+
+
+def flat(bank: Bank) -> dict[str, Any]:
+    """The map of a bank, with the names and labels of its images; computed once, which takes milliseconds."""
+    if (found := _maps.get(bank)) is None:
+        found = _maps[bank] = _pca(bank.embeddings.float())
+    return {
+        "mean": found.mean,
+        "axes": found.axes,
+        "points": found.points,
+        "names": list(bank.names),
+        "labels": list(bank.labels),
+    }
+
+
+def _pca(embeddings: Tensor) -> Map:
+    mean = embeddings.mean(0)
+    _, _, axes = torch.linalg.svd(embeddings - mean, full_matrices=False)
+    axes = torch.nn.functional.pad(axes[:2], (0, 0, 0, max(0, 2 - len(axes))))
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    axes = axes * torch.where(largest < 0, -1, 1)  # a component's sign means nothing: always the same one
+    return Map(mean.tolist(), axes.tolist(), ((embeddings - mean) @ axes.T).tolist())

@@ -1,0 +1,261 @@
+"""The ASGI front end over real sockets: the engine's answers, unmodified clients, keys, and its end."""
+
+import io
+import json
+import signal
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade import Client, Engine, ItemError, Options, Prediction
+from cascade.client import ClientError
+from tests.e2e.asgi_server import Asgi, serving_asgi
+from tests.e2e.conftest import CLIENT, NotStarted, Running
+from tests.e2e.test_torchserve import answer, encoded, error, post, same
+
+pytestmark = pytest.mark.e2e
+
+
+def test_answer_is_the_engines(asgi: Asgi, engine: Engine, photos: list[bytes]) -> None:
+    for mode in ("dispatcher", "conditional", "unconditional"):
+        (expected,) = engine.predict(photos[:1], Options(mode=mode, embedding=True))
+        assert isinstance(expected, Prediction)
+        fields = "labels,neighbours,embedding"
+        response = post(asgi, photos[0], X_Cascade_Bundle="two", X_Cascade_Mode=mode, X_Cascade_Fields=fields)
+        assert same(answer(response), json.loads(json.dumps(expected.to_json())) | {"bundle": "two"})
+
+
+def test_both_front_ends_say_the_same(asgi: Asgi, server: Running, photos: list[bytes]) -> None:
+    both = (asgi, server)
+    for headers in ({}, {"X_Cascade_Bundle": "one"}, {"X_Cascade_Bundle": "three"}, {"X_Cascade_Colour": "red"}):
+        for body in (photos[0], b"hello", b"", photos[0][:500]):
+            ours, theirs = (post(each, body, **headers) for each in both)
+            assert ours.status_code == theirs.status_code
+            if ours.status_code == 200:
+                assert same(answer(ours), answer(theirs))
+            else:
+                assert error(ours) == error(theirs)
+    ours, theirs = (post(each, photos[0], X_Cascade_Bundle="one", Accept="application/octet-stream") for each in both)
+    np.testing.assert_allclose(np.frombuffer(ours.content, "<f4"), np.frombuffer(theirs.content, "<f4"), atol=1e-3)
+    assert ours.headers["content-type"] == theirs.headers["content-type"] == "application/octet-stream"
+    named = [{name for name in each.headers if name.startswith("x-cascade-")} for each in (ours, theirs)]
+    assert named[0] == named[1] >= {"x-cascade-bundle", "x-cascade-cluster", "x-cascade-masks"}
+
+
+def test_refused_bundles_and_their_reason(asgi: Asgi) -> None:
+    models = {each["name"]: each for each in CLIENT.get(f"{asgi.base}/v2/models").json()["models"]}
+    assert models["one"]["versions"] == ["1"] and models["one"]["state"] == {"1": {"state": "ready"}}
+    assert models["broken"]["versions"] == [] and models["broken"]["state"]["1"]["state"] == "refused"
+    reason = models["broken"]["state"]["1"]["reason"]
+    answer = CLIENT.get(f"{asgi.base}/v2/models/broken")
+    assert answer.status_code == 404 and f"version 1 is refused: {reason}" in answer.json()["error"]
+    assert asgi.metrics()["cascade_bundle_refused{bundle=broken}"] == 1
+
+
+def test_concurrent_requests_keep_their_own_answers(asgi: Asgi, engine: Engine, photos: list[bytes]) -> None:
+    want = engine.predict(photos)
+    with ThreadPoolExecutor(16) as pool:
+        names = ["one", "two"] * 40
+        found = list(pool.map(lambda i: answer(post(asgi, photos[i % 10], X_Cascade_Bundle=names[i])), range(80)))
+    for i, got in enumerate(found):
+        expected = want[i % 10]
+        assert isinstance(expected, Prediction)
+        assert (got["bundle"], got["cluster"]) == (names[i], expected.cluster)
+        assert got["confidence"] == pytest.approx(expected.confidence, abs=1e-3)
+    metrics = asgi.metrics()
+    assert metrics["cascade_backbones"] == 1 and metrics["cascade_queue_depth"] == 0
+
+
+def test_a_lone_request_waits_for_nobody(asgi: Asgi, engine: Engine, photos: list[bytes]) -> None:
+    def median(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(40):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[10:])
+
+    options = Options(mode="dispatcher")
+    bare = median(lambda: engine.predict(photos[:1], options))
+    headers = {"X-Cascade-Bundle": "one", "X-Cascade-Mode": "dispatcher"}
+    over_http = median(lambda: CLIENT.post(asgi.url, content=photos[0], headers=headers).raise_for_status())
+    print(f"lone request: engine {1000 * bare:.1f} ms, over ASGI {1000 * over_http:.1f} ms")
+    assert over_http - bare < 0.05
+
+
+def test_unmodified_tritonclient(asgi: Asgi, engine: Engine, photos: list[bytes], cifar: list[Image.Image]) -> None:
+    from tritonclient import http
+
+    client = http.InferenceServerClient("{}:{}".format(*asgi.address))
+    try:
+        assert client.is_server_live() and client.is_server_ready()
+        assert client.is_model_ready("one") and client.is_model_ready("one", "1")
+        assert not client.is_model_ready("three")
+        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+        assert client.get_model_metadata("one")["inputs"][0]["datatype"] == "BYTES"
+        want = [each for each in engine.predict(photos[:4]) if isinstance(each, Prediction)]
+        encoded = http.InferInput("image", [4], "BYTES")
+        transform = engine.find("small").preprocessing.transform()  # type: ignore[union-attr]
+        pictures = [transform(Image.open(io.BytesIO(photo)).convert("RGB")).numpy() for photo in photos[:4]]
+        pixels = http.InferInput("pixels", [4, *pictures[0].shape], "FP32")
+        for binary in (True, False):
+            if binary:  # as JSON it sends texts as they are, and a file is none
+                encoded.set_data_from_numpy(np.array(photos[:4], np.object_))
+            pixels.set_data_from_numpy(np.stack(pictures), binary_data=binary)
+            outputs = [http.InferRequestedOutput(name, binary_data=binary) for name in ("cluster", "label", "error")]
+            for tensor in (encoded, pixels):
+                result = client.infer("one", [tensor], outputs=outputs, request_id="7", model_version="1")
+                assert result.get_response()["id"] == "7"
+                assert result.as_numpy("cluster").tolist() == [each.cluster for each in want]
+                texts = [each.decode() if isinstance(each, bytes) else each for each in result.as_numpy("label")]
+                assert texts == [each.labels[0].name for each in want]
+        assert client.infer("one", [pixels]).as_numpy("embedding").shape == (4, 32)
+        with pytest.raises(Exception, match="unknown_bundle: no such bundle"):
+            client.infer("three", [pixels])
+    finally:
+        client.close()
+
+
+def test_our_client_with_both_front_ends(asgi: Asgi, server: Running, engine: Engine, photos: list[bytes]) -> None:
+    (expected,) = engine.predict(photos[:1], Options(embedding=True, neighbours=0))
+    assert isinstance(expected, Prediction) and expected.embedding is not None
+    token = server.headers["Authorization"].removeprefix("Bearer ")
+    for url, key in ((asgi.base, None), (asgi.url, None), (server.url, token)):
+        with Client(url, key=key) as client:
+            got = client.predict(photos[0], Options("one", "1", embedding=True, neighbours=0))
+            assert isinstance(got, Prediction) and got.embedding is not None
+            assert (got.cluster, got.masks, got.neighbours) == (expected.cluster, expected.masks, ())
+            np.testing.assert_allclose(got.embedding, expected.embedding, atol=1e-3)
+            wrong = client.predict(b"no image", Options("one"))
+            assert isinstance(wrong, ItemError) and (wrong.status, wrong.kind) == (400, "not_an_image")
+    with Client(asgi.base) as client:
+        assert client.models() == {"one": ["1"], "two": ["1"], "broken": []}
+        found = client.infer([photos[0], b"no image"], "one", "1", "conditional")
+        assert found["cluster"].tolist() == [expected.cluster, -1]
+        assert found["error"][0] == "" and found["error"][1].startswith("400 not_an_image")
+        assert client.infer(np.zeros((2, 3, 32, 32), np.float32), "one", outputs=["ood"])["ood"].shape == (2,)
+        with pytest.raises(ClientError, match="no such bundle"):
+            client.infer(photos[:1], "three")
+    with Client(server.url) as client, pytest.raises(ClientError):
+        client.models()
+    with (
+        Client("http://127.0.0.1:9", patience=0.3) as client,
+        pytest.raises(ClientError, match="is the server running"),
+    ):
+        client.predict(photos[0])
+
+
+def test_slow_and_long_heads_are_refused(asgi: Asgi) -> None:
+    def talk(*pieces: bytes, wait: float = 0.0) -> bytes:
+        with socket.create_connection(asgi.address, timeout=20) as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(wait)
+            found = b""
+            try:
+                while chunk := connection.recv(65536):
+                    found += chunk
+            except ConnectionResetError:
+                pass
+            return found
+
+    start = b"GET /v2 HTTP/1.1\r\nHost: x\r\n"
+    with ThreadPoolExecutor(4) as pool:
+        slow = pool.submit(talk, start)
+        silent = pool.submit(talk)
+        assert b" 431 " in talk(start + b"X: " + b"x" * 20_000).partition(b"\r\n")[0]
+        many = b"".join(b"X-%d: y\r\n" % i for i in range(5_000))
+        assert b" 431 " in talk(start + many + b"\r\n").partition(b"\r\n")[0]
+        assert b" 431 " in talk(b"GET /" + b"x" * 70_000).partition(b"\r\n")[0]
+        assert b" 400 " in talk(b"this is no HTTP\r\n\r\n").partition(b"\r\n")[0]
+        assert b" 408 " in slow.result().partition(b"\r\n")[0]
+        assert silent.result() == b"" or b" 408 " in silent.result()
+    assert asgi.answers()
+
+
+def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"one {sha256(b'secret-of-one').hexdigest()}\n")
+    with serving_asgi(store, "--api-keys", str(file)) as server:
+        with Client(server.url, key="secret-of-one") as client:
+            assert isinstance(client.predict(photos[0], Options("one")), Prediction)
+            for bundle, kind in (("two", "key_forbidden"), ("none", "key_forbidden")):
+                refused = client.predict(photos[0], Options(bundle))
+                assert isinstance(refused, ItemError) and (refused.status, refused.kind) == (403, kind)
+        assert error(post(server, photos[0])) == (401, "key_missing")
+        assert error(post(server, photos[0], Authorization="Bearer secret-of-two")) == (401, "key_unknown")
+        assert "secret-of" not in server.log()
+
+
+def test_sigterm_under_load(store: Path, photos: list[bytes], cifar: list[Image.Image]) -> None:
+    """What was sent before is answered; later ones are, or are refused; nothing stays (see `serving_asgi`)."""
+    large = encoded(cifar[0], "jpeg", (6000, 6000))
+    sent: list[tuple[float, int]] = []
+
+    def ask(image: bytes) -> int:
+        start = time.monotonic()
+        try:
+            status = post(server, image, X_Cascade_Bundle="one").status_code
+        except httpx.TransportError:
+            status = 0
+        sent.append((start, status))
+        return status
+
+    def client(image: bytes) -> None:
+        while ask(image) == 200:
+            pass
+
+    with serving_asgi(store, "--drain", "60") as server, ThreadPoolExecutor(12) as pool:
+        for image in photos[:8]:
+            pool.submit(client, image)
+        time.sleep(1)
+        for _ in range(4):
+            pool.submit(ask, large)
+        time.sleep(0.3)
+        told = time.monotonic()
+        assert server.end(signal.SIGTERM, within=90) == 0
+    early = [status for start, status in sent if start < told - 0.2]
+    assert set(early) == {200} and len(early) > 16
+    assert {status for _, status in sent} <= {200, 503, 0}
+
+
+def test_the_end_does_not_wait_longer_than_the_drain_time(store: Path, photos: list[bytes]) -> None:
+    """A client that sends its body at leisure."""
+    with serving_asgi(store, "--drain", "1") as server, socket.create_connection(server.address) as slow:
+        slow.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx")
+        time.sleep(0.3)
+        start = time.monotonic()
+        assert server.end(signal.SIGTERM) == 0
+        assert time.monotonic() - start < 5
+
+
+def test_a_killed_supervisor_takes_the_engine_with_it(store: Path) -> None:
+    with serving_asgi(store) as server:
+        worker = server.worker()
+        server.end(signal.SIGKILL)
+        worker.wait(10)
+        assert server.processes() == []
+
+
+def test_what_cannot_start_is_one_line(store: Path, asgi: Asgi, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "keys").write_text("nonsense")
+    for options, message in (
+        ((tmp_path / "store",), "no bundle could be loaded"),
+        ((store, "--api-keys", str(tmp_path / "keys")), "line 1: write BUNDLE"),
+        ((store, "--port", str(asgi.address[1])), "choose another address or port"),
+    ):
+        with pytest.raises(NotStarted) as e, serving_asgi(*options):
+            pass
+        lines = [line for line in str(e.value).splitlines() if not line.startswith("{")]
+        assert lines[0].startswith("error: ") and message in lines[0]
+        assert len(lines) <= 2

@@ -1,0 +1,435 @@
+"""What the ASGI front end must survive; each in a short form, and in its whole form with ``make soak``."""
+
+import json
+import os
+import random
+import shutil
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+import cascade
+from cascade.bundle import write
+from tests.cascade.handmade import handmade
+from tests.e2e.asgi_server import Asgi, serving_asgi
+from tests.e2e.conftest import CLIENT
+from tests.e2e.test_torchserve import encoded
+
+pytestmark = pytest.mark.e2e
+MIB = 2**20
+
+
+def short_and_whole(short: object, whole: object) -> list[object]:
+    """Both sizes of a test; the second one runs with ``make soak`` only."""
+    return [short, pytest.param(whole, marks=pytest.mark.soak)]
+
+
+@pytest.fixture(scope="module")
+def survivor(store: Path) -> Iterator[Asgi]:
+    """A server of its own for these tests: it is killed and flooded."""
+    with serving_asgi(store, "--log-level", "warning", "--queue", "32") as running:
+        yield running
+
+
+@dataclass
+class Load:
+    """Clients in threads that ask one image after the other until told to stop.
+
+    Attributes:
+        answers: (when sent, seconds, status or 0 for a broken connection).
+    """
+
+    url: str
+    photos: list[bytes]
+    bundles: tuple[str, ...] = ("one", "two")
+    answers: list[tuple[float, float, int]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self, clients: int) -> "Load":
+        self._threads = [threading.Thread(target=self._client, args=(i,)) for i in range(clients)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def stop(self) -> Counter[int]:
+        """How often each status came."""
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+        return Counter(status for _, _, status in self.answers)
+
+    def _client(self, number: int) -> None:
+        bundle = self.bundles[number % len(self.bundles)]
+        headers = {"Content-Type": "image/png", "X-Cascade-Bundle": bundle}
+        with httpx.Client(trust_env=False, timeout=60) as http:
+            while not self._done.is_set():
+                start = time.monotonic()
+                try:
+                    response = http.post(self.url, content=self.photos[number % 10], headers=headers)
+                    status = response.status_code
+                    if status == 200 and response.json()["bundle"] != bundle:
+                        self.wrong.append(response.text)
+                except httpx.TransportError:
+                    status = 0
+                self.answers.append((start, time.monotonic() - start, status))
+                if status != 200:
+                    time.sleep(0.02)
+
+
+def settled(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize("times", short_and_whole(1, 10))
+def test_killed_under_load(survivor: Asgi, photos: list[bytes], times: int) -> None:
+    """Every request is answered or cleanly failed, and the next engine serves within ten seconds or so."""
+    load = Load(survivor.url, photos).start(8)
+    took = []
+    for _ in range(times):
+        time.sleep(1)
+        worker = survivor.worker()
+        worker.kill()
+        start = time.monotonic()
+        worker.wait(10)
+        assert settled(survivor.answers, 60)
+        took.append(time.monotonic() - start)
+        assert survivor.worker().pid != worker.pid
+    time.sleep(1)
+    statuses = load.stop()
+    print(f"killed {times} times: serving again after {', '.join(f'{s:.1f}' for s in took)} s; answers {statuses}")
+    assert statuses.keys() <= {200, 0}, "nobody got a wrong status: connections broke, or waited"
+    assert statuses[0] <= 8 * times, "what was in progress, and nothing else"
+    assert load.wrong == []
+    assert len(survivor.processes()) == 2, "the supervisor and one engine"
+    assert sorted(took)[len(took) // 2] < 20, "10 s on a quiet machine (docs/reliability.md)"
+
+
+@pytest.mark.parametrize("seconds", short_and_whole(4, 120))
+def test_twice_the_load_that_it_carries(survivor: Asgi, photos: list[bytes], seconds: int) -> None:
+    """Accepted requests are answered in bounded time, the others get 503 at once, and afterwards all is as before."""
+    calm = Load(survivor.url, photos).start(4)
+    time.sleep(2)
+    assert calm.stop().keys() == {200}
+    load = Load(survivor.url, photos).start(160)  # the queue holds 32 images, a pass 32 more
+    time.sleep(seconds)
+    load.stop()
+    took = {status: sorted(s for _, s, each in load.answers if each == status) for status in (200, 503)}
+    assert Counter(status for _, _, status in load.answers).keys() == {200, 503}
+    accepted, refused = took[200], took[503]
+    print(
+        f"{len(accepted)} answered, p99 {accepted[len(accepted) * 99 // 100]:.2f} s;"
+        f" {len(refused)} refused, p50 {refused[len(refused) // 2]:.3f} s"
+    )
+    assert accepted[-1] < 15 and refused[len(refused) // 2] < 2
+    after = Load(survivor.url, photos).start(4)
+    time.sleep(1)
+    assert after.stop().keys() == {200}, "recovered at once"
+
+
+@pytest.mark.parametrize("times", short_and_whole(2, 20))
+def test_versions_come_and_go_under_load(
+    cifar: list[Image.Image], photos: list[bytes], tmp_path: Path, times: int
+) -> None:
+    """Not one failed answer, and each is of the version that it names."""
+    store, aside = tmp_path / "store", tmp_path / "aside"
+    want = {}
+    for version, seed in (("1", 0), ("2", 1)):
+        path = write(handmade(cifar[:20], seed=seed), (aside if version == "2" else store) / "rolled" / version)
+        want[version] = cascade.load(path).predict(photos, cascade.Options(embedding=True))
+    seen: Counter[str] = Counter()
+    done = threading.Event()
+
+    def client(number: int) -> None:
+        i = number
+        with cascade.Client(server.base) as http:
+            while not done.is_set():
+                i = (i + 1) % 10
+                if i % 2:
+                    found = http.infer([photos[i], photos[i - 1]], "rolled")
+                    got, version = found["embedding"][0], found["version"]
+                else:
+                    answer = http.predict(photos[i], cascade.Options(embedding=True))
+                    assert isinstance(answer, cascade.Prediction), answer
+                    got, version = answer.embedding, answer.version
+                expected = want[version][i]
+                assert isinstance(expected, cascade.Prediction) and expected.embedding is not None
+                np.testing.assert_allclose(got, expected.embedding, atol=1e-3)
+                seen[version] += 1
+
+    def shows(versions: list[str]) -> bool:
+        return CLIENT.get(f"{server.base}/v2/models/rolled").json()["versions"] == versions
+
+    with serving_asgi(store, "--poll", "0.1", "--log-level", "warning") as server, ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client, i) for i in range(4)]
+        try:
+            for _ in range(times):
+                (aside / "rolled" / "2").rename(store / "rolled" / "2")
+                assert settled(lambda: shows(["1", "2"]), 20)
+                time.sleep(0.3)
+                (store / "rolled" / "2").rename(aside / "rolled" / "2")
+                assert settled(lambda: shows(["1"]), 20)
+                time.sleep(0.3)
+        finally:
+            done.set()
+        for each in clients:
+            each.result()
+    print(f"rolled out and back {times} times: answers by version {dict(seen)}")
+    assert min(seen["1"], seen["2"]) > 10 * times
+
+
+def test_a_store_that_goes_wrong_disturbs_nothing(store: Path, photos: list[bytes], tmp_path: Path) -> None:
+    """Truncated, half-copied and foreign bundles are refused by name; a store that is away changes nothing."""
+    own, good = tmp_path / "store", store / "one" / "1"
+    shutil.copytree(good, own / "one" / "1")
+
+    def state(name: str) -> str:
+        models = CLIENT.get(f"{server.base}/v2/models").raise_for_status().json()["models"]
+        states = [each["state"]["1"] for each in models if each["name"] == name]
+        return str(states[0].get("reason", states[0]["state"])) if states else "unknown"
+
+    def drop(name: str, spoil: Callable[[Path], object]) -> str:
+        staging = own / f".{name}"
+        shutil.copytree(good, staging / "1")
+        spoil(staging / "1")
+        staging.rename(own / name)
+        assert settled(lambda: state(name) not in ("unknown", "loading"), 20)
+        return state(name)
+
+    def largest(folder: Path) -> Path:
+        return max(folder.iterdir(), key=lambda path: path.stat().st_size)
+
+    with serving_asgi(own, "--poll", "0.1", "--log-level", "error") as server:
+        load = Load(server.url, photos, bundles=("one",)).start(2)
+        truncated = drop("truncated", lambda folder: os.truncate(largest(folder), 1000))
+        half = drop("half", lambda folder: largest(folder).unlink())
+        foreign = drop("foreign", lambda folder: (folder / "cascade.json").write_text('{"format": 99}'))
+        assert drop("good", lambda folder: None) == "ready"
+        own.rename(tmp_path / "away")
+        assert settled(lambda: server.metrics()["cascade_store_unreachable"] == 1, 20)
+        assert server.answers()
+        (tmp_path / "away").rename(own)
+        assert settled(lambda: server.metrics()["cascade_store_unreachable"] == 0, 20)
+        assert load.stop().keys() == {200}
+        log = server.log()
+    for name, reason in (("truncated", truncated), ("half", half), ("foreign", foreign)):
+        assert reason not in ("ready", "removed") and f"refused bundle {name}/1" in log, reason
+    print(f"truncated: {truncated}\nhalf-copied: {half}\nforeign: {foreign}")
+
+
+def refused(answer: httpx.Response) -> None:
+    """A 503 says when to come again."""
+    assert answer.status_code != 503 or int(answer.headers["retry-after"]) >= 1
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of side x side black pixels, in a few KB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((1 + (side + 7) // 8) * side), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def mutated(image: bytes, draw: random.Random) -> bytes:
+    """Bytes flipped, cut out, doubled, or the end missing."""
+    body = bytearray(image)
+    for _ in range(draw.choice((1, 3, 30))):
+        at = draw.randrange(len(body))
+        match draw.randrange(4):
+            case 0:
+                body[at] ^= 1 << draw.randrange(8)
+            case 1:
+                del body[at : at + draw.randrange(1, 200)]
+            case 2:
+                body[at:at] = body[at : at + draw.randrange(1, 200)]
+            case 3:
+                body[at:] = draw.randbytes(draw.randrange(50))
+        body = body or bytearray(b"\0")
+    return bytes(body)
+
+
+class Hostile:
+    """Requests by strangers, of ten kinds."""
+
+    def __init__(self, photos: list[bytes], cifar: list[Image.Image]) -> None:
+        picture = cifar[0].resize((200, 200))
+        self.files = [*photos, *(encoded(picture, kind) for kind in ("jpeg", "webp", "png"))]
+        self.bombs = [bomb(60_000), bomb(16_000), bomb(6_300), encoded(cifar[0], "jpeg", (8000, 5000))]
+
+    def request(self, base: str, draw: random.Random) -> httpx.Request:
+        name = {"X-Cascade-Bundle": "one"}
+        predict, infer = f"{base}/v1/predict", f"{base}/v2/models/one/infer"
+        match draw.randrange(10):
+            case 0 | 1 | 2 | 3:
+                return httpx.Request("POST", predict, content=mutated(draw.choice(self.files), draw), headers=name)
+            case 4:
+                return httpx.Request("POST", predict, content=draw.randbytes(draw.randrange(5000)), headers=name)
+            case 5:
+                kinds = ("application/json", "multipart/form-data; boundary=x", "text/html", ";;=", "a" * 5000)
+                headers = name | {"Content-Type": draw.choice(kinds)}
+                body = draw.choice((b"{}", b"[" * 5000, b"--x\r\n\r\n", b'{"image": 3}', b"\xff\xfe"))
+                return httpx.Request("POST", predict, content=body, headers=headers)
+            case 6:
+                headers = name | {f"X-{i}": "y" * draw.choice((1, 100, 30_000)) for i in range(draw.choice((1, 500)))}
+                return httpx.Request("POST", predict, content=self.files[0], headers=headers)
+            case 7:
+                shape = [draw.choice((0, 1, -1, 10**18))] * draw.randrange(4)
+                tensor = {"name": draw.choice(("image", "pixels")), "shape": shape, "datatype": "BYTES", "data": [1]}
+                return httpx.Request("POST", infer, json={"inputs": [tensor]})
+            case 8:
+                body, length = mutated(self.binary(draw), draw), str(draw.choice((0, 10, 100, 10**9)))
+                headers = {"Inference-Header-Content-Length": length}
+                return httpx.Request("POST", infer, content=body, headers=headers)
+            case _:
+                if draw.random() < 0.1:
+                    return httpx.Request("POST", predict, content=draw.choice(self.bombs), headers=name)
+                path = "/" + "".join(draw.choice("ab/%._~?\u00e9") for _ in range(draw.randrange(40)))
+                return httpx.Request(
+                    draw.choice(("GET", "POST", "DELETE", "PATCH", "TRACE")), base + path.replace("#", "")
+                )
+
+    def binary(self, draw: random.Random) -> bytes:
+        data = draw.choice(self.files)
+        tensor = {"name": "image", "shape": [1], "datatype": "BYTES"}
+        head = {"inputs": [tensor | {"parameters": {"binary_data_size": len(data) + 4}}]}
+        return json.dumps(head).encode() + struct.pack("<I", len(data)) + data
+
+
+@pytest.mark.parametrize("count", short_and_whole(400, 10_000))
+def test_hostile_requests(survivor: Asgi, photos: list[bytes], cifar: list[Image.Image], count: int) -> None:
+    """No 5xx other than overload, no crash, and memory back to where it was."""
+    hostile = Hostile(photos, cifar)
+    worker = survivor.worker()
+    statuses: Counter[int] = Counter()
+
+    def send(seed: int) -> None:
+        try:
+            answer = CLIENT.send(hostile.request(survivor.base, random.Random(seed)))
+        except httpx.TransportError:  # refused while it was still sending
+            statuses[0] += 1
+            return
+        statuses[answer.status_code] += 1
+        assert answer.status_code < 500 or answer.status_code == 503, answer.text
+        assert b"Traceback" not in answer.content
+        refused(answer)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(send, range(200)))  # what a first time costs: arenas, codecs, caches
+        before = worker.memory_info().rss
+        list(pool.map(send, range(1000, 1000 + count)))
+    grown = (worker.memory_info().rss - before) / MIB
+    print(f"{count} hostile requests: {dict(sorted(statuses.items()))}, memory {grown:+.0f} MiB")
+    assert statuses[0] <= sum(statuses.values()) // 20
+    assert statuses[200] and statuses[400] and statuses[404] and statuses[413] and statuses[431]
+    assert survivor.worker().pid == worker.pid and survivor.answers()
+    assert grown < 150
+    assert settled(lambda: survivor.metrics()["cascade_queue_depth"] == 0, 10)
+
+
+@pytest.mark.parametrize("clients", short_and_whole(100, 800))
+def test_slow_bodies_do_not_keep_others_out(survivor: Asgi, photos: list[bytes], clients: int) -> None:
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Cascade-Bundle: one\r\nContent-Length: 100000\r\n\r\n"
+    slow = [socket.create_connection(survivor.address, timeout=60) for _ in range(clients)]
+    try:
+        for connection in slow:
+            connection.sendall(head + b"x")
+        for _ in range(5):
+            answer = CLIENT.post(survivor.url, content=photos[0], headers={"X-Cascade-Bundle": "one"})
+            assert answer.status_code == 200
+        if clients > 100:
+            assert slow[0].recv(100).startswith(b"HTTP/1.1 408 "), "after half a minute"
+    finally:
+        for connection in slow:
+            connection.close()
+    assert survivor.answers()
+
+
+def test_who_hangs_up_costs_no_pass(survivor: Asgi, photos: list[bytes], cifar: list[Image.Image]) -> None:
+    """Nor does a place in the queue stay taken."""
+    before = survivor.metrics()
+    file = encoded(cifar[0], "png")
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Cascade-Bundle: one\r\nContent-Length: {len(file)}\r\n\r\n"
+    load = Load(survivor.url, photos).start(16)
+    for i in range(60):
+        with socket.create_connection(survivor.address, timeout=60) as connection:
+            connection.sendall(head.encode() + file)
+            time.sleep(0.02 * (i % 2))
+    statuses = load.stop()
+    assert statuses.keys() <= {200, 503}
+    assert settled(lambda: survivor.metrics()["cascade_queue_depth"] == 0, 10)
+    after = survivor.metrics()
+    passed = after["cascade_batch_images_sum"] - before["cascade_batch_images_sum"]
+    print(f"of 60 that hung up {passed - statuses[200]:.0f} came to a pass")
+    assert passed - statuses[200] < 40
+
+
+@pytest.mark.parametrize("examples", short_and_whole(15, 500))
+def test_schemathesis(survivor: Asgi, examples: int) -> None:
+    """Whatever the description allows, and much that it does not: no 5xx, and answers as they are described."""
+    import hypothesis
+    import schemathesis
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
+
+    schema = schemathesis.openapi.from_url(f"{survivor.base}/openapi.json")
+    checks = [not_a_server_error, content_type_conformance, status_code_conformance]
+    seen: Counter[str] = Counter()
+
+    for found in schema.get_all_operations():
+        operation = found.ok()  # type: ignore[union-attr]
+
+        @hypothesis.given(case=operation.as_strategy())
+        @hypothesis.settings(
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        def run(case: "schemathesis.Case") -> None:
+            seen[case.path] += 1
+            case.call_and_validate(checks=checks)
+
+        run()
+    assert len(seen) >= 10 and sum(seen.values()) > 5 * len(seen)
+    assert survivor.answers()
+
+
+@pytest.mark.soak
+def test_ten_minutes_at_speed(store: Path, photos: list[bytes]) -> None:
+    """As many requests as fit (SOAK_MINUTES for another while): memory is flat."""
+    tens = round(6 * float(os.environ.get("SOAK_MINUTES", "10"))) - 3
+    with serving_asgi(store, "--log-level", "warning") as server:
+        load = Load(server.url, photos).start(16)
+        time.sleep(30)
+        sizes = []
+        for _ in range(tens):
+            time.sleep(10)
+            sizes.append(server.worker().memory_info().rss / MIB)
+        statuses = load.stop()
+    half = len(sizes) // 2
+    slope = (sum(sizes[half:]) / (len(sizes) - half) - sum(sizes[:half]) / half) / (half * 10 / 3600)
+    print(f"{statuses} answers, memory {sizes[0]:.0f} to {sizes[-1]:.0f} MiB, {slope:+.1f} MiB an hour")
+    assert statuses.keys() == {200}
+    assert slope < 100

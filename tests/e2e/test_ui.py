@@ -1,0 +1,142 @@
+"""The page at /ui in a real browser."""
+
+import shutil
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade import Bundle, Engine, Prediction
+from tests.conftest import DATA, need
+from tests.e2e.asgi_server import Asgi, serving_asgi
+from tests.e2e.conftest import CLIENT
+
+pytestmark = pytest.mark.e2e
+PHOTO = DATA / "photos" / "cat-0000.png"
+
+# A file that is dragged in cannot be made from outside of the page.
+DROP = """
+const done = arguments[arguments.length - 1];
+const input = document.getElementById("file"), drop = document.getElementById("drop");
+const files = new DataTransfer();
+files.items.add(new File([Uint8Array.from(arguments[0])], "cat.png", {type: "image/png"}));
+drop.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
+done();
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = [shutil.which("chromium"), shutil.which("chromedriver")]
+    need(all(found), "no Chromium here: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(found[0])
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1180,900", "--no-proxy-server"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(found[1])))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page in the browser; waits for what it asks."""
+
+    def __init__(self, browser: Any, base: str) -> None:
+        self.browser = browser
+        browser.get(f"{base}/ui")
+
+    def until(self, script: str) -> Any:
+        """What the script gives, once that is not null, false or empty."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.browser, 20).until(lambda browser: browser.execute_script(f"return {script}"))
+
+    def text(self, id: str) -> str:
+        return str(self.browser.find_element("id", id).text)
+
+    def choose(self, file: Path) -> None:
+        self.browser.find_element("id", "file").send_keys(str(file))
+
+    def complaints(self) -> list[str]:
+        """What the browser has to say of the page (but for answers that are errors)."""
+        log = [entry["message"] for entry in self.browser.get_log("browser")]
+        return [message for message in log if "Failed to load resource" not in message]
+
+
+def test_an_image_is_shown_with_its_answer(
+    browser: Any, asgi: Asgi, engine: Engine, photos: list[bytes], tmp_path: Path
+) -> None:
+    (want,) = engine.predict([PHOTO])
+    assert isinstance(want, Prediction)
+    page = Page(browser, asgi.base)
+    assert page.until("document.querySelectorAll('#bundle option').length") == 2
+    page.choose(PHOTO)
+    assert page.until("document.body.dataset.shown") == "one"
+    facts = page.text("facts")
+    for text in (f"cluster\n{want.cluster}", "confidence", "out of domain", " + ".join(want.masks), " ms"):
+        assert text in facts
+    assert want.labels[0].name in page.text("labels") and f"{want.labels[0].score:.2f}" in page.text("labels")
+    assert want.neighbours[0].name in page.text("neighbours")
+    drawn = "new Set(document.getElementById('map').getContext('2d').getImageData(0, 0, 1400, 700).data).size"
+    assert page.until(drawn) > 50, "colours on the map"
+    assert "this image" in page.text("legend")
+
+    page.browser.execute_async_script(DROP, list(photos[0]))
+    assert page.until("document.body.dataset.shown") == "one"
+    (dropped,) = engine.predict(photos[:1])
+    assert isinstance(dropped, Prediction) and dropped.labels[0].name in page.text("labels")
+    assert f"{dropped.labels[0].score:.2f}" in page.text("labels")
+    page.browser.execute_script("document.getElementById('mode').value = 'unconditional'; mode.onchange()")
+    assert page.until("document.getElementById('facts').textContent.includes('unconditional')")
+
+    (tmp_path / "no.png").write_bytes(b"no image")
+    page.choose(tmp_path / "no.png")
+    assert "this is not a JPEG" in page.until("document.getElementById('error').textContent")
+    assert page.complaints() == []
+
+
+def test_names_are_text_and_nothing_comes_from_elsewhere(browser: Any, asgi: Asgi) -> None:
+    for path in ("/", "/ui", "/docs"):
+        answer = CLIENT.get(asgi.base + path)
+        assert answer.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "innerHTML" not in answer.text and "http://" not in answer.text and "https://" not in answer.text
+    browser.get(f"{asgi.base}/docs")
+    page = Page.__new__(Page)
+    page.browser = browser
+    assert page.until("document.querySelectorAll('details').length") > 8
+    assert "/v1/predict" in page.text("paths")
+    assert page.complaints() == []
+
+
+def test_map_is_the_banks(asgi: Asgi, engine: Engine) -> None:
+    bundle = engine.find("small")
+    assert isinstance(bundle, Bundle)
+    bank = bundle.banks["conditional"]
+    got = CLIENT.get(f"{asgi.base}/v1/map/one/1").raise_for_status().json()
+    assert len(got["points"]) == len(got["names"]) == len(bank.names) and got["labels"] == list(bank.labels)
+    centred = bank.embeddings.float() - bank.embeddings.float().mean(0)
+    placed = centred @ torch.tensor(got["axes"]).T
+    assert torch.allclose(placed, torch.tensor(got["points"]), atol=1e-4)
+    spread = torch.linalg.svdvals(centred)[:2]
+    assert torch.allclose(placed.norm(dim=0), spread, rtol=1e-3), "the two widest directions"
+    for path, status in (("none/1", 404), ("one/2", 404), ("one/1?mode=best", 404)):
+        assert CLIENT.get(f"{asgi.base}/v1/map/{path}").status_code == status
+
+
+def test_page_with_keys(browser: Any, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"two {sha256(b'secret').hexdigest()}\n")
+    with serving_asgi(store, "--api-keys", str(tmp_path / "keys")) as server:
+        page = Page(browser, server.base)
+        assert "API key" in page.until("document.getElementById('error').textContent")
+        page.browser.find_element("id", "key").send_keys("secret\t")
+        assert page.until("document.querySelectorAll('#bundle option').length") == 1
+        page.choose(PHOTO)
+        assert page.until("document.body.dataset.shown") == "two"
+        assert "secret" not in server.log()

@@ -1,0 +1,62 @@
+"""When the engine process ends: told to and done, told to and out of time, its batcher gone, or a pass that hangs."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from cascade import Engine
+from cascade.batcher import Batcher
+from handlers.asgi import worker
+from handlers.asgi.app import create_app
+from handlers.asgi.service import Service
+from handlers.asgi.worker import Server
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Batcher(Engine()) as batcher:
+        service = Service(batcher)
+        guard = create_app(service)
+        yield Server(uvicorn.Config(guard, log_config=None), service, guard, {"drain_timeout": 60, "ready": -1})
+        service.close()
+
+
+def leaves(server: Server) -> bool:
+    return asyncio.run(server.on_tick(1))
+
+
+def test_goes_on_until_told(server: Server) -> None:
+    server.guard.requests = 0
+    assert not leaves(server)
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.service.stopping and leaves(server)
+
+
+def test_waits_for_requests_but_not_for_ever(server: Server) -> None:
+    server.guard.requests = 1
+    server.handle_exit(signal.SIGTERM, None)
+    assert not leaves(server)
+    end = server.end
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.end == end, "a second signal gives no new time"
+    server.end = 0
+    assert leaves(server)
+
+
+def test_ends_with_its_batcher(server: Server) -> None:
+    server.service.batcher.close()
+    assert not server.service.ready and leaves(server)
+
+
+def test_ends_when_a_pass_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(worker.os, "kill", lambda *args: killed.append(args))
+    leaves(server)
+    assert killed == []
+    monkeypatch.setattr(Batcher, "pass_seconds", worker.HUNG + 1)
+    leaves(server)
+    assert killed == [(os.getpid(), signal.SIGKILL)]
