@@ -147,11 +147,11 @@ class Registry:
             if not held:
                 self.engine.add(bundle, warm=True)
         except Exception as error:
-            if not isinstance(error, CascadeError):  # from a library, over something that no check of ours foresaw
+            ours = isinstance(error, CascadeError)
+            if not ours and not (bad and bad.stamp == stamp):  # from a library, over what no check of ours foresaw
                 log.exception("bundle %s/%s can't be used", *identity)
-            lasting = isinstance(error, BundleError) or not isinstance(error, CascadeError)
-            again = LASTING if lasting else time.monotonic() + RETRY
-            reason = str(error) if isinstance(error, CascadeError) else f"it can't be used ({type(error).__name__})"
+            again = LASTING if isinstance(error, BundleError) else time.monotonic() + RETRY
+            reason = str(error) if ours else f"it can't be used ({type(error).__name__}); the log has the traceback"
             self._set(identity, "ready" if held else "refused", reason, _Bad(stamp, again))
         else:
             self._held = {**self._held, identity: (stamp, digest)}

@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import distribution
 from pathlib import Path
 from string import Template
@@ -32,6 +32,7 @@ from cascade.errors import CascadeError
 from cascade.images import LIMITS
 from cascade.store import is_url
 from handlers.torchserve import process, tokens
+from handlers.torchserve.tokens import TokenError
 
 HERE = Path(__file__).parent
 LOOPBACK = "127.0.0.1"
@@ -39,6 +40,7 @@ PORTS = ("port", "metrics_port", "management_port", "grpc_inference_port", "grpc
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 POLL = 10.0  # seconds between two looks at the store
+GIVEN_UP = 15.0  # seconds beyond `start_timeout`, in which TorchServe may still try
 DIED = "Backend worker process died."  # TorchServe's last words before the traceback
 
 
@@ -74,6 +76,7 @@ class Server:
         metrics_url: Prometheus metrics of all workers; management_url: the state of the workers, on loopback.
         java: the process that leads all others.
         folder: everything that the server writes; private.
+        wants_new_tokens: set it, and `wait` makes them within a second or so.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Server:
         }
         self.workers, self.log_to_stderr = workers, log_to_stderr
         self.auth, self._token_file = auth, token_file
+        self.wants_new_tokens = False
         self.start_timeout, self.drain_timeout = start_timeout, drain_timeout
         self.url = f"http://{host}:{ports[0]}/predictions/cascade"
         self.metrics_port = ports[1]
@@ -155,8 +159,24 @@ class Server:
                 self._drain()
 
     def wait(self) -> NoReturn:
-        """Stay while the server runs; raise ServerError at its end."""
-        self.java.wait()
+        """Stay while the server runs; raise ServerError at its end, or when no worker is ready for too long.
+
+        TorchServe starts a worker that died again and again, for `start_timeout` seconds; then it gives up and stays.
+        """
+        ready = time.monotonic()
+        while self.java.poll() is None:
+            time.sleep(1)
+            if self.wants_new_tokens:
+                self.wants_new_tokens = False
+                try:
+                    self.renew_tokens()
+                except TokenError as e:
+                    print(f"error: {e}", file=sys.stderr)
+            now = time.monotonic()
+            if any(worker["status"] == "READY" for worker in self._describe()):
+                ready = now
+            elif now > ready + self.start_timeout + GIVEN_UP:
+                raise ServerError(f"no worker came back within {now - ready:.0f} s: {_reason(self._log('worker.log'))}")
         why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
         raise ServerError(f"TorchServe ended by itself: {why}")
 
@@ -305,7 +325,7 @@ def serve(
     management_port: int = 8081,
     **options: Any,
 ) -> None:
-    """Serve in the foreground until SIGTERM or Ctrl-C; SIGHUP makes new tokens. Arguments as of `Server`.
+    """Serve in the foreground until SIGTERM or Ctrl-C; SIGUSR1 makes new tokens. Arguments as of `Server`.
 
     Raises:
         ServerError: it cannot be started, or it ended by itself.
@@ -313,40 +333,29 @@ def serve(
     options |= {"port": port, "metrics_port": metrics_port, "management_port": management_port}
     server = Server(model_store, log_to_stderr=True, **options)
     exit_on_signals()
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(server, "wants_new_tokens", True))
     console = Console(soft_wrap=True, highlight=False)
     with ExitStack() as stack:
         with console.status("starting TorchServe"):
             stack.enter_context(server)
-        stack.enter_context(_renewing_on_hangup(server))
         token = f'-H "Authorization: Bearer $(cat {server.token_file})" ' if server.auth else ""
         console.print(f"ready: curl -T IMAGE {token}{server.url}\nmetrics: {server.metrics_url}\nCtrl-C stops")
         server.wait()
 
 
-@contextmanager
-def _renewing_on_hangup(server: Server) -> Iterator[None]:
-    """While the block runs, SIGHUP makes new tokens; a failure is said, and the server goes on."""
-
-    def renew(number: int, frame: FrameType | None) -> None:
-        try:
-            server.renew_tokens()
-        except CascadeError as e:
-            print(f"error: {e}", file=sys.stderr)
-
-    before = signal.signal(signal.SIGHUP, renew)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def exit_on_signals(status: int = 0) -> None:
-    """The first SIGTERM or Ctrl-C ends the program in order, with `status`; later ones don't disturb that."""
+    """The first SIGTERM, Ctrl-C or closed terminal ends the program in order, with `status`; later ones change nothing.
+
+    A SIGHUP that is ignored already (nohup) stays so.
+    """
+    ends = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        ends.append(signal.SIGHUP)
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in ends:
             signal.signal(each, signal.SIG_IGN)
         raise SystemExit(status)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in ends:
         signal.signal(each, leave)

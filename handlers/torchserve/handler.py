@@ -51,6 +51,8 @@ class CascadeHandler:
         self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
         registry = load_store(self.engine, settings["model_store"], settings["pins"])
         _log_to_stderr(settings["log_level"])
+        if registry.trouble:
+            log.error("%s; copies on this machine are served", registry.trouble)
         for state in registry.states():
             if state.reason:
                 log.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)

@@ -198,9 +198,9 @@ def test_what_cannot_answer_is_refused(hand: Bundle, small: Path, cifar: list[Im
 
 
 def test_a_defect_while_loading_refuses_one_bundle(
-    hand: Bundle, small: Path, monkeypatch: pytest.MonkeyPatch, cifar: list[Image.Image]
+    hand: Bundle, small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a library raises over files that no check of ours foresaw."""
+    """What a library raises over files, or for the lack of memory, and no check of ours foresaw."""
     engine = Engine()
     registry = load_store(engine, small)
     write(hand, small / "a/2")
@@ -209,6 +209,15 @@ def test_a_defect_while_loading_refuses_one_bundle(
     registry.reload()
     assert states(registry) == {"a/1": "ready", "a/2": "refused"} and engine.stats() == held
     assert "can't be used (RuntimeError)" in (registry.states("a")[1].reason or "")
+    assert [bool(r.exc_info) for r in caplog.records] == [True, False], "a traceback, then the refusal"
+    now = time.monotonic() + registries.RETRY + 1
+    monkeypatch.setattr(registries.time, "monotonic", lambda: now)
+    registry.reload()
+    assert len(caplog.records) == 2, "tried again, said once"
+    monkeypatch.undo()
+    registry._bad = {i: replace(b, again=0.0) for i, b in registry._bad.items()}
+    registry.reload()
+    assert states(registry) == {"a/1": "ready", "a/2": "ready"}
 
 
 # --- versions

@@ -365,9 +365,9 @@ def test_predictions_need_the_token(server: Running, photos: list[bytes]) -> Non
     assert post(server, photos[0], X_Cascade_Bundle="one").status_code == 200
 
 
-def test_tokens_are_made_anew_on_sighup(server: Running, photos: list[bytes]) -> None:
+def test_tokens_are_made_anew_on_sigusr1(server: Running, photos: list[bytes]) -> None:
     before, keys = server.headers, server.keys()
-    server.process.send_signal(signal.SIGHUP)
+    server.process.send_signal(signal.SIGUSR1)
     end = time.monotonic() + 20
     while server.headers == before:
         assert time.monotonic() < end

@@ -246,6 +246,18 @@ def test_a_killed_worker_under_load(survivor: Running, photos: list[bytes], time
     assert len(list(folder.glob(".ts.sock*"))) == 1
 
 
+@pytest.mark.soak
+def test_a_worker_that_never_comes_back_ends_the_server(bundle_path: Path, tmp_path: Path) -> None:
+    """TorchServe gives up after a while and stays, answering nobody: then whoever started us has to know."""
+    shutil.copytree(bundle_path, tmp_path / "store" / "one" / "1")
+    with serving(tmp_path / "store", start_timeout=15) as server:
+        (tmp_path / "store").rename(tmp_path / "gone")
+        os.kill(int(server.workers()[0]["pid"]), signal.SIGKILL)
+        assert server.process.wait(90) == 1
+        last = (server.folder / "stderr").read_text().splitlines()[-1]
+    assert last.startswith("error: no worker came back within ") and "is it mounted?" in last
+
+
 @pytest.mark.parametrize("times", short_and_whole(1, 10))
 def test_sigterm_under_load(store: Path, photos: list[bytes], cifar: list[Image.Image], times: int) -> None:
     """What was sent half a second before is answered; later ones are, or are refused; nothing stays (see `serving`)."""

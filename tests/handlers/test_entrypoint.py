@@ -98,7 +98,7 @@ def test_temporary_folder_too_deep_for_a_socket(store: Path, tmp_path: Path, mon
     assert list(deep.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_in_order_and_once(number: int) -> None:
     program = """
 import signal, time
