@@ -9,6 +9,7 @@ weights out.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -171,26 +172,30 @@ class Flat:
         """The bits of ``mask`` in this order, uint8."""
         from cascade.kernels import cpu
 
-        first, origin = self.first(mask.start), self.folded.backbone.offset(mask.start)
-        tasks, columns, at = [], [], 0
-        for unit, order in list(zip(self.folded.units, self.orders, strict=True))[first:]:
-            columns.append(order.columns)
+        first = self.first(mask.start)
+        out = np.zeros((self.begin[-1] - self.begin[first]) // 8, np.uint8)
+        units, tasks, columns = self._tasks
+        if len(tasks := tasks[units >= first]):
+            tasks[:, 0] -= self.folded.backbone.offset(mask.start)
+            cpu.reorder(mask.bits.cpu().numpy(), tasks, columns, out)
+        return torch.from_numpy(out)
+
+    @cached_property
+    def _tasks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What ``kernels.cpu.reorder`` takes: the unit of each task, tasks, columns of all units."""
+        units, tasks, at = [], [], 0
+        for i, (unit, order) in enumerate(zip(self.folded.units, self.orders, strict=True)):
             span = (at, at := at + len(order.columns))
             groups = -(-unit.rows // order.block)
             # Row by row, rows may share a byte: one task. Blocks begin at a byte, so each is one, for all threads.
-            steps = (
-                [(0, groups)]
-                if order.block == 1 or order.block * len(order.columns) % ALIGN
-                else [(g, 1) for g in range(groups)]
-            )
-            for group, count in steps:
-                tasks.append(
-                    (unit.offset - origin, group * order.block, unit.rows, count, order.block, unit.columns, *span)
-                )
-        out = np.zeros((self.begin[-1] - self.begin[first]) // 8, np.uint8)
-        if tasks:
-            cpu.reorder(mask.bits.cpu().numpy(), np.array(tasks), np.concatenate(columns), out)
-        return torch.from_numpy(out)
+            together = order.block == 1 or order.block * len(order.columns) % ALIGN
+            for group in (0,) if together else range(groups):
+                count = groups if together else 1
+                task = (unit.offset, group * order.block, unit.rows, count, order.block, unit.columns, *span)
+                tasks.append(task)
+                units.append(i)
+        columns = np.concatenate([order.columns for order in self.orders])
+        return np.array(units), np.array(tasks), columns
 
     def reorder_plain(self, mask: Mask) -> Tensor:
         """``_reorder`` in plain PyTorch: its reference."""

@@ -1,5 +1,7 @@
 """What the executors with weights of their own have in common: packing masks and swapping them."""
 
+from functools import cached_property
+
 from torch import Tensor
 
 from cascade.backbone import Backbone
@@ -69,6 +71,10 @@ class FlatExecutor:
 
     def bytes(self) -> int:
         """Memory of the resident backbone, each tensor once."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> int:
         folded = self.flat.folded
         masked = {f"{u.module}.{part}" for u in folded.units for part in ("weight", "bias")} | set(folded.loose)
         models = {**self.backbone.model.state_dict(), **folded.model.state_dict()}
