@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from io import BytesIO
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from cascade import Engine, Options, Prediction
-from cascade.batcher import Batcher
+from cascade.batcher import Answer, Batcher
 from cascade.oip import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, JsonLines, Limits
@@ -446,7 +447,7 @@ def test_who_hangs_up_costs_no_pass(cifar: list[Image.Image], files: list[bytes]
     engine.add(handmade(cifar[:20], name="birds", experts=0, size=32))
     dropped = now("dropped_total", why="cancelled")
 
-    async def hang_up(guard: Guard, file: bytes) -> list[int]:
+    async def hang_up(guard: Guard, file: bytes, first: "Future[Answer]") -> list[int]:
         """A request whose client closes the connection once the image waits in the queue."""
         body = [{"type": "http.request", "body": file}]
         statuses = []
@@ -461,14 +462,16 @@ def test_who_hangs_up_costs_no_pass(cifar: list[Image.Image], files: list[bytes]
 
         scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "headers": []}
         await guard({**scope, "http_version": "1.1", "scheme": "http", "raw_path": b"/v1/predict"}, receive, send)
+        engine.go.release(10)
+        assert isinstance(await asyncio.to_thread(first.result, 30), Prediction)
+        while now("queue_depth"):
+            await asyncio.sleep(0.01)
         return statuses
 
     with Batcher(engine) as batcher:
         service = Service(batcher, limits=LIMITS)
         first = busy(batcher, Image.open(BytesIO(files[0])), "birds")
-        assert asyncio.run(hang_up(create_app(service), files[1]))[0] == 400, "for the log; nobody sees it"
-        engine.go.release(10)
-        assert isinstance(first.result(30), Prediction)
+        assert asyncio.run(hang_up(create_app(service), files[1], first))[0] == 400, "for the log alone"
         service.close()
     assert engine.passes == [["birds"]]
     assert now("dropped_total", why="cancelled") == dropped + 1
