@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from io import BytesIO
 from typing import Any
 
@@ -19,14 +20,16 @@ import torch
 from PIL import Image
 
 from cascade import Engine, Options, Prediction
-from cascade.batcher import Batcher
+from cascade.batcher import Answer, Batcher
 from cascade.oip import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, JsonLines, Limits
 from handlers.asgi.keys import Keys
 from handlers.asgi.service import Service
 from tests.cascade.handmade import handmade, named
+from tests.cascade.test_batcher import Held, busy
 from tests.cascade.test_engine import embeddings
+from tests.cascade.test_metrics import now
 from tests.handlers.test_keys import digest
 
 LIMITS = Limits(body=200_000, bodies=300_000, body_seconds=0.5, answer_seconds=10, images=8)
@@ -437,6 +440,41 @@ def test_log_has_ids_and_no_content(ask: Ask, files: list[bytes], caplog: pytest
     for record in caplog.records:
         text = JsonLines().format(record)
         assert secret not in text and "\n" not in text and "\x1b" not in text
+
+
+def test_who_hangs_up_costs_no_pass(cifar: list[Image.Image], files: list[bytes]) -> None:
+    engine = Held()
+    engine.add(handmade(cifar[:20], name="birds", experts=0, size=32))
+    dropped = now("dropped_total", why="cancelled")
+
+    async def hang_up(guard: Guard, file: bytes, first: "Future[Answer]") -> list[int]:
+        """A request whose client closes the connection once the image waits in the queue."""
+        body = [{"type": "http.request", "body": file}]
+        statuses = []
+
+        async def receive() -> Any:
+            while not body and now("queue_depth") == 0:
+                await asyncio.sleep(0.01)
+            return body.pop() if body else {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", 0))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "headers": []}
+        await guard({**scope, "http_version": "1.1", "scheme": "http", "raw_path": b"/v1/predict"}, receive, send)
+        engine.go.release(10)
+        assert isinstance(await asyncio.to_thread(first.result, 30), Prediction)
+        while now("queue_depth"):
+            await asyncio.sleep(0.01)
+        return statuses
+
+    with Batcher(engine) as batcher:
+        service = Service(batcher, limits=LIMITS)
+        first = busy(batcher, Image.open(BytesIO(files[0])), "birds")
+        assert asyncio.run(hang_up(create_app(service), files[1], first))[0] == 400, "for the log alone"
+        service.close()
+    assert engine.passes == [["birds"]]
+    assert now("dropped_total", why="cancelled") == dropped + 1
 
 
 def test_keys(engine: Engine, files: list[bytes]) -> None:
