@@ -54,7 +54,7 @@ train-demo: env  ## train the demo cascade anew (goes on where it was stopped)
 test: lint  ## lint, then every test
 	.venv/bin/python -m pytest
 
-soak: env  ## the whole form of what `make test` runs in short: an hour or so
+soak: env  ## the whole form of what `make test` runs in short: half an hour or so
 	.venv/bin/python -m pytest -m soak
 
 lint: env  ## ruff and mypy

@@ -30,19 +30,15 @@ import torch
 from PIL import Image
 from rich.table import Table
 
+from benchmarks.made import single
 from benchmarks.report import Figure, figure, report
 from cascade import backbone as backbones
-from cascade import load, masks
-from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, write
-from cascade.fusion import Fusion
-from cascade.images import Preprocessing
-from cascade.masks import Mask
-from cascade.router import Calibration
+from cascade import load
+from cascade.bundle import write
 from handlers.torchserve.entrypoint import Server
 
 CONCURRENCIES = (1, 8, 32, 128)
 MOST = 32  # images in a pass
-DIM = 256
 PHOTOS = Path(__file__).parents[1] / "tests" / "data" / "photos"
 ENGINE, ASGI, TORCHSERVE = "bare engine", "ASGI", "TorchServe"
 
@@ -79,35 +75,6 @@ class Totals:
         self.medians.append(float(np.median(taken.each)))
         self.client.append(1000 * taken.client / count)
         self.server.append(1000 * taken.server / count)
-
-
-def one_mask(name: str, path: Path) -> Path:
-    """A bundle of a single random mask over the whole backbone, without router, heads or bank."""
-    backbone = backbones.load(name, "random:0")
-    generator = torch.Generator().manual_seed(0)
-    mask = Mask("dispatcher", 0, masks.pack(torch.rand(backbone.flat.numel(), generator=generator) < 0.925))
-    preprocessing = Preprocessing.of(backbone.config)
-    weight = torch.randn(1, backbone.features, DIM, generator=generator) / backbone.features**0.5
-    card = Card(
-        format=1,
-        backbone=BackboneCard(
-            name=name,
-            source="random:0",
-            fingerprint=backbone.fingerprint,
-            features=backbone.features,
-            stages=[stage.name for stage in backbone.row],
-            maskable=backbone.flat.numel(),
-        ),
-        preprocessing=preprocessing.to_json(),
-        masks=[MaskCard(name=mask.name, start=0, weights=backbone.flat.numel(), density=masks.density(backbone, mask))],
-        router=None,
-        mode="dispatcher",
-        dim=DIM,
-        classes=[],
-    )
-    fusion = Fusion(weight.half(), torch.zeros(DIM))
-    bundle = Bundle("bench", "1", card, preprocessing, mask, (), None, Calibration(), None, {"dispatcher": fusion})
-    return write(bundle, path)
 
 
 def files(size: int) -> list[bytes]:
@@ -203,7 +170,7 @@ def main() -> None:
     totals = {(way, c): Totals() for way in (ENGINE, ASGI, TORCHSERVE) for c in CONCURRENCIES}
     with ExitStack() as stack:
         store = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-http-")))
-        bundle = one_mask(chosen.backbone, store / "bench" / "1")
+        bundle = write(single(backbones.load(chosen.backbone, "random:0"), "bench", 0), store / "bench" / "1")
         images = files(load(bundle).find("bench").preprocessing.size)  # type: ignore[union-attr]
         torchserve = stack.enter_context(Server(store, auth=False, threads=chosen.threads))
         asgi_url, asgi_pid = stack.enter_context(asgi(store))

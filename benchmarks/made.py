@@ -10,8 +10,9 @@ from torch import Tensor
 from cascade import backbone as backbones
 from cascade.backbone import Backbone
 from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard
-from cascade.engine import Engine, Item, Options
+from cascade.engine import Engine, Options
 from cascade.executors.choice import Kind, make
+from cascade.forward import Item
 from cascade.fusion import Fusion, Mode
 from cascade.images import Preprocessing
 from cascade.masks import Mask

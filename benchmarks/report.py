@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -55,8 +56,9 @@ class Rows:
 
 
 def hardware() -> str:
-    """The processor's name and the cores that this process may use."""
-    return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
+    """The processor's name, the cores that this process may use, and the GPU where there is one."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor()}, {len(os.sched_getaffinity(0))} cores{gpu}"
 
 
 def report(benchmark: str, figures: dict[str, Figure], *tables: Table) -> None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from cascade import metrics
-from cascade.engine import Engine, Item, Source, trunk
+from cascade.engine import Engine, Source
 from cascade.errors import CascadeError
+from cascade.forward import Item, trunk
 from cascade.prediction import ItemError, Options, Prediction
 
 Answer = Prediction | ItemError

@@ -1,16 +1,15 @@
-"""The engine: the one pass that ties masks, router, fusion and heads together over a resident backbone.
+"""The engine: bundles over resident backbones, images in, answers out.
 
-The way of a batch: decode -> trunk shared by all bundles that agree on it -> dispatcher tails -> router ->
-group by mask -> expert tails -> fusion -> heads. An image's answer does not depend on its neighbours in the
-batch.
+Decoding is any thread's (``prepare``); passes take turns (``run``, see ``cascade.forward``). What is loaded changes
+beside them.
 """
 
 import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,40 +19,25 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import backbone as backbones
-from cascade import metrics, router
+from cascade import metrics
 from cascade.bundle import Bundle, check, read
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.choice import Kind, choose
-from cascade.fusion import MODES, Fusion, Mode
+from cascade.forward import Item, forward
+from cascade.fusion import MODES
 from cascade.images import LIMITS, ImageError, Limits, Preprocessing, convert
 from cascade.images import decode as decode_image
 from cascade.images import read as read_image
 from cascade.masks import Mask
-from cascade.prediction import ItemError, Label, Neighbour, Options, Prediction
+from cascade.prediction import ItemError, Options, Prediction
 from cascade.residency import Residency
 
 DEFAULT_BUDGET = 2**30
+FEW = 4  # images a mask, below which a pass with a mask for each image is taken where the executor has one
 MAX_PIXEL = 1000  # normalised ones lie within +-20 or so; from very large ones a network makes NaN
 T = TypeVar("T")
 Source = bytes | bytearray | str | Path | Image.Image | Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One image that is ready for a pass: decoded, and its bundle and mode settled.
-
-    Attributes:
-        bundle: serves this image even if a newer version comes before its pass.
-        mode: one that the bundle has.
-        options: what the answer should hold.
-        pixels: float32 [3, H, W], preprocessed.
-    """
-
-    bundle: Bundle
-    mode: Mode
-    options: Options
-    pixels: Tensor
 
 
 class Engine:
@@ -191,19 +175,17 @@ class Engine:
 
     def run(self, items: Sequence[Item]) -> list[Prediction]:
         """One pass for all ``items``, answers in their order; passes of several threads take turns."""
-        answers: list[Prediction | None] = [None] * len(items)
         metrics.BATCH_IMAGES.observe(len(items))
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            for rows in _groups(range(len(items)), lambda row: trunk(items[row])):
-                for row, answer in zip(rows, self._run([items[row] for row in rows]), strict=True):
-                    answers[row] = answer
-                    metrics.count(answer.bundle, answer.cluster, 200)
-                    metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
-                    if items[row].bundle.ood is not None:
-                        metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
-        return [answer for answer in answers if answer is not None]
+            answers = forward(self._executors, self.residency, self.device, items)
+        for item, answer in zip(items, answers, strict=True):
+            metrics.count(answer.bundle, answer.cluster, 200)
+            metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
+            if item.bundle.ood is not None:
+                metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
+        return answers
 
     def warm_up(self) -> None:
         """One blank image through every bundle, so that no first request pays for compiling and indexing."""
@@ -280,7 +262,7 @@ class Engine:
         blank = _transform(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
         item = Item(bundle, bundle.card.mode, Options(embedding=True), blank)
         with self._lock, torch.no_grad():
-            (answer,) = self._run([item])
+            (answer,) = forward(self._executors, self.residency, self.device, [item])
         if not (math.isfinite(answer.confidence) and torch.tensor(answer.embedding).isfinite().all()):
             raise CascadeError(
                 f"bundle {bundle.name}/{bundle.version} answers with numbers that are none; train it again"
@@ -316,77 +298,6 @@ class Engine:
             return ItemError(error.status, error.kind, str(error))
         return Item(bundle, mode, options, _transform(bundle.preprocessing)(picture))
 
-    def _run(self, items: list[Item]) -> list[Prediction]:
-        """Items of one backbone, one input shape and one first masked stage: the plain trunk is theirs together."""
-        bundle = items[0].bundle
-        executor = self.executor(bundle)
-        for other in self._executors.values():  # no backbone may look at weights that are evicted for this one
-            if other is not executor:
-                other.swap(None)
-        shared: Tensor | None = None
-        if start := bundle.dispatcher.start:
-            executor.swap(None)
-            with metrics.stage("dispatch"):
-                shared = executor.run(_stack(items, self.device), 0, start)
-        answers: dict[int, Prediction] = {}
-        groups = _groups(range(len(items)), lambda row: items[row].bundle.identity)
-        # Those whose weights are there come first, or they would be evicted for the others and made again.
-        for rows in sorted(groups, key=lambda rows: items[rows[0]].bundle.dispatcher not in self.residency):
-            own = [items[row] for row in rows]
-            found = self._run_bundle(executor, own, _stack(own, self.device) if shared is None else shared[rows])
-            answers.update(zip(rows, found, strict=True))
-        return [answers[row] for row in range(len(items))]
-
-    def _run_bundle(self, executor: Executor, items: list[Item], x: Tensor) -> list[Prediction]:
-        """Items of one bundle: its dispatcher once, then each expert for the rows that want it."""
-        bundle = items[0].bundle
-        start = bundle.dispatcher.start
-        split = min((expert.start for expert in bundle.experts), default=start)
-        _swap(executor, bundle.dispatcher)
-        with metrics.stage("dispatch"):
-            trunk = executor.run(x, start, split) if split > start else x
-            features = executor.run(trunk, split)
-            routed, confidence = router.route(bundle.router, bundle.calibration, features)
-            ood = torch.zeros(len(items)) if bundle.ood is None else bundle.ood.score(features)
-            cluster = routed.tolist()
-        fusions = [bundle.fusions[item.mode] for item in items]
-        with metrics.stage("fuse"):
-            embeddings = torch.stack([f.bias for f in fusions])
-            _fuse(embeddings, fusions, list(range(len(items))), features, None)
-        applied: list[list[str]] = [[bundle.dispatcher.name] for _ in items]
-        for k, expert in enumerate(bundle.experts):
-            rows = [
-                row
-                for row, item in enumerate(items)
-                if item.mode == "unconditional" or (item.mode == "conditional" and cluster[row] == k)
-            ]
-            if not rows:
-                continue
-            metrics.GROUP_IMAGES.observe(len(rows))
-            _swap(executor, expert)
-            with metrics.stage("expert"):
-                block = executor.run(trunk[rows], split)
-            with metrics.stage("fuse"):
-                _fuse(embeddings, fusions, rows, block, k)
-            for row in rows:
-                applied[row].append(expert.name)
-        labels, neighbours = _labels(items, embeddings), _neighbours(items, embeddings)
-        return [
-            Prediction(
-                bundle=bundle.name,
-                version=bundle.version,
-                mode=item.mode,
-                cluster=cluster[row],
-                confidence=float(confidence[row]),
-                ood=float(ood[row]),
-                masks=tuple(applied[row]),
-                labels=labels[row],
-                neighbours=neighbours[row],
-                embedding=embeddings[row].cpu().numpy() if item.options.embedding else None,
-            )
-            for row, item in enumerate(items)
-        ]
-
 
 def load(
     path: Path | str,
@@ -403,20 +314,6 @@ def load(
     engine = Engine(budget_bytes, device, weights=weights, executor=executor)
     engine.add(read(Path(path)))
     return engine
-
-
-def trunk(item: Item) -> Hashable:
-    """Items that agree on this share the plain backbone up to their dispatchers' first stage."""
-    bundle = item.bundle
-    return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape
-
-
-def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterable[list[T]]:
-    """Items with equal keys together, in the order of first appearance."""
-    found: dict[Hashable, list[T]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found.values()
 
 
 def number(version: str) -> tuple[int, str]:
@@ -441,49 +338,3 @@ def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -
     if isinstance(image, Image.Image):
         return convert(image, limits)
     return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)
-
-
-def _swap(executor: Executor, mask: Mask) -> None:
-    with metrics.stage("swap"):
-        executor.swap(mask)
-
-
-def _stack(items: list[Item], device: str) -> Tensor:
-    return torch.stack([item.pixels for item in items]).to(device)
-
-
-def _fuse(out: Tensor, fusions: list[Fusion], rows: list[int], block: Tensor, expert: int | None) -> None:
-    """Add one mask's features ``block`` (of ``rows``) to the embeddings ``out``, each by its own fusion."""
-    for fusion in set(fusions):
-        at = [i for i, row in enumerate(rows) if fusions[row] is fusion]
-        if at:
-            out[[rows[i] for i in at]] += fusion.project(block[at], expert)
-
-
-def _labels(items: list[Item], embeddings: Tensor) -> list[tuple[Label, ...]]:
-    """The best labels of each row, best first."""
-    out: list[tuple[Label, ...]] = []
-    for row, item in enumerate(items):
-        head = item.bundle.linear.get(item.mode)
-        if head is None or item.options.labels <= 0:
-            out.append(())
-            continue
-        scores = head.scores(embeddings[row : row + 1])[0]
-        best = scores.topk(min(item.options.labels, len(scores)))
-        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        out.append(tuple(Label(item.bundle.card.classes[i], score) for score, i in pairs))
-    return out
-
-
-def _neighbours(items: list[Item], embeddings: Tensor) -> list[tuple[Neighbour, ...]]:
-    """The nearest training images of each row, nearest first."""
-    out: list[tuple[Neighbour, ...]] = []
-    for row, item in enumerate(items):
-        bank = item.bundle.banks.get(item.mode)
-        if bank is None or item.options.neighbours <= 0:
-            out.append(())
-            continue
-        similarities, found = bank.nearest(embeddings[row : row + 1], item.options.neighbours)
-        pairs = zip(similarities[0].tolist(), found[0].tolist(), strict=True)
-        out.append(tuple(Neighbour(bank.names[i], bank.labels[i] if bank.labels else None, s) for s, i in pairs))
-    return out

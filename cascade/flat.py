@@ -9,6 +9,7 @@ weights out.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -90,6 +91,7 @@ class Flat:
         rows = np.concatenate([_lanes(r, n, o.block) for r, n, o in zip(self.row, blocks, orders, strict=False)])
         self._pieces = begin, end, rows
         self._plans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._tiles: dict[int, Tensor] = {}
 
     def first(self, stage: int) -> int:
         """Index of the first unit that belongs to ``stage`` or a later one."""
@@ -116,11 +118,19 @@ class Flat:
         )
 
     def materialise(self, mask: Packed, out: Tensor | None = None) -> Tensor:
-        """Masked and scaled weights, float32 [n], from the mask's first stage to the end."""
-        from cascade.kernels import cpu  # numba takes a second to come up
+        """Masked and scaled weights, float32 [n], from the mask's first stage to the end.
 
+        On a GPU ``out`` may be bfloat16.
+        """
         pristine = self.pristine[self.begin[self.first(mask.start)] :]
         out = torch.empty_like(pristine) if out is None else out
+        if pristine.is_cuda:
+            from cascade.kernels import triton
+
+            triton.masked(mask.bits, pristine, self.tiles(mask.start), mask.scales, out)
+            return out
+        from cascade.kernels import cpu  # numba takes a second to come up
+
         begin, end, rows = self._plan(mask.start)
         cpu.masked(mask.bits.numpy(), pristine.numpy(), begin, end, mask.scales.numpy()[rows], out.numpy())
         return out
@@ -133,6 +143,18 @@ class Flat:
         for b, e, lanes in zip(begin, end, mask.scales.cpu().numpy()[rows], strict=True):
             scale[b:e] = torch.from_numpy(np.resize(lanes, e - b)).to(scale)
         return pristine * unpack(mask.bits, len(pristine)) * scale
+
+    def tiles(self, stage: int) -> Tensor:
+        """What a launch on a GPU is told about a suffix, see ``cascade.kernels.triton``; made once for all masks."""
+        if stage not in self._tiles:
+            from cascade.kernels import triton
+
+            i = self.first(stage)
+            blocks = [order.block for order in self.orders[i:]]
+            pieces = [len(order.columns) * order.block for order in self.orders[i:]]
+            table = triton.tiles(self.begin[i:] - self.begin[i], self.row[i:-1] - self.row[i], pieces, blocks)
+            self._tiles[stage] = table.to(self.pristine.device)
+        return self._tiles[stage]
 
     def _plan(self, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces of a suffix, alike for all threads: begin, end, and the rows of their sixteen lanes, int64 [P, 16]."""
@@ -150,26 +172,30 @@ class Flat:
         """The bits of ``mask`` in this order, uint8."""
         from cascade.kernels import cpu
 
-        first, origin = self.first(mask.start), self.folded.backbone.offset(mask.start)
-        tasks, columns, at = [], [], 0
-        for unit, order in list(zip(self.folded.units, self.orders, strict=True))[first:]:
-            columns.append(order.columns)
+        first = self.first(mask.start)
+        out = np.zeros((self.begin[-1] - self.begin[first]) // 8, np.uint8)
+        units, tasks, columns = self._tasks
+        if len(tasks := tasks[units >= first]):
+            tasks[:, 0] -= self.folded.backbone.offset(mask.start)
+            cpu.reorder(mask.bits.cpu().numpy(), tasks, columns, out)
+        return torch.from_numpy(out)
+
+    @cached_property
+    def _tasks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What ``kernels.cpu.reorder`` takes: the unit of each task, tasks, columns of all units."""
+        units, tasks, at = [], [], 0
+        for i, (unit, order) in enumerate(zip(self.folded.units, self.orders, strict=True)):
             span = (at, at := at + len(order.columns))
             groups = -(-unit.rows // order.block)
             # Row by row, rows may share a byte: one task. Blocks begin at a byte, so each is one, for all threads.
-            steps = (
-                [(0, groups)]
-                if order.block == 1 or order.block * len(order.columns) % ALIGN
-                else [(g, 1) for g in range(groups)]
-            )
-            for group, count in steps:
-                tasks.append(
-                    (unit.offset - origin, group * order.block, unit.rows, count, order.block, unit.columns, *span)
-                )
-        out = np.zeros((self.begin[-1] - self.begin[first]) // 8, np.uint8)
-        if tasks:
-            cpu.reorder(mask.bits.cpu().numpy(), np.array(tasks), np.concatenate(columns), out)
-        return torch.from_numpy(out)
+            together = order.block == 1 or order.block * len(order.columns) % ALIGN
+            for group in (0,) if together else range(groups):
+                count = groups if together else 1
+                task = (unit.offset, group * order.block, unit.rows, count, order.block, unit.columns, *span)
+                tasks.append(task)
+                units.append(i)
+        columns = np.concatenate([order.columns for order in self.orders])
+        return np.array(units), np.array(tasks), columns
 
     def reorder_plain(self, mask: Mask) -> Tensor:
         """``_reorder`` in plain PyTorch: its reference."""

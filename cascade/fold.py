@@ -8,6 +8,7 @@ channel), computed once in float64 (paper §3, eq. 3; method.md §1). Linear lay
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -47,7 +48,7 @@ class Unit:
 
     @property
     def columns(self) -> int:
-        return int(np.prod(self.shape[1:]))
+        return math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class Folded:
 
     def loosened(self, mask: Mask) -> dict[str, Tensor]:
         """The ``loose`` tensors under ``mask``, those of its own stages."""
+        if not self.loose:
+            return {}
         state = _State(self, mask)
         return {name: torch.from_numpy(state(name)).float() for name in self.loose if state.covers(name)}
 

@@ -2,15 +2,18 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
 from cascade import metrics
 from cascade.errors import CascadeError
 
+Make = Callable[[Tensor | None], Tensor]
+
 
 class Residency:
-    """Materialised weights by mask.
+    """Materialised weights by mask. One thread asks; ``ahead`` makes weights in a thread of its own meanwhile.
 
     Attributes:
         budget: bytes that may be held at any moment.
@@ -22,12 +25,15 @@ class Residency:
         self.budget, self.used = budget, 0
         self.hits = self.misses = self.evictions = 0
         self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._pinned: Hashable = None  # what was asked for last is in use
+        self._coming: tuple[Hashable, int, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1, "cascade-ahead")  # starts with its first work
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._held
+        return key in self._held or (self._coming is not None and self._coming[0] == key)
 
-    def get(self, key: Hashable, size: int, make: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """The weights of mask ``key``, made by ``make`` where they are not held.
+    def get(self, key: Hashable, size: int, make: Make) -> Tensor:
+        """The weights of mask ``key``, made by ``make`` where they are not held; in use until the next call.
 
         Args:
             key: the mask.
@@ -37,39 +43,79 @@ class Residency:
         Raises:
             CascadeError: the budget is smaller than this one mask.
         """
+        came = self._coming is not None and self._coming[0] == key  # counted already
+        self._arrived()
+        self._pinned = key
         if key in self._held:
-            self.hits += 1
-            metrics.MASK_HITS.inc()
+            if not came:
+                self.hits += 1
+                metrics.MASK_HITS.inc()
             self._held.move_to_end(key)
             return self._held[key]
         if size > self.budget:
             raise CascadeError(f"the budget of {self.budget} bytes is below one mask's weights: give at least {size}")
-        self.misses += 1
-        metrics.MASK_MISSES.inc()
-        reuse = None
-        while self.used + size > self.budget:
-            freed = self._drop(next(iter(self._held)))
-            reuse = freed if freed.nbytes == size else None
-            del freed  # or it would outlive its budget while the next is made
-        self._held[key] = make(reuse)
-        self.used += size
-        metrics.MATERIALISED_BYTES.set(self.used)
+        self._missed()
+        self._held[key] = make(self._room(size))
+        self._use(size)
         return self._held[key]
+
+    def ahead(self, key: Hashable, size: int, make: Make) -> bool:
+        """Begin to make the weights that will be asked for next, where they fit beside those in use.
+
+        Returns:
+            whether they are being made.
+        """
+        in_use = self._held[self._pinned].nbytes if self._pinned in self._held else 0
+        if key in self or self._coming is not None or size + in_use > self.budget:
+            return False
+        self._missed()
+        reuse = self._room(size)
+        self._use(size)
+        self._coming = key, size, self._thread.submit(make, reuse)
+        return True
 
     def clear(self) -> None:
         """Drop everything that is held."""
+        self._arrived()
         while self._held:
             self._drop(next(iter(self._held)))
 
     def drop(self, key: Hashable) -> None:
         """Let go of a mask that nobody will ask for again; nothing where it is not held."""
+        self._arrived()
         if key in self._held:
             self._drop(key)
 
+    def _arrived(self) -> None:
+        """Take in what was made ahead; what went wrong there goes wrong again, and is raised, when it is asked for."""
+        if self._coming is None:
+            return
+        (key, size, future), self._coming = self._coming, None
+        if future.exception() is None:
+            self._held[key] = future.result()
+        else:
+            self._use(-size)
+
+    def _room(self, size: int) -> Tensor | None:
+        """Evict until ``size`` bytes are free, never what is in use; a buffer of that size, if one was freed."""
+        reuse = None
+        while self.used + size > self.budget:
+            freed = self._drop(next(key for key in self._held if key != self._pinned))
+            reuse = freed if freed.nbytes == size else None
+            del freed  # or it would outlive its budget while the next is made
+        return reuse
+
+    def _use(self, size: int) -> None:
+        self.used += size
+        metrics.MATERIALISED_BYTES.set(self.used)
+
+    def _missed(self) -> None:
+        self.misses += 1
+        metrics.MASK_MISSES.inc()
+
     def _drop(self, key: Hashable) -> Tensor:
         weights = self._held.pop(key)
-        self.used -= weights.nbytes
+        self._use(-weights.nbytes)
         self.evictions += 1
         metrics.MASK_EVICTIONS.inc()
-        metrics.MATERIALISED_BYTES.set(self.used)
         return weights

@@ -11,7 +11,11 @@ os.environ["CASCADE_EXECUTOR"] = "plain"
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+if not torch.cuda.is_available():  # before triton is imported, as timm does: then its interpreter runs our kernels
+    os.environ["TRITON_INTERPRET"] = "1"
 
 DATA = Path(__file__).parent / "data"
 

@@ -21,7 +21,7 @@ def build(name: str, count: int) -> Callable[[tuple[int, int]], object]:
         for file in path.iterdir():  # out of the page cache
             with open(file, "rb") as handle:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    engine = made.engine_of([read(paths[0])], 2**33)
+    engine = made.engine_of([read(paths[0])], 2 * made.mask_bytes(backbone))
 
     def work(wanted: tuple[int, int], keep: object = keep) -> bool:
         images, version = wanted

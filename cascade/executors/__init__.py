@@ -8,7 +8,8 @@ Each keeps masks in its own form (``pack``), materialises their weights within t
 runs stages of the backbone under the mask that is in place (``run``). ``choice.choose`` takes the fastest.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -33,10 +34,23 @@ class Executor(Protocol):
         """Make a packed mask (None: the plain backbone) the one that the next runs use, from its first stage on."""
         ...
 
+    def ahead(self, mask: Mask) -> None:
+        """Begin with the weights of the mask that comes next, beside the pass that runs, if there is room."""
+        ...
+
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Stages ``start`` to ``stop`` (None: to the end, with pooling) of the backbone."""
         ...
 
     def bytes(self) -> int:
         """Memory of the resident backbone, without materialised masks."""
+        ...
+
+
+@runtime_checkable
+class Distinct(Executor, Protocol):
+    """An executor that can run a batch with a mask for each image, which pays where kernels are launched one by one."""
+
+    def run_each(self, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None) -> Tensor:
+        """Stages ``start`` to ``stop`` with row n under packed ``masks[n]``, which begins at ``start`` or before."""
         ...

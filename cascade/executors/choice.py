@@ -54,9 +54,14 @@ def make(backbone: Backbone, residency: Residency, kind: Kind) -> Executor:
         from cascade.executors.onnx import OnnxExecutor
 
         return OnnxExecutor(backbone, residency)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    if backbone.flat.is_cuda:
+        from cascade.executors.cuda import CudaExecutor
+
+        return CudaExecutor(backbone, residency, dtype)
     from cascade.executors.folded import FoldedExecutor
 
-    return FoldedExecutor(backbone, residency, torch.bfloat16 if kind == "bf16" else torch.float32)
+    return FoldedExecutor(backbone, residency, dtype)
 
 
 def _fastest(backbone: Backbone, residency: Residency, size: int) -> Executor:

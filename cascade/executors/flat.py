@@ -1,5 +1,7 @@
 """What the executors with weights of their own have in common: packing masks and swapping them."""
 
+from functools import cached_property
+
 from torch import Tensor
 
 from cascade.backbone import Backbone
@@ -50,6 +52,11 @@ class FlatExecutor:
         self.point(self.flat.first(mask.start), weights, mask.shifts, mask.loose)
         self._now = mask
 
+    def ahead(self, mask: Mask) -> None:
+        """Begin with the weights of the mask that comes next."""
+        assert isinstance(mask, Packed), "a mask is packed before it is swapped"
+        self.residency.ahead(mask, self.size(mask), lambda out: self.materialise(mask, out))
+
     def materialise(self, mask: Packed, out: Tensor | None) -> Tensor:
         """The mask's weights, from its first stage on, in ``out`` where one is given."""
         return self.flat.materialise(mask, out)
@@ -64,6 +71,10 @@ class FlatExecutor:
 
     def bytes(self) -> int:
         """Memory of the resident backbone, each tensor once."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> int:
         folded = self.flat.folded
         masked = {f"{u.module}.{part}" for u in folded.units for part in ("weight", "bias")} | set(folded.loose)
         models = {**self.backbone.model.state_dict(), **folded.model.state_dict()}

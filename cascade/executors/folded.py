@@ -51,7 +51,9 @@ class FoldedExecutor(FlatExecutor):
         return super().size(mask) * self.dtype.itemsize // 4
 
     def materialise(self, mask: Packed, out: Tensor | None) -> Tensor:
-        if self.dtype == torch.float32:
+        if self.plain.is_cuda and out is None:
+            out = self.plain.new_empty(self.size(mask) // self.dtype.itemsize)
+        if self.plain.is_cuda or self.dtype == torch.float32:
             return super().materialise(mask, out)
         if self._scratch is None:
             self._scratch = torch.empty_like(self.flat.pristine)

@@ -9,6 +9,7 @@ left that a mask would have to change; sessions take milliseconds to make.
 
 import copy
 import importlib
+import os
 import tempfile
 import warnings
 from collections import OrderedDict
@@ -277,6 +278,8 @@ def session_options(onnxruntime: Any, level: Any) -> Any:
 
 def library(name: str) -> Any:
     """onnx or onnxruntime, or one line that says which extra brings it."""
+    # From 1.29 on it reports to its makers and leaves an identifier on the disk, unless this is set before.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         return importlib.import_module(name)
     except ImportError:

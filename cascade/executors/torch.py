@@ -50,6 +50,10 @@ class TorchExecutor:
             self._set_norm(name, tensor)
         self._now = mask
 
+    def ahead(self, mask: Mask) -> None:
+        """Begin with the weights of the mask that comes next."""
+        self.residency.ahead(mask, self.size(mask), lambda out: masks.apply(self.backbone, mask, out))
+
     def size(self, mask: Mask) -> int:
         """Bytes of the mask's materialised weights."""
         return self.backbone.flat[self.backbone.offset(mask.start) :].nbytes

@@ -3,6 +3,8 @@
 python -m handlers.asgi.worker '{"socket": 3, ...}'     as handlers/asgi/supervisor.py starts it
 """
 
+import asyncio
+import ctypes
 import json
 import logging
 import os
@@ -30,6 +32,7 @@ from handlers.asgi.guard import Guard, JsonLines
 from handlers.asgi.service import Service
 
 READY = b"ready\n"
+GROWN = 64 * 2**20  # bytes that the allocator may keep
 HUNG = 120  # seconds; a pass takes one or two
 log = logging.getLogger("cascade.worker")
 
@@ -42,6 +45,7 @@ class Server(uvicorn.Server):
         self.service, self.guard = service, guard
         self.drain_timeout, self.ready = settings["drain_timeout"], settings["ready"]
         self.end = float("inf")
+        self._resident = 0  # bytes, after memory was last given back
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.service.stopping:
@@ -59,7 +63,20 @@ class Server(uvicorn.Server):
         if self.service.batcher.pass_seconds > HUNG:
             log.error("a pass hangs for %d s: this process ends, and the next one takes over", HUNG)
             os.kill(os.getpid(), signal.SIGKILL)  # nothing gentler ends a thread that hangs in a driver
+        if counter % 20 == 0 and self.guard.requests == 0:
+            await asyncio.to_thread(self._give_back)
         return await super().on_tick(counter) or drained or dead
+
+    def _give_back(self) -> None:
+        """Large images leave the allocator with hundreds of MB that it would keep; what a pass needs stays below."""
+        if _resident() > self._resident + GROWN:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._resident = _resident()
+
+
+def _resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def run(settings: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.batcher import Answer, Batcher
 from cascade.bundle import Bundle
-from cascade.engine import Item
 from cascade.errors import CascadeError
+from cascade.forward import Item
 
 from .handmade import handmade, named
 from .test_metrics import now

@@ -216,6 +216,31 @@ def test_alone_as_in_a_mixed_batch(
         same(alone[0], answer)
 
 
+def test_a_mask_for_each_image(
+    pair: tuple[Bundle, Bundle], cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the executor can, many masks with few images each run at once; here on the CPU, without its kernels."""
+    from cascade.executors.cuda import CudaExecutor
+
+    calls: list[int] = []
+    run_each = CudaExecutor.run_each
+
+    def spy(self: CudaExecutor, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None) -> Tensor:
+        calls.append(len(set(masks)))
+        return run_each(self, x, masks, start, stop)
+
+    monkeypatch.setattr(CudaExecutor, "run_each", spy)
+    monkeypatch.setattr("cascade.engine.choose", lambda backbone, residency, *_: CudaExecutor(backbone, residency))
+    single = handmade(cifar[:40], name="single", experts=0, mask_from=2, norms=True)
+    engine = engine_of(*pair, single)
+    wishes = [*mixture("a", "b", count=6), Options(bundle="single", embedding=True)]
+    together = engine.predict(cifar[: len(wishes)], wishes)
+    assert calls and max(calls) > 1
+    plain = engine_of(*pair, single)
+    for image, wish, answer in zip(cifar, wishes, together, strict=False):
+        same(plain.predict([image], wish)[0], answer)
+
+
 def test_alone_as_in_a_mixed_batch_when_trained(trained: Bundle, cifar: list[Image.Image]) -> None:
     """The same with a bundle that the training made, beside itself with its experts the other way round."""
     turned = named(trained, "turned")

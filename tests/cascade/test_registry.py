@@ -20,8 +20,8 @@ from cascade import Engine, ItemError, Options, Prediction, metrics
 from cascade import backbone as backbones
 from cascade import registry as registries
 from cascade.bundle import Bundle, write
-from cascade.engine import Item
 from cascade.errors import CascadeError
+from cascade.forward import Item
 from cascade.registry import Registry, State, load_store, pinned
 
 from .handmade import handmade, named

@@ -1,5 +1,6 @@
 """Residency: a budget in bytes that is never exceeded, and what leaves is gone."""
 
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -117,3 +118,64 @@ def test_clear() -> None:
     held.clear()
     assert held.used == 0 and held.evictions == 2
     assert [ref() for ref in refs] == [None, None]
+
+
+# --- made ahead
+
+
+def test_what_comes_next_is_made_beside_what_is_in_use() -> None:
+    held, started, go = Residency(200), threading.Event(), threading.Event()
+
+    def slow(out: Tensor | None) -> Tensor:
+        started.set()
+        assert go.wait(10)
+        return making(2)(out)
+
+    held.get("a", 100, making(1))
+    assert held.ahead("b", 100, slow)
+    assert started.wait(10) and "b" in held and held.used == 200
+    assert not held.ahead("c", 100, never), "one at a time"
+    go.set()
+    assert held.get("b", 100, never).tolist() == [2.0] * 25
+    assert (held.misses, held.hits, held.evictions) == (2, 0, 0)
+
+
+def test_what_is_in_use_stays() -> None:
+    """The mask in use is the one used least recently among those held, and must not be written over."""
+    held = Residency(200)
+    first = held.get("a", 100, making(1))
+    held.get("b", 100, making(2))
+    assert held.get("a", 100, never) is first
+    assert held.ahead("c", 100, making(3))
+    assert held.get("c", 100, never).tolist() == [3.0] * 25
+    assert first.tolist() == [1.0] * 25 and "a" in held and "b" not in held
+
+
+def test_no_room_beside_what_is_in_use() -> None:
+    held = Residency(199)
+    held.get("a", 100, making(1))
+    assert not held.ahead("b", 100, never)
+    assert held.used == 100 and held.misses == 1
+    assert not held.ahead("a", 100, never), "it is there"
+
+
+def test_a_failure_ahead_is_raised_when_it_is_asked_for() -> None:
+    def broken(out: Tensor | None) -> Tensor:
+        raise MemoryError
+
+    held = Residency(200)
+    held.get("a", 100, making(1))
+    assert held.ahead("b", 100, broken)
+    with pytest.raises(MemoryError):
+        held.get("b", 100, broken)
+    assert held.used == 100 and "a" in held and "b" not in held
+
+
+def test_the_budget_holds_with_what_is_made_ahead() -> None:
+    held = Residency(250)
+    for key in "abcabcab":
+        held.get(key, 100, making(0))
+        held.ahead("next", 100, making(1))
+        assert held.used <= 250
+    held.clear()
+    assert held.used == 0

@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
-from tests.e2e.conftest import CLIENT, ROOT, NotStarted, Running
+from tests.e2e.conftest import CLIENT, ROOT, NotStarted, Running, environment
 
 
 @dataclass
@@ -60,7 +60,7 @@ def serving_asgi(store: Path, *options: str, host: str = LOOPBACK) -> Iterator[A
             stderr=stderr,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"TMPDIR": str(folder), "PATH": "/usr/bin:/bin"},
+            env=environment(folder),
         )
     base = f"http://{LOOPBACK}:{port}"
     server = Asgi(f"{base}/v1/predict", f"{base}/metrics", f"{base}/v2/health/ready", process, folder)

@@ -20,12 +20,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import cascade
 from cascade.engine import Engine
+from cascade.executors.choice import Kind
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 
 if TYPE_CHECKING:
     from tests.e2e.asgi_server import Asgi
 
 ROOT = Path(__file__).parents[2]
+EXECUTOR: Kind = "onnx"
+"""What `auto` takes on most machines; named, so that nothing has to be measured while tests run."""
 CLIENT = httpx.Client(trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None))
 SERVE = """
 import json, sys
@@ -114,6 +117,11 @@ class Running:
         }
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """A server's: with the executor that most people will have, nothing but the system on its path."""
+    return os.environ | {"CASCADE_EXECUTOR": EXECUTOR, "TMPDIR": str(folder), "PATH": "/usr/bin:/bin"}
+
+
 @contextmanager
 def serving(store: Path | str, host: str = LOOPBACK, **options: object) -> Iterator[Running]:
     """Run `serve` until the block ends; then nothing of it may be left, neither process nor file."""
@@ -129,7 +137,7 @@ def serving(store: Path | str, host: str = LOOPBACK, **options: object) -> Itera
             stderr=stderr,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"TMPDIR": str(folder), "PATH": "/usr/bin:/bin"},
+            env=environment(folder),
         )
     server = Running(
         f"http://{LOOPBACK}:{port}/predictions/cascade",
@@ -159,7 +167,7 @@ def serving(store: Path | str, host: str = LOOPBACK, **options: object) -> Itera
 @pytest.fixture(scope="session")
 def engine(bundle_path: Path) -> Engine:
     """The same bundle without a server, to compare with."""
-    return cascade.load(bundle_path)
+    return cascade.load(bundle_path, executor=EXECUTOR)
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +186,7 @@ def store(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def backbone_bytes(bundle_path: Path) -> int:
     """One resident copy."""
-    return cascade.load(bundle_path).stats()["backbone_bytes"]
+    return cascade.load(bundle_path, executor=EXECUTOR).stats()["backbone_bytes"]
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def start(*arguments: str | Path, columns: int = 80) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": str(columns), "PATH": "/usr/bin:/bin"},
+        env=os.environ | {"CASCADE_EXECUTOR": "auto", "COLUMNS": str(columns), "PATH": "/usr/bin:/bin"},
     )
 
 

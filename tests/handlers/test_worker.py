@@ -1,6 +1,7 @@
 """When the engine process ends: told to and done, told to and out of time, its batcher gone, or a pass that hangs."""
 
 import asyncio
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -60,3 +61,20 @@ def test_ends_when_a_pass_hangs(server: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Batcher, "pass_seconds", worker.HUNG + 1)
     leaves(server)
     assert killed == [(os.getpid(), signal.SIGKILL)]
+
+
+def test_memory_of_large_images_is_given_back(server: Server) -> None:
+    """Blocks of a size that the allocator keeps, the last one still in use."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    leaves(server)
+    begin = worker._resident()
+    blocks = [ctypes.c_void_p(libc.malloc(100_000)) for _ in range(3_000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    for block in blocks[:-1]:
+        libc.free(block)
+    assert worker._resident() > begin + 200 * 2**20, "the allocator keeps it"
+    asyncio.run(server.on_tick(20))
+    assert worker._resident() < begin + 50 * 2**20
+    libc.free(blocks[-1])

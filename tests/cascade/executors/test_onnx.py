@@ -1,6 +1,9 @@
 """ONNX Runtime with bound weights: the order that it keeps them in is found, and what can't be bound is said."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from cascade.executors.onnx import OnnxError, OnnxExecutor, _order
 from cascade.flat import Order
 from cascade.fold import Unit
 from cascade.residency import Residency
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("block", [1, 8, 16])
@@ -42,3 +47,11 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(OnnxError, match=r"onnx is missing: pip install 'cascade-vision\[cpu\]'"):
         OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))
+
+
+def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
+    """ONNX Runtime's own telemetry would leave an identifier in the temporary folder, and send it."""
+    program = "from cascade.executors.onnx import library; library('onnxruntime').SessionOptions()"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ORT_")}
+    subprocess.run([sys.executable, "-c", program], env=kept | {"TMPDIR": str(tmp_path)}, cwd=ROOT, check=True)
+    assert not list(tmp_path.iterdir())

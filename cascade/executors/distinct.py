@@ -1,0 +1,76 @@
+"""A folded backbone whose layers each take the weights under the mask of every single image of a batch."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from cascade.flat import Flat
+from cascade.fold import Unit
+from cascade.kernels import distinct
+from cascade.kernels.distinct import Layer, Masks
+
+
+@dataclass
+class Bound:
+    """What the layers read in a pass.
+
+    Attributes:
+        weights: the plain flat buffer. kernels: whether layers run as kernels, or as their plain references.
+        masks: of the images. table: their addresses, where a captured graph looks.
+    """
+
+    weights: Tensor
+    kernels: bool
+    masks: Masks | None = None
+    table: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Distinct(nn.Module):
+    """One unit of a folded backbone, in place of its layer."""
+
+    def __init__(self, layer: Layer, linear: bool, bound: Bound) -> None:
+        super().__init__()
+        self.layer, self.linear, self.bound = layer, linear, bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, masks = self.bound.weights, self.bound.masks
+        if self.bound.kernels:
+            kernel = distinct.masked_linear if self.linear else distinct.masked_conv
+            return kernel(x, weights, self.layer, self.bound.table)
+        assert masks is not None
+        plain = distinct.masked_linear_plain if self.linear else distinct.masked_conv_plain
+        return plain(x, weights, self.layer, masks)
+
+
+def distinct_model(flat: Flat, bound: Bound) -> nn.Module | None:
+    """A copy of the folded model with every unit replaced; all else is shared.
+
+    None where a mask changes more than the units' weights and biases, or where the way through the model is not known
+    (``cascade.stages``): there a layer's weight may be read past the layer.
+    """
+    folded = flat.folded
+    if folded.loose or len(folded.backbone.row) == 1:
+        return None
+    shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
+    model = copy.deepcopy(folded.model, shared)
+    for unit, place, row in zip(folded.units, flat.begin.tolist(), flat.row.tolist(), strict=False):
+        module = model.get_submodule(unit.module)
+        parent, _, name = unit.module.rpartition(".")
+        new = Distinct(layer(unit, module, place, row), isinstance(module, nn.Linear), bound)
+        setattr(model.get_submodule(parent), name, new)
+    return model
+
+
+def layer(unit: Unit, module: nn.Module, place: int, row: int) -> Layer:
+    """How a unit lies in the flat buffer, and how it walks over its input."""
+    if isinstance(module, nn.Linear):
+        return Layer(place, row, (*unit.shape, 1, 1))  # type: ignore[arg-type]
+    conv = cast(nn.Conv2d, module)
+    assert conv.padding_mode == "zeros" and not isinstance(conv.padding, str), f"{unit.module}: padding is not known"
+    padding = None if type(conv) is Conv2dSame else (*conv.padding, *conv.padding)
+    shape, stride, dilation = unit.shape, conv.stride, conv.dilation
+    return Layer(place, row, shape, stride, padding, dilation, conv.groups)  # type: ignore[arg-type]

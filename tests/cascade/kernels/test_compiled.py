@@ -1,0 +1,45 @@
+"""The kernels as an H100 would run them, as far as that can be seen without one: they compile, and use its vectors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """PTX by kernel, from a process in which triton is no interpreter."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.cascade.kernels.compile"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_the_swap_moves_vectors(code: dict[str, str]) -> None:
+    """A table that the compiler can't trust to be aligned would cost four times as many loads."""
+    for dtype in ("fp32", "bf16"):
+        text = code[f"swap, {dtype}"]
+        assert text.count("ld.global.v4.b32") == 4, "four vectors of pristine weights a thread"
+        assert text.count("st.global.v4.b32") == (4 if dtype == "fp32" else 2)
+        assert "div.s32" not in text, "no division of integers"
+
+
+def test_products_run_on_tensor_cores(code: dict[str, str]) -> None:
+    for dtype in ("fp32", "bf16"):
+        text = code[f"product, {dtype}"]
+        assert "wgmma.mma_async" in text
+        assert "cp.async" in text, "the next tiles are loaded during the product"
+        assert "wgmma.mma_async" in code[f"product, {dtype}, odd"]
+    assert code["product, bf16"].count(".f32.bf16.bf16") > 0
+
+
+def test_depthwise_moves_vectors(code: dict[str, str]) -> None:
+    assert "ld.global.v4" in code["depthwise, fp32"]
