@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -16,11 +17,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 
 from cascade.bundle import read, write
-from tests.e2e.conftest import Running, serving
+from tests.e2e.conftest import CLIENT, Running, serving
+from tests.e2e.test_asgi_survival import bomb, mutated
 from tests.e2e.test_torchserve import encoded, post
 
 pytestmark = pytest.mark.e2e
@@ -244,6 +247,75 @@ def test_a_killed_worker_under_load(survivor: Running, photos: list[bytes], time
     owners = {int(file.stem.rpartition("_")[2]) for file in folder.glob("metrics/gauge_*.db")}
     assert living in owners and len(owners) <= 2, "of workers, the living one's (and the entrypoint's)"
     assert len(list(folder.glob(".ts.sock*"))) == 1
+
+
+def hostile(base: httpx.URL, photos: list[bytes], bombs: list[bytes], draw: random.Random) -> tuple[str, httpx.Request]:
+    """What a stranger with a token might send, and of which kind it is."""
+    url, named = base.copy_with(path="/predictions/cascade"), {"X-Cascade-Bundle": "one", "Content-Type": "image/png"}
+    match draw.randrange(10):
+        case 0 | 1 | 2 | 3:
+            return "image", httpx.Request("POST", url, content=mutated(draw.choice(photos), draw), headers=named)
+        case 4:
+            return "bytes", httpx.Request("POST", url, content=draw.randbytes(draw.randrange(5000)), headers=named)
+        case 5:
+            kinds = ("multipart/form-data; boundary=x", "application/x-www-form-urlencoded", ";;=", "a" * 5000)
+            body = draw.choice((b"{}", b"--x\r\n\r\n", b"a=%zz", b"\xff\xfe"))
+            return "form", httpx.Request(
+                "POST", url, content=body, headers=named | {"Content-Type": draw.choice(kinds)}
+            )
+        case 6:
+            more = {f"X-{i}": "y" * draw.choice((1, 100, 30_000)) for i in range(draw.choice((1, 300)))}
+            return "headers", httpx.Request("POST", url, content=photos[0], headers=named | more)
+        case 7:
+            body = draw.choice((b"{}", b"[" * 5000, b'{"image": 3}', b'{"image": "AAAA", "fields": 7}', b"\xff"))
+            return "json", httpx.Request("POST", url, content=body, headers={"Content-Type": "application/json"})
+        case 8:
+            value = "a" + "".join(draw.choices("a/.,%{\t", k=30)) + "a"
+            odd = {f"X-Cascade-{draw.choice(('Bundle', 'Mode', 'Fields', 'X'))}": value}
+            return "options", httpx.Request("POST", url, content=photos[0], headers=named | odd)
+        case _:
+            if draw.random() < 0.2:
+                return "bomb", httpx.Request("POST", url, content=draw.choice(bombs), headers=named)
+            path = "/" + "".join(draw.choices("ab/%._~\u00e9", k=draw.randrange(40)))
+            return "path", httpx.Request(
+                draw.choice(("GET", "POST", "DELETE", "PATCH")), str(base.copy_with(path="")) + path
+            )
+
+
+@pytest.mark.parametrize("count", short_and_whole(300, 10_000))
+def test_hostile_requests(survivor: Running, photos: list[bytes], cifar: list[Image.Image], count: int) -> None:
+    """No 5xx but what TorchServe says of forms before our handler is asked; no crash; memory back to where it was."""
+    bombs = [bomb(60_000), bomb(16_000), bomb(6_300), encoded(cifar[0], "jpeg", (8000, 5000))]
+    worker = psutil.Process(int(survivor.workers()[0]["pid"]))
+    seen: Counter[tuple[str, int]] = Counter()
+    token, base = survivor.headers, httpx.URL(survivor.url).copy_with(path="")
+
+    def send(seed: int) -> None:
+        kind, request = hostile(base, photos, bombs, random.Random(seed))
+        request.headers.update(token)
+        try:
+            answer = CLIENT.send(request)
+        except httpx.TransportError as error:  # refused while it was still sending
+            seen[kind, 0] += 1
+            print(kind, repr(error), request.headers if kind == "options" else "")
+            return
+        seen[kind, answer.status_code] += 1
+        assert len(answer.content) < 10_000
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(send, range(100)))  # what is allocated once
+        before = worker.memory_info().rss
+        list(pool.map(send, range(100, 100 + count)))
+    grown = (worker.memory_info().rss - before) / 2**20
+    statuses = Counter(status for (_, status), n in seen.items() for _ in range(n))
+    print(f"{count} hostile requests: {dict(statuses)}, memory of the worker {grown:+.0f} MB")
+    assert {kind for kind, status in seen if status >= 500} <= {"form"}, seen
+    assert {kind for kind, status in seen if status == 0} <= {"headers"}, seen
+    assert worker.is_running() and int(survivor.workers()[0]["pid"]) == worker.pid
+    assert grown < 100
+    with Load(survivor, photos) as load:
+        load.more()
+    assert load.statuses.keys() == {200}
 
 
 @pytest.mark.soak
