@@ -158,8 +158,5 @@ def static_session(backbone: Backbone, mask: Mask, pixels: Tensor) -> Any:
         own = weights[begin : begin + unit.rows * unit.columns].view(unit.shape).clone()
         layer.weight = nn.Parameter(own, requires_grad=False)
         layer.bias = nn.Parameter(packed.shifts[row : row + unit.rows].clone(), requires_grad=False)
-    with tempfile.TemporaryDirectory(prefix="cascade-static-") as folder:
-        path = Path(folder, "static.onnx")
-        export(folded.model, pixels[:2], path)
-        options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    return onnxruntime.InferenceSession(export(folded.model, pixels[:2]), options, providers=["CPUExecutionProvider"])

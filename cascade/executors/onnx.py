@@ -9,6 +9,7 @@ left that a mask would have to change; sessions take milliseconds to make.
 
 import copy
 import importlib
+import io
 import os
 import tempfile
 import warnings
@@ -169,13 +170,16 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: st
     inside = [
         (i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < (count if stop is None else stop)
     ]
+    exported = export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
     with tempfile.TemporaryDirectory(prefix="cascade-onnx-") as folder:
-        exported, optimised = Path(folder, "exported.onnx"), Path(folder, "optimised.onnx")
+        optimised = Path(folder, "optimised.onnx")
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = str(optimised)
-        export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]), exported)
-        onnxruntime.InferenceSession(str(exported), options, providers=[provider], disabled_optimizers=_KEEP_APART)
-        model = onnx.load(optimised)
+        try:
+            onnxruntime.InferenceSession(exported, options, providers=[provider], disabled_optimizers=_KEEP_APART)
+            model = onnx.load(optimised)
+        except Exception as error:  # theirs have no common base; a full disk is one of them
+            raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimise it in {folder}: {error}") from error
     return _bound(model, inside, [f"model.{name}" for name in folded.loose], folded.backbone.name)
 
 
@@ -202,14 +206,15 @@ def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
     return model
 
 
-def export(module: nn.Module, x: Tensor, path: Path) -> None:
-    """Write a module as an ONNX model that takes any batch size."""
+def export(module: nn.Module, x: Tensor) -> bytes:
+    """A module as an ONNX model that takes any batch size."""
+    out = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the newer exporter takes four times as long, and one more library
         torch.onnx.export(
             module.eval(),
             (x.cpu(),),
-            path,
+            out,  # type: ignore[arg-type]  # a file is fine, too
             input_names=["x"],
             output_names=["y"],
             dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
@@ -217,6 +222,7 @@ def export(module: nn.Module, x: Tensor, path: Path) -> None:
             do_constant_folding=False,
             opset_version=17,
         )
+    return out.getvalue()
 
 
 def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: str) -> _Graph:

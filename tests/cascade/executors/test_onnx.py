@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cascade import backbone as backbones
-from cascade.executors.onnx import OnnxError, OnnxExecutor, _order
+from cascade.executors.onnx import OnnxError, OnnxExecutor, _order, library
 from cascade.flat import Order
 from cascade.fold import Unit
 from cascade.residency import Residency
@@ -55,3 +55,15 @@ def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("ORT_")}
     subprocess.run([sys.executable, "-c", program], env=kept | {"TMPDIR": str(tmp_path)}, cwd=ROOT, check=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the measurement goes on with the other executors."""
+    onnx = library("onnx")
+
+    def cut(path: Path) -> None:
+        raise ValueError("the file is cut")
+
+    monkeypatch.setattr(onnx, "load", cut)
+    with pytest.raises(OnnxError, match="test_resnet: ONNX Runtime can't optimise it in .*: the file is cut"):
+        OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))
