@@ -22,7 +22,7 @@ from cascade.registry import State
 from handlers.asgi import ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
-from handlers.torchserve.handler import NOT_FINITE, _body, parse, wants_bytes
+from handlers.wire import NOT_FINITE, encode, parse, wants_bytes
 
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
@@ -114,7 +114,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
             raise Refusal(answer)
         request.state.about.update(bundle=answer.bundle, version=answer.version)
         try:
-            text, kind, about = _body(answer, wants_bytes(request.headers))
+            text, kind, about = encode(answer, wants_bytes(request.headers))
         except ValueError:
             raise Refusal(NOT_FINITE) from None
         return Response(text, headers=about, media_type=kind)

@@ -1,7 +1,6 @@
 """The outermost layer of the application: request ids, the log, limits of size and time, and the end."""
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -155,19 +154,3 @@ class _Body:
 
 def _too_large(limit: int) -> ItemError:
     return ItemError(413, "body_too_large", f"the body is over {limit / 2**20:g} MiB: send less at a time")
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a record: time, level, message, what is known about the request, and a traceback."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "about", {}),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)

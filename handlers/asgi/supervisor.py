@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from cascade.errors import CascadeError
-from handlers.asgi.guard import JsonLines
+from cascade.logs import JsonLines
 from handlers.torchserve import process
 
 BACKLOG = 1024

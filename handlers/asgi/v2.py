@@ -21,7 +21,7 @@ from cascade.fusion import MODES
 from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from cascade.prediction import ItemError, Prediction
 from handlers.asgi.guard import Refusal
-from handlers.torchserve.handler import NOT_FINITE
+from handlers.wire import NOT_FINITE
 
 
 class TensorParameters(BaseModel):

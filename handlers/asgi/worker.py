@@ -24,11 +24,12 @@ import uvicorn
 from cascade.batcher import Batcher
 from cascade.engine import Engine
 from cascade.errors import CascadeError
+from cascade.logs import JsonLines
 from cascade.registry import load_store
 from handlers.asgi import keys
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
-from handlers.asgi.guard import Guard, JsonLines
+from handlers.asgi.guard import Guard
 from handlers.asgi.service import Service
 
 READY = b"ready\n"

@@ -21,9 +21,10 @@ from PIL import Image
 
 from cascade import Engine, Options, Prediction
 from cascade.batcher import Answer, Batcher
+from cascade.logs import JsonLines
 from cascade.oip import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
-from handlers.asgi.guard import Guard, JsonLines, Limits
+from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys
 from handlers.asgi.service import Service
 from tests.cascade.handmade import handmade, named

@@ -17,7 +17,8 @@ from ts.utils.util import list_classes_from_module
 from cascade.engine import ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from handlers.torchserve import handler
-from handlers.torchserve.handler import CascadeHandler, parse
+from handlers.torchserve.handler import CascadeHandler
+from handlers.wire import parse
 
 PHOTO = Path(__file__).parents[1].joinpath("data/photos/cat-0000.png").read_bytes()
 
