@@ -1,6 +1,6 @@
 """Traffic that mixes many masks, against copies of the weights and against what servers do today.
 
-    python -m benchmarks.serving                                    # ResNet-50, 224 px: about 20 minutes on two cores
+    python -m benchmarks.serving                                    # ResNet-50, 224 px: half an hour on two cores
     python -m benchmarks.serving --backbone vit_base_patch32_224    # or tf_efficientnet_lite0
     python -m benchmarks.serving --only swap,mixed_uniform          # some of the measurements
 
@@ -10,10 +10,13 @@ one mask, but for the cascades. Peers are processes of their own, interleaved by
 
 import argparse
 import os
+import sys
+import time
 from collections.abc import Callable
 
 from benchmarks.report import Figure, Rows, report, single
 from benchmarks.serving import cascades, cold, executors, mixed, scale, swap, torchserve
+from cascade.errors import CascadeError
 
 WHOLE = ("resnet50",)
 """The backbones for which everything is measured; for others what depends on the backbone."""
@@ -44,23 +47,29 @@ def main() -> None:
         "today": lambda: mixed.against_today(name, mixed.uniform(20, count), 20, tables["mixed"]),
         "cascades": lambda: cascades.measure(name, 2 * count, tables["cascades"]),
         "cold": lambda: cold.measure(name, count, tables["cold"]),
-        "scale": lambda: scale.measure(name, chosen.masks, 512, max(3, count // 2), tables["scale"]),
+        "scale": lambda: scale.measure(name, chosen.masks, 384, max(3, count // 3), tables["scale"]),
         "torchserve": lambda: torchserve.measure(name, 6, count, tables["torchserve"]),
     }
     wanted = chosen.only.split(",") if chosen.only else list(measurements)
     if unknown := set(wanted) - set(measurements):
         options.error(f"no measurement {' '.join(unknown)}; there are: {' '.join(measurements)}")
     if not chosen.only and name not in WHOLE:
-        wanted = [key for key in wanted if key not in ("scale", "torchserve", "swap")]
+        wanted = ["executors", "mixed_uniform", "mixed_distinct", "identical", "cascades"]
     figures: dict[str, Figure] = {"load_average_before": single(os.getloadavg()[0])}
+    failed = []
     for key in wanted:
-        print(f"measuring {key} ...", flush=True)
-        figures |= measurements[key]()
+        print(f"{time.strftime('%H:%M:%S')} measuring {key} ...", flush=True)
+        try:
+            figures |= measurements[key]()
+        except (RuntimeError, CascadeError) as error:  # what was measured before is not lost
+            print(f"{key} failed: {error}", file=sys.stderr)
+            failed.append(key)
     report(
         f"serving-{name}" + (f"-{'-'.join(wanted)}" if chosen.only else ""),
         figures,
         *(rows.table for rows in tables.values() if rows.table.row_count),
     )
+    sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
 
 
 TITLES = {
