@@ -13,14 +13,14 @@ from benchmarks.serving import ways
 BATCH = 8
 
 
-def rate(name: str) -> Callable[[None], object]:
+def rate(name: str) -> Callable[[int], object]:
     """As many operations as one image takes, as products of large matrices: no executor can be much faster."""
     backbone = made.load(name)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone.model(made.noise(backbone, 1))
     size = 1024
     a = torch.ones(size, round(counter.get_total_flops() / (2 * size * size)))
-    return lambda nothing: (a @ a.T)[0, 0].item() < 0
+    return lambda nth: (a @ a.T)[0, 0].item() < 0
 
 
 def measure(name: str, count: int, rows: Rows) -> dict[str, Figure]:
@@ -33,7 +33,7 @@ def measure(name: str, count: int, rows: Rows) -> dict[str, Figure]:
         "bf16": (ways.unmasked, name, "bf16"),
     }
     with peers({**builds, "rate": (rate, name)}) as running:
-        floor = rounds({"rate": running["rate"]}, [None] * count)["rate"]
+        floor = rounds({"rate": running["rate"]}, [0] * count)["rate"]
         ways_to_run = {way: running[way] for way in builds}
         seconds = rounds(ways_to_run, [[0] * BATCH] * count)
         single = rounds(ways_to_run, [[0]] * count)
