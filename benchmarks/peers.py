@@ -87,10 +87,12 @@ def rounds(running: dict[str, Peer], works: Sequence[Any], warm: int = 1) -> dic
         for peer in running.values():
             peer.time(work)
     usual = median(_calibrate() for _ in range(5))
-    for work in works:
+    names = list(running)
+    for nth, work in enumerate(works):
+        turn = names[nth % len(names) :] + names[: nth % len(names)]  # nobody is always the first after the loop
         for attempt in range(TRIES):
             before = _calibrate()
-            taken = {name: peer.time(work)[0] for name, peer in running.items()}
+            taken = {name: running[name].time(work)[0] for name in turn}
             if max(before, _calibrate()) < (1 + OFF) * usual or attempt == TRIES - 1:
                 break
         for name, value in taken.items():

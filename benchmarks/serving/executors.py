@@ -1,26 +1,10 @@
 """Every executor of the unmasked backbone at batch 8, over what a user of timm gets without thinking."""
 
-from collections.abc import Callable
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from benchmarks import made
 from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
 from benchmarks.serving import ways
 
 BATCH = 8
-
-
-def rate(name: str) -> Callable[[int], object]:
-    """As many operations as one image takes, as products of large matrices: no executor can be much faster."""
-    backbone = made.load(name)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        backbone.model(made.noise(backbone, 1))
-    size = 1024
-    a = torch.ones(size, round(counter.get_total_flops() / (2 * size * size)))
-    return lambda nth: (a @ a.T)[0, 0].item() < 0
 
 
 def measure(name: str, count: int, rows: Rows) -> dict[str, Figure]:
@@ -32,15 +16,12 @@ def measure(name: str, count: int, rows: Rows) -> dict[str, Figure]:
         "onnx": (ways.unmasked, name, "onnx"),
         "bf16": (ways.unmasked, name, "bf16"),
     }
-    with peers({**builds, "rate": (rate, name)}) as running:
-        floor = rounds({"rate": running["rate"]}, [0] * count)["rate"]
-        ways_to_run = {way: running[way] for way in builds}
-        seconds = rounds(ways_to_run, [[0] * BATCH] * count)
-        single = rounds(ways_to_run, [[0]] * count)
+    with peers(builds) as running:
+        seconds = rounds(running, [[0] * BATCH] * count)
+        single = rounds(running, [[0]] * count)
     for way in builds:
         rows.add(f"{way}, batch {BATCH}", figure([1000 * s / BATCH for s in seconds[way]]), "ms an image")
         rows.add(f"{way}, batch 1", figure([1000 * s for s in single[way]]), "ms an image")
-    rows.add("its operations at the rate of a matrix product", figure([1000 * s for s in floor]), "ms an image")
     best = min(("folded", "onnx"), key=lambda way: sorted(seconds[way])[count // 2])
     return {
         "swappable_over_eager_cpu": figure(ratios(seconds["eager"], seconds[best]), ">= 1.6"),
