@@ -184,14 +184,18 @@ class CudaExecutor(FoldedExecutor):
         """
         bucket = _bucket(len(x))
         key = (*key, bucket, x.shape[1:])
-        with torch.inference_mode():
+        with (
+            torch.inference_mode(),
+            torch.cuda.device_of(self.plain),
+        ):  # it is captured, and launched, on the current one
             if key not in self._graphs:
                 place = x.new_zeros((bucket, *x.shape[1:]), dtype=self.dtype)
                 place = place.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else place
                 with _precision():
                     self._graphs[key] = Graph(function, [place, *(t.clone() for t in others)], self._pool)
             self._graphs.move_to_end(key)
-            while len(self._graphs) > GRAPHS:
+            if len(self._graphs) > GRAPHS:
+                self._idle()
                 self._graphs.popitem(last=False)
             return self._graphs[key](x, *others)
 
@@ -212,7 +216,13 @@ class CudaExecutor(FoldedExecutor):
         if self._last is not None:
             self.residency.drop(self._last)
         self._last, self._buffer = None, lambda: None
+        self._idle()
         self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key[0] is None)
+
+    def _idle(self) -> None:
+        """No graph runs any more, so that some may be let go of."""
+        if self.plain.is_cuda:
+            torch.cuda.synchronize(self.plain.device)
 
     @contextlib.contextmanager
     def _aimed(self, first: int | None) -> Iterator[None]:

@@ -56,7 +56,9 @@ def masked(bits: Tensor, weights: Tensor, table: Tensor, scales: Tensor, out: Te
         scales: float32 [rows].
         out: float32 or bfloat16 [n], rounded to nearest.
     """
-    if len(table):
+    if not len(table):
+        return
+    with torch.cuda.device_of(out):  # Triton launches on the current one
         _masked[(len(table),)](bits.view(torch.int16), weights, table, scales, out, TILE=TILE, num_warps=4)
 
 

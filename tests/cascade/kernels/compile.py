@@ -36,6 +36,11 @@ def main() -> None:
             constants = {**sizes, "ONE_TAP": words, "WORDS": words}
             name = f"product, {dtype}{'' if words else ', odd'}"
             found[name] = ptx(distinct._product, types, more, constants)
+        ones = dict.fromkeys(
+            ["groups", "width", "width_out", "across", "stride_y", "stride_x", "apart_y", "apart_x"], 1
+        )
+        sizes |= {"ONE_TAP": True, "WORDS": True, **ones}  # Triton compiles arguments of 1 as constants
+        found[f"linear, {dtype}"] = ptx(distinct._product, types, f"{aligned} channels columns", sizes)
     print(json.dumps(found))
 
 

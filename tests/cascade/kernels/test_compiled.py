@@ -34,9 +34,9 @@ def test_the_swap_moves_vectors(code: dict[str, str]) -> None:
 
 def test_products_run_on_tensor_cores(code: dict[str, str]) -> None:
     for dtype in ("fp32", "bf16"):
-        text = code[f"product, {dtype}"]
-        assert "wgmma.mma_async" in text
-        assert "cp.async" in text, "the next tiles are loaded during the product"
+        for text in (code[f"product, {dtype}"], code[f"linear, {dtype}"]):
+            assert "wgmma.mma_async" in text
+            assert "cp.async" in text, "the next tiles are loaded during the product"
         assert "wgmma.mma_async" in code[f"product, {dtype}, odd"]
     assert code["product, bf16"].count(".f32.bf16.bf16") > 0
 
