@@ -70,9 +70,9 @@ def engine_of(bundles: list[Bundle], budget: int, executor: Kind = "auto") -> En
     return engine
 
 
-def item(engine: Engine, name: str, pixels: Tensor, mode: Mode | None = None) -> Item:
+def item(engine: Engine, name: str, pixels: Tensor, mode: Mode | None = None, version: str | None = None) -> Item:
     """An image that is ready for a pass."""
-    bundle = engine.find(name)
+    bundle = engine.find(name, version)
     assert isinstance(bundle, Bundle)
     return Item(bundle, mode or bundle.card.mode, QUICK, pixels)
 

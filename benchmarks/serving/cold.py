@@ -27,9 +27,7 @@ def build(name: str, count: int) -> Callable[[tuple[int, int]], object]:
         images, version = wanted
         if version:
             engine.add(read(paths[version]))
-        bundle = engine.find("m", str(version))
-        items = [made.item(engine, "m", pixels[i]) for i in range(images)]
-        engine.run([type(i)(bundle, i.mode, i.options, i.pixels) for i in items])  # type: ignore[arg-type]
+        engine.run([made.item(engine, "m", pixels[i], version=str(version)) for i in range(images)])
         return True
 
     return work
