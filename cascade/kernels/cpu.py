@@ -4,6 +4,7 @@ Numba compiles the loops when they are first used, and keeps them beside this fi
 references are in ``cascade.masks`` (``apply_plain``) and ``cascade.flat`` (``reorder_plain``).
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Weights that one step takes: the bits of a 16-bit word, a vector register of float32 with AVX-512."""
+
+_alone = threading.Lock()  # where numba finds no OpenMP, it ends the process when two threads call it at once
 
 STREAM = 1 << 24
 """Bytes from which on the output goes past the caches: it would not stay in them until it is read."""
@@ -32,7 +35,34 @@ def masked(
     """
     words = bits[: len(bits) // 2 * 2].view(np.uint16)
     past_caches = out.nbytes >= STREAM and out.ctypes.data % (4 * LANES) == 0
-    _masked(words, bits, weights, begin, end, scales, past_caches, out)
+    with _alone:
+        _masked(words, bits, weights, begin, end, scales, past_caches, out)
+
+
+def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Active weights of each segment, int64 [segments].
+
+    Args:
+        bits: packed bits, uint8.
+        bounds: where each segment begins, and the end of the last, int64 [segments + 1].
+    """
+    with _alone:
+        return np.asarray(_count(bits, bounds))
+
+
+def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    """Bits from the order of ``Backbone.flat`` to an executor's, see ``cascade.flat.Order``.
+
+    Args:
+        bits: uint8, as in a ``Mask``.
+        tasks: int64 [T, 8]; each writes bytes of its own. Where its unit's bits begin, its first row, the rows that
+            there are, groups of rows, rows a group (1, 8 or 16), columns, where its order of columns begins and ends.
+            The tasks' outputs follow each other, each beginning at a multiple of 16.
+        columns: int32; the canonical column of each place, -1 where there is padding.
+        out: uint8, zeros.
+    """
+    with _alone:
+        _reorder(bits, tasks, columns, out)
 
 
 def _make_step(nontemporal: bool) -> Any:
@@ -100,13 +130,7 @@ def _masked(
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cover - compiled
-    """Active weights of each segment.
-
-    Args:
-        bits: packed bits, uint8.
-        bounds: where each segment begins, and the end of the last, int64 [segments + 1].
-    """
+def _count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cover - compiled
     out = np.zeros(len(bounds) - 1, np.int64)
     for s in prange(len(out)):
         i, end, total = bounds[s], bounds[s + 1], 0
@@ -127,17 +151,9 @@ def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cov
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:  # pragma: no cover
-    """Bits from the order of ``Backbone.flat`` to an executor's, see ``cascade.flat.Order``.
-
-    Args:
-        bits: uint8, as in a ``Mask``.
-        tasks: int64 [T, 8]; each writes bytes of its own. Where its unit's bits begin, its first row, the rows that
-            there are, groups of rows, rows a group (1, 8 or 16), columns, where its order of columns begins and ends.
-            The tasks' outputs follow each other, each beginning at a multiple of 16.
-        columns: int32; the canonical column of each place, -1 where there is padding.
-        out: uint8, zeros.
-    """
+def _reorder(
+    bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray
+) -> None:  # pragma: no cover - compiled
     places = np.zeros(len(tasks) + 1, np.int64)
     for t in range(len(tasks)):
         size = tasks[t, 3] * tasks[t, 4] * (tasks[t, 7] - tasks[t, 6])

@@ -1,5 +1,10 @@
 """Each kernel against its plain reference, on random masks."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +13,8 @@ from cascade import backbone as backbones
 from cascade.backbone import Backbone
 from cascade.kernels import cpu
 from cascade.masks import Mask, apply, apply_plain, pack, unpack
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module", params=["tf_efficientnet_lite0", "vit_tiny_patch16_224"])
@@ -82,3 +89,17 @@ def test_reorder(block: int, rows: int, width: int) -> None:
     matrix[:rows, :width] = active[before:].reshape(rows, width)
     want = matrix[:, columns].reshape(groups, block, -1).transpose(0, 2, 1).reshape(-1)
     np.testing.assert_array_equal(unpack(torch.from_numpy(out), size).numpy(), want)
+
+
+def test_many_threads_without_openmp() -> None:
+    """There numba's own scheduler ends the process when two threads call it at once."""
+    program = """
+import numpy as np
+from concurrent.futures import ThreadPoolExecutor
+from cascade.kernels import cpu
+bits, bounds = np.full(100_000, 3, np.uint8), np.array([0, 400_000, 800_000])
+with ThreadPoolExecutor(4) as pool:
+    assert all(found.sum() == 200_000 for found in pool.map(lambda _: cpu.count(bits, bounds), range(200)))
+"""
+    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=True)
