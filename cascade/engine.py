@@ -34,7 +34,6 @@ from cascade.prediction import ItemError, Options, Prediction
 from cascade.residency import Residency
 
 DEFAULT_BUDGET = 2**30
-FEW = 4  # images a mask, below which a pass with a mask for each image is taken where the executor has one
 MAX_PIXEL = 1000  # normalised ones lie within +-20 or so; from very large ones a network makes NaN
 T = TypeVar("T")
 Source = bytes | bytearray | str | Path | Image.Image | Tensor

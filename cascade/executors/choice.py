@@ -35,6 +35,8 @@ def choose(backbone: Backbone, residency: Residency, kind: Kind = "auto", size: 
     """
     if kind not in KINDS:
         raise CascadeError(f"there is no executor {kind!r}; choose one of: {' '.join(KINDS)}")
+    if kind == "auto" and len(backbone.row) == 1:
+        kind = "plain"  # the way through the model is not known: a layer's weight may be read past the layer
     if kind == "auto":
         executor = _fastest(backbone, residency, size or backbone.config["input_size"][-1])
     else:
