@@ -43,6 +43,14 @@ def test_the_fastest_is_taken_and_recorded(cache: Path) -> None:
     assert [p.name for p in cache.parent.iterdir()] == ["executors.json"], "no temporary file stays"
 
 
+def test_a_model_of_one_stage_runs_as_it_is(cache: Path) -> None:
+    """How it goes through its layers is not known, so nothing is folded, and its weights stay where they are."""
+    backbone = backbones.load("regnety_002", "random:0")
+    assert len(backbone.row) == 1
+    assert type(choose(backbone, Residency(2**30))) is TorchExecutor
+    assert not backbone.flat.is_meta and not cache.exists()
+
+
 @pytest.mark.parametrize("fast", ["folded", "onnx"])
 def test_the_record_decides(fast: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen(size=64)
