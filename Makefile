@@ -64,8 +64,8 @@ lint: env  ## ruff and mypy
 
 lock: env  ## write requirements/*.txt anew (UPGRADE=--upgrade for newer versions)
 	$(PIP) install --quiet uv
-	$(UV) $(UPGRADE) --extra cpu --extra demo --extra dev --output-file requirements/cpu.txt
-	$(UV) $(UPGRADE) --extra gpu --extra demo --constraint requirements/cpu.txt --output-file requirements/gpu.txt
+	$(UV) $(UPGRADE) --extra cpu --extra demo --extra ray --extra paper --extra dev --output-file requirements/cpu.txt
+	$(UV) $(UPGRADE) --extra gpu --extra demo --extra ray --extra paper --constraint requirements/cpu.txt --output-file requirements/gpu.txt
 
 clean:  ## remove caches and built files; the environment and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
