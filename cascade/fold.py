@@ -19,10 +19,15 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from cascade.backbone import Backbone
+from cascade.errors import CascadeError
 from cascade.masks import Mask
 
 PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
 """Layers that use their weight as it stands; a subclass may standardise it first."""
+
+
+LOOSE = 0.05
+"""Share of the masked weights that may lie outside of units: every mask keeps them in float32."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Folded:
             changes. Every unit has a weight and a bias, both empty: they are for an executor to set.
         loose: tensors beside the units' that a mask changes all the same (a BatchNorm that could not be folded, an
             affine of another norm), by name.
+
+    Raises:
+        CascadeError: too many weights are loose.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -77,6 +85,12 @@ class Folded:
         inside = {f"{unit.module}.weight" for unit in self.units} | {f"{unit.module}.bias" for unit in self.units}
         inside |= {f"{norm}.{part}" for norm in gone for part in ("weight", "bias", "running_mean", "running_var")}
         self.loose = [name for name in (*backbone.spans, *backbone.norms) if name not in inside]
+        weights = sum(end - begin for name, (begin, end) in backbone.spans.items() if name in self.loose)
+        if weights > LOOSE * backbone.flat.numel():
+            raise CascadeError(
+                f"{weights / backbone.flat.numel():.0%} of the masked weights of {backbone.name} are in layers that"
+                " can't be folded: choose the plain executor"
+            )
         self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.loose)}
         shared = {id(t): t for t in (*backbone.model.parameters(), *backbone.model.buffers())}
         state = backbone.model.state_dict(keep_vars=True)
@@ -115,8 +129,9 @@ class Folded:
         """The ``loose`` tensors under ``mask``, those of its own stages."""
         if not self.loose:
             return {}
-        state = _State(self, mask)
-        return {name: torch.from_numpy(state(name)).float() for name in self.loose if state.covers(name)}
+        state, shapes = _State(self, mask), self.model.state_dict()
+        covered = [name for name in self.loose if state.covers(name)]
+        return {name: torch.from_numpy(state(name)).float().view(shapes[name].shape) for name in covered}
 
     def affine(self, unit: Unit, state: "_State") -> Affine:
         """Scale relative to the folded weight, and shift, of one unit."""

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from cascade.backbone import Backbone
 from cascade.masks import Mask
+from cascade.residency import Residency
 
 
 class Executor(Protocol):
     """What the engine asks of an executor."""
 
     backbone: Backbone
+    residency: Residency
 
     def pack(self, mask: Mask) -> Mask:
         """The mask in the form that ``swap`` takes; what it holds beyond that is given up."""

@@ -43,12 +43,32 @@ def test_the_fastest_is_taken_and_recorded(cache: Path) -> None:
     assert [p.name for p in cache.parent.iterdir()] == ["executors.json"], "no temporary file stays"
 
 
-def test_a_model_of_one_stage_runs_as_it_is(cache: Path) -> None:
-    """How it goes through its layers is not known, so nothing is folded, and its weights stay where they are."""
-    backbone = backbones.load("regnety_002", "random:0")
-    assert len(backbone.row) == 1
+@pytest.mark.parametrize("kind", ["folded", "bf16", "onnx"])
+def test_a_model_that_folding_gets_wrong(kind: Any, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """CoAtNet's stride lies past its layers: refused by name, and ``auto`` runs the model as it is."""
+    backbone = backbones.load("test_coatnet", "random:0")
+    with pytest.raises(CascadeError, match="other features than the model under a mask of test_coatnet"):
+        choose(backbone, Residency(2**30), kind)
+    assert not backbone.flat.is_meta, "the plain model is still there"
+
+
+def test_auto_runs_such_a_model_as_it_is(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backbone = backbones.load("test_coatnet", "random:0")
     assert type(choose(backbone, Residency(2**30))) is TorchExecutor
     assert not backbone.flat.is_meta and not cache.exists()
+    assert "test_coatnet runs with the plain executor" in caplog.text
+
+
+def test_layers_that_no_mask_can_be_folded_into() -> None:
+    with pytest.raises(CascadeError, match="92% of the masked weights of test_nfnet are in layers"):
+        choose(backbones.load("test_nfnet", "random:0"), Residency(2**30), "folded")
+
+
+def test_checking_is_not_counted() -> None:
+    residency = Residency(1)  # no mask fits
+    executor = choose(backbones.load("regnety_002", "random:0"), residency, "folded", 64)
+    assert executor.residency is residency and (residency.used, residency.misses, residency.evictions) == (0, 0, 0)
+    assert executor.backbone.flat.is_meta, "the plain model is given up"
 
 
 @pytest.mark.parametrize("fast", ["folded", "onnx"])
