@@ -51,8 +51,9 @@ KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0 MALLOC_T
 train-demo: env  ## train the demo cascade anew (goes on where it was stopped)
 	$(KEEP_MEMORY) .venv/bin/python -m training.demo
 
-test: lint  ## lint, then every test
-	.venv/bin/python -m pytest
+test: lint  ## lint, then every test: servers last and one after the other, for they need the machine to themselves
+	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --ignore tests/e2e
+	.venv/bin/python -m pytest tests/e2e
 
 soak: env  ## the whole form of what `make test` runs in short: half an hour or so
 	.venv/bin/python -m pytest -m soak
