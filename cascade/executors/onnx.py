@@ -29,7 +29,7 @@ from cascade.executors.flat import FlatExecutor
 from cascade.flat import Flat, Order
 from cascade.fold import Folded, Unit
 from cascade.residency import Residency
-from cascade.stages import stages
+from cascade.stages import stage_of, stages
 
 # They would merge a unit's weights with other constants.
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]
@@ -166,10 +166,8 @@ class _Pointwise(nn.Module):
 def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: str) -> _Graph:
     """The optimised graph of a range of stages, for inputs of this shape and any number of them."""
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
-    count = len(folded.backbone.row)
-    inside = [
-        (i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < (count if stop is None else stop)
-    ]
+    last = len(folded.backbone.row) if stop is None else stop
+    inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]
     exported = export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
     with tempfile.TemporaryDirectory(prefix="cascade-onnx-") as folder:
         optimised = Path(folder, "optimised.onnx")
@@ -180,7 +178,8 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: st
             model = onnx.load(optimised)
         except Exception as error:  # theirs have no common base; a full disk is one of them
             raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimise it in {folder}: {error}") from error
-    return _bound(model, inside, [f"model.{name}" for name in folded.loose], folded.backbone.name)
+    loose = [name for name in folded.loose if start <= stage_of(name, folded.backbone.row) < last]
+    return _bound(model, inside, [f"model.{name}" for name in loose], folded.backbone.name)
 
 
 def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
@@ -242,10 +241,10 @@ def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: s
         weight = onnx.numpy_helper.to_array(constants[node.input[1]])
         orders[index] = _order(units[index], index, weight, bias)
         renamed |= {node.input[1]: f"weight.{index}", node.input[2]: f"shift.{index}"}
-    present = [n for n in loose if n in constants]
-    renamed |= {n: n.removeprefix("model.") for n in present}
-    if missing := [unit.module for i, unit in inside if i not in orders]:
-        raise OnnxError(f"{name}: ONNX Runtime merged the weights of {missing[0]} with others")
+    renamed |= {n: n.removeprefix("model.") for n in loose}
+    merged = [unit.module for i, unit in inside if i not in orders] + [n for n in loose if n not in constants]
+    if merged:
+        raise OnnxError(f"{name}: ONNX Runtime merged the weights of {merged[0]} with others")
     shapes = {}
     for old, new in renamed.items():
         shapes[new] = list(constants[old].dims)

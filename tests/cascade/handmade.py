@@ -17,6 +17,7 @@ from cascade.heads import Bank, Linear
 from cascade.images import Preprocessing
 from cascade.masks import Mask, apply, density, difference, pack
 from cascade.router import Calibration, Router
+from cascade.stages import stage_of
 from training.clusters import fit_centroids, fit_gmm, fit_ood, fit_prototypes
 
 CLASSES = ("cat", "dog", "ship")
@@ -28,7 +29,7 @@ def random_mask(backbone: Backbone, name: str, start: int, generator: torch.Gene
     bits = pack(torch.rand(n, generator=generator) < 0.9)
     moved = {}
     for buffer, tensor in backbone.norms.items() if norms else ():
-        if any(buffer.startswith(f"{prefix}.") for stage in backbone.row[start:] for prefix in stage.prefixes):
+        if stage_of(buffer, backbone.row) >= start:
             drawn = torch.rand(tensor.shape, generator=generator)
             moved[buffer] = tensor * (0.3 + drawn / 2) if buffer.endswith("var") else tensor + (drawn - 0.5) / 50
     return Mask(name, start, bits, moved)

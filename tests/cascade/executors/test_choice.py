@@ -43,7 +43,7 @@ def test_the_fastest_is_taken_and_recorded(cache: Path) -> None:
     assert [p.name for p in cache.parent.iterdir()] == ["executors.json"], "no temporary file stays"
 
 
-@pytest.mark.parametrize("kind", ["folded", "bf16", "onnx"])
+@pytest.mark.parametrize("kind", ["folded", "bf16"])
 def test_a_model_that_folding_gets_wrong(kind: Any, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     """CoAtNet's stride lies past its layers: refused by name, and ``auto`` runs the model as it is."""
     backbone = backbones.load("test_coatnet", "random:0")

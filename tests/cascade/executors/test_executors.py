@@ -12,6 +12,7 @@ from cascade.bundle import read
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.choice import Kind, make
+from cascade.executors.onnx import OnnxError
 from cascade.executors.torch import TorchExecutor
 from cascade.masks import Mask
 from cascade.residency import Residency
@@ -66,7 +67,12 @@ def features(executor: Executor, mask: Mask | None, x: Tensor, start: int) -> Te
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_equals_the_plain_executor(backbone: Backbone, x: Tensor, kind: Kind) -> None:
-    plain, other = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), kind)
+    plain = TorchExecutor(backbone, Residency(2**30))
+    if kind == "onnx" and backbone.name == "densenet121":
+        with pytest.raises(OnnxError, match="denselayer1.norm1.running_mean with others"):
+            make(backbone, Residency(2**30), kind)
+        return
+    other = make(backbone, Residency(2**30), kind)
     generator = torch.Generator().manual_seed(2)
     want = features(plain, None, x, 0)
     assert want.std(dim=0).max() > 1e-3, "the images must differ, or this proves little"
