@@ -6,8 +6,8 @@ python -m training.dispatcher cifar10 --run runs/cifar --mask-from blocks.6 --si
 import numpy as np
 
 from cascade.errors import CascadeError
-from training.loop import Objective, SelfSupervised, Supervised, fit, seed_everything
-from training.masking import mask_backbone
+from training.loop import fit, seed_everything
+from training.objectives import Objective, SelfSupervised, Supervised
 from training.run import Run, Watch, begin, device, main, parser, recipe_of
 
 ZERO_STEPS = 20  # with BatchNorm in eval mode nothing but the scores could move, so these show as much as all
@@ -17,13 +17,7 @@ def train(run: Run, name: str = "dispatcher", *, steps: int | None = None, lr: f
     """Train the dispatcher's mask, or a control like it under another name."""
     recipe = run.recipe
     steps = recipe.steps if steps is None else steps
-    model = mask_backbone(
-        run.backbone,
-        run.mask_from,
-        initial=recipe.initial,
-        threshold=recipe.threshold,
-        train_norms=recipe.train_norms,
-    )
+    model = run.masked(run.mask_from)
     seed_everything(recipe.seed)
     fit(name, model, objective(run), run.pixels, recipe, steps, run.folder / name, lr=lr, watch=run.watch)
 

@@ -1,37 +1,38 @@
 """Stage 3: one expert a cluster, each started from the dispatcher (paper §3.3).
 
-python -m training.experts --run runs/cifar
+    python -m training.experts --run runs/cifar
+    python -m training.experts --run runs/cifar --only 0 3     # these, and the others elsewhere
+
+Experts know nothing of each other: any process that sees the run's folder may train some of them, and each leaves a
+folder of its own there. The next stage wants them all.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from cascade.errors import CascadeError
 from training.dispatcher import objective
 from training.loop import fit, seed_everything, under
-from training.masking import mask_backbone
 from training.run import Run, Watch, main, parser, resume
 
 
-def train(run: Run) -> None:
-    """Train every expert on the images that the router sends to it."""
+def train(run: Run, only: Sequence[int] = ()) -> None:
+    """Train every expert, or ``only`` some, on the images that the router sends to it."""
+    if strangers := [k for k in only if not 0 <= k < run.recipe.clusters]:
+        raise CascadeError(f"there is no expert {strangers[0]}: the run has {run.recipe.clusters} clusters, from 0 on")
     if not run.recipe.clusters:
         return
     assigned = run.clusters["assigned"].numpy()
-    for k in range(run.recipe.clusters):
+    for k in only or range(run.recipe.clusters):
         train_one(run, k, np.flatnonzero(assigned == k))
 
 
 def train_one(run: Run, k: int, rows: np.ndarray) -> None:
     """Train expert ``k`` on the images ``rows``; scores, statistics, head and prototypes start as the dispatcher's."""
     recipe, name = run.recipe, f"expert-{k}"
-    model = mask_backbone(
-        run.backbone,
-        run.expert_from,
-        initial=recipe.initial,
-        threshold=recipe.threshold,
-        train_norms=recipe.train_norms,
-        below=run.dispatcher,
-    )
+    model = run.masked(run.expert_from, below=run.dispatcher)
     dispatcher = run.trained("dispatcher")
     model.load(under(dispatcher, "scores."), under(dispatcher, "norms."))
     seed_everything(recipe.seed)
@@ -54,9 +55,11 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", type=int, nargs="+", default=[], metavar="K", help="numbers of experts")
+    options = arguments.parse_args()
 
     def stage(watch: Watch) -> None:
-        train(resume(options.run, watch))
+        train(resume(options.run, watch), options.only)
 
     main(stage)

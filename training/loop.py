@@ -7,145 +7,30 @@ only: a run that was killed at any moment and started again ends with the same m
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import cos, pi
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.nn.utils import parametrize
 
 from cascade.bundle import sync_folder
 from cascade.errors import CascadeError
-from cascade.images import Preprocessing
-from training.augment import crop_flip, multi_crop
+from training import distributed
 from training.data import batches
 from training.masking import MaskedModel
+from training.objectives import PIECE, Batch, Objective
 from training.recipe import Recipe
-from training.swav import Projector, push, sinkhorn, swapped_loss
 
 CHECKPOINT, DONE, CURVE = "checkpoint.safetensors", "done.safetensors", "curve.jsonl"
 SPARSE = 0.05  # a tensor with less active than this is on its way to being off
-
-
-class Objective(Protocol):
-    """A loss with parameters of its own."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def loss(
-        self,
-        model: MaskedModel,
-        pixels: Tensor,
-        rows: np.ndarray,
-        progress: float,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Loss of one batch. pixels: uint8 [B, 3, S, S]; rows: their numbers; progress: in [0, 1)."""
-        ...
-
-    def before(self, progress: float) -> None:
-        """Called before each step."""
-        ...
-
-
-class SelfSupervised:
-    """SwAV with multi-crop and queue (paper §3.2; method.md §2).
-
-    Args:
-        views: stored trunk features to train on instead of the pixels, see ``training.views``.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        features: int,
-        preprocessing: Preprocessing,
-        views: Sequence[np.ndarray] | None = None,
-    ) -> None:
-        self.recipe, self.preprocessing, self.views = recipe, preprocessing, views
-        self.module = Projector(features, recipe.projection, recipe.prototypes)
-        self.module.register_buffer("queue", torch.zeros(2, recipe.queue, recipe.projection))
-        self.module.register_buffer("filled", torch.zeros(1, dtype=torch.int64))
-
-    def before(self, progress: float) -> None:
-        self.module.renormalise()
-        self.module.prototypes.requires_grad_(progress >= self.recipe.freeze_prototypes)
-
-    def loss(
-        self,
-        model: MaskedModel,
-        pixels: Tensor,
-        rows: np.ndarray,
-        progress: float,
-        generator: torch.Generator,
-    ) -> Tensor:
-        z: list[Tensor] = []
-        for count, x in self._trunk(model, pixels, rows, generator):
-            z += self.module(model.tail(x)).chunk(count)
-        prototypes = self.module.prototypes
-        scores = [v @ prototypes.T for v in z]
-        codes = [self._code(i, z[i], scores[i], progress) for i in range(2)]
-        queue: Tensor = self.module.queue  # type: ignore[assignment]
-        queue.copy_(push(queue, torch.stack([z[0].detach(), z[1].detach()])))
-        self.module.filled += len(pixels)  # type: ignore[operator, assignment]
-        return swapped_loss(scores, codes, self.recipe.temperature)
-
-    def _trunk(
-        self, model: MaskedModel, pixels: Tensor, rows: np.ndarray, generator: torch.Generator
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(crops, their trunk features [crops * B, C, h, w], crop by crop) of each size."""
-        r, p = self.recipe, self.preprocessing
-        if self.views is None:
-            groups = r.crops(p.size)
-            views = multi_crop(pixels, groups, generator=generator, mean=p.mean, std=p.std)
-            for count, _, _ in groups:
-                yield count, model.trunk(torch.cat([views.pop(0) for _ in range(count)]))
-            return
-        draws = torch.randint(r.draws, (len(rows),), generator=generator).numpy()
-        for group in self.views:
-            images = len(group) // r.draws
-            stored = torch.from_numpy(group[draws * images + rows]).to(pixels.device).float()
-            yield stored.shape[1], stored.transpose(0, 1).flatten(0, 1)
-
-    def _code(self, view: int, z: Tensor, scores: Tensor, progress: float) -> Tensor:
-        """Sinkhorn over the batch, and over the queue once it is full and its time has come."""
-        r = self.recipe
-        everything = scores.detach()
-        if progress >= r.queue_from and int(self.module.filled) >= r.queue > 0:  # type: ignore[arg-type]
-            queue: Tensor = self.module.queue[view]  # type: ignore[index]
-            everything = torch.cat([everything, queue @ self.module.prototypes.detach().T])
-        return sinkhorn(everything, r.epsilon, r.iterations)[: len(scores)]
-
-
-class Supervised:
-    """Cross-entropy with a new linear head on crops and flips (method.md §2)."""
-
-    def __init__(self, recipe: Recipe, features: int, preprocessing: Preprocessing, labels: np.ndarray) -> None:
-        self.recipe, self.preprocessing = recipe, preprocessing
-        self.labels = torch.from_numpy(labels)
-        self.module = nn.Linear(features, int(labels.max()) + 1)
-
-    def before(self, progress: float) -> None:
-        pass
-
-    def loss(
-        self,
-        model: MaskedModel,
-        pixels: Tensor,
-        rows: np.ndarray,
-        progress: float,
-        generator: torch.Generator,
-    ) -> Tensor:
-        p = self.preprocessing
-        x = crop_flip(pixels, p.size, self.recipe.global_scale, generator, p.mean, p.std)
-        logits = self.module(model.tail(model.trunk(x)))
-        return cross_entropy(logits, self.labels[rows].to(logits.device))
+COLLAPSED = 0.02  # share of the prototypes that images fall on where an embedding has lost its directions
 
 
 class Progress(Protocol):
@@ -182,54 +67,131 @@ def fit(
     """
     rows = np.arange(len(pixels)) if rows is None else rows
     rate = recipe.lr if lr is None else lr
+    device = next(model.model.parameters()).device
     optimizers = _optimizers(model, objective, recipe, rate)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / DONE).exists():
-        _restore(folder / DONE, model, objective, [])
+        _restore(folder / DONE, model, objective, [], scaler)
         return
-    begin = _restore(folder / CHECKPOINT, model, objective, optimizers) if (folder / CHECKPOINT).exists() else 0
-    curve = _keep_curve(folder / CURVE, begin)
-    device = next(model.model.parameters()).device
+    begin = 0
+    if (folder / CHECKPOINT).exists():
+        begin = _restore(folder / CHECKPOINT, model, objective, optimizers, scaler)
+    leads = distributed.rank() == 0
+    curve = _keep_curve(folder / CURVE, begin) if leads else Path(os.devnull)
     order = batches(len(rows), recipe.batch, seed=recipe.seed, start_step=begin)
+    learned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     warned: set[str] = set()
     with open(curve, "a") as log:
-        for step in range(begin, steps):
+        for step, parts in zip(range(begin, steps), _loaded(pixels, rows, order, recipe, device), strict=False):
             progress = step / steps
             for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = group["initial_lr"] * 0.5 * (1 + cos(pi * progress))
-            chosen = rows[next(order)]
-            batch = torch.from_numpy(pixels[chosen]).to(device)
+                group["lr"] = group["initial_lr"] * schedule(progress, recipe.warmup)
             model.train()
+            if recipe.progressive:
+                model.progress(1 - progress * (1 - recipe.share))
             objective.before(progress)
-            loss = objective.loss(model, batch, chosen, progress, generator(recipe.seed, step))
-            if not torch.isfinite(loss):
-                raise _diverged(f"the loss of {name} became {loss.item()} at step {step}", rate, folder)
             for o in optimizers:
                 o.zero_grad(set_to_none=True)
-            loss.backward()
+            total = torch.zeros(1, device=device)
+            for held, chosen, first in parts:
+                generators = [generator(recipe.seed, step, piece) for piece in range(first, first + _pieces(len(held)))]
+                with parametrize.cached():  # one masked weight for crops of all sizes
+                    loss = objective.loss(model, Batch(held, chosen, progress, generators)) / len(parts)
+                scaler.scale(loss).backward()
+                total += loss.detach()
+            distributed.average([total, *(p.grad for p in learned if p.grad is not None)])
+            if not torch.isfinite(total):
+                raise _diverged(f"the loss of {name} became {total.item()} at step {step}", rate, folder)
             for o in optimizers:
-                o.step()
-            log.write(json.dumps({"step": step, "loss": round(loss.item(), 6)}) + "\n")
-            if watch is not None:
-                watch(name, step + 1, steps, loss.item())
-            if (step + 1) % every and step + 1 < steps:
+                scaler.step(o)
+            scaler.update()
+            if recipe.train_norms:
+                distributed.average(model.norms.values())
+            line: dict[str, float] = {"step": step, "loss": round(total.item(), 6)}
+            if watch is not None and leads:
+                watch(name, step + 1, steps, total.item())
+            rest = (step + 1) % every and step + 1 < steps
+            if not rest:
+                line |= {"lr": optimizers[0].param_groups[0]["lr"], "active": round(model.active(), 6)}
+                line |= objective.facts()
+            log.write(json.dumps(line) + "\n")
+            if rest:
                 continue
-            for parameter, share in model.sparse(SPARSE):
-                if parameter not in warned:
-                    warned.add(parameter)
-                    warnings.warn(f"{name}: only {share:.1%} of {parameter} is active: lower --lr", stacklevel=2)
+            if leads:
+                _warn(name, model, line, recipe, warned)
             log.flush()
             if not _finite(model, objective):
                 raise _diverged(f"{name} is not finite any more after step {step}", rate, folder)
-            if step + 1 < steps:
-                _store(folder / CHECKPOINT, model, objective, optimizers, step + 1)
-    _store(folder / DONE, model, objective, [], steps)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+            if step + 1 < steps and leads:
+                _store(folder / CHECKPOINT, model, objective, optimizers, scaler, step + 1)
+    if leads:
+        _store(folder / DONE, model, objective, [], scaler, steps)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    distributed.wait()
+
+
+def schedule(progress: float, warmup: float = 0.0) -> float:
+    """What the learning rates are multiplied with: a linear rise, then half a cosine down to 0 (method.md §2)."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + cos(pi * (progress - warmup) / (1 - warmup))) if warmup < 1 else 1.0
+
+
+def _pieces(count: int) -> int:
+    return -(-count // PIECE)
+
+
+def _loaded(
+    pixels: np.ndarray, rows: np.ndarray, order: Iterator[np.ndarray], recipe: Recipe, device: torch.device
+) -> Iterator[list[tuple[Tensor, np.ndarray, int]]]:
+    """This process' parts of each step's batch, (uint8 [B, 3, S, S], rows, number of the first piece).
+
+    Read, and brought to the device, in a thread that is one step ahead.
+    """
+    rank, world = distributed.rank(), distributed.world()
+    size = recipe.batch // (recipe.accumulate * world)
+    if size * recipe.accumulate * world != recipe.batch or (size % PIECE and size != recipe.batch):
+        raise CascadeError(
+            f"a batch of {recipe.batch} can't be cut into {recipe.accumulate} parts for {world} processes:"
+            f" each must have a multiple of {PIECE} images"
+        )
+
+    def load() -> list[tuple[Tensor, np.ndarray, int]]:
+        chosen = rows[next(order)]
+        begins = [(part * world + rank) * size for part in range(recipe.accumulate)]
+        return [(_to(pixels[chosen[b : b + size]], device), chosen[b : b + size], b // PIECE) for b in begins]
+
+    with ThreadPoolExecutor(1, "training-load") as pool:
+        coming = pool.submit(load)
+        while True:
+            ready, coming = coming.result(), pool.submit(load)
+            yield ready
+
+
+def _to(pixels: np.ndarray, device: torch.device) -> Tensor:
+    batch = torch.from_numpy(pixels)
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+
+
+def _warn(name: str, model: MaskedModel, line: Mapping[str, float], recipe: Recipe, warned: set[str]) -> None:
+    """Say once what is going wrong."""
+    for parameter, share in model.sparse(SPARSE):
+        if parameter not in warned and not recipe.share:
+            warned.add(parameter)
+            warnings.warn(f"{name}: only {share:.1%} of {parameter} is active: lower --lr", stacklevel=3)
+    if "used" in line and "used" not in warned and line["used"] < max(2.0, COLLAPSED * recipe.prototypes):
+        warned.add("used")
+        warnings.warn(
+            f"{name}: at step {line['step']:.0f} the images fall on {line['used']:.1f} of {recipe.prototypes}"
+            " prototypes, the embedding collapses: lower --lr, or take a larger --batch",
+            stacklevel=3,
+        )
 
 
 def _finite(model: MaskedModel, objective: Objective) -> bool:
     """Whether everything that is trained is: a step may break it though its loss was finite."""
-    trained = [*model.scores.values(), *model.norms.values(), *objective.module.parameters()]
+    trained = [*model.learned.values(), *model.norms.values(), *objective.module.parameters()]
     return all(bool(t.isfinite().all()) for t in trained)
 
 
@@ -250,12 +212,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class RmsSGD(torch.optim.SGD):
+    """SGD on gradients of root mean square 1, tensor by tensor: they differ a thousandfold between layers."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.grad.div_(p.grad.square().mean().sqrt().clamp(min=1e-12))
+        return super().step(closure)
+
+
 def _optimizers(model: MaskedModel, objective: Objective, recipe: Recipe, lr: float) -> list[torch.optim.Optimizer]:
     """The scores' (no weight decay, ever: Theorem 1 needs that) and that of head and prototypes."""
-    scores = list(model.scores.values())
+    learned, decay = list(model.learned.values()), model.decay * recipe.weight_decay
     kinds = {
-        "adam": lambda: torch.optim.Adam(scores, lr=lr),
-        "sgd": lambda: torch.optim.SGD(scores, lr=lr, momentum=0.9),
+        "adam": lambda: torch.optim.Adam(learned, lr=lr, weight_decay=decay),
+        "sgd": lambda: torch.optim.SGD(learned, lr=lr, momentum=0.9, weight_decay=decay),
+        "rms-sgd": lambda: RmsSGD(learned, lr=lr, momentum=0.9, weight_decay=decay),
     }
     own = list(objective.module.parameters())
     head = torch.optim.SGD(own, lr=recipe.head_lr, momentum=0.9, weight_decay=recipe.head_decay)
@@ -267,12 +240,18 @@ def _optimizers(model: MaskedModel, objective: Objective, recipe: Recipe, lr: fl
 
 
 def _store(
-    path: Path, model: MaskedModel, objective: Objective, optimizers: list[torch.optim.Optimizer], step: int
+    path: Path,
+    model: MaskedModel,
+    objective: Objective,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    step: int,
 ) -> None:
     """All state as one safetensors file, written beside, synced and renamed."""
-    tensors = {f"scores.{n}": t.detach() for n, t in model.scores.items()}
+    tensors = {f"{model.learns}.{n}": t.detach() for n, t in model.learned.items()}
     tensors |= {f"norms.{n}": t for n, t in model.norms.items()}
     tensors |= {f"objective.{n}": t for n, t in objective.module.state_dict().items()}
+    tensors |= {f"scaler.{n}": torch.tensor(float(v)) for n, v in scaler.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for key, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}.{n}": t for n, t in state.items() if t is not None}
@@ -284,15 +263,23 @@ def _store(
     sync_folder(path.parent)
 
 
-def _restore(path: Path, model: MaskedModel, objective: Objective, optimizers: list[torch.optim.Optimizer]) -> int:
+def _restore(
+    path: Path,
+    model: MaskedModel,
+    objective: Objective,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+) -> int:
     """The inverse of ``_store``; returns the step."""
     with safe_open(path, "pt") as handle:
         step = int(handle.metadata()["step"])
     tensors = load_file(path)
-    model.load(under(tensors, "scores."), under(tensors, "norms."))
+    model.load(under(tensors, f"{model.learns}."), under(tensors, "norms."))
     objective.module.load_state_dict(under(tensors, "objective."))
+    if scale := {n: t.item() for n, t in under(tensors, "scaler.").items()}:
+        scaler.load_state_dict(scale | {"growth_interval": int(scale["growth_interval"])})
     for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Any]] = {}
         for name, tensor in under(tensors, f"optimizer.{i}.").items():
             key, _, field = name.partition(".")
             state.setdefault(int(key), {})[field] = tensor

@@ -8,7 +8,7 @@ each forward, ``dL/dS := dL/dM`` without clipping, and the gradient flows throug
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +19,103 @@ from cascade.backbone import Backbone, Segment
 from cascade.masks import Mask
 from cascade.stages import Stage, stage_of, stages
 
+Amp = Literal["off", "bf16", "fp16"]
+TIE = 1e-3  # of the initial score: what the largest weight is ahead where only the order of the scores counts
 
-class _Threshold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, threshold: float) -> Tensor:
-        return (scores > threshold).to(scores.dtype)
+
+class _Masked(torch.autograd.Function):
+    """``W * M / alpha``, straight through: the gradient of the scores is that of M, through alpha, too.
+
+    With G the gradient of the output and N weights a block,  dL/dS = G W / alpha - sum(G W M) / (2 N alpha^3).
+    Kept for it: the frozen weights, which are there anyway, and a byte a weight.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def forward(ctx: Any, scores: Tensor, weight: Tensor, active: Tensor, rows: int) -> Tensor:
+        share = active.view(rows, -1).sum(dim=1, keepdim=True, dtype=scores.dtype) / (active.numel() // rows)
+        alpha = share.clamp(min=rows / active.numel()).sqrt()
+        ctx.save_for_backward(weight, active, alpha)
+        return weight * active.view(rows, -1).to(weight.dtype).div_(alpha).view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, active, alpha = ctx.saved_tensors
+        direct = (gradients[0] * weight).reshape(len(alpha), -1)  # channels last, it may be
+        held = (direct * active.view_as(direct)).sum(dim=1, keepdim=True)  # 0 where nothing is active: alpha is fixed
+        through = held / (2 * direct.shape[1] * alpha**3)
+        return direct.div_(alpha).sub_(through).view_as(weight), None, None, None
 
 
 class ThresholdMask(nn.Module):
-    """The parametrization of one weight (or, fused, of ``rows`` row blocks with an alpha each)."""
+    """The parametrization of one weight (or, fused, of ``rows`` row blocks with an alpha each).
 
-    def __init__(self, weight: Tensor, rows: int, initial: float, threshold: float) -> None:
+    Attributes:
+        scores: of the weight's shape. threshold, share, free: which of them are active, see :func:`active`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        rows: int,
+        initial: float,
+        threshold: float,
+        share: float | None = None,
+        free: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.rows, self.threshold = rows, threshold
-        self.scores = nn.Parameter(torch.full_like(weight, initial))
+        self.rows, self.threshold, self.share = rows, threshold, share
+        scores = torch.full_like(weight, initial)
+        if share is not None:  # all alike, they would have no order: at first the largest weights are the active ones
+            scores += TIE * weight.abs() / weight.abs().max().clamp(min=1e-12)
+        self.scores = nn.Parameter(scores)
+        self.free = free
+
+    def active(self) -> Tensor:
+        """M, bool of the weight's shape."""
+        return active(self.scores.detach(), self.threshold, self.share, self.free)
 
     def forward(self, weight: Tensor) -> Tensor:
-        mask: Tensor = _Threshold.apply(self.scores, self.threshold)
-        blocks = mask.view(self.rows, -1)
-        alpha = blocks.mean(dim=1, keepdim=True).clamp(min=1 / blocks.shape[1]).sqrt()
-        return weight * (blocks / alpha).view_as(weight)
+        scores = self.scores if self.free is None else torch.where(self.free, self.scores, self.scores.detach())
+        masked: Tensor = _Masked.apply(scores, weight, self.active(), self.rows)
+        return masked
+
+
+def active(scores: Tensor, threshold: float, share: float | None = None, free: Tensor | None = None) -> Tensor:
+    """M, bool of the scores' shape.
+
+    Args:
+        threshold: mu; active are the scores above it.
+        share: in place of the threshold, the share that is active, those with the highest scores, at least one
+            (Ramanujan et al. 2020; the paper's appendix E).
+        free: bool, the weights that may be switched off; the others are always active, and learn nothing (appendix F).
+    """
+    if share is None:
+        on = scores > threshold
+    else:
+        highest = scores.flatten().topk(max(1, round(share * scores.numel())), sorted=False).indices
+        on = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        on[highest] = True
+        on = on.view_as(scores)
+    return on if free is None else on | ~free
+
+
+def select(
+    backbone: Backbone, start: int, how: Literal["random", "largest"], share: float, seed: int = 0
+) -> dict[str, Tensor]:
+    """The weights that may be switched off, a share of each tensor, bool by parameter (appendix F).
+
+    Args:
+        how: drawn with ``seed``, or those of the largest magnitude.
+    """
+    shapes = {name: p.shape for name, p in backbone.model.named_parameters()}
+    free = {}
+    for nth, (name, (begin, end)) in enumerate(backbone.spans.items()):
+        weight = backbone.flat[begin:end]
+        generator = torch.Generator().manual_seed(seed * 65_537 + nth)
+        order = torch.rand(len(weight), generator=generator).to(weight) if how == "random" else weight.abs()
+        if begin >= backbone.offset(start):
+            free[name] = active(order, 0.0, share).view(shapes[name])
+    return free
 
 
 @dataclass
@@ -52,8 +125,9 @@ class MaskedModel:
     Attributes:
         backbone: the pristine one it was made from.
         model: the copy.
-        start: first stage with scores.
+        start, stop: first stage with scores, and the first one after it without.
         train_norms: whether BatchNorms from ``start`` on run in train mode.
+        amp: type of a pass under autocast, see ``Recipe.amp``.
     """
 
     backbone: Backbone
@@ -61,11 +135,20 @@ class MaskedModel:
     row: list[Stage]
     start: int
     train_norms: bool
+    stop: int
+    amp: Amp = "off"
+    learns = "scores"
+    decay = 0.0  # of what is learned, see Recipe.weight_decay
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What the loop trains, by name."""
+        return self.scores
 
     @property
     def scores(self) -> dict[str, nn.Parameter]:
         """Score tensors by the name of the parameter that they mask, in the order of the flat buffer."""
-        names = dict.fromkeys(s.parameter for s in self.backbone.segments if s.stage >= self.start)
+        names = dict.fromkeys(s.parameter for s in self.backbone.segments if self.start <= s.stage < self.stop)
         return {name: self._parametrization(name).scores for name in names}
 
     @property
@@ -84,7 +167,7 @@ class MaskedModel:
 
     def trunk(self, x: Tensor) -> Tensor:
         """The frozen stages before ``start``, without autograd."""
-        with torch.no_grad():
+        with torch.no_grad(), self._cast(x):
             x = x.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
             for stage in self.row[: self.start]:
                 x = stage.run(x)
@@ -92,15 +175,31 @@ class MaskedModel:
 
     def tail(self, x: Tensor) -> Tensor:
         """The masked stages and the pooling: features [B, F]."""
-        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        for stage in self.row[self.start :]:
-            x = stage.run(x)
-        return self.model.forward_head(x, pre_logits=True)  # type: ignore[operator]
+        with self._cast(x):
+            x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+            for stage in self.row[self.start :]:
+                x = stage.run(x)
+            x = self.model.forward_head(x, pre_logits=True)  # type: ignore[operator]
+        return x if self.amp == "off" else x.float()
+
+    def _cast(self, x: Tensor) -> torch.autocast:
+        kind = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        return torch.autocast(x.device.type, kind, enabled=self.amp != "off")
+
+    def progress(self, share: float) -> None:
+        """Let this share of each tensor be active, where the highest scores are (appendix E: progressive)."""
+        for name in self.scores:
+            self._parametrization(name).share = share
+
+    def active(self) -> float:
+        """Share of active weights among those with scores."""
+        on = [self._parametrization(name).active() for name in self.scores]
+        return sum(int(m.sum()) for m in on) / max(1, sum(m.numel() for m in on))
 
     def sparse(self, below: float) -> Iterator[tuple[str, float]]:
         """Parameters of which less than ``below`` is active, with the share."""
-        for name, scores in self.scores.items():
-            share = float((scores > self._parametrization(name).threshold).float().mean())
+        for name in self.scores:
+            share = float(self._parametrization(name).active().float().mean())
             if share < below:
                 yield name, share
 
@@ -127,27 +226,34 @@ def mask_backbone(
     threshold: float = 0.0,
     train_norms: bool = False,
     below: Mask | None = None,
+    stop: int | None = None,
+    share: float | None = None,
+    free: Mapping[str, Tensor] | None = None,
+    amp: Amp = "off",
 ) -> MaskedModel:
     """A trainable copy of ``backbone`` with scores on every maskable weight from stage ``start`` on.
 
     Args:
         initial, threshold: S0 and mu. By Theorems 1 and 2 only their relation to the learning rate counts.
+        stop: first stage that has none again (None: all have). share, free: see :func:`active`, ``free`` by parameter.
+        amp: type of a pass under autocast, see ``Recipe.amp``.
         below: the mask whose weights and statistics the frozen stages before ``start`` have.
     """
     model = deepcopy(backbone.model)
-    _write(backbone, model, backbone.flat, 0, backbone.norms)  # the copy may have come with an executor's mask
+    write(backbone, model, backbone.flat, 0, backbone.norms)  # the copy may have come with an executor's mask
     if below is not None:
         first, stop = backbone.offset(below.start), backbone.offset(start)
-        _write(backbone, model, masks.apply(backbone, below)[: max(0, stop - first)], first, below.norms)
+        write(backbone, model, masks.apply(backbone, below)[: max(0, stop - first)], first, below.norms)
     row = stages(model)
-    rows = _row_blocks([s for s in backbone.segments if s.stage >= start])
+    stop = len(row) if stop is None else stop
+    rows = _row_blocks([s for s in backbone.segments if start <= s.stage < stop])
     for name, count in rows.items():
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
         weight = getattr(module, kind)
-        mask = ThresholdMask(weight.detach(), count, initial, threshold)
+        mask = ThresholdMask(weight.detach(), count, initial, threshold, share, (free or {}).get(name))
         parametrize.register_parametrization(module, kind, mask, unsafe=True)
-    return MaskedModel(backbone, model, row, start, train_norms)
+    return MaskedModel(backbone, model, row, start, train_norms, stop, amp)
 
 
 def to_mask(
@@ -157,16 +263,27 @@ def to_mask(
     scores: Mapping[str, Tensor],
     norms: Mapping[str, Tensor],
     threshold: float = 0.0,
+    share: float | None = None,
+    free: Mapping[str, Tensor] | None = None,
 ) -> Mask:
-    """Scores (by parameter) and statistics (by buffer) as a packed mask; only statistics that moved go along."""
-    names = dict.fromkeys(s.parameter for s in backbone.segments if s.stage >= start)
-    rows = [(scores[n] > threshold).flatten() for n in names]
+    """Scores (by parameter) and statistics (by buffer) as a packed mask; only statistics that moved go along.
+
+    What has no scores is active. ``threshold``, ``share``, ``free``: see :func:`active`.
+    """
+    first = backbone.offset(start)
+    rows = [
+        active(scores[n], threshold, share, (free or {}).get(n)).flatten().cpu()
+        if n in scores
+        else torch.ones(end - begin, dtype=torch.bool)
+        for n, (begin, end) in backbone.spans.items()
+        if begin >= first
+    ]
     bits = masks.pack(torch.cat(rows)) if rows else torch.zeros(0, dtype=torch.uint8)
     moved = {n: t.detach().clone().cpu() for n, t in norms.items() if not torch.equal(t, backbone.norms[n])}
     return Mask(name, start, bits.cpu(), moved)
 
 
-def _write(backbone: Backbone, model: nn.Module, flat: Tensor, first: int, norms: Mapping[str, Tensor]) -> None:
+def write(backbone: Backbone, model: nn.Module, flat: Tensor, first: int, norms: Mapping[str, Tensor]) -> None:
     """Write maskable weights, a flat tensor that begins at offset ``first``, and statistics into ``model``."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     begin: dict[str, int] = {}

@@ -4,6 +4,7 @@
     cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
     cascade train photos/ --labels --out model_store/photos/1     # one mask with a head, from class folders
     cascade train photos/ --clusters 0 --out model_store/photos/1     # one self-supervised mask, no router
+    torchrun --nproc-per-node 4 -m training.pipeline photos/ --out model_store/photos/1     # several GPUs
 
 Stopped at any moment and started again with the same options it goes on where it was.
 """
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 
 from cascade.errors import CascadeError
-from training import clusters, dispatcher, evaluate, experts, pack
+from training import clusters, dispatcher, distributed, evaluate, experts, pack
 from training.recipe import paper
 from training.run import Run, Watch, begin, main, parser, recipe_of
 
@@ -33,8 +34,11 @@ def train(run: Run, out: Path, *, controls: bool = False) -> Path:
     dispatcher.train(run)
     if controls:
         dispatcher.controls(run)
-    clusters.train(run)
+    with distributed.first():
+        clusters.train(run)
     experts.train(run)
+    if distributed.rank():
+        return out
     features = evaluate.collect(run)
     accuracy = evaluate.train(run, features)
     if run.watch.bar is not None:

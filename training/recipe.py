@@ -23,8 +23,15 @@ class Recipe:
         size: input side in px (0: the backbone's own). crop_pct: of the evaluation transform (0: its own).
         mask_from, expert_from: first masked stage of the dispatcher and of the experts, by name or number.
         labels: cross-entropy on class folders instead of SwAV; one mask with a head, no experts.
-        steps, expert_steps: optimiser steps of the dispatcher and of each expert. batch: images a step.
-        optimizer, lr: of the scores. initial, threshold: S0 and mu.
+        mask_to: first stage that has no mask again (none: all from mask_from on have one).
+        share: of each tensor that is active, by the highest scores (0: by the threshold); progressive: from 1 down to
+            it, linearly. select, select_share: weights that may be switched off, drawn or by magnitude.
+        steps, expert_steps: optimiser steps of the dispatcher and of each expert. batch: images a step, over all
+            processes; accumulate: one after the other in so many parts.
+        optimizer, lr: of the scores; rms-sgd divides each tensor's gradient by its root mean square. warmup: share of
+            the steps in which the rates rise, before they fall as a cosine. initial, threshold: S0 and mu.
+            weight_decay: of fully fine-tuned weights; scores never have any.
+        amp: type of a pass under autocast; fp16 with scaled gradients.
         train_norms: BatchNorm in train mode (the paper's); eval mode is what does no harm in short runs.
         global_*, local_*: SwAV's multi-crop; local_size is a share of ``size``. draws: augmentations of each
             image whose trunk features are stored and trained on (0: a fresh one every time).
@@ -51,8 +58,17 @@ class Recipe:
     steps: int = 600
     expert_steps: int = 250
     batch: int = 64
-    optimizer: Literal["adam", "sgd"] = "adam"
+    mask_to: str = ""
+    share: float = 0.0
+    progressive: bool = False
+    select: Literal["all", "random", "largest"] = "all"
+    select_share: float = 1.0
+    optimizer: Literal["adam", "sgd", "rms-sgd"] = "adam"
     lr: float = 0.02
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    accumulate: int = 1
     initial: float = 1.0
     threshold: float = 0.0
     train_norms: bool = False
@@ -88,6 +104,11 @@ class Recipe:
             object.__setattr__(self, "source", LITE0 if lite0 else "timm")
         if self.labels:
             object.__setattr__(self, "clusters", 0)
+        for name in ("share", "select_share", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise CascadeError(f"--{name.replace('_', '-')} is a share: give a number from 0 to 1")
+        if self.accumulate < 1 or self.batch < 1:
+            raise CascadeError("--batch and --accumulate must be at least 1")
 
     def crops(self, size: int) -> tuple[Crop, ...]:
         """Multi-crop for an input of ``size`` px; local crops on a multiple of 8 px."""

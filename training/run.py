@@ -39,10 +39,10 @@ from cascade.executors.torch import TorchExecutor
 from cascade.images import Preprocessing
 from cascade.masks import Mask
 from cascade.residency import Residency
-from training import data, views
+from training import data, distributed, views
 from training.data import Images
 from training.loop import DONE, under
-from training.masking import to_mask
+from training.masking import MaskedModel, mask_backbone, select, to_mask
 from training.recipe import Recipe
 
 CLUSTERS = "clusters.safetensors"
@@ -150,6 +150,37 @@ class Run:
             raise CascadeError(f"{self.recipe.backbone} has nothing to mask from {name} on: choose an earlier {option}")
         return first
 
+    @property
+    def mask_to(self) -> int:
+        """First stage after ``mask_from`` that has no scores."""
+        return self.backbone.stage(self.recipe.mask_to) if self.recipe.mask_to else len(self.backbone.row)
+
+    @property
+    def share(self) -> float | None:
+        return self.recipe.share or None
+
+    @cached_property
+    def free(self) -> dict[str, Tensor] | None:
+        """The weights that may be switched off, where not all may."""
+        r = self.recipe
+        return None if r.select == "all" else select(self.backbone, self.mask_from, r.select, r.select_share, r.seed)
+
+    def masked(self, start: int, below: Mask | None = None) -> MaskedModel:
+        """A fresh model to learn a mask with, from stage ``start`` on, as the recipe says."""
+        r = self.recipe
+        return mask_backbone(
+            self.backbone,
+            start,
+            initial=r.initial,
+            threshold=r.threshold,
+            train_norms=r.train_norms,
+            below=below,
+            stop=self.mask_to,
+            share=self.share,
+            free=self.free,
+            amp=r.amp,
+        )
+
     @cached_property
     def dispatcher(self) -> Mask:
         return self.mask("dispatcher", self.mask_from)
@@ -170,7 +201,7 @@ class Run:
         """A mask that was trained to its end in this run."""
         trained = self.trained(name)
         scores, norms = under(trained, "scores."), under(trained, "norms.")
-        return to_mask(name, self.backbone, start, scores, norms, self.recipe.threshold)
+        return to_mask(name, self.backbone, start, scores, norms, self.recipe.threshold, self.share, self.free)
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """The tensors that the training of ``name`` ended with."""
@@ -182,8 +213,13 @@ class Run:
 
 def begin(folder: Path, recipe: Recipe, watch: "Watch") -> Run:
     """Start a run, or go on with it where the recipe is the same."""
-    recipe.save(folder)
-    return Run(folder, recipe, watch)
+    with distributed.first():
+        recipe.save(folder)
+    run = Run(folder, recipe, watch)
+    if distributed.world() > 1:
+        with distributed.first():  # what is decoded and stored, is so once
+            _ = run.images, run.held_out, run.pixels, run.views
+    return run
 
 
 def resume(folder: Path, watch: "Watch") -> Run:
@@ -192,12 +228,14 @@ def resume(folder: Path, watch: "Watch") -> Run:
 
 
 def device() -> str:
-    """CUDA where there is a card; the only place that training asks."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """CUDA where there is a card, each process its own; the only place that training asks."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside, sync, rename."""
+    """Write beside, sync, rename; of several processes the first one does."""
+    if distributed.rank():
+        return
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w") as out:
         json.dump(value, out, indent=2)
@@ -214,7 +252,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write beside, sync, rename."""
+    """Write beside, sync, rename; of several processes the first one does."""
+    if distributed.rank():
+        return
     temporary = path.with_suffix(".tmp")
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
     with open(temporary, "rb") as handle:
@@ -284,7 +324,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 def main(stage: Any) -> None:
     """Run a stage; an error meant for a person is one line and exit status 1."""
     try:
-        with watching() as watch:
+        with watching() as watch, distributed.together():
             stage(watch)
     except CascadeError as error:
         sys.exit(f"error: {error}")

@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cascade import backbone as backbones
 from cascade.errors import CascadeError
 from cascade.images import Preprocessing
-from training.loop import CHECKPOINT, CURVE, DONE, SelfSupervised, Supervised, fit, generator, seed_everything
+from training.loop import CHECKPOINT, CURVE, DONE, fit, generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
+from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe
 
 RECIPE = Recipe(
@@ -48,7 +50,12 @@ def train(
     """A run of the loop on a small ResNet; with labels a supervised one."""
     backbone = backbones.load("test_resnet", "random:0")
     model = mask_backbone(
-        backbone, 2, initial=recipe.initial, threshold=recipe.threshold, train_norms=recipe.train_norms
+        backbone,
+        2,
+        initial=recipe.initial,
+        threshold=recipe.threshold,
+        train_norms=recipe.train_norms,
+        amp=recipe.amp,
     )
     preprocessing = Preprocessing.of(backbone.config, 32)
     seed_everything(recipe.seed)
@@ -132,7 +139,12 @@ print(json.dumps(ends))
     [
         ({"optimizer": "adam"}, [4, 2, 5], [["os", "fsync", 1, True], ["Path", "replace", 1, False]], False),
         ({"optimizer": "sgd", "lr": 50.0}, [1, 4], [["Path", "replace", 2, True], ["Path", "unlink", 1, True]], False),
-        ({"optimizer": "sgd", "lr": 50.0, "train_norms": False}, [5], [["Path", "unlink", 1, False]], True),
+        (
+            {"optimizer": "sgd", "lr": 50.0, "train_norms": False, "amp": "fp16"},
+            [5],
+            [["Path", "unlink", 1, False]],
+            True,
+        ),
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_masks(
@@ -177,9 +189,10 @@ def test_seeds_and_steps_have_crops_of_their_own(pixels: np.ndarray, tmp_path: P
     first: dict[int, list[list[float]]] = {}
 
     class Spy(SelfSupervised):
-        def loss(self, model, pixels, rows, progress, generator):  # type: ignore[no-untyped-def]
+        def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
+            (generator,) = batch.generators
             first.setdefault(self.recipe.seed, []).append(torch.rand(3, generator=generator).tolist())
-            return super().loss(model, pixels, rows, progress, generator)
+            return super().loss(model, batch)
 
     backbone = backbones.load("test_resnet", "random:0")
     for seed in (0, 1):
@@ -201,7 +214,16 @@ def test_a_finished_training_is_taken_over_as_it_is(pixels: np.ndarray, tmp_path
 # What moves
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adam", "lr": 0.2}, {"optimizer": "sgd", "lr": 50.0}])
+LEARNS = [
+    {"optimizer": "adam", "lr": 0.2},
+    {"optimizer": "sgd", "lr": 50.0},
+    {"optimizer": "rms-sgd", "lr": 0.05},
+    {"optimizer": "adam", "lr": 0.2, "amp": "bf16"},
+    {"optimizer": "adam", "lr": 0.2, "amp": "fp16"},
+]
+
+
+@pytest.mark.parametrize("settings", LEARNS)
 def test_it_learns(settings: dict[str, object], pixels: np.ndarray, tmp_path: Path) -> None:
     """With real labels the loss falls, though nothing but masks, statistics and a head can move."""
     labels = np.array(json.loads((Path(__file__).parents[1] / "data/cifar10.json").read_text())["labels"])[:100]
@@ -259,10 +281,10 @@ def test_only_the_given_images_are_trained_on(pixels: np.ndarray, tmp_path: Path
     seen: list[np.ndarray] = []
 
     class Spy(SelfSupervised):
-        def loss(self, model, pixels, rows, progress, generator):  # type: ignore[no-untyped-def]
-            seen.append(rows)
-            assert torch.equal(pixels, torch.from_numpy(images[rows]))
-            return super().loss(model, pixels, rows, progress, generator)
+        def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
+            seen.append(batch.rows)
+            assert torch.equal(batch.pixels, torch.from_numpy(images[batch.rows]))
+            return super().loss(model, batch)
 
     images, backbone = pixels, backbones.load("test_resnet", "random:0")
     objective = Spy(RECIPE, backbone.features, Preprocessing.of(backbone.config, 32))
@@ -275,8 +297,8 @@ def test_only_the_given_images_are_trained_on(pixels: np.ndarray, tmp_path: Path
 
 def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(pixels: np.ndarray, tmp_path: Path) -> None:
     class Breaks(SelfSupervised):
-        def loss(self, model, pixels, rows, progress, generator):  # type: ignore[no-untyped-def]
-            return super().loss(model, pixels, rows, progress, generator) * (torch.nan if progress > 0.5 else 1)
+        def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
+            return super().loss(model, batch) * (torch.nan if batch.progress > 0.5 else 1)
 
     backbone = backbones.load("test_resnet", "random:0")
     objective = Breaks(RECIPE, backbone.features, Preprocessing.of(backbone.config, 32))
@@ -309,7 +331,8 @@ def test_warns_once_of_each_tensor_with_less_than_5_percent_active(
     pixels: np.ndarray, tmp_path: Path, heard: list[warnings.WarningMessage]
 ) -> None:
     model = train(tmp_path, pixels, replace(RECIPE, initial=-1.0, lr=0.001))
-    texts = [str(w.message) for w in heard]
+    *texts, collapse = sorted((str(w.message) for w in heard), key=lambda text: "prototypes" in text)
+    assert "at step 2 the images fall on 1.0 of 30 prototypes, the embedding collapses: lower --lr" in collapse
     assert len(texts) == len(set(texts)) == len(model.scores)
     assert all("only 0.0% of layer" in t and t.endswith("lower --lr") for t in texts)
 

@@ -1,7 +1,9 @@
 """Learning a mask: its arithmetic by hand, the copy that learns against the runtime's packed mask, the theorems."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from cascade.executors.torch import TorchExecutor
 from cascade.images import Preprocessing
 from cascade.masks import Mask
 from cascade.residency import Residency
-from training.loop import SelfSupervised, fit, seed_everything
-from training.masking import MaskedModel, ThresholdMask, mask_backbone, to_mask
+from training.loop import CURVE, fit, seed_everything
+from training.masking import MaskedModel, ThresholdMask, active, mask_backbone, select, to_mask
+from training.objectives import SelfSupervised
 from training.recipe import Recipe
 
 FAMILIES = [("test_resnet", 64), ("test_efficientnet", 64), ("test_convnext", 64), ("test_vit", 160)]
@@ -271,3 +274,79 @@ def test_theorems_1_and_2(cifar: list[Image.Image], tmp_path: Path) -> None:
     assert torch.equal(bits, trained(100, 2.5, 0.5, pixels, tmp_path / "b")[0])
     for i, other in enumerate([(100, 1.0, 0.0), (50, 2.5, 0.0), (50, 1.0, 0.5)]):
         assert not torch.equal(bits, trained(*other, pixels, tmp_path / str(i))[0]), other
+
+
+# Other masks than those of a threshold (appendices E and F)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.13, 0.0001])
+def test_exactly_the_highest_scores_are_active(share: float) -> None:
+    backbone = load("test_resnet")
+    model = mask_backbone(backbone, 2, share=share)
+    generator = torch.Generator().manual_seed(0)
+    model.load({n: torch.randn(s.shape, generator=generator) for n, s in model.scores.items()}, {})
+    mask = packed_with(model, share=share)
+    active = masks.unpack(mask.bits, backbone.flat.numel() - backbone.offset(2))
+    for segment, on in masks.split(backbone, 2, active):
+        scores = model.scores[segment.parameter].detach().flatten()
+        assert int(on.sum()) == max(1, round(share * segment.size))
+        assert scores[on].min() >= (scores[~on].max() if bool((~on).any()) else -np.inf)
+    x = torch.randn(2, 3, 64, 64, generator=generator)
+    torch.testing.assert_close(features(model, x), executor(backbone, mask).run(x), rtol=1e-4, atol=1e-4)
+
+
+def packed_with(model: MaskedModel, **choice: Any) -> Mask:
+    return to_mask("m", model.backbone, model.start, dict(model.scores), model.norms, **choice)
+
+
+def test_where_only_the_order_counts_the_largest_weights_begin() -> None:
+    model = mask_backbone(load("test_resnet"), 4, share=0.25)
+    for name, scores in model.scores.items():
+        begin, end = model.backbone.spans[name]
+        weight = model.backbone.flat[begin:end].abs()
+        on = masks.unpack(masks.pack(active(scores.detach(), 0.0, 0.25)), scores.numel())
+        assert weight[on].min() >= weight[~on].max() - 1e-3  # but for the rounding of scores near one
+
+
+def test_progressive_goes_from_all_to_the_share(cifar: list[Image.Image], tmp_path: Path) -> None:
+    recipe = Recipe("", size=32, local_crops=0, prototypes=20, projection=16, batch=16, share=0.5, progressive=True)
+    backbone = load("test_resnet")
+    model = mask_backbone(backbone, 3, share=0.5)
+    objective = SelfSupervised(recipe, backbone.features, Preprocessing.of(backbone.config, 32))
+    fit("m", model, objective, bytes_of(cifar), recipe, 4, tmp_path, every=1)
+    shares = [json.loads(line)["active"] for line in (tmp_path / CURVE).read_text().splitlines()]
+    assert shares == pytest.approx([1, 0.875, 0.75, 0.625], abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["random", "largest"])
+def test_selected_weights_alone_may_be_off(how: Any, cifar: list[Image.Image], tmp_path: Path) -> None:
+    backbone = load("test_resnet")
+    free = select(backbone, 2, how, 0.3, seed=1)
+    recipe = Recipe("", size=32, local_crops=0, prototypes=20, projection=16, batch=16, optimizer="sgd", lr=500.0)
+    model = mask_backbone(backbone, 2, free=free)
+    objective = SelfSupervised(recipe, backbone.features, Preprocessing.of(backbone.config, 32))
+    fit("m", model, objective, bytes_of(cifar), recipe, 3, tmp_path)
+    assert set(free) == set(model.scores)
+    off = 0
+    for name, scores in model.scores.items():
+        begin, end = backbone.spans[name]
+        assert int(free[name].sum()) == max(1, round(0.3 * (end - begin)))
+        assert bool((scores[~free[name]] == 1.0).all()), "the others learn nothing"
+        if how == "largest":
+            weight = backbone.flat[begin:end].abs().view(free[name].shape)
+            assert weight[free[name]].min() >= weight[~free[name]].max()
+        off += int((~active(scores.detach(), 0.0, None, free[name]) & ~free[name]).sum())
+    assert off == 0 and model.active() < 1
+    assert select(backbone, 2, how, 0.3, seed=1)[name].equal(free[name])
+
+
+def test_the_first_stages_alone(cifar: list[Image.Image]) -> None:
+    """Masks that stop at a stage: everything behind is the plain backbone's, all active, alpha one."""
+    backbone, x = load("test_resnet"), inputs(cifar, 64)
+    model = mask_backbone(backbone, 1, stop=3)
+    assert {n.split(".")[0] for n in model.scores} == {"layer1", "layer2"}
+    scatter(model)
+    mask = packed(model)
+    rest = backbone.offset(3) - backbone.offset(1)
+    assert bool(masks.unpack(mask.bits, backbone.flat.numel() - backbone.offset(1))[rest:].all())
+    torch.testing.assert_close(features(model, x), executor(backbone, mask).run(x), rtol=1e-4, atol=1e-4)

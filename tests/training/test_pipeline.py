@@ -24,8 +24,9 @@ from cascade.errors import CascadeError
 from cascade.fusion import MODES
 from cascade.prediction import Prediction
 from training import clusters, dispatcher, evaluate, experts, fuse, pack, pipeline
-from training.loop import SelfSupervised, under
+from training.loop import under
 from training.masking import MaskedModel
+from training.objectives import SelfSupervised
 from training.recipe import Recipe
 from training.run import CLUSTERS, Run, Watch, begin, resume
 

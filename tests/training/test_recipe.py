@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,15 @@ from training.pipeline import command
 from training.recipe import LITE0, Recipe, paper
 from training.run import parser, recipe_of
 
-OTHER = {"adam": "sgd", "prototypes": "gmm", "one": "padded", "scale": "none", "conditional": "dispatcher"}
+OTHER = {
+    "all": "random",
+    "off": "bf16",
+    "adam": "rms-sgd",
+    "prototypes": "gmm",
+    "one": "padded",
+    "scale": "none",
+    "conditional": "dispatcher",
+}
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -45,6 +54,12 @@ def test_weights_come_from_where_the_backbone_has_them() -> None:
     assert Recipe("photos").source == LITE0
     assert Recipe("photos", backbone="resnet50").source == "timm"
     assert Recipe("photos", backbone="resnet50", source="random:0").source == "random:0"
+
+
+@pytest.mark.parametrize("wrong", [{"share": 1.5}, {"select_share": -0.1}, {"accumulate": 0}, {"batch": 0}])
+def test_numbers_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(CascadeError, match="is a share|must be at least 1"):
+        Recipe("photos", **wrong)
 
 
 def test_a_supervised_mask_has_no_clusters() -> None:
@@ -107,7 +122,8 @@ def test_every_number_is_an_option(name: str) -> None:
         expected = OTHER.get(value, "7")  # type: ignore[assignment]
         arguments = [flag, str(expected)]
     else:
-        expected = type(value)(value + 2)
+        shares = ("share", "select_share", "warmup")
+        expected = 0.25 if name in shares else type(value)(value + 2)  # type: ignore[assignment]
         arguments = [flag, str(expected)]
     if name == "source":
         expected = "random:1"  # type: ignore[assignment]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from cascade import backbone as backbones
 from cascade.images import Preprocessing
-from training import loop
-from training.loop import SelfSupervised, fit, seed_everything
-from training.masking import mask_backbone
+from training import objectives
+from training.loop import fit, seed_everything
+from training.masking import MaskedModel, mask_backbone
+from training.objectives import Batch, SelfSupervised
 from training.recipe import Recipe
 from training.swav import Projector, push, sinkhorn, swapped_loss
 
@@ -123,7 +124,7 @@ def test_the_newest_come_first_and_the_oldest_fall_out() -> None:
     assert queue[1, :, 0].tolist() == [-5, -6, -3, -4, -1]
 
 
-def objective(recipe: Recipe) -> tuple[SelfSupervised, loop.MaskedModel]:
+def objective(recipe: Recipe) -> tuple[SelfSupervised, MaskedModel]:
     backbone = backbones.load("test_resnet", "random:0")
     seed_everything(0)
     return SelfSupervised(recipe, backbone.features, Preprocessing.of(backbone.config, 32)), mask_backbone(backbone, 3)
@@ -151,7 +152,7 @@ def test_codes_see_the_queue_once_it_is_full_and_its_time_has_come(
         seen.append(scores)
         return sinkhorn(scores, epsilon, iterations)
 
-    monkeypatch.setattr(loop, "sinkhorn", spy)
+    monkeypatch.setattr(objectives, "sinkhorn", spy)
     swav, model = objective(recipe)
     fit("m", model, swav, pixels, recipe, 8, tmp_path)
     assert [len(s) for s in seen[0::2]] == [len(s) for s in seen[1::2]] == expected
@@ -179,7 +180,7 @@ def test_the_queue_holds_each_views_own_features_of_earlier_steps(
             blank = torch.zeros(32 - 16 * len(earlier), 16)
             assert torch.equal(queue[view], torch.cat([*earlier, blank])), (step, view)
         swav.before(step / 3)
-        swav.loss(model, batch, rows, step / 3, torch.Generator().manual_seed(step))
+        swav.loss(model, Batch(batch, rows, step / 3, [torch.Generator().manual_seed(step)]))
 
 
 # The prototypes

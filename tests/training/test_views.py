@@ -19,8 +19,9 @@ from cascade.masks import Mask
 from cascade.residency import Residency
 from training import views
 from training.augment import Crop, multi_crop
-from training.loop import SelfSupervised, generator, seed_everything
+from training.loop import generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
+from training.objectives import Batch, SelfSupervised
 from training.recipe import Recipe
 
 STAGE, DRAWS = 3, 2
@@ -59,10 +60,8 @@ class Live(SelfSupervised):
 
     images: np.ndarray
 
-    def _trunk(
-        self, model: MaskedModel, pixels: Tensor, rows: np.ndarray, generator: torch.Generator
-    ) -> Iterator[tuple[int, Tensor]]:
-        draws = torch.randint(DRAWS, (len(rows),), generator=generator).tolist()
+    def _trunk(self, model: MaskedModel, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+        draws, rows = batch.draws(DRAWS).tolist(), batch.rows
         for crop in CROPS:
             begins = [row // views.BATCH * views.BATCH for row in rows.tolist()]
             x = [
@@ -77,7 +76,8 @@ def step(objective: SelfSupervised, model: MaskedModel, pixels: np.ndarray) -> t
     rows = np.random.default_rng(0).permutation(len(pixels))[:24]
     model.train()
     objective.before(0.5)
-    loss = objective.loss(model, torch.from_numpy(pixels[rows]), rows, 0.5, torch.Generator().manual_seed(7))
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    loss = objective.loss(model, Batch(torch.from_numpy(pixels[rows]), rows, 0.5, generators))
     loss.backward()
     return loss.item(), torch.cat([s.grad.flatten() for s in model.scores.values() if s.grad is not None])
 

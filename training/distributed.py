@@ -1,0 +1,82 @@
+"""Several processes as one: what ``torchrun`` starts, each with its share of every batch.
+
+    torchrun --nproc-per-node 2 -m training.dispatcher cifar10 --run runs/cifar --size 64
+
+They take the same step on the same gradient, so that all of them hold the same mask; the first one writes. Started
+without ``torchrun`` there is one process, and every function here does nothing.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = 3600  # seconds that the others wait while the first one decodes images, say
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, gloo on CPUs, NCCL on GPUs; part at the end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    from datetime import timedelta
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=TIMEOUT))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """The first process goes through it alone, then the others: they find what it has made."""
+    if rank():
+        wait()
+    yield
+    if not rank():
+        wait()
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all processes in their order, without a gradient: [B, ...] to [world * B, ...]."""
+    x = x.detach().contiguous()
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """The mean over all processes, in place, as one message."""
+    if not dist.is_initialized():
+        return
+    held = list(tensors)
+    flat = torch.cat([t.detach().flatten().float() for t in held])
+    dist.all_reduce(flat)
+    flat /= world()
+    for tensor, part in zip(held, flat.split([t.numel() for t in held]), strict=True):
+        tensor.detach().copy_(part.view_as(tensor))

@@ -1,0 +1,86 @@
+"""Full fine-tuning, what masks are compared with: the same loop and losses, every weight and affine learns.
+
+python -m training.finetune photos/ --run runs/photos --labels --lr 0.01 --optimizer sgd --weight-decay 1e-6
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cascade.backbone import Backbone
+from cascade.stages import stage_of, stages
+from training.dispatcher import objective
+from training.loop import fit, seed_everything, under
+from training.masking import Amp, MaskedModel, write
+from training.run import Run, Watch, begin, main, parser, recipe_of
+
+
+class TunedModel(MaskedModel):
+    """A copy of a backbone all of whose parameters from stage ``start`` on learn."""
+
+    learns = "weights"
+    decay = 1.0
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def active(self) -> float:
+        return 1.0
+
+    def sparse(self, below: float) -> Iterator[tuple[str, float]]:
+        return iter(())
+
+    def load(self, scores: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """Take over weights and statistics by name."""
+        with torch.no_grad():
+            for name, parameter in self.learned.items():
+                parameter.copy_(scores[name])
+            for name, buffer in self.norms.items():
+                buffer.copy_(norms.get(name, self.backbone.norms[name]))
+
+
+def tune_backbone(backbone: Backbone, start: int, *, train_norms: bool = True, amp: Amp = "off") -> TunedModel:
+    """A trainable copy of ``backbone``; stages before ``start`` stay as they are."""
+    model = deepcopy(backbone.model)
+    write(backbone, model, backbone.flat, 0, backbone.norms)
+    row = stages(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage_of(name, row) >= start)
+    return TunedModel(backbone, model, row, start, train_norms, len(row), amp)
+
+
+def train(run: Run, name: str = "fine-tuned", *, steps: int | None = None, lr: float | None = None) -> TunedModel:
+    """Fine-tune as the dispatcher is trained; returns the model, as it is after the last step."""
+    recipe = run.recipe
+    model = tune_backbone(run.backbone, run.mask_from, train_norms=recipe.train_norms, amp=recipe.amp)
+    seed_everything(recipe.seed)
+    steps = recipe.steps if steps is None else steps
+    fit(name, model, objective(run), run.pixels, recipe, steps, run.folder / name, lr=lr, watch=run.watch)
+    return model
+
+
+@torch.no_grad()
+def features(model: MaskedModel, inputs: Iterator[Tensor]) -> np.ndarray:
+    """What a model that learns, or has learned, makes of evaluation inputs: float32 [N, F]."""
+    model.model.eval()
+    device = model.backbone.flat.device
+    return np.concatenate([model.tail(model.trunk(x.to(device))).cpu().numpy() for x in inputs])
+
+
+def logits(run: Run, name: str, found: np.ndarray) -> np.ndarray:
+    """The supervised head of a run's finished training on features [N, F]: float32 [N, C]."""
+    head = under(run.trained(name), "objective.")
+    return found @ head["weight"].numpy().T + head["bias"].numpy()
+
+
+if __name__ == "__main__":
+    options = parser(__doc__, recipe=True).parse_args()
+
+    def stage(watch: Watch) -> None:
+        train(begin(options.run, recipe_of(options), watch))
+
+    main(stage)
