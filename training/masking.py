@@ -242,8 +242,8 @@ def mask_backbone(
     model = deepcopy(backbone.model)
     write(backbone, model, backbone.flat, 0, backbone.norms)  # the copy may have come with an executor's mask
     if below is not None:
-        first, stop = backbone.offset(below.start), backbone.offset(start)
-        write(backbone, model, masks.apply(backbone, below)[: max(0, stop - first)], first, below.norms)
+        first, end = backbone.offset(below.start), backbone.offset(start)
+        write(backbone, model, masks.apply(backbone, below)[: max(0, end - first)], first, below.norms)
     row = stages(model)
     stop = len(row) if stop is None else stop
     rows = _row_blocks([s for s in backbone.segments if start <= s.stage < stop])
