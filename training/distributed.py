@@ -1,6 +1,6 @@
 """Several processes as one: what ``torchrun`` starts, each with its share of every batch.
 
-    torchrun --nproc-per-node 2 -m training.dispatcher cifar10 --run runs/cifar --size 64
+    torchrun --nproc-per-node 2 -m -- training.dispatcher cifar10 --run runs/cifar --size 64
 
 They take the same step on the same gradient, so that all of them hold the same mask; the first one writes. Started
 without ``torchrun`` there is one process, and every function here does nothing.

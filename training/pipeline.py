@@ -4,7 +4,7 @@
     cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
     cascade train photos/ --labels --out model_store/photos/1     # one mask with a head, from class folders
     cascade train photos/ --clusters 0 --out model_store/photos/1     # one self-supervised mask, no router
-    torchrun --nproc-per-node 4 -m training.pipeline photos/ --out model_store/photos/1     # several GPUs
+    torchrun --nproc-per-node 4 -m -- training.pipeline photos/ --out model_store/photos/1     # several GPUs
 
 Stopped at any moment and started again with the same options it goes on where it was.
 """

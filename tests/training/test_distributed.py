@@ -1,5 +1,6 @@
 """Two processes as one: the masks of one process with the same batch, to float tolerance."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade import backbone as backbones
+from cascade.bundle import read
 from cascade.errors import CascadeError
 from cascade.images import Preprocessing
 from training.loop import CURVE, DONE, fit, seed_everything
@@ -74,9 +76,25 @@ def test_two_processes_train_the_mask_of_one(pixels: np.ndarray, tmp_path: Path)
     assert len(lines[0]) == len(lines[1]) == STEPS, "the first process alone writes"
 
 
-def env() -> dict[str, str]:
-    import os
+def test_a_whole_cascade_by_torchrun(cifar_folder: Path, tmp_path: Path) -> None:
+    """Decoded and stored once, trained by both, clustered, measured and packed by the first."""
+    out = tmp_path / "store" / "small" / "1"
+    options = "--backbone test_resnet --source random:0 --size 32 --mask-from layer3 --steps 4 --expert-steps 2"
+    options += " --batch 32 --local-crops 0 --draws 1 --prototypes 20 --clusters 2"
+    options += " --router centroid --dim 8 --bank 20 --lr 0.2"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = ["-m", "--", "training.pipeline", str(cifar_folder), "--run", str(tmp_path / "run"), "--out", str(out)]
+    done = subprocess.run(
+        [*torchrun, *command, *options.split()], cwd=ROOT, env=env(), capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    bundle = read(out)
+    assert len(bundle.experts) == 2 and bundle.card.accuracy
+    curve = (tmp_path / "run" / "dispatcher" / CURVE).read_text().splitlines()
+    assert len(curve) == 4 and not list((tmp_path / "run").rglob("*.tmp"))
 
+
+def env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
