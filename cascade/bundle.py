@@ -30,6 +30,7 @@ from cascade.images import Preprocessing
 from cascade.masks import Mask
 from cascade.ood import OutOfDomain
 from cascade.router import KINDS, Calibration, Prototypes, Router, tensors
+from cascade.thumbnails import Thumbnails
 
 T = TypeVar("T")
 FORMAT = 1
@@ -106,6 +107,7 @@ class Bundle:
         router, calibration: None and identity without experts.
         ood: None where none was fitted.
         fusions, linear, banks: by mode.
+        thumbnails: pictures of the banks' rows; None without the option.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Bundle:
     fusions: dict[Mode, Fusion]
     linear: dict[Mode, Linear] = field(default_factory=dict)
     banks: dict[Mode, Bank] = field(default_factory=dict)
+    thumbnails: Thumbnails | None = None
 
     @property
     def masks(self) -> tuple[Mask, ...]:
@@ -130,7 +133,7 @@ class Bundle:
         return self.name, self.version
 
     def to(self, device: str) -> "Bundle":
-        """The same bundle with its tensors on ``device`` (banks are searched on the CPU and stay there)."""
+        """The same bundle with its tensors on ``device`` (banks and thumbnails stay on the CPU)."""
         return replace(
             self,
             dispatcher=_moved(self.dispatcher, device),
@@ -143,7 +146,7 @@ class Bundle:
 
     def bytes(self) -> int:
         """Resident memory of the bundle, everything counted, materialised weights apart."""
-        parts = [self.router, self.ood, *self.fusions.values(), *self.linear.values()]
+        parts = [self.router, self.ood, self.thumbnails, *self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
         counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
         return sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)
@@ -298,7 +301,9 @@ def _parts(bundle: Bundle, compress: bool) -> dict[str, dict[str, Tensor]]:
     for mode, bank in bundle.banks.items():
         heads |= {f"{mode}.bank": bank.embeddings, "bank.names": _text(bank.names)}
         heads |= {"bank.labels": _text(bank.labels)} if bank.labels else {}
-    parts = {"masks": masks, "router": router | ood, "fusion": fusion, "heads": heads}
+    small = bundle.thumbnails
+    pictures = {} if small is None else {f"thumbnails.{f.name}": getattr(small, f.name) for f in fields(small)}
+    parts = {"masks": masks, "router": router | ood, "fusion": fusion, "heads": heads, "thumbnails": pictures}
     # Copies, because safetensors takes no two names for one memory.
     return {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
 
@@ -307,6 +312,7 @@ def _assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]])
     masks = [_mask(parts["masks.safetensors"], m) for m in card.masks]
     routing = parts.get("router.safetensors", {})
     fusion, heads = parts["fusion.safetensors"], parts.get("heads.safetensors", {})
+    pictures = parts.get("thumbnails.safetensors", {})
     router = None
     if card.router is not None:
         kind = next((k for k in KINDS if k.kind == card.router.kind), None)
@@ -327,6 +333,7 @@ def _assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]])
         fusions={m: Fusion(**_under(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
         linear={m: Linear(**_under(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
+        thumbnails=Thumbnails(**_under(pictures, "thumbnails.")) if pictures else None,
     )
 
 
@@ -367,10 +374,14 @@ def _misfits(bundle: Bundle) -> Iterator[str]:
             yield from _misshapen(f"bank {mode}", bank, sizes | {"rows": len(bank.names)})
             if len(bank.labels) not in (0, len(bank.names)):
                 yield f"bank {mode} has {len(bank.names)} names and {len(bank.labels)} labels"
+    if bundle.thumbnails is not None:
+        rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
+        wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
+        yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.misfits())
 
 
 def _misshapen(
-    what: str, part: Router | OutOfDomain | Fusion | Linear | Bank | None, sizes: dict[str, int]
+    what: str, part: Router | OutOfDomain | Fusion | Linear | Bank | Thumbnails | None, sizes: dict[str, int]
 ) -> Iterator[str]:
     """Tensors that are not as the part's layout says; an axis that ``sizes`` lacks has the length that comes first."""
     sizes = dict(sizes)

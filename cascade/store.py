@@ -26,7 +26,7 @@ Identity = tuple[str, str]
 """(name, version) of a bundle."""
 NAME = re.compile(r"[\w-][\w. -]*")
 """A bundle's or a version's name in a remote store, and of a file in it: it becomes a path on this machine."""
-MAX_FILES = 16  # of a bundle; it has five
+MAX_FILES = 16  # of a bundle; it has seven at most
 ROOM = "make room for copies of the store's bundles"
 _copies = itertools.count()
 log = logging.getLogger(__name__)

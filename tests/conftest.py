@@ -57,7 +57,7 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory, cifar: list[Image.Ima
 
 @pytest.fixture(scope="session")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) -> Path:
-    """A small cascade of three experts from the real training loop: <store>/small/1."""
+    """A small cascade of three experts from the real training loop, with thumbnails: <store>/small/1."""
     from training import pipeline
     from training.recipe import Recipe
     from training.run import Watch, begin
@@ -80,7 +80,7 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) ->
         lr=0.2,
     )
     run = begin(root / "run", recipe, Watch(None))
-    return pipeline.train(run, root / "store" / "small" / "1")
+    return pipeline.train(run, root / "store" / "small" / "1", thumbnails=True)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def train(folder: Path, out: Path, watch: Watch) -> None:
     evaluate.show(accuracy, Console())
     gain, spread = accuracy["gain_over_frozen"]["conditional"]["knn"]
     watch.say(f"conditional over frozen, whitened k-NN: {100 * gain:+.1f} points ± {100 * spread:.1f}")
-    watch.say(f"wrote {pack.train(runs[0], features, accuracy, out)}")
+    watch.say(f"wrote {pack.train(runs[0], features, accuracy, out, thumbnails=True)}")
 
 
 def one(run: Run) -> dict[str, Any]:

@@ -18,18 +18,22 @@ from cascade.heads import Bank, Linear
 from cascade.masks import Mask, density, difference
 from cascade.ood import OutOfDomain
 from cascade.router import KINDS, Calibration, Router
+from cascade.thumbnails import make
 from training.clusters import SUMMARY
 from training.evaluate import Features, collect, fit_probe, fusions
 from training.loop import under
 from training.run import Run, Watch, main, parser, read_json, resume
 
+THUMBNAILS = "put small pictures of the neighbours' images into the bundle, for all who may use it"
 
-def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> Path:
-    """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``)."""
+
+def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False) -> Path:
+    """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``), with pictures where they are wanted."""
     fitted = fusions(run, features)
     labels = run.images.labels
     masks = (run.dispatcher, *run.experts)
     summary = read_json(run.folder / SUMMARY)
+    rows = _bank_rows(run)
     bundle = Bundle(
         name=out.parent.name,
         version=out.name,
@@ -43,6 +47,7 @@ def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path) -> 
         fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
         linear={} if labels is None else {m: _linear(e, labels, run.images.classes) for m, (_, e) in fitted.items()},
         banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
+        thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
     return write(bundle, out)
 
@@ -114,24 +119,34 @@ def _linear(embeddings: Tensor, labels: np.ndarray, classes: list[str]) -> Linea
 
 def _banks(run: Run, embeddings: dict[Mode, Tensor]) -> dict[Mode, Bank]:
     """The same seeded choice of training images for every mode."""
-    recipe, images = run.recipe, run.images
-    rows = np.sort(np.random.default_rng(recipe.seed).permutation(len(images))[: recipe.bank])
+    images, rows = run.images, _bank_rows(run)
     if not len(rows):
         return {}
-    names = tuple(" ".join(images.names[i].split()) for i in rows)  # one line each
+    names = tuple(one_line(images.names[i]) for i in rows)
     labels = () if images.labels is None else tuple(images.classes[images.labels[i]] for i in rows)
     return {mode: Bank(normalize(e[rows]).half(), names, labels) for mode, e in embeddings.items()}
+
+
+def _bank_rows(run: Run) -> np.ndarray:
+    order = np.random.default_rng(run.recipe.seed).permutation(len(run.images))
+    return np.sort(order[: run.recipe.bank])
+
+
+def one_line(name: str) -> str:
+    """An image's name as a bank holds it."""
+    return " ".join(name.split())
 
 
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--out", type=Path, required=True, help="<store>/<name>/<version>, must not exist")
+    arguments.add_argument("--thumbnails", action="store_true", help=THUMBNAILS)
     options = arguments.parse_args()
 
     def stage(watch: Watch) -> None:
         run = resume(options.run, watch)
         path = run.folder / "evaluation.json"
         accuracy = read_json(path) if path.exists() else {}
-        watch.say(f"wrote {train(run, collect(run), accuracy, options.out)}")
+        watch.say(f"wrote {train(run, collect(run), accuracy, options.out, thumbnails=options.thumbnails)}")
 
     main(stage)

@@ -22,8 +22,8 @@ from training.recipe import paper
 from training.run import Run, Watch, begin, main, parser, recipe_of
 
 
-def train(run: Run, out: Path, *, controls: bool = False) -> Path:
-    """Dispatcher, clusters, experts, evaluation, bundle.
+def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = False) -> Path:
+    """Dispatcher, clusters, experts, evaluation, bundle (with pictures of its neighbour bank's images on wish).
 
     Raises:
         CascadeError: ``out`` exists (found before anything is trained), or a stage can't go on.
@@ -43,7 +43,7 @@ def train(run: Run, out: Path, *, controls: bool = False) -> Path:
     accuracy = evaluate.train(run, features)
     if run.watch.bar is not None:
         evaluate.show(accuracy, Console())
-    return pack.train(run, features, accuracy, out)
+    return pack.train(run, features, accuracy, out, thumbnails=thumbnails)
 
 
 def budget(run: Run, controls: bool) -> None:
@@ -78,6 +78,7 @@ def command(arguments: list[str]) -> None:
     options = parser(__doc__, recipe=True)
     options.add_argument("--out", type=Path, required=True, help="bundle to write: <store>/<name>/<version>")
     options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
+    options.add_argument("--thumbnails", action="store_true", help=pack.THUMBNAILS)
     options.add_argument("--preset", choices=["paper"], help="start from the published setting")
     chosen = options.parse_args(arguments)
     if chosen.preset:
@@ -86,7 +87,8 @@ def command(arguments: list[str]) -> None:
 
     def stage(watch: Watch) -> None:
         run = begin(chosen.run, recipe_of(chosen), watch)
-        watch.say(f"wrote {train(run, chosen.out, controls=chosen.controls)}")
+        path = train(run, chosen.out, controls=chosen.controls, thumbnails=chosen.thumbnails)
+        watch.say(f"wrote {path}")
 
     main(stage)
 

@@ -1,6 +1,7 @@
 """The application: requests in, one batcher behind them, answers out. docs/http.md describes what it speaks."""
 
 import asyncio
+import re
 from dataclasses import replace
 from functools import cache
 from http import HTTPStatus
@@ -19,11 +20,14 @@ from cascade.bundle import Bundle
 from cascade.oip import LENGTH_HEADER
 from cascade.prediction import ItemError, Options
 from cascade.registry import State
+from cascade.thumbnails import media_type
 from handlers.asgi import ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
 from handlers.wire import NOT_FINITE, encode, parse, wants_bytes
 
+ROW = re.compile(r"[0-9]{1,9}")
+PICTURE = {"type": "string", "format": "binary"}
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
 STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 413, 415, 431, 500, 503)
@@ -31,6 +35,12 @@ ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, ERROR)
 JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer.", "content": {"application/json": {}, "application/octet-stream": {}}}
 }
+VERSION: dict[str, Any] = {
+    "parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]
+}
+VERSION_IN_QUERY = ItemError(
+    400, "bad_request", "a version goes into the path and not behind it: /v2/models/NAME/versions/VERSION"
+)
 NO_FORM = ItemError(400, "bad_request", "send one image a request: this is no form with one file as its one part")
 AGAIN = 2  # an unpinned request that meets a version on its way out looks for the newest this often
 
@@ -132,39 +142,40 @@ def _protocol(app: FastAPI, service: Service) -> None:
         return {"models": [{"name": name} | _versions(states) for name, states in service.states(request).items()]}
 
     @app.get("/v2/models/{model}", summary="Bundle metadata")
-    @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata")
-    async def model_metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
-        bundle = found(request, model, version)
+    @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata", openapi_extra=VERSION)
+    async def model_metadata(request: Request, model: str) -> dict[str, Any]:
+        bundle = found(request, model)
         return v2.metadata(bundle) | _versions(service.states(request, model).get(model, []))
 
     @app.get("/v2/models/{model}/ready", summary="Bundle readiness")
-    @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness")
-    async def model_ready(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
-        bundle = found(request, model, version)
+    @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness", openapi_extra=VERSION)
+    async def model_ready(request: Request, model: str) -> dict[str, Any]:
+        bundle = found(request, model)
         if not service.ready:
             raise Refusal(STOPPING)
         return {"name": bundle.name, "ready": True}
 
     tensors: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     body = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}} | tensors
-    description = {"requestBody": {"required": True, "content": body}}
+    description: dict[str, Any] = {"requestBody": {"required": True, "content": body}}
+    about: dict[str, Any] = {"responses": JSON_OR_BYTES, "summary": "Predict images"}
 
-    about: dict[str, Any] = {"openapi_extra": description, "responses": JSON_OR_BYTES, "summary": "Predict images"}
-
-    @app.post("/v2/models/{model}/infer", **about)
-    @app.post("/v2/models/{model}/versions/{version}/infer", **about)
-    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+    @app.post("/v2/models/{model}/infer", openapi_extra=description, **about)
+    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description | VERSION, **about)
+    async def infer(request: Request, model: str) -> Response:
         service.admit(request)
-        found(request, model, version)  # before the body is read
+        found(request, model)  # before the body is read
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
         asked = await asyncio.to_thread(v2.parse, body, request.headers.get(LENGTH_HEADER), most)
         for _ in range(AGAIN):
-            bundle = found(request, model, version)  # one for all images of the request
+            bundle = found(request, model)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
             wish = Options(model, bundle.version, asked.mode, embedding, labels, 0)
             answers = await service.answers(request, asked.images, wish)
-            if version or not any(isinstance(a, ItemError) and a.kind == "unknown_version" for a in answers):
+            if "version" in request.path_params or not any(
+                isinstance(a, ItemError) and a.kind == "unknown_version" for a in answers
+            ):
                 break
         request.state.about.update(bundle=bundle.name, version=bundle.version, images=len(answers))
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
@@ -175,8 +186,11 @@ def _protocol(app: FastAPI, service: Service) -> None:
             return Response(content, media_type="application/json")
         return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
-    def found(request: Request, model: str, version: str | None) -> Bundle:
+    def found(request: Request, model: str) -> Bundle:
         service.check(request, model)
+        if "version" in request.query_params:  # the newest would answer, and nobody notice
+            raise Refusal(VERSION_IN_QUERY)
+        version = request.path_params.get("version")
         bundle = service.engine.find(model, version)
         if isinstance(bundle, ItemError):
             states = service.states(request, model).get(model, [])
@@ -213,16 +227,35 @@ def _pages(app: FastAPI, service: Service) -> None:
     async def docs() -> Response:
         return HTMLResponse(ui.page("docs.html"), headers=ui.HEADERS)
 
+    def found(request: Request, name: str, version: str) -> Bundle:
+        service.check(request, name)
+        bundle = service.engine.find(name, version)
+        if isinstance(bundle, ItemError):
+            raise Refusal(bundle)
+        return bundle
+
     @app.get("/v1/map/{bundle}/{version}", summary="The neighbour bank in two dimensions")
     async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
-        service.check(request, bundle)
-        found = service.engine.find(bundle, version)
-        if isinstance(found, ItemError):
-            raise Refusal(found)
-        bank = next((bank for name, bank in found.banks.items() if name == (mode or found.card.mode)), None)
+        whole = found(request, bundle, version)
+        bank = next((bank for name, bank in whole.banks.items() if name == (mode or whole.card.mode)), None)
         if bank is None:
             raise Refusal(ItemError(404, "no_bank", "this bundle has no neighbour bank for that mode"))
-        return await asyncio.to_thread(ui.flat, bank)
+        return await asyncio.to_thread(ui.flat, bank) | {"thumbnails": whole.thumbnails is not None}
+
+    @app.get(
+        "/v1/thumbnails/{bundle}/{version}/{row}",
+        summary="A picture of the neighbour bank",
+        response_class=Response,
+        responses={200: {"content": {kind: {"schema": PICTURE} for kind in ("image/webp", "image/png", "image/jpeg")}}},
+    )
+    async def thumbnail(request: Request, bundle: str, version: str, row: str) -> Response:
+        pictures = found(request, bundle, version).thumbnails
+        if pictures is None or not ROW.fullmatch(row) or int(row) >= len(pictures):
+            raise Refusal(
+                ItemError(404, "no_thumbnail", "this bundle has no picture of that row of its neighbour bank")
+            )
+        file = pictures[int(row)]
+        return Response(file, headers=ui.HEADERS, media_type=media_type(file))
 
 
 def _versions(states: list[State]) -> dict[str, Any]:

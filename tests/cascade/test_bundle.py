@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import backbone as backbones
+from cascade import thumbnails
 from cascade.backbone import Backbone
 from cascade.bundle import BackboneCard, Bundle, BundleError, Card, MaskCard, RouterCard, check, read, write
 from cascade.fusion import Fusion
@@ -32,18 +34,23 @@ from cascade.masks import Mask, density, difference, pack, unpack
 from cascade.ood import OutOfDomain
 from cascade.router import KINDS, Calibration
 from cascade.store import discover
+from cascade.thumbnails import Thumbnails
 
 from .handmade import handmade
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "bundle-format.md"
-PARTS = ("masks", "router", "fusion", "heads")
+PARTS = ("masks", "router", "fusion", "heads", "thumbnails")
 FILES = ("cascade.json", "SHA256SUMS", *(f"{part}.safetensors" for part in PARTS))
+
+
+def whole(cifar: list[Image.Image], **changes: Any) -> Bundle:
+    """A bundle with every part."""
+    return replace(handmade(cifar, norms=True, **changes), thumbnails=thumbnails.make(cifar[:20]))
 
 
 @pytest.fixture(scope="module")
 def small(cifar: list[Image.Image]) -> Bundle:
-    """A bundle with every part."""
-    return handmade(cifar[:48], router="prototypes", norms=True)
+    return whole(cifar[:48], router="prototypes")
 
 
 @pytest.fixture
@@ -156,7 +163,7 @@ def test_the_real_card_says_what_the_masks_are(bundle_path: Path) -> None:
 
 
 def test_same_inputs_same_bytes(cifar: list[Image.Image], tmp_path: Path) -> None:
-    a, b = (write(handmade(cifar[:30], norms=True), tmp_path / name / "1") for name in ("a", "b"))
+    a, b = (write(whole(cifar[:30]), tmp_path / name / "1") for name in ("a", "b"))
     assert contents(a) == contents(b)
     assert set(contents(a)) == set(FILES)
 
@@ -355,6 +362,22 @@ def cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, Tensor]], object]
     return lambda t: t.update({name: t[name].to(dtype)})
 
 
+def noise() -> Image.Image:
+    return Image.merge("RGB", [Image.effect_noise((128, 128), 99) for _ in range(3)])
+
+
+def one_picture(picture: Callable[[], Image.Image]) -> Callable[[dict[str, Tensor]], object]:
+    """Put this one in the place of all, as a PNG file."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        picture().save(out := io.BytesIO(), "png")
+        rows = len(tensors["thumbnails.offsets"])
+        tensors["thumbnails.offsets"] = torch.arange(rows) * len(out.getvalue())
+        tensors["thumbnails.data"] = torch.frombuffer(bytearray(out.getvalue() * (rows - 1)), dtype=torch.uint8)
+
+    return change
+
+
 TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "no dispatcher": ("masks", lambda t: t.pop("dispatcher.bits.zst"), "dispatcher.bits"),
     "no expert": ("masks", lambda t: t.pop("expert-1.bits.zst"), "expert-1.bits"),
@@ -390,6 +413,18 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "bank rows": ("heads", bump("dispatcher.bank"), "bank dispatcher: embeddings is float16 [21, 8]"),
     "bank names": ("heads", lambda t: t["bank.names"].fill_(255), "fit together"),
     "no names": ("heads", lambda t: t.pop("bank.names"), "bank.names"),
+    "thumbnails": ("thumbnails", lambda t: t.pop("thumbnails.offsets"), "fit together"),
+    "picture rows": ("thumbnails", bump("thumbnails.offsets"), "offsets is int64 [22], should be int64 rows+1"),
+    "picture dtype": ("thumbnails", cast("thumbnails.offsets", torch.float32), "should be int64 rows+1"),
+    "picture bytes": ("thumbnails", cast("thumbnails.data", torch.int8), "data is int8"),
+    "picture first": ("thumbnails", lambda t: t["thumbnails.offsets"][:1].fill_(1), "do not rise from 0 to"),
+    "picture order": ("thumbnails", lambda t: t["thumbnails.offsets"][3:4].fill_(0), "do not rise from 0 to"),
+    "picture end": ("thumbnails", lambda t: t["thumbnails.offsets"][-1:].add_(9), "do not rise from 0 to"),
+    "picture before": ("thumbnails", lambda t: t["thumbnails.offsets"][1:2].fill_(-9), "do not rise from 0 to"),
+    "no picture": ("thumbnails", lambda t: t["thumbnails.data"][:9].fill_(0), "row 0: this is not a JPEG, PNG or WebP"),
+    "cut picture": ("thumbnails", lambda t: t["thumbnails.offsets"][1:2].sub_(99), "row 0: the image is truncated"),
+    "large picture": ("thumbnails", one_picture(lambda: Image.new("RGB", (129, 8))), "row 0: the image is 129 x 8 pix"),
+    "heavy picture": ("thumbnails", one_picture(noise), "the limit is 0.015625"),
     "bank labels": ("heads", lambda t: t["bank.labels"].fill_(97), "20 names and 1 labels"),
 }
 
@@ -589,7 +624,7 @@ def test_the_document_names_every_field_and_layout() -> None:
     for model in (Card, BackboneCard, MaskCard, RouterCard):
         for field in model.model_fields:
             assert f"`{field}`" in text, f"{model.__name__}.{field}"
-    for part in (*KINDS, OutOfDomain, Fusion, Linear, Bank):
+    for part in (*KINDS, OutOfDomain, Fusion, Linear, Bank, Thumbnails):
         for layout in part.layout.values():
             dtype, *axes = layout.split()
             assert f"{dtype} [{', '.join(axes)}]" in text, f"{part.__name__}: {layout}"
