@@ -4,8 +4,8 @@
 #     docker build -t cascade --build-arg DEVICE=gpu .   on CUDA (x86-64); run it with --gpus all
 #     docker run --rm -p 8080:8080 -p 8082:8082 -v "$PWD/model_store:/app/model_store:ro" cascade
 #
-# 8080 takes images, 8082 has the metrics. Every RUN line is one that `make system` or `make env` runs
-# (tests/test_dockerfile.py). CUDA's libraries come as wheels with torch, so its base image is the smallest.
+# 8080 takes images, 8082 has the metrics; with `--host 0.0.0.0 --frontend asgi` as arguments 8080 has both. Every RUN
+# line is one that `make system` or `make env` runs (tests/test_dockerfile.py). CUDA's libraries come as wheels with torch, so its base image is the smallest.
 
 ARG DEVICE=cpu
 
@@ -36,13 +36,7 @@ USER 10001:10001
 ENV HOME=/tmp USER=cascade
 EXPOSE 8080 8082
 
-# Ready is what TorchServe's worker says of itself: /ping is Healthy long before that, and while it crashes.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=2m CMD ["python", "-c", "import glob, httpx, json; \
-    keys = [json.load(open(file)) for file in glob.glob('/tmp/cascade-*/key_file.json')]; \
-    headers = {'Authorization': 'Bearer ' + key['management']['key'] for key in keys}; \
-    url = 'http://127.0.0.1:8081/models/cascade'; \
-    workers = httpx.get(url, headers=headers, trust_env=False).json()[0]['workers']; \
-    assert any(worker['status'] == 'READY' for worker in workers), workers"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=2m CMD ["python", "-m", "handlers.health"]
 
 ENTRYPOINT ["cascade", "serve"]
 CMD ["--host", "0.0.0.0"]

@@ -131,6 +131,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="asgi: images in a pass at most.", min=1)] = 32,
     patience: Annotated[float, typer.Option(help="asgi: seconds until the oldest image comes first.", min=0)] = 0.05,
     queue: Annotated[int, typer.Option(help="asgi: images that may wait; 503 for more.", min=1)] = 256,
+    connections: Annotated[int, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = 4096,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info (a line a request), warning, error; asgi: info, else warning.")
     ] = None,
@@ -156,7 +157,7 @@ def serve(
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 
-        common |= {"max_batch": max_batch, "patience": patience, "queue": queue}
+        common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "connections": connections}
         serve_asgi(model_store, api_keys=api_keys, log_level=log_level or "info", **common)
         return
     from handlers.torchserve.entrypoint import serve as serve_torchserve

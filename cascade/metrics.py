@@ -55,11 +55,17 @@ QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited fo
 HTTP_SECONDS = Histogram(
     "cascade_http_seconds", "Time of a request to the ASGI front end.", ["route", "status"], buckets=_SECONDS
 )
+HTTP_IN_PROGRESS = Gauge(
+    "cascade_http_in_progress", "Requests to the ASGI front end in progress.", multiprocess_mode="livesum"
+)
+ENGINE_RESTARTS = Counter("cascade_engine_restarts_total", "Deaths of the engine process behind the ASGI front end.")
 DROPPED = Counter(
     "cascade_dropped_total",
     "Images that came to no pass: overloaded, deadline, cancelled or stopping.",
     ["why"],
 )
+for _why in ("overloaded", "deadline", "cancelled", "stopping"):
+    DROPPED.labels(_why)  # there from the start, as zero
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
 OOD_SCORE = Histogram(
     "cascade_ood_score",

@@ -36,6 +36,7 @@ class State:
     Attributes:
         state: a ready one answers requests; a removed one is no longer in the store.
         reason: why it was refused; of a ready one, what is wrong with the files that now lie in its place.
+            Without the paths of this machine, which stand in the log.
     """
 
     name: str
@@ -176,7 +177,8 @@ class Registry:
     ) -> None:
         """Make a state known: to front ends, in the metrics and, where it is another than before, in the log."""
         name, version = identity
-        old, new = self._states.get(identity), State(name, version, state, reason) if state else None
+        told = reason and self.store.public(reason)
+        old, new = self._states.get(identity), State(name, version, state, told) if state else None
         others = {i: s for i, s in self._states.items() if i != identity}
         self._states = {**others, identity: new} if new else others
         self._bad = {i: b for i, b in self._bad.items() if i != identity} | ({identity: bad} if bad else {})
@@ -185,7 +187,7 @@ class Registry:
         metrics.refused(name, any(n == name for n, _ in self._bad))
         for each in get_args(Kind):
             metrics.BUNDLES.labels(each).set(sum(s.state == each for s in self._states.values()))
-        if reason and (old is None or old.reason != reason):
+        if reason and (old is None or old.reason != told):
             log.error("refused bundle %s/%s: %s", name, version, reason)
         elif new and old and new.state != old.state and state in ("ready", "removed"):
             log.info("bundle %s/%s: %s", name, version, state)

@@ -28,6 +28,8 @@ NAME = re.compile(r"[\w-][\w. -]*")
 """A bundle's or a version's name in a remote store, and of a file in it: it becomes a path on this machine."""
 MAX_FILES = 16  # of a bundle; it has seven at most
 ROOM = "make room for copies of the store's bundles"
+PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])")
+"""The folders of a path that begins at the root of a machine."""
 _copies = itertools.count()
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,12 @@ class Store:
             except BundleError as error:
                 log.warning("a copy was damaged on this machine and is fetched again: %s", error)
         return self._copy(files, there, copy)
+
+    def public(self, text: str) -> str:
+        """A text about this store's bundles for people outside: files by bundle and name, without the way there."""
+        for root in (self.cache, self.folder, None if self.folder else self.root.rstrip("/")):
+            text = re.sub(rf"(?<![\w./-]){re.escape(str(root))}/", "", text) if root else text
+        return PATH.sub("", text)
 
     def prune(self, keep: dict[Identity, str]) -> None:
         """Delete the copies of bundles that the store no longer holds."""

@@ -1,4 +1,4 @@
-"""The Dockerfile: clean by hadolint, the same commands as make, and a health check that tells ready from alive."""
+"""The Dockerfile: clean by hadolint, the same commands as make, and a health check (tests/handlers/test_health.py)."""
 
 import json
 import os
@@ -6,12 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
+
+from handlers import health
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,50 +41,8 @@ def test_runs_what_make_runs(device: str) -> None:
     assert set(steps) <= made
 
 
-class Management(BaseHTTPRequestHandler):
-    """Says what TorchServe's management address says of a model whose worker has the state in the class."""
-
-    status = "READY"
-    wanted: str | None = None
-
-    def do_GET(self) -> None:
-        body = json.dumps([{"modelName": "cascade", "workers": [{"id": "9000", "status": self.status}]}]).encode()
-        allowed = self.headers["Authorization"] == self.wanted
-        self.send_response(400 if not allowed else 200 if self.path == "/models/cascade" else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def management() -> Iterator[HTTPServer]:
-    with HTTPServer(("127.0.0.1", 0), Management) as server:
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("auth", [True, False])
-def test_health_is_the_readiness_of_the_worker(
-    management: HTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auth: bool
-) -> None:
+def test_health_check_is_a_module_that_there_is() -> None:
     (check,) = instructions("HEALTHCHECK")
-    python, *arguments = json.loads(check.partition("CMD ")[2])
-    assert python == "python"
-    if auth:
-        monkeypatch.setattr(Management, "wanted", "Bearer the-key")
-        (tmp_path / "cascade-xyz").mkdir()
-        (tmp_path / "cascade-xyz/key_file.json").write_text(json.dumps({"management": {"key": "the-key"}}))
-
-    def is_healthy() -> bool:
-        program = arguments[1].replace(":8081/", f":{management.server_port}/").replace("/tmp/", f"{tmp_path}/")
-        return subprocess.run([sys.executable, arguments[0], program], capture_output=True).returncode == 0
-
-    assert is_healthy()
-    monkeypatch.setattr(Management, "status", "WORKER_STOPPED")
-    assert not is_healthy()
+    assert json.loads(check.partition("CMD ")[2]) == ["python", "-m", health.__name__]
+    (exposed,) = instructions("EXPOSE")
+    assert str(health.PORT) in exposed.split() and "--host" in instructions("CMD")[-1]

@@ -28,7 +28,7 @@ THUMBNAILS = "put small pictures of the neighbours' images into the bundle, for 
 
 
 def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False) -> Path:
-    """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``), with pictures where they are wanted."""
+    """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``), with pictures on wish."""
     fitted = fusions(run, features)
     labels = run.images.labels
     masks = (run.dispatcher, *run.experts)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from http import HTTPStatus
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -10,17 +11,20 @@ from handlers.asgi.guard import Message, Receive, Send
 
 MAX_HEAD = 16 * 2**10  # bytes of the request line and all headers
 HEAD_SECONDS = 10.0  # from a connection, or a head's first byte, to the head's end
-MAX_CONNECTIONS = 4096
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol; refuses long heads with 431, slow ones with 408, and too many connections with 503."""
+    """uvicorn's protocol; refuses long heads with 431, slow ones with 408, and connections beyond ``most`` with 503."""
+
+    def __init__(self, *args: Any, most: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._most = most
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._head = 0  # bytes of one that is not complete yet
         self._clock: asyncio.TimerHandle | None = None  # runs while a head is awaited
         super().connection_made(transport)  # type: ignore[arg-type]
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self._most:
             self._refuse(503, "overloaded", "too many connections: try again later")
         self._start_clock()
 

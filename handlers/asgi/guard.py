@@ -86,12 +86,14 @@ class Guard:
         body = _Body(self, headers, receive)
         polled = scope["path"].startswith(QUIET)
         self.requests += not polled
+        metrics.HTTP_IN_PROGRESS.inc(not polled)
         try:
             await self.app(scope, body.receive, answer)
         except Exception:
             log.exception("a request failed", extra={"about": about})  # the answer, 500, is sent
         finally:
             self.requests -= not polled
+            metrics.HTTP_IN_PROGRESS.dec(not polled)
             body.release()
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "none")

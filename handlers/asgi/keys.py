@@ -1,6 +1,7 @@
 """API keys: which bundles a caller may use. The file holds digests only, so that who reads it learns no key."""
 
 import hmac
+import logging
 import re
 from dataclasses import dataclass
 from hashlib import sha256
@@ -9,6 +10,7 @@ from pathlib import Path
 from cascade.errors import CascadeError
 from cascade.prediction import ItemError
 
+log = logging.getLogger(__name__)
 EVERY = "*"
 LINE = re.compile(r"(\S+)\s+([0-9a-fA-F]{64})")
 MISSING = ItemError(401, "key_missing", "this server wants an API key: send the header Authorization: Bearer KEY")
@@ -55,3 +57,36 @@ def read(path: Path) -> Keys:
     if not pairs:
         raise CascadeError(f"{path} holds no key: write lines BUNDLE SHA256, or leave --api-keys away")
     return Keys(tuple(pairs))
+
+
+class Watched:
+    """The keys of a file, which is read again when it changes.
+
+    A change that makes no sense is logged, and the keys from before it stay: half a file locks nobody out.
+
+    Raises:
+        CascadeError: as ``read``, for the file as it is at first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = self._look()
+        self.keys = read(path)
+
+    def refresh(self) -> Keys:
+        """The keys as the file has them now."""
+        if (stamp := self._look()) != self._stamp:
+            self._stamp = stamp
+            try:
+                self.keys = read(self.path)
+                log.warning("the API keys were read anew: %d lines", len(self.keys.pairs))
+            except CascadeError as error:
+                log.error("%s; the keys from before stay", error)
+        return self.keys
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size

@@ -44,6 +44,7 @@ class Supervisor:
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.stopping = False
+        self.restarts = 0
         self.worker: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
@@ -65,6 +66,7 @@ class Supervisor:
                     return
                 if not was_ready:
                     raise ServerError("the engine process does not start: its reason stands above")
+                self.restarts += 1
                 log(f"the engine process ended (status {worker.returncode}) and is started again")
                 self._sleep(pause)
         finally:
@@ -76,6 +78,7 @@ class Supervisor:
         reading, writing = os.pipe()
         fds = (self.listening.fileno(), writing)
         settings = self.settings | {"socket": fds[0], "ready": writing, "drain_timeout": self.drain_timeout}
+        settings["restarts"] = self.restarts
         launcher = [sys.executable, "-I", "-S", "-c", process.LAUNCHER, str(os.getpid())]
         command = [*launcher, sys.executable, "-m", "handlers.asgi.worker", json.dumps(settings)]
         with os.fdopen(reading, "rb") as pipe:
@@ -128,6 +131,7 @@ def serve(
     max_batch: int = 32,
     patience: float = 0.05,
     queue: int = 256,
+    connections: int = 4096,
     api_keys: Path | None = None,
     pins: Mapping[str, str] | None = None,
     poll: float = 10,
@@ -141,6 +145,7 @@ def serve(
         budget_bytes: of materialised masks. memory_bytes: of backbones and bundles; None for no limit.
         threads: of torch; None for one a core.
         max_batch, patience, queue: of the batcher.
+        connections: at a time; more get 503.
         api_keys: a file as ``handlers.asgi.keys.read`` takes it; None lets everybody in.
         pins: version by bundle name, for requests that name none.
         poll: seconds between two looks at the store; 0 for never.
@@ -161,6 +166,7 @@ def serve(
         "max_batch": max_batch,
         "patience": patience,
         "queue": queue,
+        "connections": connections,
         "api_keys": None if api_keys is None else str(api_keys.resolve()),
         "log_level": log_level,
     }

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,15 +22,16 @@ from typing import Any
 import torch
 import uvicorn
 
+from cascade import metrics
 from cascade.batcher import Batcher
 from cascade.engine import Engine
 from cascade.errors import CascadeError
 from cascade.logs import JsonLines
 from cascade.registry import load_store
-from handlers.asgi import keys
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
 from handlers.asgi.guard import Guard
+from handlers.asgi.keys import Watched
 from handlers.asgi.service import Service
 
 READY = b"ready\n"
@@ -41,8 +43,16 @@ log = logging.getLogger("cascade.worker")
 class Server(uvicorn.Server):
     """uvicorn, with another end: it goes on accepting, refuses new work, and leaves when the old work is answered."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, guard: Guard, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        guard: Guard,
+        settings: dict[str, Any],
+        keys: Watched | None = None,
+    ) -> None:
         super().__init__(config)
+        self.keys = keys
         self.service, self.guard = service, guard
         self.drain_timeout, self.ready = settings["drain_timeout"], settings["ready"]
         self.end = float("inf")
@@ -64,6 +74,8 @@ class Server(uvicorn.Server):
         if self.service.batcher.pass_seconds > HUNG:
             log.error("a pass hangs for %d s: this process ends, and the next one takes over", HUNG)
             os.kill(os.getpid(), signal.SIGKILL)  # nothing gentler ends a thread that hangs in a driver
+        if self.keys is not None and counter % 10 == 0:  # a second
+            self.service.keys = await asyncio.to_thread(self.keys.refresh)
         if counter % 20 == 0 and self.guard.requests == 0:
             await asyncio.to_thread(self._give_back)
         return await super().on_tick(counter) or drained or dead
@@ -86,7 +98,8 @@ def run(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
-    opened = None if settings["api_keys"] is None else keys.read(Path(settings["api_keys"]))
+    watched = None if settings["api_keys"] is None else Watched(Path(settings["api_keys"]))
+    metrics.ENGINE_RESTARTS.inc(settings["restarts"])
     engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=settings["memory_bytes"])
     registry = load_store(engine, settings["model_store"], settings["pins"])
     batching = {name: settings[name] for name in ("max_batch", "patience", "queue")}
@@ -94,12 +107,12 @@ def run(settings: dict[str, Any]) -> None:
         listening = stack.enter_context(socket.socket(fileno=settings["socket"]))
         batcher = stack.enter_context(Batcher(engine, **batching))
         stack.enter_context(registry.watching(settings["poll"]))
-        service = Service(batcher, opened, registry=registry)
+        service = Service(batcher, watched and watched.keys, registry=registry)
         stack.callback(service.close)
         guard = create_app(service)
         config = uvicorn.Config(
             guard,
-            http=Connection,
+            http=partial(Connection, most=settings["connections"]),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -109,7 +122,7 @@ def run(settings: dict[str, Any]) -> None:
             timeout_keep_alive=30,
             timeout_graceful_shutdown=1,
         )
-        Server(config, service, guard, settings).run([listening])
+        Server(config, service, guard, settings, watched).run([listening])
 
 
 def _log(level: str) -> None:

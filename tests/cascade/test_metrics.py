@@ -76,6 +76,8 @@ def test_names_types_and_units() -> None:
         "queue_seconds": "histogram",
         "dropped": "counter",
         "http_seconds": "histogram",
+        "http_in_progress": "gauge",
+        "engine_restarts": "counter",
         "cluster_share_shift": "gauge",
         "bundle_refused": "gauge",
         "bundles": "gauge",

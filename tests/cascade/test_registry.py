@@ -105,9 +105,13 @@ def test_loads_the_good_and_refuses_the_bad_by_name(
     assert "(fusion.safetensors); copy the bundle again, whole" in reasons["half"]
     assert "no weights at gone.safetensors; give the checkpoint with --weights FILE" in reasons["lost"]
     assert not [reason for reason in reasons.values() if "\n" in reason]
+    assert not [reason for reason in reasons.values() if str(store.parent) in reason], "no path of this machine"
+    assert reasons["corrupt"].startswith("corrupt/1/masks.safetensors: ")
     assert registry.states("b") == [State("b", "1", "ready")]
     assert all(isinstance(a, Prediction) for a in engine.predict(cifar[:2], [Options(bundle="a"), Options(bundle="b")]))
-    assert [line.split(":")[0] for line in lines(caplog)] == [f"refused bundle {name}/1" for name in reasons]
+    logged = lines(caplog)
+    assert [line.split(":")[0] for line in logged] == [f"refused bundle {name}/1" for name in reasons]
+    assert str(store / "corrupt/1/masks.safetensors") in logged[0], "who runs the server is told where"
     assert [gauge("bundle_refused", bundle=name) for name in reasons] == [1] * 4
     assert (gauge("bundles", state="ready"), gauge("bundles", state="refused")) == (3, 4)
     assert engine.stats()["backbones"] == 1, "nothing of the refused stays"

@@ -95,6 +95,22 @@ def test_every_kind_lists_and_reads_the_same(where: str, folder: Path, hand: Bun
     assert not list(tmp_path.glob("cache/*/.*")), "nothing half copied stays"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{root}/a/1/masks.safetensors: bad", "a/1/masks.safetensors: bad"),
+        ("{root}/a/1 is cut; {root}/b/2 is not", "a/1 is cut; b/2 is not"),
+        ("no weights at /srv/models/net.safetensors; give", "no weights at net.safetensors; give"),
+        (
+            "('/home/me/x y') 3/4 of https://host/b/c and package:net/w.pth",
+            "('x y') 3/4 of https://host/b/c and package:net/w.pth",
+        ),
+    ],
+)
+def test_reasons_for_people_outside_hold_no_path(tmp_path: Path, text: str, told: str) -> None:
+    assert Store(tmp_path).public(text.format(root=tmp_path)) == told
+
+
 def test_a_changed_file_changes_the_stamp(folder: Path, http: str, tmp_path: Path) -> None:
     for where in (str(folder), http):
         store = Store(where, tmp_path / "cache")

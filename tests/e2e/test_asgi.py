@@ -8,8 +8,10 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
+from select import select
 
 import httpx
 import numpy as np
@@ -185,15 +187,43 @@ def test_slow_and_long_heads_are_refused(asgi: Asgi) -> None:
 def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"one {sha256(b'secret-of-one').hexdigest()}\n")
-    with serving_asgi(store, "--api-keys", str(file)) as server:
+    with serving_asgi(store, "--api-keys", str(file), "--connections", "4") as server:
         with Client(server.url, key="secret-of-one") as client:
             assert isinstance(client.predict(photos[0], Options("one")), Prediction)
             for bundle, kind in (("two", "key_forbidden"), ("none", "key_forbidden")):
                 refused = client.predict(photos[0], Options(bundle))
                 assert isinstance(refused, ItemError) and (refused.status, refused.kind) == (403, kind)
         assert error(post(server, photos[0])) == (401, "key_missing")
-        assert error(post(server, photos[0], Authorization="Bearer secret-of-two")) == (401, "key_unknown")
+        two = {"Authorization": "Bearer secret-of-two", "X_Cascade_Bundle": "two"}
+        assert error(post(server, photos[0], **two)) == (401, "key_unknown")
+        (tmp_path / "new").write_text(f"two {sha256(b'secret-of-two').hexdigest()}\n")
+        (tmp_path / "new").rename(file)
+        until(lambda: post(server, photos[0], **two).status_code == 200)
+        assert error(post(server, photos[0], Authorization="Bearer secret-of-one")) == (401, "key_unknown")
         assert "secret-of" not in server.log()
+        too_many_connections(server)
+
+
+def too_many_connections(server: Asgi) -> None:
+    """A server that takes four connections says so to the fifth, and takes others when those have gone."""
+    with ExitStack() as stack:
+        held: list[socket.socket] = []
+        while not held or not select([held[-1]], [], [], 0.2)[0]:
+            held.append(stack.enter_context(socket.create_connection(server.address, timeout=20)))
+        connection = held[-1]
+        refusal = connection.recv(65536)
+        assert refusal.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in refusal and 3 < len(held) <= 5, (
+            "the tests' client may keep one"
+        )
+        assert connection.recv(1) == b"", "closed"
+    until(server.answers)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_sigterm_under_load(store: Path, photos: list[bytes], cifar: list[Image.Image]) -> None:

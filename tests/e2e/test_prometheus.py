@@ -16,6 +16,7 @@ import yaml
 
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
+from tests.e2e.asgi_server import Asgi
 from tests.e2e.conftest import CLIENT, ROOT, Running
 from tests.e2e.test_torchserve import post
 from tests.test_deploy import PROMETHEUS, dashboard, expressions
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def prometheus(server: Running, photos: list[bytes]) -> Iterator[str]:
-    """Our configuration, at this server and twice a second, while there is traffic; its address."""
+def prometheus(server: Running, asgi: Asgi, photos: list[bytes]) -> Iterator[str]:
+    """Our configuration, at both front ends and twice a second, while there is traffic; its address."""
     binary = shutil.which("prometheus")
     need(binary, "prometheus is missing: apt-get install prometheus")
     assert binary
@@ -33,7 +34,8 @@ def prometheus(server: Running, photos: list[bytes]) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
         (target,) = (job["static_configs"][0] for job in config["scrape_configs"])
-        target["targets"] = [server.metrics_url.removeprefix("http://").removesuffix("/metrics")]
+        both = (server, asgi)
+        target["targets"] = [each.metrics_url.removeprefix("http://").removesuffix("/metrics") for each in both]
         config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "400ms", "evaluation_interval": "500ms"}
         config["rule_files"] = [str(PROMETHEUS / "alerts.yml")]
         Path(folder, "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -43,11 +45,12 @@ def prometheus(server: Running, photos: list[bytes]) -> Iterator[str]:
         url = f"http://{LOOPBACK}:{port}"
         try:
             end = time.monotonic() + 60
-            while len(ask(url, "count_over_time(cascade_backbones[20s]) >= 6")) == 0:
+            while len(ask(url, "count_over_time(cascade_backbones[20s]) >= 6")) < len(both):
                 assert process.poll() is None and time.monotonic() < end, Path(folder, "log").read_text()
-                for photo in photos[:4]:
-                    post(server, photo, X_Cascade_Bundle="one")
-                post(server, b"no image", X_Cascade_Bundle="one")
+                for each in both:
+                    for photo in photos[:4]:
+                        post(each, photo, X_Cascade_Bundle="one")
+                    post(each, b"no image", X_Cascade_Bundle="one")
                 time.sleep(0.3)
             yield url
         finally:

@@ -28,6 +28,12 @@ done();
 """
 
 
+# Once all are decoded: name, what stands below, width in px of the picture itself.
+PICTURES = """(figures => figures.every(f => f.firstChild.complete && f.firstChild.naturalWidth) && figures.map(
+    f => [f.title, ...[...f.querySelectorAll("span")].map(s => s.textContent), f.firstChild.naturalWidth])
+)([...document.querySelectorAll("#neighbours figure")])"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     found = [shutil.which("chromium"), shutil.which("chromedriver")]
@@ -82,7 +88,8 @@ def test_an_image_is_shown_with_its_answer(
     for text in (f"cluster\n{want.cluster}", "confidence", "out of domain", " + ".join(want.masks), " ms"):
         assert text in facts
     assert want.labels[0].name in page.text("labels") and f"{want.labels[0].score:.2f}" in page.text("labels")
-    assert want.neighbours[0].name in page.text("neighbours")
+    shown = page.until(PICTURES)
+    assert shown == [[n.name, n.label, f"{n.similarity:.2f}", 32] for n in want.neighbours], "pictures of 32 px"
     drawn = "new Set(document.getElementById('map').getContext('2d').getImageData(0, 0, 1400, 700).data).size"
     assert page.until(drawn) > 50, "colours on the map"
     assert "this image" in page.text("legend")
@@ -139,4 +146,6 @@ def test_page_with_keys(browser: Any, store: Path, tmp_path: Path) -> None:
         assert page.until("document.querySelectorAll('#bundle option').length") == 1
         page.choose(PHOTO)
         assert page.until("document.body.dataset.shown") == "two"
+        assert len(page.until(PICTURES)) == 5
+        assert CLIENT.get(f"{server.base}/v1/thumbnails/two/1/0").status_code == 401
         assert "secret" not in server.log()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -23,6 +24,7 @@ from cascade import Engine, Options, Prediction
 from cascade.batcher import Answer, Batcher
 from cascade.logs import JsonLines
 from cascade.oip import LENGTH_HEADER, packed, unpacked
+from cascade.thumbnails import make
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys
@@ -42,7 +44,8 @@ def engine(cifar: list[Image.Image]) -> Engine:
     engine = Engine()
     bundle = handmade(cifar[:20], mask_from=3, size=32)
     for name, version in (("birds", "1"), ("birds", "2"), ("ships", "1")):
-        engine.add(named(bundle, name, version))
+        pictures = make(cifar[:20]) if name == "ships" else None
+        engine.add(replace(named(bundle, name, version), thumbnails=pictures))
     return engine
 
 
@@ -351,6 +354,34 @@ def test_metadata_and_health(ask: Ask) -> None:
     assert "cascade_http_seconds" in ask("GET", "/metrics").text
 
 
+def test_a_version_stands_in_the_path_and_nowhere_else(ask: Ask) -> None:
+    for path in ("", "/ready", "/versions/1", "/versions/1/ready"):
+        answer = ask("GET", f"/v2/models/birds{path}?version=1")
+        assert error(answer) == (400, "bad_request") and "/versions/VERSION" in answer.text
+    assert error(ask("POST", "/v2/models/birds/infer?version=1", json={})) == (400, "bad_request")
+    paths = ask("GET", "/openapi.json").json()["paths"]
+    about = {
+        ("/versions/" in p, q["name"], q["in"])
+        for p in paths
+        if "/v2/models/" in p
+        for verb in paths[p].values()
+        for q in verb["parameters"]
+    }
+    assert about == {(False, "model", "path"), (True, "model", "path"), (True, "version", "path")}
+
+
+def test_thumbnails(ask: Ask, engine: Engine, cifar: list[Image.Image]) -> None:
+    pictures = make(cifar[:20])
+    for row in (0, 19):
+        answer = ask("GET", f"/v1/thumbnails/ships/1/{row}")
+        assert answer.status_code == 200 and answer.content == pictures[row]
+        assert answer.headers["content-type"] == "image/webp" and answer.headers["x-content-type-options"] == "nosniff"
+    for path in ("ships/1/20", "ships/1/-1", "ships/1/x", "ships/1/\u0663", f"ships/1/{'9' * 5000}", "birds/1/0"):
+        assert error(ask("GET", f"/v1/thumbnails/{path}")) == (404, "no_thumbnail")
+    assert error(ask("GET", "/v1/thumbnails/ships/2/0")) == (404, "unknown_version")
+    assert [ask("GET", f"/v1/map/{path}").json()["thumbnails"] for path in ("ships/1", "birds/1")] == [True, False]
+
+
 def test_description_has_every_path(ask: Ask) -> None:
     whole = ask("GET", "/openapi.json").json()
     assert {"/v1/predict", "/v2/models/{model}/infer", "/v2/health/ready", "/metrics"} <= whole["paths"].keys()
@@ -497,12 +528,14 @@ def test_keys(engine: Engine, files: list[bytes]) -> None:
         document = {"image": base64.b64encode(files[0]).decode(), "bundle": "ships"}
         headers = {"Authorization": "Bearer b", "X-Cascade-Bundle": "birds"}
         assert error(ask("POST", "/v1/predict", json=document, headers=headers)) == (403, "key_forbidden")
-        for path in ("/v2/models/ships", "/v2/models/ships/ready"):
+        for path in ("/v2/models/ships", "/v2/models/ships/ready", "/v1/map/ships/1", "/v1/thumbnails/ships/1/0"):
             assert error(ask("GET", path, headers=headers)) == (403, "key_forbidden")
         answer = ask("POST", "/v2/models/ships/infer", headers=headers, content=b"")
         assert error(answer) == (403, "key_forbidden")
         assert [m["name"] for m in ask("GET", "/v2/models", headers=headers).json()["models"]] == ["birds"]
-        assert error(ask("GET", "/v2/models")) == (401, "key_missing")
+        for path in ("/v2/models", "/v1/map/ships/1", "/v1/thumbnails/ships/1/0"):
+            assert error(ask("GET", path)) == (401, "key_missing")
+        assert ask("GET", "/v1/thumbnails/ships/1/0", headers={"Authorization": "Bearer all"}).status_code == 200
         assert ask("GET", "/v2/health/ready").status_code == 200
         service.close()
 

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -13,8 +14,10 @@ from cascade import Engine
 from cascade.batcher import Batcher
 from handlers.asgi import worker
 from handlers.asgi.app import create_app
+from handlers.asgi.keys import Watched
 from handlers.asgi.service import Service
 from handlers.asgi.worker import Server
+from tests.handlers.test_keys import digest
 
 
 @pytest.fixture
@@ -61,6 +64,17 @@ def test_ends_when_a_pass_hangs(server: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Batcher, "pass_seconds", worker.HUNG + 1)
     leaves(server)
     assert killed == [(os.getpid(), signal.SIGKILL)]
+
+
+def test_keys_are_looked_at_every_second(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"* {digest('old')}")
+    server.keys = Watched(path)
+    path.write_text(f"birds {digest('new')}")
+    leaves(server)
+    assert server.service.keys is None, "not at every tick"
+    asyncio.run(server.on_tick(10))
+    assert server.service.keys and server.service.keys.allowed("Bearer new") == {"birds"}
 
 
 def test_memory_of_large_images_is_given_back(server: Server) -> None:

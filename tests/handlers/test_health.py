@@ -1,0 +1,79 @@
+"""Ready or not, of either front end: TorchServe's management address and the ASGI front end as they answer."""
+
+import json
+import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from handlers import health
+from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Says what the two front ends say; the worker's state and the key that it wants are in the class."""
+
+    status = "READY"
+    wanted: str | None = None
+
+    def do_GET(self) -> None:
+        workers: object = [{"modelName": "cascade", "workers": [{"id": "9000", "status": self.status}]}]
+        found = {"/models/cascade": workers, "/v2/health/ready": {"ready": self.status == "READY"}}.get(self.path)
+        refused = self.path == "/models/cascade" and self.headers["Authorization"] != self.wanted
+        stopping = self.path == "/v2/health/ready" and self.status != "READY"
+        self.send_response(400 if refused else 404 if found is None else 503 if stopping else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(found).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with HTTPServer((LOOPBACK, 0), Answers) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def closed() -> int:
+    return claim_ports((LOOPBACK, 0))[0]
+
+
+def key(folder: Path, text: str, age: float = 0) -> None:
+    folder.mkdir()
+    file = folder / "key_file.json"
+    file.write_text(json.dumps({"management": {"key": text}}))
+    os.utime(file, (2e9 - age, 2e9 - age))
+
+
+@pytest.mark.parametrize("auth", [True, False])
+def test_torchserve_is_ready_when_its_worker_is(
+    port: int, closed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auth: bool
+) -> None:
+    monkeypatch.setattr(health, "gettempdir", lambda: str(tmp_path))
+    if auth:
+        monkeypatch.setattr(Answers, "wanted", "Bearer the-key")
+        assert "400 Bad Request" in str(health.trouble(closed, port))
+        key(tmp_path / "cascade-xyz", "the-key")
+        key(tmp_path / "cascade-abc", "of a server that was killed", age=9)
+    assert health.trouble(closed, port) is None
+    monkeypatch.setattr(Answers, "status", "WORKER_STOPPED")
+    assert health.trouble(closed, port) == "TorchServe's workers: WORKER_STOPPED"
+
+
+def test_asgi_is_ready_when_it_says_so(port: int, closed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert health.trouble(port, closed) is None
+    monkeypatch.setattr(Answers, "status", "stopping")
+    assert health.trouble(port, closed) == 'ASGI front end: {"ready": false}'
+
+
+def test_nobody_is_there(closed: int) -> None:
+    assert "ConnectError" in str(health.trouble(closed, closed))
