@@ -61,8 +61,8 @@ def hardware() -> str:
     return f"{processor()}, {len(os.sched_getaffinity(0))} cores{gpu}"
 
 
-def report(benchmark: str, figures: dict[str, Figure], *tables: Table) -> None:
-    """Print the tables and one of all figures, and keep the JSON under ``benchmarks/results``."""
+def report(benchmark: str, figures: dict[str, Figure], *tables: Table, out: Path | None = None) -> None:
+    """Print the tables and one of all figures, and keep the JSON: at ``out``, or under ``benchmarks/results``."""
     summary = Table("figure", "value", "spread", "goal", "met", title=f"{benchmark} on {hardware()}")
     for name, f in figures.items():
         met = {True: "yes", False: "NO", None: ""}[f.met]
@@ -74,6 +74,6 @@ def report(benchmark: str, figures: dict[str, Figure], *tables: Table) -> None:
         for name, f in figures.items()
     }
     line = json.dumps({"benchmark": benchmark, "hardware": hardware(), "figures": body})
-    path = Path(__file__).parent / "results" / f"{benchmark}.json"
+    path = out or Path(__file__).parent / "results" / f"{benchmark}.json"
     path.write_text(line + "\n")
     print(line)

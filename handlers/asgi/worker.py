@@ -107,7 +107,7 @@ def run(settings: dict[str, Any]) -> None:
         listening = stack.enter_context(socket.socket(fileno=settings["socket"]))
         batcher = stack.enter_context(Batcher(engine, **batching))
         stack.enter_context(registry.watching(settings["poll"]))
-        service = Service(batcher, watched and watched.keys, registry=registry)
+        service = Service(batcher, None if watched is None else watched.keys, registry=registry)
         stack.callback(service.close)
         guard = create_app(service)
         config = uvicorn.Config(
