@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -146,19 +146,23 @@ class Engine:
                 self._drop([(masks, fingerprint) for _, masks, fingerprint in gone])
 
     def predict(
-        self, images: Sequence[Source], options: Options | Sequence[Options] = Options()
+        self,
+        images: Sequence[Source],
+        options: Options | Sequence[Options] = Options(),
+        decode: Callable[..., Iterable[Item | ItemError]] = map,
     ) -> list[Prediction | ItemError]:
         """Answers in the order of ``images``; whatever is wrong with one of them is its own error.
 
         Args:
             images: encoded bytes, paths, PIL images, or preprocessed pixels float32 [3, H, W].
             options: for all of them, or one for each.
+            decode: what decodes them, as ``map`` does it; a thread pool's ``map`` takes more than one core.
         """
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
         if len(wishes) != len(images):
             raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
         with metrics.stage("decode"):
-            prepared = [self.prepare(image, wish) for image, wish in zip(images, wishes, strict=True)]
+            prepared = [*decode(self.prepare, images, wishes)]
         answers = iter(self.run([item for item in prepared if isinstance(item, Item)]))
         return [next(answers) if isinstance(item, Item) else item for item in prepared]
 

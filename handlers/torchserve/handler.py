@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
@@ -49,6 +50,8 @@ class CascadeHandler:
             if state.reason:
                 log.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
         resources = ExitStack()
+        # TorchServe brings the next batch when this one is answered: while a batch is decoded, no pass needs the cores.
+        self.decoding = resources.enter_context(ThreadPoolExecutor(settings["threads"], "cascade-decode"))
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
 
@@ -83,7 +86,9 @@ class CascadeHandler:
     def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:
         """One engine call for the requests that could be read; the errors of the others keep their places."""
         readable = [request for request in requests if not isinstance(request, ItemError)]
-        answers = iter(self.engine.predict(*map(list, zip(*readable, strict=True))) if readable else ())
+        images, wishes = [image for image, _ in readable], [wish for _, wish in readable]
+        decode = self.decoding.map if len(readable) > 1 else map
+        answers = iter(self.engine.predict(images, wishes, decode) if readable else ())
         return [request if isinstance(request, ItemError) else next(answers) for request in requests]
 
 

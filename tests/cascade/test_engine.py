@@ -4,6 +4,7 @@ import gc
 import json
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -484,7 +485,8 @@ def test_an_error_is_one_images_own(pair: tuple[Bundle, Bundle], cifar: list[Ima
         (cifar[6], Options(bundle="b"), None),
     ]
     images, wishes, outcomes = zip(*batch, strict=True)
-    found = engine.predict(images, wishes)
+    with ThreadPoolExecutor(3) as pool:
+        found = engine.predict(images, wishes, pool.map)
     assert len(found) == len(batch)
     for image, wish, outcome, answer in zip(images, wishes, outcomes, found, strict=True):
         if outcome is None:

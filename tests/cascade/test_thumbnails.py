@@ -31,7 +31,7 @@ def test_pictures_come_back_in_their_order(cifar: list[Image.Image]) -> None:
 @pytest.mark.parametrize(("size", "small"), [((640, 480), (64, 48)), ((20, 2000), (1, 64)), ((8, 8), (8, 8))])
 def test_large_ones_shrink_and_keep_their_shape(cifar: list[Image.Image], size: tuple[int, int], small: object) -> None:
     image = cifar[0].resize(size)
-    (file,) = [*make([image])]
+    file = make([image])[0]
     assert decode(file, LIMITS).size == small and image.size == size
     assert max(decode(file).size) <= SIDE and len(file) < LIMITS.max_bytes
 

@@ -4,6 +4,8 @@ import base64
 import inspect
 import json
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,21 +30,24 @@ class Engine:
 
     def __init__(self) -> None:
         self.calls: list[list[Options]] = []
+        self.threads: set[str] = set()
 
-    def predict(self, images: list[bytes], options: list[Options]) -> list[Prediction | ItemError]:
+    def predict(self, images: list[bytes], options: list[Options], decode: Any) -> list[Prediction | ItemError]:
         self.calls.append(options)
+        self.threads |= {*decode(lambda image: threading.current_thread().name.split("_")[0], images)}
         bad = ItemError(400, "not_an_image", "this is not an image")
         good = Prediction("demo", "1", "conditional", len(images), 0.5, 0.5, ("dispatcher", "expert-1"))
         return [bad if image == b"bad" else good for image in images]
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> CascadeHandler:
+def served(tmp_path: Path) -> Iterator[CascadeHandler]:
     served = CascadeHandler()
     served.engine = Engine()  # type: ignore[assignment]
     served.gate = tmp_path / "gate"
     served.gate.touch()
-    return served
+    with ThreadPoolExecutor(2, "decode") as served.decoding:
+        yield served
 
 
 def batch(*requests: tuple[bytes, dict[str, Any]]) -> tuple[list[dict[str, Any]], Context]:
@@ -170,7 +175,7 @@ def test_errors_never_grow_with_what_was_sent() -> None:
 def test_answer_that_is_no_number_costs_only_itself(served: CascadeHandler) -> None:
     good = Prediction("demo", "1", "conditional", 0, 0.5, 0.5, ("dispatcher",))
     answers = [good, replace(good, confidence=float("nan")), good]
-    served.engine = SimpleNamespace(predict=lambda images, options: answers)  # type: ignore[assignment]
+    served.engine = SimpleNamespace(predict=lambda images, options, decode: answers)  # type: ignore[assignment]
     data, context = batch(*[(PHOTO, {})] * 3)
     texts = served.handle(data, context)
     assert [context.get_response_status(i)[0] for i in range(3)] == [200, 500, 200]
@@ -192,7 +197,7 @@ def test_bytes_for_those_who_ask(served: CascadeHandler, accept: str, binary: bo
     good = Prediction("demo", "1", "conditional", 2, 0.5, 0.25, ("dispatcher", "expert-2"), embedding=embedding)
     seen: list[Options] = []
 
-    def predict(images: list[bytes], options: list[Options]) -> list[Prediction | ItemError]:
+    def predict(images: list[bytes], options: list[Options], decode: Any) -> list[Prediction | ItemError]:
         seen.extend(options)
         nan = replace(good, embedding=embedding * float("nan"))
         return [good, ItemError(400, "x", "x"), nan]
@@ -225,6 +230,14 @@ def test_one_bad_item_leaves_seven(served: CascadeHandler) -> None:
     assert answers[3] == {"error": {"status": 400, "kind": "not_an_image", "message": "this is not an image"}}
     assert all(answer["masks"] == ["dispatcher", "expert-1"] for i, answer in enumerate(answers) if i != 3)
     assert len(served.engine.calls) == 1  # type: ignore[attr-defined]
+
+
+def test_a_batch_is_decoded_by_threads_and_a_lone_image_at_once(served: CascadeHandler) -> None:
+    served.handle(*batch((PHOTO, {})))
+    assert served.engine.threads == {threading.current_thread().name}  # type: ignore[attr-defined]
+    served.engine.threads.clear()  # type: ignore[attr-defined]
+    served.handle(*batch((PHOTO, {}), (PHOTO, {})))
+    assert served.engine.threads == {"decode"}  # type: ignore[attr-defined]
 
 
 def test_unreadable_requests_never_reach_the_engine(served: CascadeHandler) -> None:
@@ -277,7 +290,7 @@ def test_the_gate_is_locked_while_the_engine_works(served: CascadeHandler) -> No
 
     entered, leave = threading.Event(), threading.Event()
 
-    def predict(images: list[bytes], options: list[Options]) -> list[ItemError]:
+    def predict(images: list[bytes], options: list[Options], decode: Any) -> list[ItemError]:
         entered.set()
         leave.wait(10)
         return [ItemError(400, "x", "x")]

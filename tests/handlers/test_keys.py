@@ -79,7 +79,7 @@ def test_a_file_that_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert watched.keys.allowed("Bearer two") == {"ships"}
     for change in (lambda: path.write_text("birds secret\n"), path.unlink):
         caplog.clear()
-        change()  # type: ignore[operator]
+        change()
         assert [watched.refresh().allowed("Bearer two") for _ in range(3)] == [{"ships"}] * 3
         (record,) = caplog.records
         assert record.levelname == "ERROR" and "the keys from before stay" in record.message

@@ -36,7 +36,7 @@ def test_pictures_are_those_of_the_banks_images(bundle_path: Path, cifar_folder:
     bundle = read(bundle_path)
     assert bundle.thumbnails is not None
     for row, name in enumerate(bundle.banks["conditional"].names):
-        (expected,) = make([read_image(cifar_folder / name)])
+        expected = make([read_image(cifar_folder / name)])[0]
         assert bundle.thumbnails[row] == expected
 
 
