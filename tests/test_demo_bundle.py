@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 import cascade
 from cascade import Engine, Options, Prediction
 from cascade.bundle import Bundle, read
+from cascade.images import decode
 from tests.conftest import DATA, sheet
 
 DEMO = Path(__file__).parents[1] / "model_store" / "demo" / "1"
@@ -58,6 +59,13 @@ def test_clusters_and_experts_are_real(bundle: Bundle) -> None:
     assert bundle.card.router is not None
     assert sum(share >= 0.05 for share in bundle.card.router.shares) >= 3
     assert all(mask.differs_from_dispatcher >= 0.005 for mask in bundle.card.masks[1:])
+
+
+def test_neighbours_have_pictures(bundle: Bundle) -> None:
+    pictures = bundle.thumbnails
+    assert pictures is not None and len(pictures) == len(bundle.banks["conditional"].names) == 2_000
+    assert {decode(pictures[row]).size for row in range(0, 2_000, 100)} == {(32, 32)}
+    assert len({pictures[row] for row in range(2_000)}) > 1_990
 
 
 def test_out_of_domain_score_separates_data_sets(bundle: Bundle) -> None:

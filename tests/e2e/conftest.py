@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import cascade
+from cascade.bundle import read, write
 from cascade.engine import Engine
 from cascade.executors.choice import Kind
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
@@ -172,10 +173,11 @@ def engine(bundle_path: Path) -> Engine:
 
 @pytest.fixture(scope="session")
 def store(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two good bundles, `one` and `two`, and one with a flipped byte, `broken`."""
+    """Two good bundles, `one` and `two` (which has no thumbnails), and one with a flipped byte, `broken`."""
     store = tmp_path_factory.mktemp("store")
-    for name in ("one", "two", "broken"):
+    for name in ("one", "broken"):
         shutil.copytree(bundle_path, store / name / "1")
+    write(replace(read(bundle_path), thumbnails=None), store / "two" / "1")
     largest = max((store / "broken" / "1").iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1

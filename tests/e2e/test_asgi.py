@@ -200,6 +200,10 @@ def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> Non
         (tmp_path / "new").rename(file)
         until(lambda: post(server, photos[0], **two).status_code == 200)
         assert error(post(server, photos[0], Authorization="Bearer secret-of-one")) == (401, "key_unknown")
+        server.worker().kill()
+        until(server.answers)
+        assert server.metrics()["cascade_engine_restarts_total"] == 1
+        assert post(server, photos[0], **two).status_code == 200
         assert "secret-of" not in server.log()
         too_many_connections(server)
 

@@ -94,6 +94,13 @@ def test_an_image_is_shown_with_its_answer(
     assert page.until(drawn) > 50, "colours on the map"
     assert "this image" in page.text("legend")
 
+    page.browser.execute_script("bundle.selectedIndex = 1; bundle.onchange()")
+    assert page.until("document.body.dataset.shown") == "two"
+    bars = page.text("neighbours")
+    assert all(f"{n.label}: {n.name}" in bars and f"{n.similarity:.2f}" in bars for n in want.neighbours)
+    assert page.browser.execute_script("return document.querySelectorAll('#neighbours figure').length") == 0
+    page.browser.execute_script("bundle.selectedIndex = 0; bundle.onchange()")
+
     page.browser.execute_async_script(DROP, list(photos[0]))
     assert page.until("document.body.dataset.shown") == "one"
     (dropped,) = engine.predict(photos[:1])
@@ -138,14 +145,14 @@ def test_map_is_the_banks(asgi: Asgi, engine: Engine) -> None:
 
 
 def test_page_with_keys(browser: Any, store: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(f"two {sha256(b'secret').hexdigest()}\n")
+    (tmp_path / "keys").write_text(f"one {sha256(b'secret').hexdigest()}\n")
     with serving_asgi(store, "--api-keys", str(tmp_path / "keys")) as server:
         page = Page(browser, server.base)
         assert "API key" in page.until("document.getElementById('error').textContent")
         page.browser.find_element("id", "key").send_keys("secret\t")
         assert page.until("document.querySelectorAll('#bundle option').length") == 1
         page.choose(PHOTO)
-        assert page.until("document.body.dataset.shown") == "two"
+        assert page.until("document.body.dataset.shown") == "one"
         assert len(page.until(PICTURES)) == 5
-        assert CLIENT.get(f"{server.base}/v1/thumbnails/two/1/0").status_code == 401
+        assert CLIENT.get(f"{server.base}/v1/thumbnails/one/1/0").status_code == 401
         assert "secret" not in server.log()
