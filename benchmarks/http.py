@@ -38,7 +38,7 @@ from benchmarks.report import Figure, figure, report
 from cascade import backbone as backbones
 from cascade import load
 from cascade.bundle import read, write
-from handlers.torchserve.entrypoint import Server
+from handlers.torchserve.entrypoint import Server, exit_on_signals
 
 CONCURRENCIES = (1, 8, 32, 128)
 MOST = 32  # images in a pass of the bare engine, and of the ASGI front end by default
@@ -216,10 +216,11 @@ def main() -> None:
     options.add_argument("--frontends", nargs="+", default=["asgi", "torchserve"], choices=["asgi", "torchserve"])
     options.add_argument("--concurrency", nargs="+", type=int, default=[*CONCURRENCIES])
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--seconds", type=float, default=450, help="no round begins after so many")
+    options.add_argument("--seconds", type=float, default=400, help="no round begins after so many")
     options.add_argument("--requests", type=int, default=96, help="in a round, at each concurrency; a 4th at 1")
     options.add_argument("--out", type=Path, help="the JSON; else it goes to benchmarks/results")
     chosen = options.parse_args()
+    exit_on_signals(1)  # in order: no server and no folder stays
     threads = len(os.sched_getaffinity(0))  # as both front ends have them
     with ExitStack() as stack:
         store = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-http-")))
