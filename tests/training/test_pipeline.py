@@ -248,7 +248,7 @@ def test_stage_by_stage_gives_what_all_in_a_row_give(
 def test_stopped_at_any_stage_it_goes_on_to_the_same_bytes(
     stage: object, once: Path, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
