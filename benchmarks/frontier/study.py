@@ -1,0 +1,149 @@
+"""One backbone, data set and seed: every mask that the methods share, trained when first asked for, and its features."""
+
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.frontier import learn, sets
+from benchmarks.frontier.lean import Tail
+from benchmarks.frontier.learn import Budget, State
+from training import clusters, fuse
+from training.evaluate import fit_probe, knn
+
+DIM = 128
+NEIGHBOURS = 20
+Pair = tuple[Tensor, Tensor]
+"""Something of the training and of the held-out images: [N, F], [M, F]."""
+
+
+class Study:
+    """See above; masks are kept as files in ``folder``, so that a study that was stopped goes on."""
+
+    def __init__(self, data: sets.Set, tail: Tail, seed: int, budget: Budget, folder: Path) -> None:
+        self.data, self.tail, self.seed, self.budget, self.folder = data, tail, seed, budget, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.features: Callable[[str], Pair] = cache(self._features)
+
+    def state(self, name: str, train: Callable[[], State] | None = None) -> State:
+        """A trained mask by name, trained by ``train`` unless it is there."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            assert train is not None, f"{name} is not trained"
+            temporary = path.with_suffix(f".{os.getpid()}")
+            save_file({n: t.contiguous() for n, t in train().items()}, temporary)
+            temporary.replace(path)
+        return load_file(path)
+
+    def key(self, name: str) -> int:
+        """A seed of its own for each mask."""
+        return zlib.crc32(f"{self.seed} {name}".encode())
+
+    def swav(self, name: str, steps: int, **options: object) -> State:
+        """A mask trained by SwAV."""
+        return self.state(name, lambda: learn.swav(self.tail, self.data, steps, self.key(name), **options))  # type: ignore[arg-type]
+
+    def distil(self, name: str, steps: int, targets: Callable[[], Tensor], start: State, **options: object) -> State:
+        """A mask distilled from embeddings of the training images."""
+        return self.state(
+            name,
+            lambda: learn.distil(self.tail, self.data, steps, self.key(name), targets(), start, **options),  # type: ignore[arg-type]
+        )
+
+    def dispatcher(self) -> State:
+        return self.swav("dispatcher", self.budget.dispatcher)
+
+    def _features(self, name: str) -> Pair:
+        state = self.state(name)
+        return tuple(learn.masked_features(self.tail, state, x) for x in (self.data.clean, self.data.held_out))  # type: ignore[return-value]
+
+    @cached_property
+    def frozen(self) -> Pair:
+        ones = {n: torch.ones_like(w) for n, w in self.tail.weights.items()}
+        return tuple(learn.masked_features(self.tail, ones, x) for x in (self.data.clean, self.data.held_out))  # type: ignore[return-value]
+
+    def route(self, count: int) -> tuple[Tensor, Tensor]:
+        """p(cluster) of the training and the held-out images, [N, K] and [M, K]; prototypes of the dispatcher."""
+        state = self.dispatcher()
+        both = self.features("dispatcher")
+        projector = {n: state[n] for n in ("head.weight", "head.bias", "prototypes")}
+        router = clusters.fit_prototypes(projector, both[0].float().numpy(), count, self.seed)
+        return tuple(router.probabilities(x) for x in both)  # type: ignore[return-value]
+
+    def assigned(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clusters of the training and the held-out images."""
+        return tuple(p.argmax(dim=1).numpy() for p in self.route(count))  # type: ignore[return-value]
+
+    def pick(self, names: Sequence[str], choice: tuple[np.ndarray, np.ndarray]) -> Pair:
+        """Features of each image under the mask of ``names`` that ``choice`` says; only those are computed."""
+        out = []
+        for maps, chosen in zip((self.data.clean, self.data.held_out), choice, strict=True):
+            found = torch.empty(len(maps), len(self.data_width()), dtype=torch.float16)
+            for k, name in enumerate(names):
+                at = torch.from_numpy(np.flatnonzero(chosen == k))
+                if len(at):
+                    found[at] = learn.masked_features(self.tail, self.state(name), maps[at])
+            out.append(found)
+        return out[0], out[1]
+
+    def data_width(self) -> range:
+        return range(self.tail.weights[self.tail.head].shape[0])
+
+    def fused(self, *blocks: Pair) -> Pair:
+        """Blocks through the product's fusion: PCA, whitened by the scale."""
+        train = np.stack([b[0].float().numpy() for b in blocks])
+        fusion = fuse.fit(train, min(DIM, train.shape[1] - 1), "scale", self.seed)
+        return fuse.embed(fusion, train), fuse.embed(fusion, np.stack([b[1].float().numpy() for b in blocks]))
+
+    def padded(self, first: Pair, second: Pair, choice: tuple[np.ndarray, np.ndarray], count: int) -> Pair:
+        """The paper's conditional cascade: a slot for each expert, the others zero."""
+        slots = []
+        for k in range(count):
+            masks = [torch.from_numpy(c == k)[:, None] for c in choice]
+            slots.append((second[0] * masks[0], second[1] * masks[1]))
+        return self.fused(first, *slots)
+
+    def regressed(self, targets: Tensor, first: Pair, second: Pair | None, choice: tuple | None = None) -> Pair:
+        """Blocks mapped to ``targets`` by ridge regression; with ``choice`` a map of its own for each expert's block.
+
+        In its dual form, where one kernel says it all: images of one cluster share the second block's map.
+        """
+        centred = [tuple(x.float() - b[0].float().mean(dim=0) for x in b) for b in (first, second) if b is not None]
+        width = sum(b[0].shape[1] for b in centred)
+        train = centred[0][0] @ centred[0][0].T
+        cross = centred[0][1] @ centred[0][0].T
+        if second is not None:
+            same = [torch.from_numpy(c[:, None] == choice[0][None]) for c in choice] if choice else [1, 1]
+            train += (centred[1][0] @ centred[1][0].T) * same[0]
+            cross += (centred[1][1] @ centred[1][0].T) * same[1]
+        centre = targets.mean(dim=0)
+        train_ridge = train.clone()
+        train_ridge.diagonal().add_(0.01 * float(train.diagonal().sum()) / width)
+        weights = torch.linalg.solve(train_ridge, targets - centre)
+        return train @ weights + centre, cross @ weights + centre
+
+    def judge(self, embeddings: Pair) -> dict[str, dict[str, float]]:
+        """k-NN and probe accuracy in points, of the validation and of the test images."""
+        known = torch.from_numpy(self.data.labels)
+        out = {}
+        for split, at in (("validation", self.data.validation), ("test", ~self.data.validation)):
+            queries, truth = embeddings[1][at].float(), torch.from_numpy(self.data.held_out_labels[at])
+            out[split] = {"knn": 100 * knn(embeddings[0].float(), queries, known, truth, NEIGHBOURS)}
+        fitted = probe_all(embeddings, known)
+        right = fitted == self.data.held_out_labels
+        for split, at in (("validation", self.data.validation), ("test", ~self.data.validation)):
+            out[split]["probe"] = 100 * float(right[at].mean())
+        return out
+
+
+def probe_all(embeddings: Pair, known: Tensor) -> np.ndarray:
+    """What the linear probe says of every held-out image."""
+    mean, scale = embeddings[0].float().mean(dim=0), embeddings[0].float().std()
+    fitted = fit_probe((embeddings[0].float() - mean) / scale, known)
+    return fitted.predict(((embeddings[1].float() - mean) / scale).numpy())
