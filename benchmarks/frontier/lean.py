@@ -1,7 +1,7 @@
 """The masked tail of an EfficientNet on stored features, twice as fast as ``training.masking`` on a CPU.
 
 Maps of 2 x 2 are so small that a convolution is a matrix product (bfloat16 where the processor multiplies it) or, by
-channel, sixteen multiplications. The same masks, losses and gradients as the trainer's, to the rounding of the products.
+channel, sixteen multiplications. Masks, losses and gradients are the trainer's, to the rounding of the products.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ class Tail:
     def __init__(self, backbone: Backbone, start: int, side: int = 2) -> None:
         model = backbone.model
         assert isinstance(model, EfficientNet)
-        blocks = [b for stage in backbone.row[start:-1] for b in model.get_submodule(stage.name)]  # type: ignore[union-attr]
+        blocks: list[Any] = [b for s in backbone.row[start:-1] for b in model.get_submodule(s.name).children()]
         assert all(type(b) is InvertedResidual and b.conv_dw.stride == (1, 1) for b in blocks), "only such blocks"
         self.side, self.blocks = side, blocks
         names = {id(p): n for n, p in model.named_parameters()}
@@ -80,10 +80,14 @@ class Tail:
             self.weights[name] = (conv.weight * scale[:, None, None, None]).detach().clone()
             self.shifts[name] = (norm.bias - norm.running_mean * scale).detach().clone()
         self.head = self._of[id(model.conv_head)]
-        self.acts = {id(b): (b.bn1.act, b.bn2.act) for b in blocks} | {id(model): model.bn2.act}
         self.act = model.bn2.act
         self.scores = {n: nn.Parameter(torch.ones_like(w)) for n, w in self.weights.items()}
         self.precise = False
+
+    @property
+    def width(self) -> int:
+        """Of the features."""
+        return self.weights[self.head].shape[0]
 
     def load(self, scores: Mapping[str, Tensor]) -> None:
         """Take over scores by name."""
@@ -99,9 +103,8 @@ class Tail:
         """Features [B, F] of maps [B, P, C] (any float type)."""
         x = x.transpose(0, 1).float()
         for block in self.blocks:
-            first, second = self.acts[id(block)]
-            y = first(self._pointwise(x, self._of[id(block.conv_pw)]))
-            y = second(self._depthwise(y, self._of[id(block.conv_dw)], block.conv_dw.kernel_size[0]))
+            y = block.bn1.act(self._pointwise(x, self._of[id(block.conv_pw)]))
+            y = block.bn2.act(self._depthwise(y, self._of[id(block.conv_dw)], block.conv_dw.kernel_size[0]))
             y = self._pointwise(y, self._of[id(block.conv_pwl)])
             x = x + y if block.has_skip else y
         out: Tensor = self.act(self._pointwise(x, self.head))

