@@ -194,7 +194,7 @@ def verify(bundle: BundlePath, weights: Weights = None) -> None:
 @in_one_line
 def evaluate(
     bundle: BundlePath,
-    data: Annotated[str, typer.Argument(help="Folder with class folders, or cifar10, fashion-mnist.")],
+    data: Annotated[str, typer.Argument(help="Folder with class folders, or cifar10, fashion-mnist, groceries.")],
     limit: Annotated[int | None, typer.Option(help="Images at most.", min=1)] = None,
     weights: Weights = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Images for training and evaluation: from a folder, or CIFAR-10 and Fashion-MNIST by name.
+"""Images for training and evaluation: from a folder, or CIFAR-10, Fashion-MNIST and groceries by name.
 
 `load` finds them, `cache` decodes them once into one array, `batches` says which of them each step takes.
 """
@@ -80,7 +80,7 @@ class Images:
 
 
 def load(source: str | Path, split: Split, limit: int | None = None, seed: int = 0) -> Images:
-    """The training or the test images of a folder, or of "cifar10" or "fashion-mnist".
+    """The training or the test images of a folder, or of a data set by its name in ``sources.CLASSES``.
 
     A folder's own `train` and `test` (or `val`) subfolders are its splits; without them a fixed fifth, chosen
     by the hash of the names and so never by `seed`, is held out as test. Labels come from the first folder

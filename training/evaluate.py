@@ -135,6 +135,27 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
 
 
+def verdict(result: dict[str, Any], mode: Mode) -> str:
+    """One line for a person: whether what was trained is better than the frozen backbone, and than its controls.
+
+    By whitened k-NN accuracy on the held-out images, in points; without classes there is nothing to measure by.
+    """
+    if "whitened" not in result:
+        return "no class folders: whether this is better than the frozen backbone cannot be known from these images"
+    table = {method: 100 * found["knn"] for method, found in result["whitened"].items()}
+    own, plain, long = table[mode], table["frozen backbone"], table.get("equal-steps dispatcher")
+    n = result["held_out_images"]
+    if own < plain:
+        return (
+            f"[yellow]warning:[/] {mode} is worse than the frozen backbone: k-NN {own:.1f} % against {plain:.1f} % on"
+            f" {n} images: serve the plain backbone, or train with a lower --lr, a later --mask-from or more images"
+        )
+    said = f"{mode} over the frozen backbone: {own - plain:+.1f} points of k-NN on {n} images"
+    if long is not None and mode != "dispatcher" and own < long:
+        said += f"; one mask trained as long has {long - own:.1f} more for less: --clusters 0 --steps with all steps"
+    return said
+
+
 def _methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """(name, what it fuses of both sets, float32 [slots, N, F]) of every method and control."""
     sets = run.images, run.held_out

@@ -43,6 +43,7 @@ def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = Fal
     accuracy = evaluate.train(run, features)
     if run.watch.bar is not None:
         evaluate.show(accuracy, Console())
+    run.watch.say(evaluate.verdict(accuracy, run.recipe.mode if run.recipe.clusters else "dispatcher"))
     return pack.train(run, features, accuracy, out, thumbnails=thumbnails)
 
 

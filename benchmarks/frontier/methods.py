@@ -39,6 +39,17 @@ def experts(s: Study, name: str = "expert", **options: object) -> list[str]:
     return [f"{name}-{k}" for k in range(s.budget.experts)]
 
 
+def late(s: Study) -> list[str]:
+    """Half of the steps as an unrouted second mask, half by cluster from there on, in the dispatcher's space."""
+    half, choice = s.budget.second // 2, s.assigned(s.budget.experts)
+    start = s.swav("shared-half", half, start=s.dispatcher())
+    names = [f"late-{k}" for k in range(s.budget.experts)]
+    for k, name in enumerate(names):
+        rows = np.flatnonzero(choice[0] == k)
+        s.swav(name, half // s.budget.experts, rows=rows, start=start, freeze_head=True, others=NEIGHBOURS)
+    return names
+
+
 def clustered(s: Study, count: int) -> list[str]:
     """As many steps over more clusters."""
     start, choice = s.dispatcher(), s.assigned(count)
@@ -191,6 +202,9 @@ MORE: dict[str, Method] = {
         "routed",
         lambda b: b.cascade,
         lambda s: s.fused(dispatcher(s), routed(s, experts(s, "aligned", freeze_head=True, others=NEIGHBOURS))),
+    ),
+    "conditional, experts from a shared second mask": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, late(s)))
     ),
     "conditional, ten clusters": Method(
         ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, clustered(s, 10)))

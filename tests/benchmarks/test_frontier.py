@@ -77,18 +77,26 @@ def test_each_image_has_the_features_of_the_mask_that_it_is_sent_to(study: Study
         torch.testing.assert_close(picked[split].float(), wanted.float(), rtol=0.02, atol=0.02)
 
 
-def test_distillation_comes_nearer_to_its_targets(study: Study) -> None:
+def test_the_distance_of_distillation() -> None:
+    draw = torch.Generator().manual_seed(0)
+    wanted = torch.randn(16, 8, generator=draw)
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=draw)).Q
+    assert learn.distance(torch.cat([wanted, 3 * wanted]), wanted) < 1e-6  # lengths don't count
+    turned = learn.distance(wanted @ turn, wanted)  # all relations are kept
+    assert 0.3 < turned < learn.distance(wanted[torch.randperm(16, generator=draw)], wanted)
+
+
+def test_distillation_keeps_what_routes_and_trains_mask_and_map(study: Study) -> None:
     start = study.dispatcher()
     targets = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
-    before = study.distil("none", 0, lambda: targets, start)
-    after = study.distil("some", 25, lambda: targets, start)
-
-    def loss(state: learn.State) -> float:
-        views = learn.masked_features(study.tail, state, study.data.augmented[:, 0]).float()
-        return float(learn.distance(views @ state["map"] + state["map.bias"], targets))
-
-    assert loss(after) < 0.9 * loss(before)
-    assert learn.distance(torch.cat([targets, 3 * targets]), targets) < 1e-6
+    fitted = study.distil("fitted", 0, lambda: targets, start)
+    trained = study.distil("trained", 3, lambda: targets, start, rows=np.arange(40), others=0.25)
+    assert all(torch.equal(start[n], trained[n]) for n in ("head.weight", "head.bias", "prototypes"))
+    assert all(torch.equal(start[n], fitted[n]) for n in study.tail.scores)
+    assert not any(torch.equal(trained[n], fitted[n]) for n in (*study.tail.scores, "map", "map.bias"))
+    weight, bias = learn.ridge(study.features("dispatcher")[0].float(), targets)
+    torch.testing.assert_close(fitted["map"], weight, rtol=0.1, atol=0.1 * float(weight.abs().max()))
+    torch.testing.assert_close(fitted["map.bias"], bias, rtol=0.1, atol=0.2)
 
 
 def test_the_dual_regression_is_the_plain_one(study: Study) -> None:

@@ -91,3 +91,16 @@ def test_the_table_shows_every_method(run: Run) -> None:
     assert "unconditional" in shown and "60 held-out images" in shown and "32 dimensions" in shown
     evaluate.show({"k": 20}, console)
     assert "no class folders" in console.export_text()
+
+
+def test_the_verdict_names_what_is_better() -> None:
+    def verdict(frozen: float, own: float, mode: str = "conditional", **controls: float) -> str:
+        table = {"frozen backbone": frozen, mode: own, **{k.replace("_", "-", 1): v for k, v in controls.items()}}
+        whitened = {k.replace("_", " "): {"knn": v, "probe": 0.0} for k, v in table.items()}
+        return evaluate.verdict({"whitened": whitened, "held_out_images": 60}, mode)  # type: ignore[arg-type]
+
+    assert "warning" in (worse := verdict(0.612, 0.609)) and "k-NN 60.9 % against 61.2 % on 60 images" in worse
+    assert verdict(0.60, 0.65) == "conditional over the frozen backbone: +5.0 points of k-NN on 60 images"
+    assert "one mask trained as long has 2.0 more" in verdict(0.60, 0.65, equal_steps_dispatcher=0.67)
+    assert "trained as long" not in verdict(0.60, 0.65, equal_steps_dispatcher=0.64)
+    assert "cannot be known" in evaluate.verdict({"held_out_images": 60}, "dispatcher")

@@ -108,6 +108,7 @@ def test_the_small_cascade_is_whole(bundle_path: Path, cifar: list[Image.Image])
         {"expert_from": "conv_head", "train_norms": True},
         {"mask_from": "0", "local_crops": 2, "queue": 64},
         {"draws": 2, "backbone": "test_resnet", "mask_from": "layer3"},
+        {"clusters": 1, "mode": "unconditional", "router": "prototypes"},  # two masks, nothing to route
         {"backbone": "test_vit", "size": 160, "mask_from": "blocks.4", "clusters": 2},
     ],
     ids=lambda changes: "-".join(changes),
