@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.frontier.methods import METHODS, MORE, PLAIN, Method
 from benchmarks.frontier.sets import SETS, SIDE
-from benchmarks.report import Figure, Rows, report
+from benchmarks.report import Figure, Rows, report, single
 from training.run import read_json
 
 MOST = 2.2  # passes
@@ -37,20 +37,23 @@ def collect(folder: Path, backbones: Iterable[str]) -> Results:
     return out
 
 
-def passes(method: Method, cost: dict[str, Any]) -> tuple[float | None, float]:
-    """Passes by time (None where the engine has no such way), and by operations."""
-    operations = 1 + (TAILS[method.served] - 1) * cost["share"]
+def operations(method: Method, cost: dict[str, Any]) -> float:
+    """Passes by multiplications."""
+    return float(1 + (TAILS[method.served] - 1) * cost["share"])
+
+
+def passes(method: Method, cost: dict[str, Any], side: int = SIDE) -> float | None:
+    """Passes by measured time; None where the engine has no such way."""
     if method.served == PLAIN:
-        return 1.0, operations
-    measured = cost["time"][str(SIDE)].get(method.served)
-    return (measured[0] if measured else None), operations
+        return 1.0
+    measured = cost["time"][str(side)].get(method.served)
+    return float(measured[0]) if measured else None
 
 
 def scores(results: Results, method: str, split: str, metric: str) -> list[float]:
     """One value a seed: the mean over the backbones and data sets that all seeds have."""
     seeds = sorted({seed for _, _, seed in results})
-    places = sorted({(b, s) for b, s, _ in results if all((b, s, seed) in results for seed in seeds)})
-    return [mean(results[b, s, seed][method][split][metric] for b, s in places) for seed in seeds]
+    return [mean(results[b, s, seed][method][split][metric] for b, s in places(results)) for seed in seeds]
 
 
 def best(results: Results, names: Iterable[str]) -> str:
@@ -58,14 +61,21 @@ def best(results: Results, names: Iterable[str]) -> str:
     return max(names, key=lambda n: mean(scores(results, n, "validation", "probe")))
 
 
+def places(results: Results) -> list[tuple[str, str]]:
+    """The backbones and data sets that all seeds have: what means are over."""
+    seeds = {seed for _, _, seed in results}
+    return sorted({(b, s) for b, s, _ in results if all((b, s, seed) in results for seed in seeds)})
+
+
 def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], str, str, str]:
     """The benchmark's figures; and the best method within ``MOST`` passes, the best routed one, and its control."""
     steps = {n: results[next(iter(results))][n]["steps"] for n in METHODS}
-    at = {n: passes(m, cost)[0] or passes(m, cost)[1] for n, m in METHODS.items()}
+    work = {n: operations(m, cost) for n, m in METHODS.items()}
+    at = {n: passes(m, cost) or work[n] for n, m in METHODS.items()}
     cheap = best(results, [n for n in METHODS if at[n] <= MOST])
     routed = best(results, [n for n, m in METHODS.items() if m.kind == "routed"])
     fair = [n for n, m in METHODS.items() if m.kind in ("single", "unrouted") and steps[n] <= steps[routed]]
-    control = best(results, [n for n in fair if at[n] <= at[routed]])
+    control = best(results, [n for n in fair if work[n] <= work[routed]])  # two masks are the routed one's operations
     out = {
         "gap_to_six_passes": _difference(results, "unconditional", cheap, "probe", "<= 0"),
         "routed_minus_control": _difference(results, routed, control, "probe", "> 0"),
@@ -74,13 +84,13 @@ def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], 
     paired = _paired(results, routed, control, "probe")
     if len(paired) > 1:
         in_sd = mean(paired) / max(stdev(paired), 1e-9)
-        out["routed_minus_control_sd"] = Figure(in_sd, (in_sd, in_sd), ">= 2")
+        out["routed_minus_control_sd"] = single(in_sd, ">= 2")
     for of in sorted({of for _, of, _ in results}):
         own = {k: v for k, v in results.items() if k[1] == of}
         out[f"routed_minus_control_{of}"] = _difference(own, routed, control, "probe")
     out["six_passes_minus_frozen"] = _difference(results, "unconditional", "frozen backbone", "probe")
     for n in ("dispatcher", "two masks, no routing", routed, "unconditional"):
-        out[f"passes: {METHODS[n].served}"] = Figure(at[n], (at[n], at[n]))
+        out[f"passes: {METHODS[n].served}"] = single(at[n])
     return out, cheap, routed, control
 
 
@@ -93,10 +103,9 @@ def report_all(folder: Path, backbones: list[str], rows: Rows) -> None:
         own = {k: v for k, v in results.items() if k[0] == b}
         tables += [_table(b, own, cost[b], METHODS, "test"), *_explored(b, folder, cost[b])]
     found, cheap, routed, control = figures(results, cost[backbones[0]])
-    for table in tables:
-        table.show_lines = False
-    report("frontier", found, *tables)
+    print("figures are means over", ", ".join(f"{of} with {b}" for b, of in places(results)))
     print(f"chosen by validation: within {MOST} passes: {cheap}; routed: {routed}; its control: {control}")
+    report("frontier", found, *tables)
 
 
 def _difference(results: Results, a: str, b: str, metric: str, goal: str | None = None) -> Figure:
@@ -124,17 +133,21 @@ def _table(backbone: str, results: Results, cost: dict[str, Any], methods: dict[
     """k-NN / probe of each data set, mean ± standard deviation over the seeds."""
     sets = [of for of in SETS if any(k[1] == of for k in results)]
     seeds = len({seed for _, _, seed in results})
-    title = f"{backbone}, {split} images, {seeds} seed{'s' if seeds > 1 else ''}: k-NN, probe"
-    table = Table("method", "passes", "by operations", "steps", *sets, title=title)
+    title = f"{backbone}, {split} images, {seeds} seed{'s' if seeds > 1 else ''}: k-NN, probe; passes by time and operations"
+    table = Table("method", f"{SIDE} px", "224 px", "operations", "steps", *sets, title=title)
     for name, method in methods.items():
-        time, operations = passes(method, cost)
+        time, large = passes(method, cost), passes(method, cost, 224)
         cells = []
         for of in sets:
             own = {k: v for k, v in results.items() if k[1] == of}
             cells.append("  ".join(_cell(scores(own, name, split, metric)) for metric in ("knn", "probe")))
         steps = str(next(iter(results.values()))[name]["steps"])
-        table.add_row(name, "-" if time is None else f"{time:.2f}", f"{operations:.2f}", steps, *cells)
+        table.add_row(name, *(_passes(p) for p in (time, large, operations(method, cost))), steps, *cells)
     return table
+
+
+def _passes(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _cell(values: list[float]) -> str:
