@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.sets import Set
+from cascade.errors import CascadeError
 from training.recipe import Recipe
 from training.swav import Projector, sinkhorn, swapped_loss
 
@@ -161,6 +162,8 @@ def _begin(tail: Tail, start: State | None) -> None:
 def _batches(data: Set, rows: np.ndarray | None, others: float, batch: int, seed: int) -> Callable[[], Tensor]:
     """Draws one batch after the other, by epochs of ``rows``."""
     rows = np.arange(len(data.clean)) if rows is None else rows
+    if not len(rows):
+        raise CascadeError("a cluster without images: take fewer clusters")
     rest = np.setdiff1d(np.arange(len(data.clean)), rows)
     draw = np.random.default_rng(seed)
     strangers = round(others * batch) if len(rest) else 0

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.frontier.learn import Budget
 from benchmarks.frontier.study import Choice, Pair, Study
+from training.run import FEWEST
 
 Kind = Literal["single", "routed", "unrouted", "ensemble"]
 ONE, TWO, ROUTED, SIX = "one mask", "two masks", "dispatcher and routed expert", "dispatcher and five experts"
@@ -55,7 +56,10 @@ def clustered(s: Study, count: int) -> list[str]:
     start, choice = s.dispatcher(), s.assigned(count)
     for k in range(count):
         rows = np.flatnonzero(choice[0] == k)
-        s.swav(f"of-{count}-{k}", s.budget.second // count, rows=rows, start=start)
+        if len(rows) < FEWEST:  # nothing to learn from: the dispatcher's mask
+            s.state(f"of-{count}-{k}", lambda: start)
+        else:
+            s.swav(f"of-{count}-{k}", s.budget.second // count, rows=rows, start=start)
     return [f"of-{count}-{k}" for k in range(count)]
 
 

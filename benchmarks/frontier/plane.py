@@ -120,13 +120,14 @@ def _paired(results: Results, a: str, b: str, metric: str) -> list[float]:
 
 
 def _explored(backbone: str, folder: Path, cost: dict[str, Any]) -> list[Table]:
-    """What only the first seed was measured by, on the validation images."""
+    """What only the first seed was measured by, on the validation images of the data sets that were explored."""
     found: Results = {}
     for of in SETS:
         path = folder / backbone / of / "0" / "results.json"
-        if path.exists() and set(METHODS) | set(MORE) <= set(read := read_json(path)):
+        if path.exists() and set(MORE) & set(read := read_json(path)):
             found[backbone, of, 0] = read
-    return [_table(backbone, found, cost, METHODS | MORE, "validation")] if found else []
+    common = {n: m for n, m in (METHODS | MORE).items() if all(n in read for read in found.values())}
+    return [_table(backbone, found, cost, common, "validation")] if found else []
 
 
 def _table(backbone: str, results: Results, cost: dict[str, Any], methods: dict[str, Method], split: str) -> Table:
