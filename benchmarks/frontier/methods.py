@@ -210,6 +210,26 @@ MORE: dict[str, Method] = {
     "conditional, experts from a shared second mask": Method(
         ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, late(s)))
     ),
+    "conditional, experts at lr 0.1": Method(
+        ROUTED,
+        "routed",
+        lambda b: b.cascade,
+        lambda s: s.fused(dispatcher(s), routed(s, experts(s, "fast0.1", lr=0.1))),
+    ),
+    "conditional, experts at lr 0.1, padded": Method(
+        ROUTED,
+        "routed",
+        lambda b: b.cascade,
+        lambda s: s.padded(dispatcher(s), routed(s, experts(s, "fast0.1", lr=0.1)), _five(s), s.budget.experts),
+    ),
+    "conditional, lr 0.1, frozen head and neighbours": Method(
+        ROUTED,
+        "routed",
+        lambda b: b.cascade,
+        lambda s: s.fused(
+            dispatcher(s), routed(s, experts(s, "fastaligned0.1", lr=0.1, freeze_head=True, others=NEIGHBOURS))
+        ),
+    ),
     "conditional, ten clusters": Method(
         ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, clustered(s, 10)))
     ),

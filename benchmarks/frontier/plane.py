@@ -134,7 +134,7 @@ def _table(backbone: str, results: Results, cost: dict[str, Any], methods: dict[
     """k-NN / probe of each data set, mean ± standard deviation over the seeds."""
     sets = [of for of in SETS if any(k[1] == of for k in results)]
     seeds = len({seed for _, _, seed in results})
-    title = f"{backbone}, {split} images, {seeds} seed{'s' if seeds > 1 else ''}: k-NN, probe; passes by time and operations"
+    title = f"{backbone}, {split} images, {seeds} seed{'s' if seeds > 1 else ''}: k-NN, probe; passes"
     table = Table("method", f"{SIDE} px", "224 px", "operations", "steps", *sets, title=title)
     for name, method in methods.items():
         time, large = passes(method, cost), passes(method, cost, 224)
