@@ -184,6 +184,12 @@ MORE: dict[str, Method] = {
         lambda b: b.distilled,
         lambda s: s.fused(dispatcher(s), single(s, "independent", s.budget.second + s.budget.distil)),
     ),
+    "frozen tail and a mask of all steps": Method(
+        TWO,
+        "unrouted",
+        lambda b: b.cascade,
+        lambda s: s.fused(s.frozen, single(s, "equal-steps", s.budget.cascade)),
+    ),
     "dispatcher, mapped to the unconditional": Method(ONE, "single", lambda b: b.cascade, lambda s: _mapped(s, None)),
     "distilled mask": Method(ONE, "single", lambda b: b.distilled, lambda s: s.fused(distilled(s))),
     "dispatcher and distilled mask": Method(
