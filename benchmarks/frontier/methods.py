@@ -32,35 +32,29 @@ class Method:
     embed: Callable[[Study], Pair]
 
 
-def experts(s: Study, name: str = "expert", **options: object) -> list[str]:
-    """Experts on the router's clusters, from the dispatcher on."""
-    start, choice = s.dispatcher(), s.assigned(s.budget.experts)
-    for k in range(s.budget.experts):
-        s.swav(f"{name}-{k}", s.budget.expert, rows=np.flatnonzero(choice[0] == k), start=start, **options)
-    return [f"{name}-{k}" for k in range(s.budget.experts)]
+def experts(s: Study, name: str = "expert", count: int = 0, steps: int = 0, **options: object) -> list[str]:
+    """Experts on the router's clusters, from the dispatcher on; one that too few images go to stays the dispatcher."""
+    count, steps = count or s.budget.experts, steps or s.budget.expert
+    start, choice = s.dispatcher(), s.assigned(count)
+    for k in range(count):
+        rows = np.flatnonzero(choice[0] == k)
+        if len(rows) < FEWEST:
+            s.state(f"{name}-{k}", s.dispatcher)
+        else:
+            s.swav(f"{name}-{k}", steps, rows=rows, **({"start": start} | options))
+    return [f"{name}-{k}" for k in range(count)]
 
 
 def late(s: Study) -> list[str]:
     """Half of the steps as an unrouted second mask, half by cluster from there on, in the dispatcher's space."""
-    half, choice = s.budget.second // 2, s.assigned(s.budget.experts)
+    half = s.budget.second // 2
     start = s.swav("shared-half", half, start=s.dispatcher())
-    names = [f"late-{k}" for k in range(s.budget.experts)]
-    for k, name in enumerate(names):
-        rows = np.flatnonzero(choice[0] == k)
-        s.swav(name, half // s.budget.experts, rows=rows, start=start, freeze_head=True, others=NEIGHBOURS)
-    return names
+    return experts(s, "late", steps=half // s.budget.experts, start=start, freeze_head=True, others=NEIGHBOURS)
 
 
 def clustered(s: Study, count: int) -> list[str]:
-    """As many steps over more clusters."""
-    start, choice = s.dispatcher(), s.assigned(count)
-    for k in range(count):
-        rows = np.flatnonzero(choice[0] == k)
-        if len(rows) < FEWEST:  # nothing to learn from: the dispatcher's mask
-            s.state(f"of-{count}-{k}", lambda: start)
-        else:
-            s.swav(f"of-{count}-{k}", s.budget.second // count, rows=rows, start=start)
-    return [f"of-{count}-{k}" for k in range(count)]
+    """As many steps over another number of clusters."""
+    return experts(s, f"of-{count}", count, s.budget.second // count)
 
 
 def routed(s: Study, names: list[str]) -> Pair:
@@ -106,8 +100,11 @@ def distilled_experts(s: Study) -> list[str]:
     names = [f"routed-{k}" for k in range(s.budget.experts)]
     for k, name in enumerate(names):
         rows = np.flatnonzero(choice[0] == k)
-        each = half // s.budget.experts
-        s.distil(name, each, lambda: teacher(s)[0], start, rows=rows, others=NEIGHBOURS)
+        if len(rows) < FEWEST:
+            s.state(name, lambda: start)
+        else:
+            each = half // s.budget.experts
+            s.distil(name, each, lambda: teacher(s)[0], start, rows=rows, others=NEIGHBOURS)
     return names
 
 
