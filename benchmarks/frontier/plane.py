@@ -1,6 +1,7 @@
 """From the stored results of all studies to the plane: tables, and the figures of the benchmark."""
 
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -10,8 +11,10 @@ from rich.table import Table
 from benchmarks.frontier.methods import METHODS, MORE, PLAIN, Method
 from benchmarks.frontier.sets import SETS, SIDE
 from benchmarks.report import Figure, Rows, report, single
+from cascade.errors import CascadeError
 from training.run import read_json
 
+RESULTS = "results.json"
 MOST = 2.2  # passes
 TAILS = {"one mask": 1, "two masks": 2, "dispatcher and routed expert": 2, "dispatcher and five experts": 6}
 TAILS |= {PLAIN: 1, "dispatcher and two experts": 3}
@@ -25,15 +28,13 @@ def costs(found: dict[int, dict[str, Figure]], share: float) -> dict[str, Any]:
     return {"share": share, "time": by_side}
 
 
-def collect(folder: Path, backbones: Iterable[str]) -> Results:
-    """Every study that has measured all ``METHODS``."""
+def collect(folder: Path, backbones: Iterable[str], sets: Iterable[str], seeds: Iterable[int]) -> Results:
+    """The studies among these that have measured all ``METHODS``."""
     out: Results = {}
-    for name in backbones:
-        for of in SETS:
-            for path in sorted((folder / name / of).glob("*/results.json")):
-                found = read_json(path)
-                if set(METHODS) <= set(found):
-                    out[name, of, int(path.parent.name)] = found
+    for key in product(backbones, sets, seeds):
+        path = folder.joinpath(*map(str, key)) / RESULTS
+        if path.exists() and set(METHODS) <= set(found := read_json(path)):
+            out[key] = found
     return out
 
 
@@ -94,10 +95,11 @@ def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], 
     return out, cheap, routed, control
 
 
-def report_all(folder: Path, backbones: list[str], rows: Rows) -> None:
+def report_all(folder: Path, results: Results, rows: Rows) -> None:
     """Tables of every backbone, and the figures over all of them."""
-    results, tables = collect(folder, backbones), [rows.table] if rows.table.row_count else []
-    backbones = [b for b in backbones if any(k[0] == b for k in results)]
+    if not results:
+        raise CascadeError(f"nothing in {folder} has been measured to its end yet: leave --report out")
+    backbones, tables = list(dict.fromkeys(b for b, _, _ in results)), [rows.table] if rows.table.row_count else []
     cost = {b: read_json(folder / b / "cost.json") for b in backbones}
     for b in backbones:
         own = {k: v for k, v in results.items() if k[0] == b}
@@ -123,7 +125,7 @@ def _explored(backbone: str, folder: Path, cost: dict[str, Any]) -> list[Table]:
     """What only the first seed was measured by, on the validation images of the data sets that were explored."""
     found: Results = {}
     for of in SETS:
-        path = folder / backbone / of / "0" / "results.json"
+        path = folder / backbone / of / "0" / RESULTS
         if path.exists() and set(MORE) & set(read := read_json(path)):
             found[backbone, of, 0] = read
     common = {n: m for n, m in (METHODS | MORE).items() if all(n in read for read in found.values())}
