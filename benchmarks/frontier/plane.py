@@ -47,7 +47,7 @@ def passes(method: Method, cost: dict[str, Any], side: int = SIDE) -> float | No
     """Passes by measured time; None where the engine has no such way."""
     if method.served == PLAIN:
         return 1.0
-    measured = cost["time"][str(side)].get(method.served)
+    measured = cost["time"].get(str(side), {}).get(method.served)
     return float(measured[0]) if measured else None
 
 
