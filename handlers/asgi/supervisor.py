@@ -5,7 +5,6 @@ Clients that connect in the meantime wait in the socket's queue instead of being
 
 import ctypes
 import json
-import logging
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from cascade.errors import CascadeError
-from cascade.logs import JsonLines
+from cascade.logs import say
 from handlers.torchserve import process
 
 BACKLOG = 1024
@@ -67,7 +66,7 @@ class Supervisor:
                 if not was_ready:
                     raise ServerError("the engine process does not start: its reason stands above")
                 self.restarts += 1
-                log(f"the engine process ended (status {worker.returncode}) and is started again")
+                say("cascade.supervisor", f"the engine process ended (status {worker.returncode}) and is started again")
                 self._sleep(pause)
         finally:
             if self.worker is not None:
@@ -172,12 +171,6 @@ def serve(
     }
     with listen(host, port) as listening:
         Supervisor(listening, settings, drain_timeout).run()
-
-
-def log(text: str) -> None:
-    """A line of the same form as the engine process writes them."""
-    record = logging.LogRecord("cascade.supervisor", logging.WARNING, __file__, 0, text, None, None)
-    print(JsonLines().format(record), file=sys.stderr, flush=True)
 
 
 def _environment() -> dict[str, str]:

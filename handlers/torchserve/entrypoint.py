@@ -30,6 +30,7 @@ from rich.console import Console
 from cascade import metrics
 from cascade.errors import CascadeError
 from cascade.images import LIMITS
+from cascade.logs import say
 from cascade.store import is_url
 from handlers.torchserve import process, tokens
 from handlers.torchserve.tokens import TokenError
@@ -171,7 +172,7 @@ class Server:
                 try:
                     self.renew_tokens()
                 except TokenError as e:
-                    print(f"error: {e}", file=sys.stderr)
+                    say("cascade.torchserve", str(e))
             now = time.monotonic()
             if any(worker["status"] == "READY" for worker in self._describe()):
                 ready = now

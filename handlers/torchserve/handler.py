@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cascade import metrics
 from cascade.engine import Engine, ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from cascade.registry import load_store
@@ -44,6 +45,8 @@ class CascadeHandler:
         self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
         registry = load_store(self.engine, settings["model_store"], settings["pins"])
         _log_to_stderr(settings["log_level"])
+        if metrics.TROUBLE:
+            log.error(metrics.TROUBLE)
         if registry.trouble:
             log.error("%s; copies on this machine are served", registry.trouble)
         for state in registry.states():
