@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -164,7 +165,8 @@ class Server:
 
         TorchServe starts a worker that died again and again, for `start_timeout` seconds; then it gives up and stays.
         """
-        ready = time.monotonic()
+        log = self.folder / "worker.log"
+        ready, read, told = time.monotonic(), log.stat().st_size, ""
         while self.java.poll() is None:
             time.sleep(1)
             if self.wants_new_tokens:
@@ -175,8 +177,12 @@ class Server:
                     say("cascade.torchserve", str(e))
             now = time.monotonic()
             if any(worker["status"] == "READY" for worker in self._describe()):
-                ready = now
-            elif now > ready + self.start_timeout + GIVEN_UP:
+                ready, read, told = now, log.stat().st_size, ""
+                continue
+            if (why := _last_error(log.read_bytes()[read:].decode(errors="replace"))) and why != told:
+                say("cascade.torchserve", f"no worker is ready; TorchServe goes on trying: {why}")
+                told = why
+            if now > ready + self.start_timeout + GIVEN_UP:
                 raise ServerError(f"no worker came back within {now - ready:.0f} s: {_reason(self._log('worker.log'))}")
         why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
         raise ServerError(f"TorchServe ended by itself: {why}")
@@ -294,6 +300,11 @@ class Server:
     def _tail(self, name: str, lines: int = 15) -> str:
         tail = self._log(name).strip().splitlines()[-lines:]
         return "\n  ".join(["its last lines:", *tail]) if tail else "it said nothing"
+
+
+def _last_error(log: str) -> str | None:
+    """The last line meant for a person with which a traceback ended."""
+    return next(iter(re.findall(r"^cascade\.\S+: (.+)$", log, re.MULTILINE)[::-1]), None)
 
 
 def _reason(log: str) -> str:
