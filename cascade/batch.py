@@ -51,6 +51,7 @@ class Summary:
         clusters: the share of each cluster among the others.
         fresh: rows of this run; the others were done before.
         seconds: of this run.
+        trained: share of each cluster in training; empty without a router.
         shares: of that time, by what it went to: ``forward``, ``swap``, and ``decode`` as a share of all its threads.
     """
 
@@ -62,6 +63,7 @@ class Summary:
     clusters: dict[int, float]
     fresh: int
     seconds: float
+    trained: tuple[float, ...]
     shares: dict[str, float]
 
     @property
@@ -117,9 +119,11 @@ def predict_files(
             "decode": spent["decode"] / seconds / threads,
         }
         done = count(parts(folder))
+        bundle = engine.find(job.bundle, job.version)
+        trained = () if isinstance(bundle, ItemError) or not bundle.card.router else tuple(bundle.card.router.shares)
         if folder != out:
             join(folder, out)
-    return Summary(job.bundle, job.version, job.mode, *done, fresh, seconds, shares)
+    return Summary(job.bundle, job.version, job.mode, *done, fresh, seconds, trained, shares)
 
 
 def settle(
@@ -248,6 +252,11 @@ def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]
                 errors.update(each.as_py() for each in batch.column("error_kind").drop_null())
                 clusters.update(each.as_py() for each in batch.column("cluster").drop_null())
     return rows, dict(errors.most_common()), {k: n / clusters.total() for k, n in sorted(clusters.items())}
+
+
+def files_of(out: Path) -> list[Path]:
+    """The Parquet files of a job that is done."""
+    return sorted(out.glob("part-*.parquet")) if out.is_dir() else [out]
 
 
 def parts_folder(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The front door: ``cascade train | predict | serve | inspect | verify | evaluate | bench``.
+"""The front door: ``cascade train | predict | index | serve | inspect | verify | evaluate | bench``.
 
 Every command imports what it needs when it runs, so that ``cascade --help`` answers at once.
 """
@@ -41,6 +41,21 @@ class ExecutorKind(StrEnum):
     folded = "folded"
     bf16 = "bf16"
     onnx = "onnx"
+
+
+class IndexKind(StrEnum):
+    """Kinds of ``cascade index build``."""
+
+    flat = "flat"
+    ivf = "ivf"
+    hnsw = "hnsw"
+
+
+class Placed(StrEnum):
+    """Where FAISS works."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class EmbeddingKind(StrEnum):
@@ -105,24 +120,131 @@ def predict(
     batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 256,
     threads: Annotated[int | None, typer.Option(help="Decoding threads; one a core if left out.", min=1)] = None,
     rows: Annotated[int, typer.Option(help="Rows of a Parquet file.", min=1)] = 4096,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write: clusters, errors, pictures, a map.")] = None,
     executor: Chosen = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
     """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/demo/1[/]
 
-    Killed and started again with the same options it goes on where it was. More examples: docs/offline.md
-    """
-    from cascade.batch import bar, predict_files
-    from cascade.engine import Options, load
+    Killed and started again with the same options it goes on where it was.
 
+    [bold]cascade predict 'photos/**/*.jpg' more.tar --out predictions.parquet --report report.html[/]
+
+    [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
+    """
+    from cascade.batch import bar, files_of, predict_files
+    from cascade.engine import Options, load
+    from cascade.report import check, write
+
+    if report is not None:
+        check(report, out)
     engine = load(bundle, weights=weights, executor=executor.value)
     options = Options(mode=mode, labels=labels, neighbours=neighbours)
     numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
     with bar("predicting") as progress:
         found = predict_files(engine, sources, out, options, embedding=embedding.value, progress=progress, **numbers)
-    typer.echo(f"{found.rows} rows in {out}, {found.images_per_second:.1f} images a second")
-    for kind, number in sorted(found.errors.items()):
+    speed = f"{found.fresh} of them now, {found.images_per_second:.1f} images a second" if found.fresh else "all before"
+    typer.echo(f"{found.rows} rows in {out}, {speed}")
+    typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.shares.items()))
+    for cluster, share in found.clusters.items():
+        typer.echo(f"  {100 * share:.1f} % in cluster {cluster}")
+    for kind, number in found.errors.items():
         typer.echo(f"  {number} with error {kind}")
+    if report is not None:
+        write(found, files_of(out), found.trained, report)
+        typer.echo(f"report in {report}")
+
+
+index = typer.Typer(help="Search what was predicted: build, search, duplicates, outliers.", no_args_is_help=True)
+app.add_typer(index, name="index")
+IndexPath = Annotated[Path, typer.Argument(help="What cascade index build wrote.")]
+Device = Annotated[Placed, typer.Option(help="Where FAISS works; cuda needs the extra gpu.")]
+Pages = Annotated[Path | None, typer.Option("--html", help="A page with the pictures, where they can be read.")]
+
+
+@index.command("build")
+@in_one_line
+def index_build(
+    predictions: Annotated[Path, typer.Argument(help="What cascade predict wrote, with embeddings.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    kind: Annotated[IndexKind, typer.Option(help="flat is exact; ivf and hnsw are faster where rows are many.")] = (
+        IndexKind.flat
+    ),
+    device: Device = Placed.cpu,
+) -> None:
+    """Index the embeddings: [bold]cascade index build predictions --out photos.index[/]"""
+    from cascade.index import build
+
+    about = build(predictions, out, kind.value, device.value)
+    typer.echo(f"{about.rows} rows in {out}, {about.kind}, {about.dim} numbers each")
+
+
+@index.command("search")
+@in_one_line
+def index_search(
+    folder: IndexPath,
+    images: Annotated[list[Path], typer.Argument(help="Images to look for.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle that the index was made with.")] = Path("model_store/demo/1"),
+    k: Annotated[int, typer.Option("-k", help="Results for each image.", min=1)] = 10,
+    device: Device = Placed.cpu,
+    weights: Weights = None,
+) -> None:
+    """Images that look like one: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
+    from cascade.engine import load
+    from cascade.index import read, search
+    from cascade.prediction import ItemError
+
+    found = read(folder, device.value)
+    failed = False
+    for image, results in zip(images, search(found, load(bundle, weights=weights), images, k), strict=True):
+        if isinstance(results, ItemError):
+            typer.echo(f"error: {image}: {results.message}", err=True)
+            failed = True
+            continue
+        typer.echo(str(image))
+        for each in results:
+            typer.echo(f"  {each['similarity']:.3f}  {each['path']}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@index.command("duplicates")
+@in_one_line
+def index_duplicates(
+    folder: IndexPath,
+    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    threshold: Annotated[float, typer.Option(help="Cosine similarity from which on.", min=-1, max=1)] = 0.98,
+    html: Pages = None,
+) -> None:
+    """Groups that look alike: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
+    from cascade.index import duplicates, read
+    from cascade.report import duplicates_page, write_table
+
+    found = duplicates(read(folder), threshold)
+    write_table(found, out)
+    typer.echo(f"{len(found)} images in {len(set(found['group'].to_pylist()))} groups, in {out}")
+    if html is not None:
+        duplicates_page(found, threshold, html)
+
+
+@index.command("outliers")
+@in_one_line
+def index_outliers(
+    folder: IndexPath,
+    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    top: Annotated[int, typer.Option(help="How many.", min=1)] = 100,
+    k: Annotated[int, typer.Option("-k", help="Neighbours that the distance is a mean over.", min=1)] = 10,
+    html: Pages = None,
+) -> None:
+    """What lies farthest from all else: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
+    from cascade.index import outliers, read
+    from cascade.report import outliers_page, write_table
+
+    found = outliers(read(folder), top, k)
+    write_table(found, out)
+    typer.echo(f"{len(found)} images in {out}")
+    if html is not None:
+        outliers_page(found, html)
 
 
 @app.command()
@@ -145,6 +267,7 @@ def serve(
     api_keys: Annotated[Path | None, typer.Option(help="asgi: file of lines BUNDLE SHA256; none: no keys.")] = None,
     max_batch: Annotated[int, typer.Option(help="asgi: images in a pass at most.", min=1)] = 32,
     patience: Annotated[float, typer.Option(help="asgi: seconds until the oldest image comes first.", min=0)] = 0.05,
+    index: Annotated[Path | None, typer.Option(help="asgi: of cascade index build, for POST /v1/search.")] = None,
     queue: Annotated[int, typer.Option(help="asgi: images that may wait; 503 for more.", min=1)] = 256,
     connections: Annotated[int, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = 4096,
     log_level: Annotated[
@@ -173,7 +296,7 @@ def serve(
         from handlers.asgi.supervisor import serve as serve_asgi
 
         common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "connections": connections}
-        serve_asgi(model_store, api_keys=api_keys, log_level=log_level or "info", **common)
+        serve_asgi(model_store, api_keys=api_keys, index=index, log_level=log_level or "info", **common)
         return
     from handlers.torchserve.entrypoint import serve as serve_torchserve
 

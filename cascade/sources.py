@@ -140,6 +140,31 @@ def read(unit: Unit, limits: Limits = LIMITS) -> Iterator[tuple[str, Load]]:
             yield from _from_parquet(unit)
 
 
+def again(keys: Iterable[str], limits: Limits = LIMITS) -> Iterator[tuple[str, Load]]:
+    """The images behind keys that ``read`` gave, in any order, each once, for a look at a few of them.
+
+    Archives elsewhere would have to be read from the beginning: what lies in one is left out, and so is what is gone.
+    """
+    inside: dict[str, set[str]] = {}
+    for key in dict.fromkeys(keys):
+        where, mark, name = _parted(key)
+        if not mark:
+            yield from read(Unit("files", 1, (key,)), limits)
+        elif os.path.isfile(where):
+            inside.setdefault(where, set()).add(name)
+    for where, names in inside.items():
+        if _suffix(where) == ".tar":
+            found: Iterable[tuple[str, Load]] = _from_tar(Unit("tar", None, where=where), limits)
+        else:
+            found = _rows_again(where, {int(name) for name in names if name.isdecimal()})
+        for image in found:
+            if (name := _parted(image[0])[2]) in names:
+                names.discard(name)
+                yield image
+            if not names:
+                break
+
+
 def expand(source: str) -> Iterator[str]:
     """The files that a source means, as they come: images, tar shards, Parquet files.
 
@@ -453,6 +478,18 @@ def _from_parquet(unit: Unit) -> Iterator[tuple[str, Load]]:
             yield f"{unit.where}#{lost}", partial(_fail, why)
 
 
+def _rows_again(where: str, rows: set[int]) -> Iterator[tuple[str, Load]]:
+    """The row groups that hold some of the rows."""
+    import pyarrow.parquet as pq
+
+    about, first = pq.read_metadata(where), 0
+    for group in range(about.num_row_groups):
+        count = about.row_group(group).num_rows
+        if any(first <= row < first + count for row in rows):
+            yield from _from_parquet(Unit("parquet", count, where=where, start=group, stop=group + 1, row=first))
+        first += count
+
+
 def _column(schema: "pa.Schema", where: str) -> str:
     """The column of images: called image, img, bytes or so, or the only one there is; of a struct, its bytes."""
     import pyarrow as pa
@@ -477,6 +514,16 @@ def _column(schema: "pa.Schema", where: str) -> str:
 
 def _fail(why: str) -> bytes:
     raise ImageError(400, "unreadable", why)
+
+
+def _parted(key: str) -> tuple[str, str, str]:
+    """The archive that a key points into, "#" and what is meant there; "" and "" for a file by itself."""
+    for mark in (".tar#", ".parquet#"):
+        at = key.lower().find(mark)
+        if at >= 0:
+            end = at + len(mark)
+            return key[: end - 1], "#", key[end:]
+    return key, "", ""
 
 
 def _suffix(name: str) -> str:

@@ -132,6 +132,7 @@ def serve(
     queue: int = 256,
     connections: int = 4096,
     api_keys: Path | None = None,
+    index: Path | None = None,
     pins: Mapping[str, str] | None = None,
     poll: float = 10,
     drain_timeout: float = 8,
@@ -146,6 +147,7 @@ def serve(
         max_batch, patience, queue: of the batcher.
         connections: at a time; more get 503.
         api_keys: a file as ``handlers.asgi.keys.read`` takes it; None lets everybody in.
+        index: a folder that ``cascade index build`` made, for /v1/search.
         pins: version by bundle name, for requests that name none.
         poll: seconds between two looks at the store; 0 for never.
         drain_timeout: seconds for the requests in progress to finish.
@@ -167,6 +169,7 @@ def serve(
         "queue": queue,
         "connections": connections,
         "api_keys": None if api_keys is None else str(api_keys.resolve()),
+        "index": None if index is None else str(index.resolve()),
         "log_level": log_level,
     }
     with listen(host, port) as listening:

@@ -25,6 +25,7 @@ from cascade import metrics
 from cascade.batcher import Batcher
 from cascade.engine import Engine
 from cascade.errors import CascadeError
+from cascade.index import read as read_index
 from cascade.logs import JsonLines
 from cascade.memory import Resident
 from cascade.registry import load_store
@@ -88,6 +89,7 @@ def run(settings: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
     watched = None if settings["api_keys"] is None else Watched(Path(settings["api_keys"]))
     metrics.ENGINE_RESTARTS.inc(settings["restarts"])
+    index = None if settings["index"] is None else read_index(Path(settings["index"]))
     engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=settings["memory_bytes"])
     registry = load_store(engine, settings["model_store"], settings["pins"])
     batching = {name: settings[name] for name in ("max_batch", "patience", "queue")}
@@ -97,7 +99,7 @@ def run(settings: dict[str, Any]) -> None:
         stack.enter_context(registry.watching(settings["poll"]))
         service = Service(batcher, None if watched is None else watched.keys, registry=registry)
         stack.callback(service.close)
-        guard = create_app(service)
+        guard = create_app(service, index)
         config = uvicorn.Config(
             guard,
             http=partial(Connection, most=settings["connections"]),  # type: ignore[arg-type]
