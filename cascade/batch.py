@@ -103,7 +103,7 @@ def predict_files(
         CascadeError: no images, an unknown bundle, version or mode, other settings than the job was begun with, or
             what cannot be written.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
     if min(batch, threads, rows) < 1:
         raise CascadeError(f"batch ({batch}), threads ({threads}) and rows ({rows}) must be at least 1")
     job = settle(engine, sources, options, embedding, rows)

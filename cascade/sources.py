@@ -221,7 +221,8 @@ def open_file(where: str, whole: bool = False) -> AbstractContextManager[IO[byte
     if not is_url(where):
         return open(where, "rb")
     fs, path = _filesystem(where)
-    kwargs = {"block_size": 0} if whole and _scheme(where) in ("http", "https") else {}
+    stream = whole and _scheme(where) in ("http", "https")
+    kwargs = {"block_size": 0, "size": 1} if stream else {}  # a size, whatever it is, saves asking for it
     opened: AbstractContextManager[IO[bytes]] = fs.open(path, "rb", **kwargs)
     return opened
 
@@ -257,7 +258,7 @@ def _images_in(folder: str, seen: set[str]) -> Iterator[str]:
     seen.add(real)
     try:
         with os.scandir(folder) as listed:
-            entries = sorted((e.name, e.is_dir()) for e in listed)
+            entries = sorted((e.name, _is_folder(e)) for e in listed)
     except OSError:
         yield folder
         return
@@ -269,23 +270,37 @@ def _images_in(folder: str, seen: set[str]) -> Iterator[str]:
             yield path
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def _lines(where: str) -> Iterator[str]:
     """The lines of a list that say something. Read as it goes: a list may be long."""
     try:
-        with open_file(where) as file:
-            number = 0
-            while raw := file.readline(LINE + 1):
-                number += 1
-                line = os.fsdecode(raw).strip()
-                if len(raw) > LINE:
-                    raise CascadeError(f"{where}, line {number}: longer than {LINE} bytes; write one source a line")
-                if line and not line.startswith("#"):
-                    yield line
+        number, rest = 0, b""
+        with open_file(where, whole=True) as file:
+            while part := file.read(LINE):
+                *whole, rest = (rest + part).split(b"\n")
+                for raw in whole if len(rest) <= LINE else [*whole, rest]:
+                    number += 1
+                    yield from _line_of(where, number, raw)
+        yield from _line_of(where, number + 1, rest)
     except CascadeError:
         raise
     except Exception as error:  # of a URL each client has classes of its own
         message = f"{where} can't be read ({_line(error)}): name a text file with one source a line"
         raise CascadeError(message) from error
+
+
+def _line_of(where: str, number: int, raw: bytes) -> Iterator[str]:
+    if len(raw) > LINE:
+        raise CascadeError(f"{where}, line {number}: longer than {LINE} bytes; write one source a line")
+    line = os.fsdecode(raw).strip()
+    if line and not line.startswith("#"):
+        yield line
 
 
 def _remote(url: str) -> Iterator[str]:

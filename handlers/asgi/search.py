@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 
 from cascade.bundle import Bundle, digest
 from cascade.index import Index, found
@@ -16,6 +16,9 @@ from handlers.asgi.service import Service
 from handlers.wire import parse
 
 MOST = 100  # results
+K = {"name": "k", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MOST, "default": 10}}
+FILE = {"schema": {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}}
+BODY = {"required": True, "content": {"application/octet-stream": FILE}}
 STALE = ItemError(409, "index_stale", "the index was made with another bundle of this name and version: build it again")
 
 
@@ -30,10 +33,13 @@ def add(
     digests: WeakKeyDictionary[Bundle, str] = WeakKeyDictionary()
 
     @app.put("/v1/search", include_in_schema=False)  # curl -T
-    @app.post("/v1/search", summary="Find images like one")
-    async def search(request: Request, k: Annotated[int, Query(ge=1, le=MOST)] = 10) -> dict[str, Any]:
+    @app.post("/v1/search", summary="Find images like one", openapi_extra={"parameters": [K], "requestBody": BODY})
+    async def search(request: Request) -> dict[str, Any]:
         service.admit(request)
         service.check(request, index.about.bundle)  # before the body is read
+        number = request.query_params.get("k", "10")
+        if not (number.isascii() and number.isdecimal() and len(number) < 4 and 1 <= int(number) <= MOST):
+            raise Refusal(ItemError(400, "bad_option", f"k is how many results there may be: 1 to {MOST}"))
         body, kind = await body_of(request)
         asked = await asyncio.to_thread(parse, {"body": body}, {"body": {"content-type": kind}})
         if isinstance(asked, ItemError):
@@ -49,6 +55,6 @@ def add(
         if isinstance(answer, ItemError):
             raise Refusal(answer)
         assert answer.embedding is not None
-        results = await asyncio.to_thread(found, index, answer.embedding, k)
+        results = await asyncio.to_thread(found, index, answer.embedding, int(number))
         request.state.about.update(bundle=answer.bundle, version=answer.version)
         return {"bundle": answer.bundle, "version": answer.version, "mode": answer.mode, "results": results}
