@@ -327,7 +327,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     match _scheme(url):
         case "http" | "https":
-            import aiohttp
+            from fsspec.implementations.http import aiohttp  # what fsspec itself takes these times as
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENCE)
             options["client_kwargs"] = {"timeout": timeout}
