@@ -43,6 +43,14 @@ class ExecutorKind(StrEnum):
     onnx = "onnx"
 
 
+class EmbeddingKind(StrEnum):
+    """How ``cascade predict`` stores embeddings."""
+
+    none = "none"
+    float16 = "float16"
+    float32 = "float32"
+
+
 Chosen = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto: the fastest here in float32.")]
 
 
@@ -87,27 +95,34 @@ def train(context: typer.Context) -> None:
 @app.command()
 @in_one_line
 def predict(
-    sources: Annotated[list[Path], typer.Argument(help="Images, folders or globs.")],
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, folders, globs, .tar, .parquet, lists (.txt), URLs.")],
+    out: Annotated[Path, typer.Option(help="Folder for Parquet files, or one file where it ends in .parquet.")],
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/demo/1"),
     mode: Annotated[str | None, typer.Option(help="dispatcher, conditional or unconditional.")] = None,
-    embedding: Annotated[bool, typer.Option(help="Write the embeddings, too.")] = False,
-    batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 64,
-    threads: Annotated[int, typer.Option(help="Decoding threads.", min=1)] = 2,
+    embedding: Annotated[EmbeddingKind, typer.Option(help="How embeddings are stored.")] = EmbeddingKind.float16,
+    labels: Annotated[int, typer.Option(help="Labels of an image at most.", min=0)] = 5,
+    neighbours: Annotated[int, typer.Option(help="Neighbours of an image at most.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 256,
+    threads: Annotated[int | None, typer.Option(help="Decoding threads; one a core if left out.", min=1)] = None,
+    rows: Annotated[int, typer.Option(help="Rows of a Parquet file.", min=1)] = 4096,
     executor: Chosen = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
-    """Predict offline: [bold]cascade predict photos/ --out predictions.parquet --bundle model_store/demo/1[/]"""
+    """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/demo/1[/]
+
+    Killed and started again with the same options it goes on where it was. More examples: docs/offline.md
+    """
     from cascade.batch import bar, predict_files
     from cascade.engine import Options, load
 
     engine = load(bundle, weights=weights, executor=executor.value)
-    options = Options(mode=mode, embedding=embedding)
+    options = Options(mode=mode, labels=labels, neighbours=neighbours)
+    numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
     with bar("predicting") as progress:
-        summary = predict_files(engine, sources, out, options, batch=batch, threads=threads, progress=progress)
-    typer.echo(f"{summary.rows} rows in {out}, {summary.images_per_second:.1f} images a second")
-    for kind, count in sorted(summary.errors.items()):
-        typer.echo(f"  {count} with error {kind}")
+        found = predict_files(engine, sources, out, options, embedding=embedding.value, progress=progress, **numbers)
+    typer.echo(f"{found.rows} rows in {out}, {found.images_per_second:.1f} images a second")
+    for kind, number in sorted(found.errors.items()):
+        typer.echo(f"  {number} with error {kind}")
 
 
 @app.command()

@@ -174,6 +174,12 @@ def stage(name: str) -> AbstractContextManager[object]:
     return _STAGES[name].time()
 
 
+def stage_seconds() -> dict[str, float]:
+    """Seconds that this process has spent in each of STAGES so far; threads add up."""
+    samples = [sample for metric in STAGE_SECONDS.collect() for sample in metric.samples]
+    return {s.labels["stage"]: s.value for s in samples if s.name.endswith("_sum")}
+
+
 def resident(stats: Mapping[str, int]) -> None:
     """Set the gauges of what is held from ``Engine.stats()``."""
     for name, gauge in (
