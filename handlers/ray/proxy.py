@@ -63,11 +63,17 @@ class Door:
                 instead = OURS not in names and message["status"] >= 400
                 if instead:
                     return await _away(send, scope["path"].startswith("/v2"))
-                message["headers"] = [(n, v) for n, v in message["headers"] if n.lower() != b"x-request-id"]  # Serve's
+                message["headers"] = _once(b"x-request-id", message["headers"])  # Serve adds its own to ours
             if not instead:
                 await send(message)
 
         await self.app(scope, receive, answer)
+
+
+def _once(name: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
+    """The headers with the first of that name only."""
+    first = next(((n, v) for n, v in headers if n.lower() == name), None)
+    return [each for each in headers if each[0].lower() != name] + ([] if first is None else [first])
 
 
 async def _away(send: Send, as_text: bool) -> None:

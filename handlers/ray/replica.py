@@ -1,10 +1,11 @@
 """The ASGI application as a Ray Serve deployment: every replica has an engine, and a batcher in front of it.
 
-``serve run deploy/ray/serve.yaml`` builds it from ``handlers.ray.replica:build``; ``cascade serve --frontend ray`` does the
-same on one machine.
+``serve run deploy/ray/serve.yaml`` builds it from ``handlers.ray.replica:build``, ``cascade serve --frontend ray`` from
+options.
 """
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from cascade.batcher import Batcher
 from cascade.engine import Engine
@@ -29,6 +30,8 @@ from handlers.asgi.worker import HUNG
 from handlers.ray.proxy import App, Receive, Send, bundle_of
 from handlers.ray.shelf import Part, Shelf
 
+TARGET = 16
+"""Requests in progress of a replica, above which another one is started."""
 Scope = MutableMapping[str, Any]
 
 
@@ -50,16 +53,6 @@ class Settings(BaseModel):
     log_level: str = "info"
 
 
-@serve.deployment(
-    name="cascade",
-    autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 16},
-    max_ongoing_requests=128,
-    max_queued_requests=512,
-    graceful_shutdown_timeout_s=35,  # an answer takes 30 at most
-    health_check_period_s=5,
-    max_constructor_retry_count=3,
-)
-@serve.ingress()
 class Replica:
     """An engine behind the ASGI application.
 
@@ -67,7 +60,9 @@ class Replica:
         CascadeError: no bundle can be loaded, or the keys can't be read.
     """
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+        # Ray gives OpenMP as many threads as the replica has CPUs; numba would give it one a core of the machine.
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         self._stack = ExitStack()
         _log(settings.log_level)
         if settings.threads is not None:
@@ -78,7 +73,11 @@ class Replica:
         registry = load_store(engine, part, settings.pins)
         shelf = Shelf(registry, part)
         await shelf.begin()
-        batching = {"max_batch": settings.max_batch, "patience": settings.patience, "queue": settings.queue}
+        batching: dict[str, Any] = {
+            "max_batch": settings.max_batch,
+            "patience": settings.patience,
+            "queue": settings.queue,
+        }
         self._batcher = self._stack.enter_context(Batcher(engine, **batching))
         self._stack.enter_context(registry.watching(settings.poll))
         service = Service(self._batcher, opened, registry=shelf)
@@ -121,9 +120,20 @@ def _may(service: Service, scope: Scope, name: str | None) -> bool:
     return not isinstance(opened, ItemError) and not opened.isdisjoint({name, keys.EVERY})
 
 
+DEPLOYMENT: Deployment = serve.deployment(
+    name="cascade",
+    autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": TARGET},
+    max_ongoing_requests=128,
+    max_queued_requests=512,
+    graceful_shutdown_timeout_s=35,  # an answer takes 30 at most
+    health_check_period_s=5,
+    max_constructor_retry_count=3,
+)(serve.ingress()(Replica))
+
+
 def build(settings: Settings) -> Application:
     """The application for ``serve run``; its arguments are the settings."""
-    return Replica.bind(settings)
+    return DEPLOYMENT.bind(settings)
 
 
 def _log(level: str) -> None:
