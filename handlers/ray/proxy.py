@@ -4,6 +4,7 @@ The proxies import it by the environment variable that ``ENVIRONMENT`` holds.
 """
 
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -24,6 +25,7 @@ OURS = b"server-timing"
 """Every answer of a replica has this header (handlers.asgi.guard); one without it was made by Serve."""
 BUNDLE = b"x-cascade-bundle"
 PATH = re.compile(rb"/v2/models/([^/]+)|/v1/map/([^/]+)")
+log = logging.getLogger("cascade.proxy")
 AWAY = "no replica answered: send the request again"
 
 
@@ -54,11 +56,12 @@ class Door:
         headers = [(n, v) for n, v in scope["headers"] if n.replace(b"-", b"_") != MODEL_ID]
         bundle = bundle_of(scope, headers)
         scope = {**scope, "headers": [*headers, (MODEL_ID, bundle)] if bundle else headers}
-        instead = False  # of Serve's answer, ours
+        begun = instead = False  # an answer; ours in the place of Serve's
 
         async def answer(message: Message) -> None:
-            nonlocal instead
+            nonlocal begun, instead
             if message["type"] == "http.response.start":
+                begun = True
                 names = [name.lower() for name, _ in message["headers"]]
                 instead = OURS not in names and message["status"] >= 400
                 if instead:
@@ -67,7 +70,14 @@ class Door:
             if not instead:
                 await send(message)
 
-        await self.app(scope, receive, answer)
+        try:
+            await self.app(scope, receive, answer)
+        except Exception:  # Serve's, over a replica that died before it answered
+            if begun:
+                raise
+            log.exception("no replica answered")
+        if not begun:  # without an exception, too
+            await _away(send, scope["path"].startswith("/v2"))
 
 
 def _once(name: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
