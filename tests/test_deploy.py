@@ -5,11 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
-from click.testing import Result
-from kubernetes_validate import ValidationError, validate
+from kubernetes_validate import ValidationError, validate  # type: ignore[import-untyped]
 from typer.testing import CliRunner
 
 from cascade import cli
@@ -123,7 +122,7 @@ def test_the_front_end_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(supervisor, "serve", lambda store, **options: asked.update(options, store=store))
     spec = PLAIN["Deployment"]["spec"]["template"]["spec"]
     (container,) = spec["containers"]
-    done: Result = CliRunner().invoke(cli.app, ["serve", *container["args"]])
+    done = CliRunner().invoke(cli.app, ["serve", *container["args"]])
     assert done.exit_code == 0, done.output
     assert asked["port"] == container["ports"][0]["containerPort"]
     assert asked["store"] in [mount["mountPath"] for mount in container["volumeMounts"]]
