@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -22,7 +25,7 @@ from cascade.prediction import ItemError, Prediction
 from handlers.ray.serve import NAME, QUIET, serving
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
-from tests.e2e.conftest import EXECUTOR
+from tests.e2e.conftest import EXECUTOR, ROOT
 
 pytestmark = [
     pytest.mark.e2e,
@@ -195,3 +198,30 @@ def loads(url: str) -> float:
     """How often the replicas loaded or dropped a bundle."""
     lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith('cascade_reloads_total{outcome="changed"}'))
+
+
+@pytest.mark.soak
+def test_the_command_ends_in_order(many: Path, photos: list[bytes]) -> None:
+    """Beside the server of this module it would take too long for every run."""
+    (port,) = claim_ports((LOOPBACK, 0))
+    command = [sys.executable, "-m", "cascade.cli", "serve", "--frontend", "ray", "--model-store", str(many)]
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))  # short: Ray's sockets lie in it
+    environment = os.environ | {"CASCADE_EXECUTOR": EXECUTOR, "TMPDIR": str(folder)}
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline().startswith(b"ready")
+        with cascade.Client(f"http://{LOOPBACK}:{port}") as client:
+            assert isinstance(client.predict(photos[0], cascade.Options("a")), Prediction)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert until(lambda: not any(child.is_running() for child in children), 10)
+        assert not list(folder.iterdir())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        shutil.rmtree(folder)
