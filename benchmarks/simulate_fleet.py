@@ -187,7 +187,7 @@ def measured() -> Case:
 
 
 LOAD = 0.025
-"""Seconds to bring a ResNet-50 from a safetensors file in the page cache into parameters on two cores; see --measure."""
+"""Seconds to bring a ResNet-50 from a safetensors file in the page cache into its parameters; see --measure."""
 DISK = 2e9
 """Bytes a second from where the copies lie, 938 GB of them, into the page cache: an assumption. What a new mask costs
 was measured with its file outside of the page cache."""

@@ -22,9 +22,9 @@ from cascade.engine import Engine
 from cascade.logs import JsonLines
 from cascade.prediction import ItemError
 from cascade.registry import load_store
-from handlers.asgi import keys
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard
+from handlers.asgi.keys import EVERY, Watched
 from handlers.asgi.service import Service
 from handlers.asgi.worker import HUNG
 from handlers.ray.proxy import App, Receive, Send, bundle_of
@@ -67,7 +67,7 @@ class Replica:
         _log(settings.log_level)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        opened = None if settings.api_keys is None else keys.read(Path(settings.api_keys))
+        self._keys = None if settings.api_keys is None else Watched(Path(settings.api_keys))
         engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
         part = Part(settings.model_store)
         registry = load_store(engine, part, settings.pins)
@@ -80,15 +80,18 @@ class Replica:
         }
         self._batcher = self._stack.enter_context(Batcher(engine, **batching))
         self._stack.enter_context(registry.watching(settings.poll))
-        service = Service(self._batcher, opened, registry=shelf)
-        self._stack.callback(service.close)
-        self._application = application(create_app(service), service, shelf)
+        opened = None if self._keys is None else self._keys.keys
+        self._service = Service(self._batcher, opened, registry=shelf)
+        self._stack.callback(self._service.close)
+        self._application = application(create_app(self._service), self._service, shelf)
 
     def __serve_build_asgi_app__(self) -> App:
         return self._application
 
     def check_health(self) -> None:
         """Serve asks every few seconds, and puts another replica in the place of one that raises."""
+        if self._keys is not None:
+            self._service.keys = self._keys.refresh()
         if not self._batcher.alive:
             raise RuntimeError("the batcher has ended")
         if self._batcher.pass_seconds > HUNG:
@@ -117,7 +120,7 @@ def _may(service: Service, scope: Scope, name: str | None) -> bool:
     if service.keys is None:
         return True
     opened = service.keys.allowed(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
-    return not isinstance(opened, ItemError) and not opened.isdisjoint({name, keys.EVERY})
+    return not isinstance(opened, ItemError) and not opened.isdisjoint({name, EVERY})
 
 
 DEPLOYMENT: Deployment = serve.deployment(
