@@ -35,6 +35,8 @@ T = TypeVar("T")
 Answer = Prediction | ItemError
 Advance = Callable[[int, int | None], object]
 """Told how many images are done, of how many (None while nobody knows)."""
+Run = Callable[["Engine", Job, Path, int, int, Advance], int]
+"""Makes every missing part of a job (engine, job, folder, batch, threads, progress); how many rows that were."""
 
 BATCH = 256
 HELD = 256 * 2**20  # bytes of encoded images in a batch, of the sources that can't be read out of order
@@ -82,6 +84,7 @@ def predict_files(
     threads: int | None = None,
     rows: int = ROWS,
     progress: Advance = lambda done, total: None,
+    run: Run | None = None,
 ) -> Summary:
     """Predict every image of ``sources`` and write a folder of Parquet files, or one.
 
@@ -98,6 +101,7 @@ def predict_files(
         threads: that decode; None for one a core.
         rows: of a part, where the source can be cut there.
         progress: told after each batch; ``bar`` makes one.
+        run: who makes the parts; None for this process.
 
     Raises:
         CascadeError: no images, an unknown bundle, version or mode, other settings than the job was begun with, or
@@ -110,7 +114,7 @@ def predict_files(
     folder = parts_folder(out)
     with opened(folder, job):
         start, before = time.perf_counter(), _stage_seconds()
-        fresh = _run(engine, job, folder, batch, threads, progress)
+        fresh = (run or _run)(engine, job, folder, batch, threads, progress)
         seconds = time.perf_counter() - start
         spent = {name: value - before[name] for name, value in _stage_seconds().items()}
         shares = {
@@ -294,24 +298,42 @@ def bar(what: str = "predict") -> Iterator[Advance]:
         yield advance
 
 
-def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, progress: Advance) -> int:
-    """Make every part that is missing; how many rows that were."""
-    done, total, fresh = 0, 0, 0
-    known = True
+def make_part(engine: "Engine", job: Job, unit: Unit, path: Path, batch: int = BATCH, threads: int = 1) -> int:
+    """The part of one unit as a Parquet file at ``path``; how many rows it has."""
+    rows = 0
+    with (
+        closing(_answers(engine, job, [(0, unit)], batch, threads)) as answers,
+        writing(path, schema(job)) as write,
+    ):
+        for _, keys, found in answers:
+            write(rows_of(job, keys, found))
+            rows += len(keys)
+    return rows
+
+
+def extent(folder: Path) -> tuple[int, int | None]:
+    """Images of a job that are done, and of how many, as far as that is known."""
+    done, total, known = 0, 0, True
     for number, unit in units(folder):
         if part_path(folder, number).exists():
             rows = count_rows(part_path(folder, number))
             done, total = done + rows, total + rows
         else:
             total, known = total + (unit.count or 0), known and unit.count is not None
-    progress(done, total if known else None)
+    return done, total if known else None
+
+
+def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, progress: Advance) -> int:
+    done, total = extent(folder)
+    fresh = 0
+    progress(done, total)
     with closing(_answers(engine, job, todo(folder), batch, threads)) as answers:
         for number, group in groupby(answers, key=lambda each: each[0]):
             with writing(part_path(folder, number), schema(job)) as write:
                 for _, keys, found in group:
                     write(rows_of(job, keys, found))
                     fresh += len(keys)
-                    progress(done + fresh, total if known else None)
+                    progress(done + fresh, total)
     return fresh
 
 

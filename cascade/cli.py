@@ -31,6 +31,7 @@ class Frontend(StrEnum):
 
     torchserve = "torchserve"
     asgi = "asgi"
+    ray = "ray"
 
 
 class ExecutorKind(StrEnum):
@@ -64,6 +65,13 @@ class EmbeddingKind(StrEnum):
     none = "none"
     float16 = "float16"
     float32 = "float32"
+
+
+class Machines(StrEnum):
+    """Where ``cascade predict`` computes."""
+
+    local = "local"
+    ray = "ray"
 
 
 Chosen = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto: the fastest here in float32.")]
@@ -121,6 +129,11 @@ def predict(
     threads: Annotated[int | None, typer.Option(help="Decoding threads; one a core if left out.", min=1)] = None,
     rows: Annotated[int, typer.Option(help="Rows of a Parquet file.", min=1)] = 4096,
     report: Annotated[Path | None, typer.Option(help="HTML file to write: clusters, errors, pictures, a map.")] = None,
+    machines: Annotated[
+        Machines,
+        typer.Option("--engine", help="local: this process; ray: actors on the cluster of RAY_ADDRESS, or here."),
+    ] = Machines.local,
+    actors: Annotated[int | None, typer.Option(help="ray: engines at most; one a CPU if left out.", min=1)] = None,
     executor: Chosen = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
@@ -141,6 +154,10 @@ def predict(
     engine = load(bundle, weights=weights, executor=executor.value)
     options = Options(mode=mode, labels=labels, neighbours=neighbours)
     numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
+    if machines is Machines.ray:
+        from handlers.ray.data import on_ray
+
+        numbers |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, actors)}
     with bar("predicting") as progress:
         found = predict_files(engine, sources, out, options, embedding=embedding.value, progress=progress, **numbers)
     speed = f"{found.fresh} of them now, {found.images_per_second:.1f} images a second" if found.fresh else "all before"
@@ -251,7 +268,7 @@ def index_outliers(
 @in_one_line
 def serve(
     model_store: Annotated[str, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = "model_store",
-    frontend: Annotated[Frontend, typer.Option(help="Which server; asgi speaks Open Inference Protocol v2.")] = (
+    frontend: Annotated[Frontend, typer.Option(help="Which server; asgi and ray speak Open Inference Protocol v2.")] = (
         Frontend.torchserve
     ),
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
@@ -263,15 +280,21 @@ def serve(
     drain: Annotated[float, typer.Option(help="Seconds for requests in progress, once told to stop.", min=0)] = 8,
     metrics_port: Annotated[int, typer.Option(help="torchserve: of /metrics.")] = 8082,
     management_port: Annotated[int, typer.Option(help="torchserve: of the workers' state, on loopback.")] = 8081,
-    workers: Annotated[int, typer.Option(help="torchserve: processes, each with its own backbone.", min=1)] = 1,
-    api_keys: Annotated[Path | None, typer.Option(help="asgi: file of lines BUNDLE SHA256; none: no keys.")] = None,
-    max_batch: Annotated[int, typer.Option(help="asgi: images in a pass at most.", min=1)] = 32,
-    patience: Annotated[float, typer.Option(help="asgi: seconds until the oldest image comes first.", min=0)] = 0.05,
+    workers: Annotated[
+        int, typer.Option(help="Processes with a backbone each; ray: at most. asgi has one.", min=1)
+    ] = 1,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="asgi, ray: file of lines BUNDLE SHA256; none: no keys.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="asgi, ray: images in a pass at most.", min=1)] = 32,
+    patience: Annotated[
+        float, typer.Option(help="asgi, ray: seconds until the oldest image comes first.", min=0)
+    ] = 0.05,
+    queue: Annotated[int, typer.Option(help="asgi, ray: images that may wait; 503 for more.", min=1)] = 256,
     index: Annotated[Path | None, typer.Option(help="asgi: of cascade index build, for POST /v1/search.")] = None,
-    queue: Annotated[int, typer.Option(help="asgi: images that may wait; 503 for more.", min=1)] = 256,
     connections: Annotated[int, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = 4096,
     log_level: Annotated[
-        str | None, typer.Option(help="debug, info (a line a request), warning, error; asgi: info, else warning.")
+        str | None, typer.Option(help="debug, info (a line a request), warning, error; torchserve: warning, else info.")
     ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
@@ -292,6 +315,12 @@ def serve(
         pins = pinned(pin)
     common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
     common |= {"device": device, "drain_timeout": drain, "pins": pins, "poll": poll}
+    if frontend is Frontend.ray:
+        from handlers.ray.serve import serve as serve_ray
+
+        common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "log_level": log_level or "info"}
+        serve_ray(model_store, replicas=workers, api_keys=api_keys, **common)
+        return
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 

@@ -154,12 +154,21 @@ def join(folder: Path, out: Path) -> None:
 
 def write_text(path: Path, lines: Iterator[str]) -> None:
     """A text file that is whole or not there."""
+    write_bytes(path, (line.encode() for line in lines))
+
+
+def write_bytes(path: Path, blocks: Iterator[bytes]) -> None:
+    """A file that is whole or not there.
+
+    Raises:
+        CascadeError: it can't be written.
+    """
     from cascade.bundle import sync_folder
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
+        with temporary.open("wb") as file:
+            file.writelines(blocks)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
