@@ -7,7 +7,7 @@ memory. The model's parameters are views of such a buffer.
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,13 @@ class Backbone:
             self.spans[s.parameter] = (self.spans.get(s.parameter, (s.offset, 0))[0], s.end)
 
 
-def load(name: str, source: str, weights: Path | None = None, device: str = "cpu") -> Backbone:
+def load(
+    name: str,
+    source: str,
+    weights: Path | None = None,
+    device: str = "cpu",
+    masked: Callable[[nn.Module], dict[str, int]] | None = None,
+) -> Backbone:
     """Build the backbone ``name`` and fill it with the weights that ``source`` names.
 
     Args:
@@ -134,6 +140,7 @@ def load(name: str, source: str, weights: Path | None = None, device: str = "cpu
             speed figures).
         weights: a checkpoint to read instead of looking where ``source`` says.
         device: where it will live.
+        masked: in place of :func:`maskable`, for experiments; bundles are of that one alone.
 
     Raises:
         BackboneError: unknown model, missing file or package, or tensors that do not fit.
@@ -154,15 +161,21 @@ def load(name: str, source: str, weights: Path | None = None, device: str = "cpu
         source = f"file:{Path(rest).name}" if kind == "file" else source
     else:
         raise BackboneError(f"unknown weight source {source!r}; use package:..., timm, file:... or random:SEED")
-    return wrap(model, name, source, device)
+    return wrap(model, name, source, device, masked)
 
 
-def wrap(model: nn.Module, name: str, source: str, device: str = "cpu") -> Backbone:
+def wrap(
+    model: nn.Module,
+    name: str,
+    source: str,
+    device: str = "cpu",
+    masked: Callable[[nn.Module], dict[str, int]] | None = None,
+) -> Backbone:
     """A Backbone around a timm model that is already there (its parameters become views)."""
     model = model.eval().requires_grad_(False).to(device)
     digest = fingerprint(model.state_dict())
     row = stages(model)
-    segments = list(_segments(model, row))
+    segments = list(_segments(model, row, (masked or maskable)(model)))
     parameters = dict(model.named_parameters())
     # The row blocks of one parameter lie next to each other, so that whole parameters can be joined.
     flat = torch.cat([parameters[n].detach().flatten() for n in dict.fromkeys(s.parameter for s in segments)])
@@ -236,8 +249,8 @@ def _package_file(resource: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / inner
 
 
-def _segments(model: nn.Module, row: list[Stage]) -> Iterator[Segment]:
-    rows, parameters = maskable(model), dict(model.named_parameters())
+def _segments(model: nn.Module, row: list[Stage], rows: dict[str, int]) -> Iterator[Segment]:
+    parameters = dict(model.named_parameters())
     offset = 0
     for name in sorted(rows, key=lambda n: stage_of(n, row)):  # stable: keeps the model's order inside a stage
         size = parameters[name].numel() // rows[name]
