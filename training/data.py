@@ -102,14 +102,18 @@ def load(source: str | Path, split: Split, limit: int | None = None, seed: int =
         images = _published(str(source), split) if str(source) in published.PLACES else _folder(Path(source), split)
     if limit is None or limit >= len(images):
         return images
-    order = np.random.default_rng(seed).permutation(len(images))
-    if images.labels is not None:  # the k-th of every class before the (k+1)-th of any
-        shuffled = images.labels[order]
-        turn = np.empty(len(order), np.int64)
-        for label in np.unique(shuffled):
-            turn[shuffled == label] = np.arange((shuffled == label).sum())
-        order = order[np.argsort(turn, kind="stable")]
-    return images.take(np.sort(order[:limit]))
+    labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+    return images.take(np.sort(evenly(labels, seed)[:limit]))
+
+
+def evenly(labels: np.ndarray, seed: int) -> np.ndarray:
+    """All rows of labels [N] in an order drawn with ``seed``: the k-th of every class before the (k+1)-th of any."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = labels[order]
+    turn = np.empty(len(order), np.int64)
+    for label in np.unique(shuffled):
+        turn[shuffled == label] = np.arange((shuffled == label).sum())
+    return order[np.argsort(turn, kind="stable")]
 
 
 def _arrays(name: str, split: Split) -> Images:

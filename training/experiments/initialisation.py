@@ -54,8 +54,8 @@ def experiment(lab: Lab) -> list[Table]:
     table = Table("Table 1c: initialisation; accuracy in %", published=PUBLISHED)
     for name in lab.sets():
         for title, changes in BACKBONES[lab.preset].items():
-            if missing := _missing(str(changes.get("source", ""))):
-                lab.notes.append(f"not run: {title}: {missing}")
+            if lack := missing(str(changes.get("source", ""))):
+                lab.notes.append(f"not run: {title}: {lack}")
                 continue
             for seed in lab.seeds:
                 try:
@@ -68,7 +68,8 @@ def experiment(lab: Lab) -> list[Table]:
     return [table]
 
 
-def _missing(source: str) -> str:
+def missing(source: str) -> str:
+    """How to get what a source lacks; empty where it is there."""
     kind, _, path = source.partition(":")
     if kind == "package" and importlib.util.find_spec(path.split("/")[0]) is None:
         return f"pip install {path.split('/')[0]}"
