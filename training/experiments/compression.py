@@ -117,7 +117,9 @@ def deltas(run: Run) -> dict[str, dict[str, float]]:
         for expert in run.experts:
             base = run.dispatcher.bits[-len(expert.bits) :]
             if (_weights(run, expert.start) - _weights(run, run.mask_from)) % 8:
-                raise CascadeError("the experts' masks begin inside a byte of the dispatcher's: leave --expert-from out")
+                raise CascadeError(
+                    "the experts' masks begin inside a byte of the dispatcher's: leave --expert-from out"
+                )
             alone += len(compress(expert.bits.numpy().tobytes())) / len(expert.bits) / len(run.experts)
             together += len(compress((expert.bits ^ base).numpy().tobytes())) / len(expert.bits) / len(run.experts)
         out[codec] = {"alone": alone, "as delta": together}
@@ -125,7 +127,7 @@ def deltas(run: Run) -> dict[str, dict[str, float]]:
 
 
 def coded(run: Run) -> dict[str, dict[str, float]]:
-    """By coder: bits a weight and decode speed, of the dispatcher's mask, and of the first expert's for who has that one."""
+    """By coder, bits a weight and decode speed: the dispatcher's mask, and the first expert's for who has that one."""
     dispatcher, expert = run.dispatcher, run.experts[0]
     bits = masks.unpack(dispatcher.bits, _weights(run, dispatcher.start))
     known = bits[-_weights(run, expert.start) :]

@@ -31,7 +31,6 @@ BACKBONES: dict[str, dict[str, dict[str, Any]]] = {
             "source": "package:imgsim/model.pth",
             "mask_from": "layer4",
             "limit": 1000,
-            "draws": 2,
             "steps": 100,
         },
     },

@@ -39,18 +39,18 @@ SEEDS = {"small": 3, "paper": 1}  # the paper ran nearly everything once
 # Real images and a real backbone; masks on the last block alone, whose inputs are stored: minutes on two cores.
 SMALL = Recipe(
     "cifar10",
-    limit=4000,
-    test_limit=2000,
+    limit=2000,
+    test_limit=1000,
     size=64,
     mask_from="blocks.6",
     local_crops=0,
-    draws=4,
-    steps=300,
-    expert_steps=100,
+    draws=2,
+    steps=200,
+    expert_steps=60,
     dim=128,
 )
 # Masks on the whole network, for what has to be seen there; fewer and smaller steps.
-WHOLE = {"mask_from": "0", "draws": 0, "limit": 2000, "batch": 32, "steps": 120, "expert_steps": 40}
+WHOLE = {"mask_from": "0", "draws": 0, "limit": 1000, "batch": 32, "steps": 60, "expert_steps": 20}
 # The published settings (method.md §1-2); steps follow from epochs and the number of images.
 PAPER = replace(paper("cifar100"), source=f"file:{SWAV}")
 EPOCHS, SUPERVISED_EPOCHS = 150, 150

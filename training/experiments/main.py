@@ -10,7 +10,7 @@ from training import clusters, dispatcher, evaluate, experts
 from training.experiments.lab import Lab, knn, main, pixels, probe
 from training.experiments.report import Table
 
-SMALL = {"data": ("cifar10", "fashion-mnist"), "limit": 3000, "steps": 250, "expert_steps": 80, "seeds": 2}
+SMALL = {"data": ("cifar10", "fashion-mnist"), "seeds": 2}
 PAPER = {"data": ("cifar100", "inatloc500"), "epochs": 150}
 PUBLISHED = {
     "frozen backbone": {"cifar100 k-NN": 49.7},

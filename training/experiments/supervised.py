@@ -15,7 +15,7 @@ from training.run import Run
 
 SMALL = WHOLE | {"seeds": 2}
 PAPER = {"data": ("cifar10", "cifar100", "dtd", "eurosat"), "epochs": 150}
-MASK = {"small": {"labels": True}, "paper": {"labels": True, "warmup": 40 / 150}}
+MASK: dict[str, dict[str, Any]] = {"small": {"labels": True}, "paper": {"labels": True, "warmup": 40 / 150}}
 TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights want other rates than scores
     "small": {"optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-6},
     "paper": {"optimizer": "sgd", "lr": 0.15, "weight_decay": 1e-6},
