@@ -11,10 +11,23 @@ import pytest
 from training.experiments import lab
 
 # A real network (random weights), real images, tiny steps.
-TINY = (
-    "backbone=test_resnet source=random:0 size=32 mask_from=layer2 draws=0 local_crops=0 batch=32 steps=4"
-    " expert_steps=2 prototypes=20 clusters=2 dim=16 limit=160 neighbours=10"
-).split()
+TINY = [
+    "backbone=test_resnet",
+    "source=random:0",
+    "size=32",
+    "mask_from=layer2",
+    "draws=0",
+    "local_crops=0",
+    "batch=32",
+    "steps=4",
+    "expert_steps=2",
+    "prototypes=20",
+    "clusters=2",
+    "router=centroid",
+    "dim=16",
+    "limit=200",
+    "neighbours=10",
+]
 
 Results = dict[str, dict[str, dict[str, Any]]]  # table -> row -> column -> mean, std and values
 

@@ -82,7 +82,7 @@ def test_embeddings(command: Command) -> None:
 
 
 def test_compression(command: Command) -> None:
-    both, delta, coders = command(compression, "mask_from=0", "lr=0.2", "clusters=2").values()
+    both, delta, coders = command(compression, "mask_from=0", "lr=1", "clusters=2").values()
     assert set(both) == {"plain", *compression.codecs()}
     assert value(both["plain"]["mask bytes / weights' %"]) == pytest.approx(100 / 32, rel=0.01)
     for codec in ("gzip", "lzma", "zstd"):
@@ -93,12 +93,13 @@ def test_compression(command: Command) -> None:
 
 
 def test_supervised(command: Command) -> None:
-    rows = only(command(supervised))
+    rows = only(command(supervised, "lr=1"))
     assert len(rows) == 6
-    assert value(rows["supervised mask"]["active %"]) <= 100
+    assert 0 < value(rows["supervised mask"]["active %"]) < 100
     head = rows["supervised, learning rate zero: the head alone"]
     assert head["k-NN"]["mean"] == rows["frozen backbone"]["k-NN"]["mean"], "without a rate no feature moves"
-    assert rows["supervised full fine-tuning"]["k-NN"] != rows["frozen backbone"]["k-NN"]
+    tuned = dict(rows["supervised full fine-tuning"])
+    assert tuned.pop("accuracy") and tuned != rows["frozen backbone"]
 
 
 def test_low_shot(command: Command) -> None:
@@ -108,7 +109,7 @@ def test_low_shot(command: Command) -> None:
 
 
 def test_sparsity(command: Command) -> None:
-    tables = command(sparsity, "lr=0.2")
+    tables = command(sparsity, "lr=1")
     title = "Figures 2 and 3: EfficientNet-Lite0 by stage, % active"  # the name of the preset's own backbone
     assert list(tables[title]) == ["layer2", "layer3", "layer4"]
     whole = next(iter(tables["Table 4: % of the weights that are active"].values()))
@@ -116,7 +117,7 @@ def test_sparsity(command: Command) -> None:
 
 
 def test_topk(command: Command) -> None:
-    rows = only(command(topk, "lr=0.2"))
+    rows = only(command(topk, "lr=1"))
     found = value(rows["threshold"]["active %"])
     assert value(rows["top k, found share"]["active %"]) == pytest.approx(found, abs=0.1)
     assert value(rows["top k, progressive to the found share"]["active %"]) == pytest.approx(found, abs=0.1)
@@ -132,10 +133,10 @@ def test_selective(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equivalence(command: Command) -> None:
-    rows = only(command(equivalence, "initial=0.05", "lr=5"))
+    rows = only(command(equivalence, "optimizer=rms-sgd", "lr=0.3"))
     differ = {title: value(cells["% of bits that differ"]) for title, cells in rows.items()}
     standard, shifted, doubled, *others = differ
     assert differ[doubled] == 0, "a factor of two changes no rounding"
-    assert differ[shifted] < 0.5 < min(differ[title] for title in others)
+    assert differ[shifted] < 0.1 < min(differ[title] for title in others)
     assert value(rows[doubled]["largest difference of losses"]) == 0
     assert differ[standard] == 0
