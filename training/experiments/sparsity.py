@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "backbone": "vit_base_patch32_clip_quickgelu_224",
             "source": f"file:{CLIP}",
             "lr": 10.0,
+            "warmup": 0.0,
+            "epochs": 32,
             "local_crops": 0,
         },
     },
@@ -59,7 +61,7 @@ def experiment(lab: Lab) -> list[Table]:
                 continue
             for seed in lab.seeds:
                 for kind, more in (("supervised", MASK[lab.preset]), ("self-supervised", {})):
-                    run = lab.trained(name, seed, **changes, **more)
+                    run = lab.trained(name, seed, **(more | changes))
                     whole.add(f"{title}, {kind}", {short: 100 * masks.density(run.backbone, run.dispatcher)})
                     for part, shares in active(run).items():
                         table = Table(f"Figures 2 and 3: {title} by {part}, % active", digits=2)

@@ -11,23 +11,23 @@ import pytest
 from training.experiments import lab
 
 # A real network (random weights), real images, tiny steps.
-TINY = [
-    "backbone=test_resnet",
-    "source=random:0",
-    "size=32",
-    "mask_from=layer2",
-    "draws=0",
-    "local_crops=0",
-    "batch=32",
-    "steps=4",
-    "expert_steps=2",
-    "prototypes=20",
-    "clusters=2",
-    "router=centroid",
-    "dim=16",
-    "limit=200",
-    "neighbours=10",
-]
+TINY = {
+    "backbone": "test_resnet",
+    "source": "random:0",
+    "size": 32,
+    "mask_from": "layer2",
+    "draws": 0,
+    "local_crops": 0,
+    "batch": 32,
+    "steps": 4,
+    "expert_steps": 2,
+    "prototypes": 20,
+    "clusters": 2,
+    "router": "centroid",
+    "dim": 16,
+    "limit": 200,
+    "neighbours": 10,
+}
 
 Results = dict[str, dict[str, dict[str, Any]]]  # table -> row -> column -> mean, std and values
 
@@ -39,7 +39,12 @@ def command(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) -> Cal
 
     def run(module: ModuleType, *changes: str, seeds: int = 1) -> Results:
         arguments = ["--out", str(out), "--data", str(cifar_folder), "--seeds", str(seeds)]
-        lab.main(module.experiment, module.SMALL, module.PAPER, [*arguments, "--set", *TINY, *changes])
+        lab.main(
+            module.experiment,
+            module.SMALL,
+            module.PAPER,
+            [*arguments, "--set", *(f"{k}={v}" for k, v in TINY.items()), *changes],
+        )
         name = module.__name__.rpartition(".")[2]
         assert (out / f"{name}-small.md").read_text().startswith("**")
         left = json.loads((out / f"{name}-small.json").read_text())

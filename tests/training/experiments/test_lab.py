@@ -51,6 +51,7 @@ def test_epochs_become_steps_of_each_data_set(cifar_folder: Path, tmp_path: Path
     made = opened("--out", str(tmp_path), "--data", str(cifar_folder), small={"epochs": 3})
     run = made.run(limit=160, batch=32)
     assert (run.recipe.steps, run.recipe.expert_steps) == (15, 15)
+    assert made.run(limit=160, batch=32, epochs=2).recipe.steps == 10
     assert made.run(limit=160, batch=32).folder == run.folder != made.run(limit=160, batch=32, seed=1).folder
 
 
