@@ -22,7 +22,7 @@ from training.experiments.lab import WHOLE, Lab, main
 from training.experiments.report import Table
 from training.run import Run
 
-SMALL = WHOLE | {"clusters": 3, "seeds": 1}
+SMALL = WHOLE | {"seeds": 1}
 PAPER = {"data": ("cifar100", "sun397"), "epochs": 150}
 REDUCED = {  # masks, weights; in %
     "cifar100": {"gzip": (78.32, 6.99), "bz2": (79.24, 4.69), "lzma": (80.73, 7.70), "lz4": (59.06, -0.39)}
