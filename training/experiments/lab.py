@@ -124,8 +124,8 @@ class Lab:
         return self.folder / f"{stem}-{self.preset}{dot}{suffix}"
 
     def columns(self, name: str, values: Mapping[str, float]) -> dict[str, float]:
-        """Columns with the data set's name before them, where there are several."""
-        return dict(values) if len(self.data) == 1 else {f"{_name(name)} {c}": v for c, v in values.items()}
+        """Columns with the data set's name before them."""
+        return {f"{_name(name)} {c}": v for c, v in values.items()}
 
     def baselines(self, table: Table, name: str, run: Run) -> None:
         """What every mask has to be compared with: frozen backbone, learning rate zero, and pixels."""

@@ -51,6 +51,12 @@ def command(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) -> Cal
         assert left["experiment"] == name and left["peak MB"] > 0 and str(out) not in json.dumps(left)
         run.notes = left["notes"]  # type: ignore[attr-defined]
         run.out = out  # type: ignore[attr-defined]
-        return {table["title"]: table["rows"] for table in left["tables"]}
+        return {
+            table["title"]: {
+                row: {column.removeprefix(f"{cifar_folder.name} "): cell for column, cell in cells.items()}
+                for row, cells in table["rows"].items()
+            }
+            for table in left["tables"]
+        }
 
     return run
