@@ -48,6 +48,7 @@ SMALL = Recipe(
     steps=200,
     expert_steps=60,
     lr=0.05,
+    router="centroid",  # never without images for an expert, few as they are
     dim=128,
 )
 # Masks on the whole network, for what has to be seen there; fewer and smaller steps.
