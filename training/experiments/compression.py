@@ -39,7 +39,7 @@ def codecs() -> dict[str, Codec]:
     """Compress and decompress of each, at its own default, zstd at 19 as in a bundle's slow form."""
     try:
         import cramjam
-        import lz4.frame
+        import lz4.frame  # type: ignore[import-untyped]
         import zstandard
     except ImportError as error:
         raise CascadeError(f"{error}: pip install 'cascade-vision[paper]'") from error

@@ -109,7 +109,7 @@ def _bernoulli(stream: Any, p: np.uint16) -> Any:
 
 def _stream() -> Any:
     try:
-        from constriction import stream
+        from constriction import stream  # type: ignore[import-untyped]
     except ImportError as error:
         raise CascadeError("the context coder needs constriction: pip install 'cascade-vision[paper]'") from error
     return stream

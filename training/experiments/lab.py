@@ -106,9 +106,9 @@ class Lab:
         """
         recipe = replace(self.recipe, data=name or self.data[0], seed=seed, **changes)
         if self.epochs:
-            epochs = min(self.epochs, epochs or FEWER_EPOCHS.get(_name(recipe.data), self.epochs))
+            wanted = epochs or FEWER_EPOCHS.get(_name(recipe.data), self.epochs)
             images = len(data.load(recipe.data, "train", recipe.limit or None, recipe.data_seed))
-            steps = max(1, round(epochs * images / recipe.batch))
+            steps = max(1, round(min(self.epochs, wanted) * images / recipe.batch))
             recipe = replace(recipe, steps=steps, expert_steps=steps)
         key = hashlib.sha256(json.dumps([asdict(recipe), variant]).encode()).hexdigest()[:12]
         return begin(self.folder / "runs" / f"{Path(recipe.data).name}-{key}", recipe, self.watch)

@@ -35,15 +35,15 @@ def test_it_uses_what_it_knows(backbone: Backbone) -> None:
         part = weight[segment.offset : segment.end]
         bits[segment.offset : segment.end] = part > part.quantile(0.25)
     known = bits ^ (torch.rand(len(bits), generator=generator) < 0.02)
-    size = {}
+    size: dict[str, float] = {}
     for way, options in context.WAYS.items():
         layout = context.Layout.of(backbone, 0, **options)
         size[way] = 8 * len(context.encode(bits, layout)) / len(bits)
-        size[way, "known"] = 8 * len(context.encode(bits, layout, known)) / len(bits)
+        size[f"{way}, known"] = 8 * len(context.encode(bits, layout, known)) / len(bits)
 
     def entropy(p: float) -> float:
         return float(-p * np.log2(p) - (1 - p) * np.log2(1 - p))
 
     assert size["tensor"] == pytest.approx(entropy(0.25), abs=0.05)
     assert size["channel and |W|"] < 0.2 * size["tensor"]
-    assert size["tensor", "known"] < entropy(0.02) + 0.05
+    assert size["tensor, known"] < entropy(0.02) + 0.05
