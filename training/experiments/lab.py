@@ -106,7 +106,7 @@ class Lab:
         """
         recipe = replace(self.recipe, data=name or self.data[0], seed=seed, **changes)
         if self.epochs:
-            wanted = epochs or FEWER_EPOCHS.get(_name(recipe.data), self.epochs)
+            wanted = epochs or FEWER_EPOCHS.get(_name(recipe.data)) or self.epochs
             images = len(data.load(recipe.data, "train", recipe.limit or None, recipe.data_seed))
             steps = max(1, round(min(self.epochs, wanted) * images / recipe.batch))
             recipe = replace(recipe, steps=steps, expert_steps=steps)
