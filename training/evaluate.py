@@ -116,7 +116,7 @@ def fit_probe(bank: Tensor, known: Tensor) -> LogisticRegression:
 
 def probe(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor) -> float:
     """Accuracy of a linear probe, on centred features of unit variance (the penalty is absolute)."""
-    mean, scale = bank.mean(dim=0), bank.std()
+    mean, scale = bank.mean(dim=0), bank.std().clamp(min=1e-12)  # 0 where an embedding has collapsed
     return float(fit_probe((bank - mean) / scale, known).score(((queries - mean) / scale).numpy(), truth.numpy()))
 
 

@@ -18,11 +18,11 @@ from cascade import masks
 from cascade.errors import CascadeError
 from training import clusters, experts, finetune
 from training.experiments import context
-from training.experiments.lab import WHOLE, Lab, main
+from training.experiments.lab import DEEP, Lab, main
 from training.experiments.report import Table
 from training.run import Run
 
-SMALL = WHOLE | {"seeds": 1}
+SMALL = DEEP | {"seeds": 1}
 PAPER = {"data": ("cifar100", "sun397"), "epochs": 150}
 REDUCED = {  # masks, weights; in %
     "cifar100": {"gzip": (78.32, 6.99), "bz2": (79.24, 4.69), "lzma": (80.73, 7.70), "lz4": (59.06, -0.39)}

@@ -7,11 +7,11 @@ from torch import nn
 
 from cascade import backbone as backbones
 from training import dispatcher
-from training.experiments.lab import WHOLE, Lab, knn, main, pair
+from training.experiments.lab import DEEP, Lab, knn, main, pair
 from training.experiments.report import Table
 from training.run import Run, device
 
-SMALL = WHOLE | {"seeds": 2}
+SMALL = DEEP | {"seeds": 2}
 PAPER = {"data": ("cifar10", "dtd", "sun397"), "epochs": 150}
 PUBLISHED = {
     "none": {"cifar10 k-NN": 56.0, "dtd k-NN": 43.4, "sun397 k-NN": 17.7},

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from training.experiments import report
-from training.experiments.lab import WHOLE, Lab, knn, main, pair
+from training.experiments.lab import DEEP, Lab, knn, main, pair
 from training.experiments.report import Table
 from training.run import Run
 
-SMALL = WHOLE | {"steps": 40, "seeds": 1}
+SMALL = DEEP | {"seeds": 1}
 PAPER = {"data": ("cifar10", "cifar100"), "epochs": 150}
-UP_TO = {"small": ("blocks.3", "blocks.5", "conv_head"), "paper": ("layer2", "layer3", "layer4")}
+UP_TO = {"small": ("blocks.6", "conv_head"), "paper": ("layer2", "layer3", "layer4")}
 SHARES = {"small": (0.1, 0.5), "paper": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}
 
 
@@ -29,13 +29,13 @@ def experiment(lab: Lab) -> list[Table]:
                 run = lab.trained(name, seed, **changes)
                 count = trainable(run)
                 cells = {"million masks": count / 1e6, "kB": (count + 7) // 8 / 1e3}
-                table.add(way, cells | knn(run, pair(run, run.dispatcher)))
+                table.add(way, cells | lab.columns(name, knn(run, pair(run, run.dispatcher))))
             lab.baselines(table, name, lab.run(name, seed))
         tables.append(table)
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in (r for r in table.cells if "million masks" in table.cells[r]):
             kind = "random" if row.startswith("random") else "largest" if row.startswith("largest") else "first stages"
-            point = table.mean(row, "million masks"), table.mean(row, "k-NN whitened")
+            point = table.mean(row, "million masks"), table.mean(row, f"{short} k-NN whitened")
             for curve in {"random", "largest", "first stages"} if row == "all" else {kind}:
                 curves.setdefault(curve, []).append(point)
         drawn: dict[str, report.Curve] = {}

@@ -11,12 +11,12 @@ import torch
 from cascade import masks
 from training.experiments import report
 from training.experiments.initialisation import CLIP, missing
-from training.experiments.lab import SWAV, WHOLE, Lab, main
+from training.experiments.lab import SWAV, DEEP, Lab, main
 from training.experiments.report import Table
 from training.experiments.supervised import MASK
 from training.run import Run
 
-SMALL = WHOLE | {"seeds": 2}
+SMALL = DEEP | {"seeds": 2}
 SETS = ("cifar10", "cifar100", "dtd", "eurosat", "flowers102", "inatloc500", "pets", "sun397", "ucf101")
 PAPER = {"data": SETS, "epochs": 150}
 TABLE4 = {

@@ -9,15 +9,18 @@ import numpy as np
 
 from cascade import masks
 from training import dispatcher, embed, finetune
-from training.experiments.lab import WHOLE, Lab, Pair, knn, labels, main, pair, probe
+from training.experiments.lab import DEEP, Lab, Pair, knn, labels, main, pair, probe
 from training.experiments.report import Table
 from training.run import Run
 
-SMALL = WHOLE | {"seeds": 2}
+SMALL = DEEP | {"seeds": 2}
 PAPER = {"data": ("cifar10", "cifar100", "dtd", "eurosat"), "epochs": 150}
-MASK: dict[str, dict[str, Any]] = {"small": {"labels": True}, "paper": {"labels": True, "warmup": 40 / 150}}
+MASK: dict[str, dict[str, Any]] = {
+    "small": {"labels": True, "lr": 0.03, "head_lr": 0.02},
+    "paper": {"labels": True, "warmup": 40 / 150},
+}
 TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights want other rates than scores
-    "small": {"optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-6},
+    "small": {"optimizer": "sgd", "lr": 0.001, "weight_decay": 1e-6},
     "paper": {"optimizer": "sgd", "lr": 0.15, "weight_decay": 1e-6},
 }
 SETS = ("cifar10", "cifar100", "dtd", "eurosat")
