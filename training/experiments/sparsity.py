@@ -11,7 +11,7 @@ import torch
 from cascade import masks
 from training.experiments import report
 from training.experiments.initialisation import CLIP, missing
-from training.experiments.lab import SWAV, DEEP, Lab, main
+from training.experiments.lab import DEEP, SWAV, Lab, main
 from training.experiments.report import Table
 from training.experiments.supervised import MASK
 from training.run import Run
@@ -31,7 +31,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "EfficientNet-Lite0": {},
-        "AugNet ResNet-50": {"backbone": "resnet50", "source": "package:imgsim/model.pth", "limit": 500, "steps": 40},
+        "AugNet ResNet-50": {"backbone": "resnet50", "source": "package:imgsim/model.pth", "mask_from": "layer3"},
     },
     "paper": {
         "rn18-timm": {"backbone": "resnet18", "source": "timm"},

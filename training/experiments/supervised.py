@@ -54,7 +54,7 @@ def rows(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
     run = lab.trained(name, seed, **mask)
     out["supervised, learning rate zero: the head alone"] = headed(run, "zero-rate")
     out["supervised mask"] = headed(run, "dispatcher") | _active(run)
-    out["supervised full fine-tuning"] = headed(lab.run(name, seed, **mask, **tuned), "fine-tuned")
+    out["supervised full fine-tuning"] = headed(lab.run(name, seed, **(mask | tuned)), "fine-tuned")
     return out
 
 
