@@ -91,3 +91,8 @@ def test_the_table_shows_every_method(run: Run) -> None:
     assert "unconditional" in shown and "60 held-out images" in shown and "32 dimensions" in shown
     evaluate.show({"k": 20}, console)
     assert "no class folders" in console.export_text()
+
+
+def test_a_collapsed_embedding_is_measured() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    assert probe(torch.ones(4, 3), torch.ones(4, 3), labels, labels) == 0.75
