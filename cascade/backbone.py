@@ -7,25 +7,20 @@ memory. The model's parameters are views of such a buffer.
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import ResNet, VisionTransformer
 from torch import Tensor, nn
 
-from cascade.errors import CascadeError
+from cascade.checkpoint import BackboneError, first_line, fit, read_checkpoint
 from cascade.stages import Stage, stage_of, stages
 
 _VIT_LINEAR = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
-
-
-class BackboneError(CascadeError):
-    """The backbone's weights can't be found, or are not those they should be."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +123,24 @@ class Backbone:
             self.spans[s.parameter] = (self.spans.get(s.parameter, (s.offset, 0))[0], s.end)
 
 
-def load(name: str, source: str, weights: Path | None = None, device: str = "cpu") -> Backbone:
+def load(
+    name: str,
+    source: str,
+    weights: Path | None = None,
+    device: str = "cpu",
+    masked: Callable[[nn.Module], dict[str, int]] | None = None,
+) -> Backbone:
     """Build the backbone ``name`` and fill it with the weights that ``source`` names.
 
     Args:
         name: timm's model name.
-        source: ``package:PACKAGE/PATH`` (a file inside an installed Python package), ``timm``
-            (timm's own download), ``file:PATH`` (remembered as ``file:NAME``: elsewhere ``weights``
-            gives it, or it lies in the working folder), ``random:SEED`` (for tests and speed figures).
+        source: ``package:PACKAGE/PATH`` (a file inside an installed Python package), ``timm`` (timm's own
+            download), ``file:PATH`` (in any layout of ``cascade.checkpoint``; remembered as ``file:NAME``:
+            elsewhere ``weights`` gives it, or it lies in the working folder), ``random:SEED`` (for tests and
+            speed figures).
         weights: a checkpoint to read instead of looking where ``source`` says.
         device: where it will live.
+        masked: in place of :func:`maskable`, for experiments; bundles are of that one alone.
 
     Raises:
         BackboneError: unknown model, missing file or package, or tensors that do not fit.
@@ -154,19 +157,25 @@ def load(name: str, source: str, weights: Path | None = None, device: str = "cpu
     elif weights is not None or kind in ("package", "file"):
         model = _create(name)
         path = weights or (_package_file(rest) if kind == "package" else Path(rest))
-        model.load_state_dict(_fit(name, read_checkpoint(path), model.state_dict(), path))
+        model.load_state_dict(fit(name, model, read_checkpoint(path), path))
         source = f"file:{Path(rest).name}" if kind == "file" else source
     else:
         raise BackboneError(f"unknown weight source {source!r}; use package:..., timm, file:... or random:SEED")
-    return wrap(model, name, source, device)
+    return wrap(model, name, source, device, masked)
 
 
-def wrap(model: nn.Module, name: str, source: str, device: str = "cpu") -> Backbone:
+def wrap(
+    model: nn.Module,
+    name: str,
+    source: str,
+    device: str = "cpu",
+    masked: Callable[[nn.Module], dict[str, int]] | None = None,
+) -> Backbone:
     """A Backbone around a timm model that is already there (its parameters become views)."""
     model = model.eval().requires_grad_(False).to(device)
     digest = fingerprint(model.state_dict())
     row = stages(model)
-    segments = list(_segments(model, row))
+    segments = list(_segments(model, row, (masked or maskable)(model)))
     parameters = dict(model.named_parameters())
     # The row blocks of one parameter lie next to each other, so that whole parameters can be joined.
     flat = torch.cat([parameters[n].detach().flatten() for n in dict.fromkeys(s.parameter for s in segments)])
@@ -218,23 +227,6 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or torch checkpoint (weights only, never unpickled objects)."""
-    if not path.is_file():
-        raise BackboneError(f"no weights at {path}; give the checkpoint with --weights FILE")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the two readers raise; nothing in it was executed
-        raise BackboneError(
-            f"{path} can't be read as a checkpoint ({_first_line(error)}); download it again"
-        ) from error
-    for key in ("state_dict", "model"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise BackboneError(f"{path} holds no plain table of tensors; save model.state_dict() and try again")
-    return state
-
-
 def _create(name: str, pretrained: bool = False) -> nn.Module:
     """timm's model without its classifier."""
     try:
@@ -242,28 +234,8 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
     except (OSError, RuntimeError, ValueError) as error:  # no network, no such weights
         what = "get weights for" if pretrained else "make"
         raise BackboneError(
-            f"timm can't {what} {name} ({_first_line(error)}); give a checkpoint with --weights FILE, or another name"
+            f"timm can't {what} {name} ({first_line(error)}); give a checkpoint with --weights FILE, or another name"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _fit(name: str, state: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The checkpoint's tensors under timm's names: by name, else by order (same network, other names)."""
-    counters = "num_batches_tracked"
-    state = {k: v for k, v in state.items() if not k.endswith(counters)}
-    order = [k for k in timm.create_model(name, pretrained=False).state_dict() if not k.endswith(counters)]
-    if not all(k in state for k in wanted if not k.endswith(counters)):
-        if len(state) != len(order):
-            raise BackboneError(f"{path} holds {len(state)} tensors, {name} has {len(order)}; is it another network?")
-        state = dict(zip(order, state.values(), strict=True))
-    for key, tensor in wanted.items():
-        if not key.endswith(counters) and state[key].shape != tensor.shape:
-            found, need = list(state[key].shape), list(tensor.shape)
-            raise BackboneError(f"{path} does not fit {name}: {key} is {found}, should be {need}")
-    return {key: state.get(key, tensor) for key, tensor in wanted.items()}
 
 
 def _package_file(resource: str) -> Path:
@@ -277,8 +249,8 @@ def _package_file(resource: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / inner
 
 
-def _segments(model: nn.Module, row: list[Stage]) -> Iterator[Segment]:
-    rows, parameters = maskable(model), dict(model.named_parameters())
+def _segments(model: nn.Module, row: list[Stage], rows: dict[str, int]) -> Iterator[Segment]:
+    parameters = dict(model.named_parameters())
     offset = 0
     for name in sorted(rows, key=lambda n: stage_of(n, row)):  # stable: keeps the model's order inside a stage
         size = parameters[name].numel() // rows[name]

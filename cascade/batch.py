@@ -1,53 +1,60 @@
-"""Offline prediction: files in, one Parquet file out, one row for each, whatever is wrong with some of them.
+"""Offline prediction: sources in, Parquet out, one row for each image, whatever is wrong with some of them.
 
-A few batches are under way at once, each in a thread: ``Engine.predict`` decodes before it takes its lock, so
-one thread decodes while another computes, and at most one full-size picture a thread is in memory.
+Reading, decoding (in a pool), passes and writing go on beside each other, each at most a batch ahead of the next: the
+slowest sets the speed, and memory stays what a few batches take. ``table`` does the same for a few images at once, and
+needs nothing but an engine: it is what a job on many machines is made of.
 """
 
-import glob
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from cascade import __version__
 from cascade.errors import CascadeError
+from cascade.images import ImageError
+from cascade.parts import Embedding, Job, join, opened, part_path, parts, todo, units, writing
 from cascade.prediction import ItemError, Options, Prediction
+from cascade.sources import ROWS, Held, Load, Unit, is_url, read
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from cascade.engine import Engine
+    from cascade.forward import Item
 
+T = TypeVar("T")
 Answer = Prediction | ItemError
-Advance = Callable[[int, int], object]
-"""Told how many images are done, of how many."""
+Advance = Callable[[int, int | None], object]
+"""Told how many images are done, of how many (None while nobody knows)."""
+Run = Callable[["Engine", Job, Path, int, int, Advance], int]
+"""Makes every missing part of a job (engine, job, folder, batch, threads, progress); how many rows that were."""
 
-ROW_GROUP = 4096
-
-# What a folder is searched for. Those in the second line cannot be decoded and become rows with an error,
-# lest a folder of GIFs pass for an empty one.
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp"}
-    | {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl"}
-)
+BATCH = 256
+HELD = 256 * 2**20  # bytes of encoded images in a batch, of the sources that can't be read out of order
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``predict_files`` did.
+    """What a job came to.
 
     Attributes:
         bundle, version, mode: what predicted.
-        rows: images, which is the rows of the file.
+        rows: images, which is the rows of the output.
         errors: how many of them have none but an error, by kind.
         clusters: the share of each cluster among the others.
-        seconds: from the first image to the file in its place.
+        fresh: rows of this run; the others were done before.
+        seconds: of this run.
+        trained: share of each cluster in training; empty without a router.
+        shares: of that time, by what it went to: ``forward``, ``swap``, and ``decode`` as a share of all its threads.
     """
 
     bundle: str
@@ -56,146 +63,138 @@ class Summary:
     rows: int
     errors: dict[str, int]
     clusters: dict[int, float]
+    fresh: int
     seconds: float
+    trained: tuple[float, ...]
+    shares: dict[str, float]
 
     @property
     def images_per_second(self) -> float:
-        return self.rows / self.seconds
+        return self.fresh / self.seconds
 
 
 def predict_files(
     engine: "Engine",
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     out: Path,
     options: Options = Options(),
     *,
-    batch: int = 64,
-    threads: int = 2,
+    embedding: Embedding = "none",
+    batch: int = BATCH,
+    threads: int | None = None,
+    rows: int = ROWS,
     progress: Advance = lambda done, total: None,
+    run: Run | None = None,
 ) -> Summary:
-    """Predict every image of ``sources`` and write ``out``, which appears only when it is whole.
+    """Predict every image of ``sources`` and write a folder of Parquet files, or one.
+
+    Killed at any moment and called again it goes on with what has no part yet (see ``cascade.parts``).
 
     Args:
         engine: holds the bundle.
-        sources: files, folders (searched to any depth) and patterns; see ``find``.
-        out: the Parquet file; one that exists is replaced at the end. Its columns are those of ``_schema``.
-        options: for all images. The bundle's version is settled at the start.
-        batch: images of a pass.
-        threads: batches under way at once.
+        sources: see ``cascade.sources.expand``.
+        out: a folder, or a file where it ends in ``.parquet``: then the parts lie in ``OUT.parts`` until they are
+            joined, and an older file is replaced at the end. Columns are those of ``schema``.
+        options: for all images, their ``embedding`` aside. The bundle's version is settled at the start.
+        embedding: how it is stored, if at all.
+        batch: images of a pass at most.
+        threads: that decode; None for one a core.
+        rows: of a part, where the source can be cut there.
         progress: told after each batch; ``bar`` makes one.
+        run: who makes the parts; None for this process.
 
     Raises:
-        CascadeError: no images, an unknown bundle, version or mode, or a file that cannot be written.
+        CascadeError: no images, an unknown bundle, version or mode, other settings than the job was begun with, or
+            what cannot be written.
     """
-    if batch < 1 or threads < 1:
-        raise CascadeError(f"batch ({batch}) and threads ({threads}) must be at least 1")
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    if min(batch, threads, rows) < 1:
+        raise CascadeError(f"batch ({batch}), threads ({threads}) and rows ({rows}) must be at least 1")
+    job = settle(engine, sources, options, embedding, rows)
+    folder = parts_folder(out)
+    with opened(folder, job):
+        start, before = time.perf_counter(), _stage_seconds()
+        fresh = (run or _run)(engine, job, folder, batch, threads, progress)
+        seconds = time.perf_counter() - start
+        spent = {name: value - before[name] for name, value in _stage_seconds().items()}
+        shares = {
+            "forward": sum(spent[name] for name in ("dispatch", "expert", "fuse")) / seconds,
+            "swap": spent["swap"] / seconds,
+            "decode": spent["decode"] / seconds / threads,
+        }
+        done = count(parts(folder))
+        bundle = engine.find(job.bundle, job.version)
+        trained = () if isinstance(bundle, ItemError) or not bundle.card.router else tuple(bundle.card.router.shares)
+        if folder != out:
+            join(folder, out)
+    return Summary(job.bundle, job.version, job.mode, *done, fresh, seconds, trained, shares)
+
+
+def settle(
+    engine: "Engine", sources: Sequence[str | Path], options: Options, embedding: Embedding = "none", rows: int = ROWS
+) -> Job:
+    """The job that is meant, with everything in it that was left open.
+
+    Raises:
+        CascadeError: an unknown bundle, version or mode.
+    """
+    from cascade.bundle import digest
+
     bundle = engine.find(options.bundle, options.version)
     if isinstance(bundle, ItemError):
         raise CascadeError(bundle.message)
     mode = options.mode or bundle.card.mode
     if mode not in bundle.fusions:
         raise CascadeError(f"{bundle.name}/{bundle.version} has no mode {mode}; it has: {' '.join(bundle.fusions)}")
-    options = replace(options, bundle=bundle.name, version=bundle.version, mode=mode)
-    schema = _schema(options, bundle.card.dim if options.embedding else None)
-    paths = find(sources)
-    start = time.perf_counter()
-    errors: Counter[str] = Counter()
-    clusters: Counter[int] = Counter()
-    done = 0
-    with _parquet(out, schema) as write, closing(_answers(engine, paths, options, batch, threads)) as answers:
-        progress(0, len(paths))
-        for chunk in answers:
-            write([_row(path, answer) for path, answer in zip(paths[done : done + batch], chunk, strict=True)])
-            errors.update(answer.kind for answer in chunk if isinstance(answer, ItemError))
-            clusters.update(answer.cluster for answer in chunk if isinstance(answer, Prediction))
-            done += len(chunk)
-            progress(done, len(paths))
-    shares = {k: n / clusters.total() for k, n in sorted(clusters.items())}
-    seconds = time.perf_counter() - start
-    return Summary(bundle.name, bundle.version, mode, done, dict(errors.most_common()), shares, seconds)
+    names = tuple(map(str, sources))
+    relative = any(not is_url(name) and (not os.path.isabs(name) or name.endswith(".txt")) for name in names)
+    return Job(
+        sources=names,
+        folder=os.getcwd() if relative else "",
+        bundle=bundle.name,
+        version=bundle.version,
+        digest=digest(bundle),
+        mode=mode,
+        dim=bundle.card.dim,
+        embedding=embedding,
+        labels=options.labels,
+        neighbours=options.neighbours,
+        rows=rows,
+    )
 
 
-def find(sources: Iterable[str | Path]) -> list[Path]:
-    """The files that ``sources`` mean: source by source, sorted within each.
+def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa.Table":
+    """The rows of a few images, ``schema(job)``, in their order: load, decode, one pass, no thread of its own.
 
-    A file stands for itself, there or not. A folder stands for the images in it, by suffix, to any depth,
-    links followed but no folder twice; one that cannot be listed stands for itself. A pattern (``*``, ``?``,
-    ``[]``, ``**``) stands for what it matches.
-
-    Raises:
-        CascadeError: there are no images in one of them.
+    Args:
+        engine: holds the job's bundle.
+        images: key and what loads the bytes, as ``cascade.sources.read`` gives them.
     """
-    found: list[Path] = []
-    for source in sources:
-        here = sorted(set(_expand(Path(source))))
-        if not here:
-            raise CascadeError(f"{source} has no images: name image files, or a folder or pattern that has some")
-        found += here
-    if not found:
-        raise CascadeError("no images were named: give files, folders or patterns such as 'photos/**/*.jpg'")
-    return found
+    keys, loads = zip(*images, strict=True) if (images := list(images)) else ((), ())
+    return rows_of(job, keys, answer(engine, [prepare(engine, job, load) for load in loads]))
 
 
-@contextmanager
-def bar(what: str = "predict") -> Iterator[Advance]:
-    """A progress bar on stderr, with rate and time left; gives what to pass as ``progress``."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def prepare(engine: "Engine", job: Job, load: Load) -> "Item | ItemError":
+    """Load and decode one image, in any thread."""
+    from cascade import metrics
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    start = time.perf_counter()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shown:
-        task = shown.add_task(what, total=None, rate="")
-
-        def advance(done: int, total: int) -> None:
-            rate = done / (time.perf_counter() - start)
-            shown.update(task, completed=done, total=total, rate=f"{rate:.1f} images/s")
-
-        yield advance
+    with metrics.stage("decode"):
+        try:
+            data = load()
+        except ImageError as error:
+            metrics.count(job.bundle, None, error.status)
+            return ItemError(error.status, error.kind, str(error))
+        return engine.prepare(data, _options(job))
 
 
-def _expand(source: Path) -> Iterator[Path]:
-    if os.path.isdir(source):
-        yield from _images_in(source)
-    elif any(c in str(source) for c in "*?[") and not os.path.lexists(source):
-        for match in map(Path, glob.iglob(str(source), recursive=True)):
-            if os.path.lexists(match):  # "gone/**" matches "gone/" in some Pythons
-                yield from _images_in(match) if os.path.isdir(match) else [match]
-    else:
-        yield source
+def answer(engine: "Engine", prepared: Sequence["Item | ItemError"]) -> list[Answer]:
+    """One pass for all that could be decoded, grouped by mask; answers in the order of ``prepared``."""
+    items = [item for item in prepared if not isinstance(item, ItemError)]
+    answers = iter(engine.run(items) if items else ())
+    return [item if isinstance(item, ItemError) else next(answers) for item in prepared]
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    unlisted: list[OSError] = []
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, onerror=unlisted.append, followlinks=True):
-        folders.sort()  # os.walk goes on in this order: it decides which of two links to a folder counts
-        if (real := os.path.realpath(here)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(here, name) for name in files if os.path.splitext(name)[1].lower() in SUFFIXES)
-    yield from (Path(error.filename) for error in unlisted)
-
-
-def _answers(
-    engine: "Engine", paths: list[Path], options: Options, batch: int, threads: int
-) -> Generator[list[Answer], None, None]:
-    """The answers batch by batch, in order, at most ``threads`` batches ahead of the one that is given."""
-    ahead: deque[Future[list[Answer]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="cascade-batch")
-    try:
-        for first in range(0, len(paths), batch):
-            ahead.append(pool.submit(engine.predict, paths[first : first + batch], options))
-            if len(ahead) > threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _schema(options: Options, dim: int | None) -> "pa.Schema":
+def schema(job: Job) -> "pa.Schema":
     """The columns, in order; an error leaves all but ``path``, ``error`` and ``error_kind`` null."""
     import pyarrow as pa
 
@@ -212,59 +211,218 @@ def _schema(options: Options, dim: int | None) -> "pa.Schema":
         "masks": pa.list_(pa.string()),
         "labels": pa.list_(label),
         "neighbours": pa.list_(neighbour),
-        **({"embedding": pa.list_(pa.float32(), dim)} if dim else {}),
         "error": pa.string(),
         "error_kind": pa.string(),
     }
-    meta = {
-        "bundle": options.bundle,
-        "version": options.version,
-        "mode": options.mode,
-        "cascade": __version__,
-    }
-    return pa.schema(columns, metadata=meta)
+    if job.embedding != "none":
+        number = pa.float16() if job.embedding == "float16" else pa.float32()
+        columns["embedding"] = pa.list_(number, job.dim)
+    about = {"bundle": job.bundle, "version": job.version, "mode": job.mode, "digest": job.digest}
+    return pa.schema(columns, metadata=about | {"cascade": __version__})
 
 
-def _row(path: Path, answer: Answer) -> dict[str, Any]:
-    row: dict[str, Any] = {"path": _text(str(path))}
-    if isinstance(answer, ItemError):
-        return row | {"error": _text(answer.message), "error_kind": answer.kind}
-    return row | answer.to_json()
+def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Table":
+    """Answers as rows of ``schema(job)``."""
+    import pyarrow as pa
+
+    kinds = schema(job)
+    found: list[dict[str, Any]] = []
+    for key, each in zip(keys, answers, strict=True):
+        row: dict[str, Any] = {"path": _text(key)}
+        if isinstance(each, ItemError):
+            found.append(row | {"error": _text(each.message), "error_kind": each.kind})
+        else:
+            found.append(row | {name: value for name, value in each.to_json().items() if name != "embedding"})
+    columns = [
+        _embeddings(job, answers)
+        if field.name == "embedding"
+        else pa.array([row.get(field.name) for row in found], field.type)
+        for field in kinds
+    ]
+    return pa.Table.from_arrays(columns, schema=kinds)
+
+
+def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]:
+    """Rows, errors by kind (the most frequent first) and shares of the clusters in Parquet files of ours."""
+    import pyarrow.parquet as pq
+
+    errors: Counter[str] = Counter()
+    clusters: Counter[int] = Counter()
+    rows = 0
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["cluster", "error_kind"]):
+                rows += batch.num_rows
+                errors.update(each.as_py() for each in batch.column("error_kind").drop_null())
+                clusters.update(each.as_py() for each in batch.column("cluster").drop_null())
+    return rows, dict(errors.most_common()), {k: n / clusters.total() for k, n in sorted(clusters.items())}
+
+
+def files_of(out: Path) -> list[Path]:
+    """The Parquet files of a job that is done."""
+    return sorted(out.glob("part-*.parquet")) if out.is_dir() else [out]
+
+
+def parts_folder(out: Path) -> Path:
+    """Where the parts of a job lie.
+
+    Raises:
+        CascadeError: ``out`` can't be written.
+    """
+    single = out.suffix == ".parquet"
+    if (single and out.is_dir()) or (not single and out.is_file()) or not out.parent.is_dir():
+        raise CascadeError(f"{out} cannot be written: name a folder, or a .parquet file, in a folder that exists")
+    return out.with_name(f"{out.name}.parts") if single else out
+
+
+@contextmanager
+def bar(what: str = "predict") -> Iterator[Advance]:
+    """A progress bar on stderr, with rate and time left; gives what to pass as ``progress``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    start, before = time.perf_counter(), -1
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shown:
+        task = shown.add_task(what, total=None, rate="")
+
+        def advance(done: int, total: int | None) -> None:
+            nonlocal before
+            if before < 0:
+                before = done
+                shown.reset(task, completed=done, total=total, rate="")  # what was done before says nothing of the rate
+                return
+            rate = (done - before) / (time.perf_counter() - start)
+            shown.update(task, completed=done, total=total, rate=f"{rate:.1f} images/s")
+
+        yield advance
+
+
+def make_part(engine: "Engine", job: Job, unit: Unit, path: Path, batch: int = BATCH, threads: int = 1) -> int:
+    """The part of one unit as a Parquet file at ``path``; how many rows it has."""
+    rows = 0
+    with (
+        closing(_answers(engine, job, [(0, unit)], batch, threads)) as answers,
+        writing(path, schema(job)) as write,
+    ):
+        for _, keys, found in answers:
+            write(rows_of(job, keys, found))
+            rows += len(keys)
+    return rows
+
+
+def extent(folder: Path) -> tuple[int, int | None]:
+    """Images of a job that are done, and of how many, as far as that is known."""
+    done, total, known = 0, 0, True
+    for number, unit in units(folder):
+        if part_path(folder, number).exists():
+            rows = count_rows(part_path(folder, number))
+            done, total = done + rows, total + rows
+        else:
+            total, known = total + (unit.count or 0), known and unit.count is not None
+    return done, total if known else None
+
+
+def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, progress: Advance) -> int:
+    done, total = extent(folder)
+    fresh = 0
+    progress(done, total)
+    with closing(_answers(engine, job, todo(folder), batch, threads)) as answers:
+        for number, group in groupby(answers, key=lambda each: each[0]):
+            with writing(part_path(folder, number), schema(job)) as write:
+                for _, keys, found in group:
+                    write(rows_of(job, keys, found))
+                    fresh += len(keys)
+                    progress(done + fresh, total)
+    return fresh
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    rows: int = pq.read_metadata(path).num_rows
+    return rows
+
+
+def _answers(
+    engine: "Engine", job: Job, units: Iterable[tuple[int, Unit]], batch: int, threads: int
+) -> Generator[tuple[int, list[str], list[Answer]], None, None]:
+    """Number of the unit, keys and answers, batch by batch, in order; each unit ends a batch, an empty one too."""
+    with ThreadPoolExecutor(threads, "cascade-batch-decode") as pool:
+        try:
+            with closing(_ahead(_batches(engine, job, units, batch, pool), "cascade-batch-read")) as batches:
+                passes = _passes(engine, batches)
+                with closing(_ahead(passes, "cascade-batch-pass")) as answers:
+                    yield from answers
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _batches(
+    engine: "Engine", job: Job, units: Iterable[tuple[int, Unit]], batch: int, pool: ThreadPoolExecutor
+) -> Generator[tuple[int, list[str], list["Future[Item | ItemError]"]], None, None]:
+    """The images batch by batch, on their way through the decoding threads."""
+    for number, unit in units:
+        keys: list[str] = []
+        futures: list[Future[Item | ItemError]] = []
+        held = 0
+        for key, load in read(unit, engine.limits):
+            if len(keys) == batch or held > HELD:
+                yield number, keys, futures
+                keys, futures, held = [], [], 0
+            keys.append(key)
+            futures.append(pool.submit(prepare, engine, job, load))
+            held += len(load.data) if isinstance(load, Held) else 0
+        yield number, keys, futures
+
+
+def _passes(
+    engine: "Engine", batches: Iterable[tuple[int, list[str], list["Future[Item | ItemError]"]]]
+) -> Generator[tuple[int, list[str], list[Answer]], None, None]:
+    for number, keys, futures in batches:
+        yield number, keys, answer(engine, [future.result() for future in futures])
+
+
+def _ahead(items: Generator[T, None, None], name: str) -> Generator[T, None, None]:
+    """The items, the next of which is made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, name) as pool:
+        try:
+            coming = pool.submit(next, items, None)
+            while (item := coming.result()) is not None:
+                coming = pool.submit(next, items, None)
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
+            items.close()
+
+
+def _options(job: Job) -> Options:
+    return Options(job.bundle, job.version, job.mode, job.embedding != "none", job.labels, job.neighbours)
+
+
+def _embeddings(job: Job, answers: Sequence[Answer]) -> "pa.Array":
+    """Embeddings as a fixed-size list, null where there is an error."""
+    import pyarrow as pa
+
+    kind = np.float16 if job.embedding == "float16" else np.float32
+    values = np.zeros((len(answers), job.dim), kind)
+    missing = np.ones(len(answers), bool)
+    for row, each in enumerate(answers):
+        if isinstance(each, Prediction):
+            values[row], missing[row] = each.embedding, False
+    flat = pa.array(values.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(
+        flat, type=pa.list_(pa.from_numpy_dtype(kind), job.dim), mask=pa.array(missing)
+    )
+
+
+def _stage_seconds() -> dict[str, float]:
+    from cascade import metrics
+
+    return metrics.stage_seconds()
 
 
 def _text(name: str) -> str:
     """A file's name need not be UTF-8 on Linux, a Parquet string must: other bytes become ``\\xff``."""
     return os.fsencode(name).decode(errors="backslashreplace")
-
-
-@contextmanager
-def _parquet(out: Path, schema: "pa.Schema") -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """Gives what appends rows to a temporary file, which takes ``out``'s place if the block ends well."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from cascade.bundle import sync_folder
-
-    if out.is_dir() or not out.parent.is_dir():
-        raise CascadeError(f"{out} cannot be written: name a file in a folder that exists")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    rows: list[dict[str, Any]] = []
-
-    def append(more: list[dict[str, Any]], least: int = ROW_GROUP) -> None:
-        rows.extend(more)
-        if len(rows) >= least:
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            rows.clear()
-
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            yield append
-            append([], least=1)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(out)
-        sync_folder(out.parent)
-    except OSError as e:
-        raise CascadeError(f"{out} could not be written ({e}): make room, or name another file") from e
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -246,6 +246,18 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     return path
 
 
+def digest(bundle: Bundle) -> str:
+    """What tells a bundle from all others, in hex: over its card, fusions and router, as an engine holds them, too."""
+    parts: list[Any] = [fusion for _, fusion in sorted(bundle.fusions.items())]
+    parts += [bundle.router] if bundle.router else []
+    held = [getattr(part, each.name) for part in parts for each in fields(part)]
+    found = hashlib.sha256(bundle.card.model_dump_json().encode())
+    for tensor in held:
+        if isinstance(tensor, Tensor):
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename inside ``path`` durable."""
     handle = os.open(path, os.O_RDONLY)

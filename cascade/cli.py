@@ -1,4 +1,4 @@
-"""The front door: ``cascade train | predict | serve | inspect | verify | evaluate | bench``.
+"""The front door: ``cascade train | predict | index | serve | inspect | verify | evaluate | bench``.
 
 Every command imports what it needs when it runs, so that ``cascade --help`` answers at once.
 """
@@ -31,6 +31,7 @@ class Frontend(StrEnum):
 
     torchserve = "torchserve"
     asgi = "asgi"
+    ray = "ray"
 
 
 class ExecutorKind(StrEnum):
@@ -41,6 +42,36 @@ class ExecutorKind(StrEnum):
     folded = "folded"
     bf16 = "bf16"
     onnx = "onnx"
+
+
+class IndexKind(StrEnum):
+    """Kinds of ``cascade index build``."""
+
+    flat = "flat"
+    ivf = "ivf"
+    hnsw = "hnsw"
+
+
+class Placed(StrEnum):
+    """Where FAISS works."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class EmbeddingKind(StrEnum):
+    """How ``cascade predict`` stores embeddings."""
+
+    none = "none"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Machines(StrEnum):
+    """Where ``cascade predict`` computes."""
+
+    local = "local"
+    ray = "ray"
 
 
 Chosen = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto: the fastest here in float32.")]
@@ -87,34 +118,157 @@ def train(context: typer.Context) -> None:
 @app.command()
 @in_one_line
 def predict(
-    sources: Annotated[list[Path], typer.Argument(help="Images, folders or globs.")],
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, folders, globs, .tar, .parquet, lists (.txt), URLs.")],
+    out: Annotated[Path, typer.Option(help="Folder for Parquet files, or one file where it ends in .parquet.")],
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/demo/1"),
     mode: Annotated[str | None, typer.Option(help="dispatcher, conditional or unconditional.")] = None,
-    embedding: Annotated[bool, typer.Option(help="Write the embeddings, too.")] = False,
-    batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 64,
-    threads: Annotated[int, typer.Option(help="Decoding threads.", min=1)] = 2,
+    embedding: Annotated[EmbeddingKind, typer.Option(help="How embeddings are stored.")] = EmbeddingKind.float16,
+    labels: Annotated[int, typer.Option(help="Labels of an image at most.", min=0)] = 5,
+    neighbours: Annotated[int, typer.Option(help="Neighbours of an image at most.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 256,
+    threads: Annotated[int | None, typer.Option(help="Decoding threads; one a core if left out.", min=1)] = None,
+    rows: Annotated[int, typer.Option(help="Rows of a Parquet file.", min=1)] = 4096,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write: clusters, errors, pictures, a map.")] = None,
+    machines: Annotated[
+        Machines,
+        typer.Option("--engine", help="local: this process; ray: actors on the cluster of RAY_ADDRESS, or here."),
+    ] = Machines.local,
+    actors: Annotated[int | None, typer.Option(help="ray: engines at most; one a CPU if left out.", min=1)] = None,
     executor: Chosen = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
-    """Predict offline: [bold]cascade predict photos/ --out predictions.parquet --bundle model_store/demo/1[/]"""
-    from cascade.batch import bar, predict_files
-    from cascade.engine import Options, load
+    """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/demo/1[/]
 
+    Killed and started again with the same options it goes on where it was.
+
+    [bold]cascade predict 'photos/**/*.jpg' more.tar --out predictions.parquet --report report.html[/]
+
+    [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
+    """
+    from cascade.batch import bar, files_of, predict_files
+    from cascade.engine import Options, load
+    from cascade.report import check, write
+
+    if report is not None:
+        check(report, out)
     engine = load(bundle, weights=weights, executor=executor.value)
-    options = Options(mode=mode, embedding=embedding)
+    options = Options(mode=mode, labels=labels, neighbours=neighbours)
+    numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
+    if machines is Machines.ray:
+        from handlers.ray.data import on_ray
+
+        numbers |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, actors)}
     with bar("predicting") as progress:
-        summary = predict_files(engine, sources, out, options, batch=batch, threads=threads, progress=progress)
-    typer.echo(f"{summary.rows} rows in {out}, {summary.images_per_second:.1f} images a second")
-    for kind, count in sorted(summary.errors.items()):
-        typer.echo(f"  {count} with error {kind}")
+        found = predict_files(engine, sources, out, options, embedding=embedding.value, progress=progress, **numbers)
+    speed = f"{found.fresh} of them now, {found.images_per_second:.1f} images a second" if found.fresh else "all before"
+    typer.echo(f"{found.rows} rows in {out}, {speed}")
+    typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.shares.items()))
+    for cluster, share in found.clusters.items():
+        typer.echo(f"  {100 * share:.1f} % in cluster {cluster}")
+    for kind, number in found.errors.items():
+        typer.echo(f"  {number} with error {kind}")
+    if report is not None:
+        write(found, files_of(out), found.trained, report)
+        typer.echo(f"report in {report}")
+
+
+index = typer.Typer(help="Search what was predicted: build, search, duplicates, outliers.", no_args_is_help=True)
+app.add_typer(index, name="index")
+IndexPath = Annotated[Path, typer.Argument(help="What cascade index build wrote.")]
+Device = Annotated[Placed, typer.Option(help="Where FAISS works; cuda needs the extra gpu.")]
+Pages = Annotated[Path | None, typer.Option("--html", help="A page with the pictures, where they can be read.")]
+
+
+@index.command("build")
+@in_one_line
+def index_build(
+    predictions: Annotated[Path, typer.Argument(help="What cascade predict wrote, with embeddings.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    kind: Annotated[IndexKind, typer.Option(help="flat is exact; ivf and hnsw are faster where rows are many.")] = (
+        IndexKind.flat
+    ),
+    device: Device = Placed.cpu,
+) -> None:
+    """Index the embeddings: [bold]cascade index build predictions --out photos.index[/]"""
+    from cascade.index import build
+
+    about = build(predictions, out, kind.value, device.value)
+    typer.echo(f"{about.rows} rows in {out}, {about.kind}, {about.dim} numbers each")
+
+
+@index.command("search")
+@in_one_line
+def index_search(
+    folder: IndexPath,
+    images: Annotated[list[Path], typer.Argument(help="Images to look for.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle that the index was made with.")] = Path("model_store/demo/1"),
+    k: Annotated[int, typer.Option("-k", help="Results for each image.", min=1)] = 10,
+    device: Device = Placed.cpu,
+    weights: Weights = None,
+) -> None:
+    """Images that look like one: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
+    from cascade.engine import load
+    from cascade.index import read, search
+    from cascade.prediction import ItemError
+
+    found = read(folder, device.value)
+    failed = False
+    for image, results in zip(images, search(found, load(bundle, weights=weights), images, k), strict=True):
+        if isinstance(results, ItemError):
+            typer.echo(f"error: {image}: {results.message}", err=True)
+            failed = True
+            continue
+        typer.echo(str(image))
+        for each in results:
+            typer.echo(f"  {each['similarity']:.3f}  {each['path']}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@index.command("duplicates")
+@in_one_line
+def index_duplicates(
+    folder: IndexPath,
+    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    threshold: Annotated[float, typer.Option(help="Cosine similarity from which on.", min=-1, max=1)] = 0.98,
+    html: Pages = None,
+) -> None:
+    """Groups that look alike: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
+    from cascade.index import duplicates, read
+    from cascade.report import duplicates_page, write_table
+
+    found = duplicates(read(folder), threshold)
+    write_table(found, out)
+    typer.echo(f"{len(found)} images in {len(set(found['group'].to_pylist()))} groups, in {out}")
+    if html is not None:
+        duplicates_page(found, threshold, html)
+
+
+@index.command("outliers")
+@in_one_line
+def index_outliers(
+    folder: IndexPath,
+    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    top: Annotated[int, typer.Option(help="How many.", min=1)] = 100,
+    k: Annotated[int, typer.Option("-k", help="Neighbours that the distance is a mean over.", min=1)] = 10,
+    html: Pages = None,
+) -> None:
+    """What lies farthest from all else: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
+    from cascade.index import outliers, read
+    from cascade.report import outliers_page, write_table
+
+    found = outliers(read(folder), top, k)
+    write_table(found, out)
+    typer.echo(f"{len(found)} images in {out}")
+    if html is not None:
+        outliers_page(found, html)
 
 
 @app.command()
 @in_one_line
 def serve(
     model_store: Annotated[str, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = "model_store",
-    frontend: Annotated[Frontend, typer.Option(help="Which server; asgi speaks Open Inference Protocol v2.")] = (
+    frontend: Annotated[Frontend, typer.Option(help="Which server; asgi and ray speak Open Inference Protocol v2.")] = (
         Frontend.torchserve
     ),
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
@@ -126,14 +280,21 @@ def serve(
     drain: Annotated[float, typer.Option(help="Seconds for requests in progress, once told to stop.", min=0)] = 8,
     metrics_port: Annotated[int, typer.Option(help="torchserve: of /metrics.")] = 8082,
     management_port: Annotated[int, typer.Option(help="torchserve: of the workers' state, on loopback.")] = 8081,
-    workers: Annotated[int, typer.Option(help="torchserve: processes, each with its own backbone.", min=1)] = 1,
-    api_keys: Annotated[Path | None, typer.Option(help="asgi: file of lines BUNDLE SHA256; none: no keys.")] = None,
-    max_batch: Annotated[int, typer.Option(help="asgi: images in a pass at most.", min=1)] = 32,
-    patience: Annotated[float, typer.Option(help="asgi: seconds until the oldest image comes first.", min=0)] = 0.05,
-    queue: Annotated[int, typer.Option(help="asgi: images that may wait; 503 for more.", min=1)] = 256,
+    workers: Annotated[
+        int, typer.Option(help="Processes with a backbone each; ray: at most. asgi has one.", min=1)
+    ] = 1,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="asgi, ray: file of lines BUNDLE SHA256; none: no keys.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="asgi, ray: images in a pass at most.", min=1)] = 32,
+    patience: Annotated[
+        float, typer.Option(help="asgi, ray: seconds until the oldest image comes first.", min=0)
+    ] = 0.05,
+    queue: Annotated[int, typer.Option(help="asgi, ray: images that may wait; 503 for more.", min=1)] = 256,
+    index: Annotated[Path | None, typer.Option(help="asgi: of cascade index build, for POST /v1/search.")] = None,
     connections: Annotated[int, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = 4096,
     log_level: Annotated[
-        str | None, typer.Option(help="debug, info (a line a request), warning, error; asgi: info, else warning.")
+        str | None, typer.Option(help="debug, info (a line a request), warning, error; torchserve: warning, else info.")
     ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
@@ -154,11 +315,17 @@ def serve(
         pins = pinned(pin)
     common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
     common |= {"device": device, "drain_timeout": drain, "pins": pins, "poll": poll}
+    if frontend is Frontend.ray:
+        from handlers.ray.serve import serve as serve_ray
+
+        common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "log_level": log_level or "info"}
+        serve_ray(model_store, replicas=workers, api_keys=api_keys, **common)
+        return
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 
         common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "connections": connections}
-        serve_asgi(model_store, api_keys=api_keys, log_level=log_level or "info", **common)
+        serve_asgi(model_store, api_keys=api_keys, index=index, log_level=log_level or "info", **common)
         return
     from handlers.torchserve.entrypoint import serve as serve_torchserve
 

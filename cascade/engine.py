@@ -34,6 +34,8 @@ from cascade.prediction import ItemError, Options, Prediction
 from cascade.residency import Residency
 
 DEFAULT_BUDGET = 2**30
+FULL = "bytes of memory"
+"""Stands in the error of a bundle for which there is no room."""
 MAX_PIXEL = 1000  # normalised ones lie within +-20 or so; from very large ones a network makes NaN
 T = TypeVar("T")
 Source = bytes | bytearray | str | Path | Image.Image | Tensor
@@ -256,7 +258,7 @@ class Engine:
         held = stats["backbone_bytes"] + stats["packed_bytes"]
         if self.memory_bytes is not None and held + new > self.memory_bytes:
             raise CascadeError(
-                f"{here} needs {new} bytes of memory, {held} of {self.memory_bytes} are taken: give more, or take"
+                f"{here} needs {new} {FULL}, {held} of {self.memory_bytes} are taken: give more, or take"
                 " other bundles away"
             )
 

@@ -20,6 +20,7 @@ from cascade.prediction import Label, Neighbour, Options, Prediction
 from cascade.residency import Residency
 
 FEW = 4  # images a mask, below which a pass with a mask for each image is taken where the executor has one
+CHUNK = 32  # images that an executor gets at a time: what a larger batch saves is swaps, at no more memory for layers
 T = TypeVar("T")
 
 
@@ -73,7 +74,7 @@ def _one(executor: Executor, residency: Residency, device: str, items: list[Item
     if start := bundle.dispatcher.start:
         executor.swap(None)
         with metrics.stage("dispatch"):
-            shared = executor.run(_stack(items, device), 0, start)
+            shared = _run(executor, _stack(items, device), 0, start)
     answers: dict[int, Prediction] = {}
     each: dict[int, tuple[Tensor, Tensor]] = {}  # dispatched already, by row
     groups = _groups(range(len(items)), lambda row: items[row].bundle.identity)
@@ -104,8 +105,8 @@ def _dispatch(executor: Executor, bundle: Bundle, x: Tensor, following: Mask | N
     if following is not None and not bundle.experts:
         executor.ahead(following)
     with metrics.stage("dispatch"):
-        trunk = executor.run(x, start, split) if split > start else x
-        return trunk, executor.run(trunk, split)
+        trunk = _run(executor, x, start, split) if split > start else x
+        return trunk, _run(executor, trunk, split)
 
 
 def _dispatch_each(executor: Distinct, items: list[Item], x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
@@ -144,7 +145,7 @@ def _finish(
         if after is not None:
             executor.ahead(after)
         with metrics.stage("expert"):
-            block = executor.run(trunk[rows], expert.start)
+            block = _run(executor, trunk[rows], expert.start)
         with metrics.stage("fuse"):
             _fuse(embeddings, fusions, rows, block, k)
         for row in rows:
@@ -173,6 +174,13 @@ def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     for item in items:
         found.setdefault(key(item), []).append(item)
     return [*found.values()]
+
+
+def _run(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> Tensor:
+    """Stages of the backbone under the mask that is in place, for any number of images."""
+    if len(x) <= CHUNK:
+        return executor.run(x, start, stop)
+    return torch.cat([executor.run(part, start, stop) for part in x.split(CHUNK)])
 
 
 def _swap(executor: Executor, mask: Mask) -> None:

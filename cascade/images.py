@@ -86,7 +86,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Ima
     if not len(data):
         raise ImageError(400, "empty", "the image has zero bytes: send the content of an image file")
     if len(data) > limits.max_bytes:
-        raise _too_large(len(data), limits)
+        raise too_large(len(data), limits)
     opener = _opener(bytes(data[:12]))
     with _damage_named(), opener(BytesIO(data)) as im:  # headers only
         return convert(im, limits)
@@ -117,22 +117,31 @@ def read(path: Path, limits: Limits = LIMITS) -> Image.Image:
     """``decode`` of a file.
 
     Raises:
-        ImageError: as ``decode``, and "unreadable" for what is missing, not readable or no regular file.
+        ImageError: as ``decode`` and ``load``.
+    """
+    return decode(load(path, limits), limits)
+
+
+def load(path: Path, limits: Limits = LIMITS) -> bytes:
+    """The bytes of a file that may be an image.
+
+    Raises:
+        ImageError: "unreadable" for what is missing, not readable or no regular file; "too_large".
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
             raise ImageError(400, "unreadable", f"{path} is not a regular file: name an image file")
         if status.st_size > limits.max_bytes:
-            raise _too_large(status.st_size, limits)
+            raise too_large(status.st_size, limits)
         with path.open("rb") as file:
-            data = file.read(limits.max_bytes + 1)  # the file may have grown since
+            return file.read(limits.max_bytes + 1)  # the file may have grown since
     except OSError as e:
         raise ImageError(400, "unreadable", f"{path} cannot be read ({e.strerror}): check the path") from e
-    return decode(data, limits)
 
 
-def _too_large(size: int, limits: Limits) -> ImageError:
+def too_large(size: int, limits: Limits) -> ImageError:
+    """What is said of a file of ``size`` bytes, read or not."""
     mib = 2**20
     message = f"the image has {size / mib:.1f} MiB, the limit is {limits.max_bytes / mib:g}: send a smaller file"
     return ImageError(413, "too_large", message)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 
 
@@ -19,3 +20,10 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def say(name: str, text: str) -> None:
+    """One warning on stderr, of a process that has no logging of its own; lost where stderr can't be written."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    handler.handle(logging.LogRecord(name, logging.WARNING, __file__, 0, text, None, None))

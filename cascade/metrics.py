@@ -6,7 +6,6 @@ and whoever serves /metrics (the entrypoint, not a worker) reads it: counters ou
 do not.
 """
 
-import logging
 import os
 import re
 import threading
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if FOLDER := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-    Path(FOLDER).mkdir(parents=True, exist_ok=True)  # prometheus_client opens its files there at once
+from cascade.room import TROUBLE as TROUBLE  # first: prometheus_client looks at the environment when it is imported
+
+# isort: split
 
 from prometheus_client import (
     REGISTRY,
@@ -33,7 +33,6 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from cascade.errors import CascadeError
 
-log = logging.getLogger(__name__)
 STATUSES = (200, 400, 404, 413, 500, 503)
 STAGES = ("decode", "dispatch", "swap", "expert", "fuse")
 WINDOW = 1000
@@ -128,22 +127,6 @@ def serving(bundle: str, shares: Sequence[float] = ()) -> None:
         _serving[bundle] = _Shares(tuple(shares), list(shares))
     if shares:
         CLUSTER_SHARE_SHIFT.labels(bundle).set(0)
-    reserve()
-
-
-def reserve() -> None:
-    """Give this process's files in the multiprocess folder the disk blocks of their whole length.
-
-    They are mapped into memory and begin as holes: with the disk full, the first write into a hole would kill us.
-    """
-    if not FOLDER:
-        return
-    for file in Path(FOLDER).glob(f"*_{os.getpid()}.db"):
-        try:
-            with file.open("r+b") as opened:
-                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        except OSError as error:
-            log.warning("no room for metrics in %s (%s): make some, or the process may end", FOLDER, error.strerror)
 
 
 def refused(bundle: str, still: bool = True) -> None:
@@ -172,6 +155,12 @@ def count(bundle: str | None, cluster: int | None, status: int) -> None:
 def stage(name: str) -> AbstractContextManager[object]:
     """``with stage("swap"): ...`` times one of STAGES."""
     return _STAGES[name].time()
+
+
+def stage_seconds() -> dict[str, float]:
+    """Seconds that this process has spent in each of STAGES so far; threads add up."""
+    samples = [sample for metric in STAGE_SECONDS.collect() for sample in metric.samples]
+    return {s.labels["stage"]: s.value for s in samples if s.name.endswith("_sum")}
 
 
 def resident(stats: Mapping[str, int]) -> None:

@@ -202,7 +202,7 @@ class Registry:
 
 
 def load_store(
-    engine: Engine, where: str | Path, pins: Mapping[str, str] | None = None, cache: Path | None = None
+    engine: Engine, where: str | Path | Store, pins: Mapping[str, str] | None = None, cache: Path | None = None
 ) -> Registry:
     """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
 
@@ -212,12 +212,13 @@ def load_store(
     Raises:
         CascadeError: no bundle at all could be loaded.
     """
-    registry = Registry(engine, Store(where, cache), pins)
+    store = where if isinstance(where, Store) else Store(where, cache)
+    registry = Registry(engine, store, pins)
     states = registry.reload()
     if not engine.bundles:
         refused = [s.reason for s in states if s.reason]
-        why = (registry.trouble, *refused, f"put bundles at {where}/<name>/<version>/")
-        raise CascadeError(f"no bundle could be loaded from {where}: {next(filter(None, why))}")
+        why = (registry.trouble, *refused, f"put bundles at {store.where}/<name>/<version>/")
+        raise CascadeError(f"no bundle could be loaded from {store.where}: {next(filter(None, why))}")
     return registry
 
 

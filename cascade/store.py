@@ -27,6 +27,7 @@ Identity = tuple[str, str]
 NAME = re.compile(r"[\w-][\w. -]*")
 """A bundle's or a version's name in a remote store, and of a file in it: it becomes a path on this machine."""
 MAX_FILES = 16  # of a bundle; it has seven at most
+TIMEOUTS = {"sock_connect": 5, "sock_read": 10}  # seconds, over HTTP; the clients of S3 and the like have their own
 ROOM = "make room for copies of the store's bundles"
 PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])")
 """The folders of a path that begins at the root of a machine."""
@@ -53,12 +54,13 @@ class Store:
         self.where = str(where)
         self.folder: Path | None = Path(where)
         self.cache: Path | None = None
+        self._away = False
         if not is_url(self.where):
             return
         if urlsplit(self.where).password:
             raise StoreError("the store's URL holds a password: give it by the environment or fsspec's configuration")
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.where)
+            self.fs, self.root = fsspec.core.url_to_fs(self.where, **_timeouts(self.where))
         except (ValueError, ImportError) as error:
             raise StoreError(f"can't open the store {self.where} ({_line(error)}): see fsspec's list of URLs") from None
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
@@ -74,7 +76,12 @@ class Store:
             StoreError: the store is out of reach.
         """
         folder = self.folder
-        return self._reach(self._look) if folder is None else _within(lambda: _listed(folder), "is it mounted?")
+        if folder is not None:
+            return _within(lambda: _listed(folder), "is it mounted?")
+        self._away = True
+        found = self._reach(self._look)
+        self._away = False
+        return found
 
     def cached(self) -> dict[Identity, str]:
         """The bundles of which a whole copy lies on this machine: what there is while the store is out of reach."""
@@ -82,6 +89,8 @@ class Store:
 
     def read(self, name: str, version: str) -> tuple[Bundle, str]:
         """A bundle, verified, and the digest of its checksums (equal where, and only where, all its bytes are).
+
+        After a look in vain the copy is taken unseen: a store that hangs would be waited for once a bundle.
 
         Raises:
             BundleError: what is wrong with it.
@@ -91,6 +100,8 @@ class Store:
             return _read(self.folder / name / version)
         assert self.cache is not None
         copy, there = self.cache / name / version, f"{self.root.rstrip('/')}/{name}/{version}"
+        if self._away and copy.is_dir():
+            return _read(copy)
         try:
             files = self._reach(lambda: self._files(there))
             sums = self._reach(lambda: self.fs.cat_file(files[SUMS])) if SUMS in files else b""
@@ -189,6 +200,15 @@ class Store:
 def is_url(where: str) -> bool:
     """Whether a store is given as a URL and not as a folder."""
     return "://" in where or "::" in where
+
+
+def _timeouts(where: str) -> dict[str, object]:
+    """fsspec's options, so that a server that takes connections and says nothing is out of reach soon."""
+    if urlsplit(where).scheme not in ("http", "https") or "::" in where:
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(**TIMEOUTS)}}
 
 
 def discover(store: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Images for training and evaluation: from a folder, or CIFAR-10, Fashion-MNIST and groceries by name.
+"""Images for training and evaluation: from a folder, or a published data set by name.
 
 `load` finds them, `cache` decodes them once into one array, `batches` says which of them each step takes.
 """
@@ -18,13 +18,14 @@ from PIL import Image, ImageOps
 
 from cascade.errors import CascadeError
 from cascade.images import read
-from training import sources
+from training import published, sources
 from training.scan import digest, scan, threaded, walk
 from training.stored import stored
 
 Split = Literal["train", "test"]
 
 HOLD_OUT = 0.2
+NAMES = (*sources.CLASSES, *published.PLACES)
 NAMED = 20  # broken images that the warning names; `Images.broken` has them all
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Images:
 
 
 def load(source: str | Path, split: Split, limit: int | None = None, seed: int = 0) -> Images:
-    """The training or the test images of a folder, or of a data set by its name in ``sources.CLASSES``.
+    """The training or the test images of a folder, or of a data set by name (``NAMES``).
 
     A folder's own `train` and `test` (or `val`) subfolders are its splits; without them a fixed fifth, chosen
     by the hash of the names and so never by `seed`, is held out as test. Labels come from the first folder
@@ -95,29 +96,44 @@ def load(source: str | Path, split: Split, limit: int | None = None, seed: int =
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}: ask for at least one image")
-    images = _named(str(source), split) if str(source) in sources.CLASSES else _folder(Path(source), split)
+    if str(source) in sources.CLASSES:
+        images = _arrays(str(source), split)
+    else:
+        images = _published(str(source), split) if str(source) in published.PLACES else _folder(Path(source), split)
     if limit is None or limit >= len(images):
         return images
-    order = np.random.default_rng(seed).permutation(len(images))
-    if images.labels is not None:  # the k-th of every class before the (k+1)-th of any
-        shuffled = images.labels[order]
-        turn = np.empty(len(order), np.int64)
-        for label in np.unique(shuffled):
-            turn[shuffled == label] = np.arange((shuffled == label).sum())
-        order = order[np.argsort(turn, kind="stable")]
-    return images.take(np.sort(order[:limit]))
+    labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+    return images.take(np.sort(evenly(labels, seed)[:limit]))
 
 
-def _named(name: str, split: Split) -> Images:
+def evenly(labels: np.ndarray, seed: int) -> np.ndarray:
+    """All rows of labels [N] in an order drawn with ``seed``: the k-th of every class before the (k+1)-th of any."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = labels[order]
+    turn = np.empty(len(order), np.int64)
+    for label in np.unique(shuffled):
+        turn[shuffled == label] = np.arange((shuffled == label).sum())
+    return order[np.argsort(turn, kind="stable")]
+
+
+def _arrays(name: str, split: Split) -> Images:
     pixels, labels = sources.arrays(name, split)
     names = [f"{name}/{split}/{i:05d}" for i in range(len(pixels))]
     return Images(names, labels, sources.CLASSES[name], pixels, [digest(image) for image in pixels])
 
 
+def _published(name: str, split: Split) -> Images:
+    files, labels, classes = published.listing(name, split)
+    folder = sources.root() / published.PLACES[name].folder
+    names = [path.relative_to(folder).as_posix() for path in files]
+    label = dict(zip(names, labels, strict=True))
+    images = _decodable(folder, names, split)
+    return replace(images, labels=np.array([label[n] for n in images.names], np.int64), classes=classes)
+
+
 def _folder(folder: Path, split: Split) -> Images:
     if not folder.is_dir():
-        known = " or ".join(sources.CLASSES)
-        raise DataError(f"{folder} is not a folder: name a folder of images, or {known}")
+        raise DataError(f"{folder} is not a folder: name a folder of images, or {', '.join(NAMES)}")
     names = walk(folder)
     test = next((part for part in ("test", "val") if (folder / part).is_dir()), None)
     depth = 0
@@ -133,29 +149,30 @@ def _folder(folder: Path, split: Split) -> Images:
     if not mine:
         raise DataError(f"no {split} images in {folder}: put JPEG, PNG or WebP files there")
 
-    found = scan(folder, mine)
+    images = _decodable(folder, mine, split)
+    classes = sorted({name.split("/")[depth] for name in names})
+    if len(classes) < 2 or any(name.count("/") <= depth for name in names):
+        return images
+    index = {name: i for i, name in enumerate(classes)}
+    labels = np.array([index[name.split("/")[depth]] for name in images.names], np.int64)
+    return replace(images, labels=labels, classes=classes)
+
+
+def _decodable(folder: Path, names: list[str], split: Split) -> Images:
+    """Those of the files that can be read, without labels; the others are named in a warning."""
+    found = scan(folder, names)
     broken = [(name, reason) for name, (_, reason) in found.items() if reason]
-    good = [name for name in mine if not found[name][1]]
+    good = [name for name in names if not found[name][1]]
     if not good:
         name, reason = broken[0]
-        raise DataError(f"none of the {len(mine)} {split} images in {folder} can be read; {name}: {reason}")
+        raise DataError(f"none of the {len(names)} {split} images in {folder} can be read; {name}: {reason}")
     if broken:
-        lines = [f"left out {len(broken)} of {len(mine)} {split} images in {folder}:"]
+        lines = [f"left out {len(broken)} of {len(names)} {split} images in {folder}:"]
         lines += [f"  {name}: {reason}" for name, reason in broken[:NAMED]]
         lines += [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
         log.warning("\n".join(lines))
-
-    classes = sorted({name.split("/")[depth] for name in names})
-    labelled = len(classes) > 1 and all(name.count("/") > depth for name in names)
-    index = {name: i for i, name in enumerate(classes)}
-    return Images(
-        names=good,
-        labels=np.array([index[name.split("/")[depth]] for name in good], np.int64) if labelled else None,
-        classes=classes if labelled else [],
-        items=np.array([folder / name for name in good], object),
-        digests=[found[name][0] for name in good],
-        broken=broken,
-    )
+    items = np.array([folder / name for name in good], object)
+    return Images(good, None, [], items, [found[name][0] for name in good], broken)
 
 
 def cache(images: Images, size: int, path: Path | None = None) -> np.ndarray:

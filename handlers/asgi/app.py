@@ -17,11 +17,12 @@ from starlette.requests import ClientDisconnect
 from cascade import __version__, metrics
 from cascade.batcher import STOPPING
 from cascade.bundle import Bundle
+from cascade.index import Index
 from cascade.oip import LENGTH_HEADER
 from cascade.prediction import ItemError, Options
 from cascade.registry import State
 from cascade.thumbnails import media_type
-from handlers.asgi import ui, v2
+from handlers.asgi import search, ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
 from handlers.wire import NOT_FINITE, encode, parse, wants_bytes
@@ -45,8 +46,8 @@ NO_FORM = ItemError(400, "bad_request", "send one image a request: this is no fo
 AGAIN = 2  # an unpinned request that meets a version on its way out looks for the newest this often
 
 
-def create_app(service: Service) -> Guard:
-    """The whole ASGI application over a service."""
+def create_app(service: Service, index: Index | None = None) -> Guard:
+    """The whole ASGI application over a service; with an ``index`` it has /v1/search, too."""
     app = FastAPI(
         title="Cascade", version=__version__, redoc_url=None, docs_url=None, responses=ERRORS, redirect_slashes=False
     )
@@ -54,6 +55,8 @@ def create_app(service: Service) -> Guard:
     _protocol(app, service)
     _state(app, service)
     _pages(app, service)
+    if index is not None:
+        search.add(app, service, index, _one_body)
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:

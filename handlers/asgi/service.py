@@ -5,6 +5,7 @@ import math
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -14,9 +15,15 @@ from torch import Tensor
 from cascade import metrics
 from cascade.batcher import DEADLINE, OVERLOADED, STOPPING, Answer, Batcher
 from cascade.prediction import ItemError, Options
-from cascade.registry import Registry, State
+from cascade.registry import State
 from handlers.asgi.guard import LIMITS, Limits, Refusal
 from handlers.asgi.keys import EVERY, FORBIDDEN, Keys
+
+
+class States(Protocol):
+    """Knows what there is in the store: a ``cascade.registry.Registry``, or what stands in for one."""
+
+    def states(self, name: str | None = None) -> list[State]: ...
 
 
 class Service:
@@ -27,7 +34,7 @@ class Service:
     """
 
     def __init__(
-        self, batcher: Batcher, keys: Keys | None = None, limits: Limits = LIMITS, registry: Registry | None = None
+        self, batcher: Batcher, keys: Keys | None = None, limits: Limits = LIMITS, registry: States | None = None
     ) -> None:
         self.batcher, self.engine, self.keys, self.limits = batcher, batcher.engine, keys, limits
         self.registry = registry

@@ -5,7 +5,6 @@ Clients that connect in the meantime wait in the socket's queue instead of being
 
 import ctypes
 import json
-import logging
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from cascade.errors import CascadeError
-from cascade.logs import JsonLines
+from cascade.logs import say
 from handlers.torchserve import process
 
 BACKLOG = 1024
@@ -67,7 +66,7 @@ class Supervisor:
                 if not was_ready:
                     raise ServerError("the engine process does not start: its reason stands above")
                 self.restarts += 1
-                log(f"the engine process ended (status {worker.returncode}) and is started again")
+                say("cascade.supervisor", f"the engine process ended (status {worker.returncode}) and is started again")
                 self._sleep(pause)
         finally:
             if self.worker is not None:
@@ -133,6 +132,7 @@ def serve(
     queue: int = 256,
     connections: int = 4096,
     api_keys: Path | None = None,
+    index: Path | None = None,
     pins: Mapping[str, str] | None = None,
     poll: float = 10,
     drain_timeout: float = 8,
@@ -147,6 +147,7 @@ def serve(
         max_batch, patience, queue: of the batcher.
         connections: at a time; more get 503.
         api_keys: a file as ``handlers.asgi.keys.read`` takes it; None lets everybody in.
+        index: a folder that ``cascade index build`` made, for /v1/search.
         pins: version by bundle name, for requests that name none.
         poll: seconds between two looks at the store; 0 for never.
         drain_timeout: seconds for the requests in progress to finish.
@@ -168,16 +169,11 @@ def serve(
         "queue": queue,
         "connections": connections,
         "api_keys": None if api_keys is None else str(api_keys.resolve()),
+        "index": None if index is None else str(index.resolve()),
         "log_level": log_level,
     }
     with listen(host, port) as listening:
         Supervisor(listening, settings, drain_timeout).run()
-
-
-def log(text: str) -> None:
-    """A line of the same form as the engine process writes them."""
-    record = logging.LogRecord("cascade.supervisor", logging.WARNING, __file__, 0, text, None, None)
-    print(JsonLines().format(record), file=sys.stderr, flush=True)
 
 
 def _environment() -> dict[str, str]:

@@ -4,7 +4,6 @@ python -m handlers.asgi.worker '{"socket": 3, ...}'     as handlers/asgi/supervi
 """
 
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -26,7 +25,9 @@ from cascade import metrics
 from cascade.batcher import Batcher
 from cascade.engine import Engine
 from cascade.errors import CascadeError
+from cascade.index import read as read_index
 from cascade.logs import JsonLines
+from cascade.memory import Resident
 from cascade.registry import load_store
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
@@ -35,7 +36,6 @@ from handlers.asgi.keys import Watched
 from handlers.asgi.service import Service
 
 READY = b"ready\n"
-GROWN = 64 * 2**20  # bytes that the allocator may keep
 HUNG = 120  # seconds; a pass takes one or two
 log = logging.getLogger("cascade.worker")
 
@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         self.service, self.guard = service, guard
         self.drain_timeout, self.ready = settings["drain_timeout"], settings["ready"]
         self.end = float("inf")
-        self._resident = 0  # bytes, after memory was last given back
+        self.memory = Resident()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.service.stopping:
@@ -77,19 +77,8 @@ class Server(uvicorn.Server):
         if self.keys is not None and counter % 10 == 0:  # a second
             self.service.keys = await asyncio.to_thread(self.keys.refresh)
         if counter % 20 == 0 and self.guard.requests == 0:
-            await asyncio.to_thread(self._give_back)
+            await asyncio.to_thread(self.memory.give_back)
         return await super().on_tick(counter) or drained or dead
-
-    def _give_back(self) -> None:
-        """Large images leave the allocator with hundreds of MB that it would keep; what a pass needs stays below."""
-        if _resident() > self._resident + GROWN:
-            ctypes.CDLL(None).malloc_trim(0)
-            self._resident = _resident()
-
-
-def _resident() -> int:
-    """Bytes of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def run(settings: dict[str, Any]) -> None:
@@ -100,6 +89,7 @@ def run(settings: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
     watched = None if settings["api_keys"] is None else Watched(Path(settings["api_keys"]))
     metrics.ENGINE_RESTARTS.inc(settings["restarts"])
+    index = None if settings["index"] is None else read_index(Path(settings["index"]))
     engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=settings["memory_bytes"])
     registry = load_store(engine, settings["model_store"], settings["pins"])
     batching = {name: settings[name] for name in ("max_batch", "patience", "queue")}
@@ -109,7 +99,7 @@ def run(settings: dict[str, Any]) -> None:
         stack.enter_context(registry.watching(settings["poll"]))
         service = Service(batcher, None if watched is None else watched.keys, registry=registry)
         stack.callback(service.close)
-        guard = create_app(service)
+        guard = create_app(service, index)
         config = uvicorn.Config(
             guard,
             http=partial(Connection, most=settings["connections"]),  # type: ignore[arg-type]

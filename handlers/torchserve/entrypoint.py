@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from rich.console import Console
 from cascade import metrics
 from cascade.errors import CascadeError
 from cascade.images import LIMITS
+from cascade.logs import say
 from cascade.store import is_url
 from handlers.torchserve import process, tokens
 from handlers.torchserve.tokens import TokenError
@@ -163,7 +165,8 @@ class Server:
 
         TorchServe starts a worker that died again and again, for `start_timeout` seconds; then it gives up and stays.
         """
-        ready = time.monotonic()
+        log = self.folder / "worker.log"
+        ready, read, told = time.monotonic(), log.stat().st_size, ""
         while self.java.poll() is None:
             time.sleep(1)
             if self.wants_new_tokens:
@@ -171,11 +174,15 @@ class Server:
                 try:
                     self.renew_tokens()
                 except TokenError as e:
-                    print(f"error: {e}", file=sys.stderr)
+                    say("cascade.torchserve", str(e))
             now = time.monotonic()
             if any(worker["status"] == "READY" for worker in self._describe()):
-                ready = now
-            elif now > ready + self.start_timeout + GIVEN_UP:
+                ready, read, told = now, log.stat().st_size, ""
+                continue
+            if (why := _last_error(log.read_bytes()[read:].decode(errors="replace"))) and why != told:
+                say("cascade.torchserve", f"no worker is ready; TorchServe goes on trying: {why}")
+                told = why
+            if now > ready + self.start_timeout + GIVEN_UP:
                 raise ServerError(f"no worker came back within {now - ready:.0f} s: {_reason(self._log('worker.log'))}")
         why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
         raise ServerError(f"TorchServe ended by itself: {why}")
@@ -293,6 +300,11 @@ class Server:
     def _tail(self, name: str, lines: int = 15) -> str:
         tail = self._log(name).strip().splitlines()[-lines:]
         return "\n  ".join(["its last lines:", *tail]) if tail else "it said nothing"
+
+
+def _last_error(log: str) -> str | None:
+    """The last line meant for a person with which a traceback ended."""
+    return next(iter(re.findall(r"^cascade\.\S+: (.+)$", log, re.MULTILINE)[::-1]), None)
 
 
 def _reason(log: str) -> str:

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from cascade import metrics
 from cascade.engine import Engine, ItemError, Options, Prediction
 from cascade.logs import JsonLines
+from cascade.memory import Resident
 from cascade.registry import load_store
 from handlers import wire
 
@@ -44,6 +46,8 @@ class CascadeHandler:
         self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
         registry = load_store(self.engine, settings["model_store"], settings["pins"])
         _log_to_stderr(settings["log_level"])
+        if metrics.TROUBLE:
+            log.error(metrics.TROUBLE)
         if registry.trouble:
             log.error("%s; copies on this machine are served", registry.trouble)
         for state in registry.states():
@@ -54,6 +58,7 @@ class CascadeHandler:
         self.decoding = resources.enter_context(ThreadPoolExecutor(settings["threads"], "cascade-decode"))
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
+        self.memory = Resident()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """An answer and a status for each request of a batch, in order; never raises for one of them."""
@@ -81,6 +86,7 @@ class CascadeHandler:
             if isinstance(answer, ItemError):
                 context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
             _log(context.get_request_id(i), headers[i], answer, batch=len(data), seconds=time.perf_counter() - begin)
+        self.memory.give_back()
         return bodies
 
     def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade.backbone import Backbone, BackboneError, fingerprint, load, read_checkpoint, wrap
+from cascade.backbone import Backbone, fingerprint, load, wrap
+from cascade.checkpoint import BackboneError, read_checkpoint
 from tests.conftest import need
 
 LITE0 = "tf_efficientnet_lite0"

@@ -1,4 +1,4 @@
-"""Offline prediction: every file one row, in order, and a file that is whole or not there."""
+"""Offline prediction: every image one row, in order, in files that are whole or not there."""
 
 import os
 import signal
@@ -19,11 +19,16 @@ import pytest
 from PIL import Image
 
 import cascade
-from cascade import batch
-from cascade.batch import find, predict_files
+from cascade import batch, parts
+from cascade.batch import predict_files, settle, table
+from cascade.bundle import Bundle, digest, write
 from cascade.engine import Engine
 from cascade.errors import CascadeError
+from cascade.parts import Embedding
 from cascade.prediction import Options, Prediction
+from cascade.sources import expand, plan, read
+
+from .handmade import handmade
 
 PHOTOS = sorted((Path(__file__).parents[1] / "data" / "photos").glob("*.png"))
 
@@ -70,73 +75,6 @@ def workers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("cascade-batch")]
 
 
-# What sources mean
-
-
-def test_a_folder_is_searched_to_any_depth_and_sorted(folder: Path) -> None:
-    found = find([folder])
-    assert len(found) == len(PHOTOS) + len(BAD)
-    assert found == sorted(found) and found == find([str(folder)])
-    assert folder / "notes.txt" not in found and folder / "broken.png" in found
-
-
-def test_sources_keep_their_order_and_files_stand_for_themselves(folder: Path) -> None:
-    sources = [folder / "notes.txt", folder / "nested", folder / "missing.png", PHOTOS[0]]
-    found = find(sources)
-    assert found[0] == folder / "notes.txt" and found[-2:] == [folder / "missing.png", PHOTOS[0]]
-
-
-def test_patterns(folder: Path) -> None:
-    assert find([folder / "*.gif"]) == [folder / "other.gif"]
-    assert len(find([folder / "**" / "*-0*.png"])) == len(PHOTOS)
-    nested = find([folder / "nest*"])
-    assert nested == find([folder / "nested"]) and len(nested) == len(set(nested)) > 3
-
-
-def test_a_name_that_looks_like_a_pattern(tmp_path: Path) -> None:
-    odd = tmp_path / "cat[1].png"
-    copy(PHOTOS[0], odd)
-    assert find([odd]) == [odd]
-
-
-def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
-    real = tmp_path / "real"
-    real.mkdir()
-    copy(PHOTOS[0], real / "a.png")
-    top = tmp_path / "top"
-    top.mkdir()
-    (top / "link").symlink_to(real)
-    (real / "up").symlink_to(real)  # a cycle
-    assert find([top]) == [top / "link" / "a.png"]
-
-
-def test_a_folder_that_cannot_be_listed_is_not_lost(
-    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scandir = os.scandir
-
-    def denied(path: str) -> Any:
-        if Path(path).name == "deeper":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", denied)  # chmod does not stop root
-    summary = predict_files(engine, [folder / "nested"], tmp_path / "out.parquet")
-    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [row["path"] for row in rows if row["error_kind"] == "unreadable"] == [str(folder / "nested" / "deeper")]
-    assert summary.errors == {"unreadable": 1}
-
-
-@pytest.mark.parametrize("source", ["nothing", "nothing/*.png", "nothing/x/**"])
-def test_no_images_says_what_to_do(tmp_path: Path, source: str) -> None:
-    (tmp_path / "nothing").mkdir()
-    (tmp_path / "nothing" / "notes.txt").write_text("no image")
-    with pytest.raises(CascadeError, match="nothing.* has no images: name image files"):
-        find([PHOTOS[0], tmp_path / source])
-    with pytest.raises(CascadeError, match="give files, folders or patterns"):
-        find([])
-
-
 # The file
 
 
@@ -147,7 +85,7 @@ def test_every_source_is_one_row_in_order(
     out = tmp_path / "out.parquet"
     summary = predict_files(engine, [folder, PHOTOS[3]], out, batch=size, threads=threads)
     rows = pq.read_table(out).to_pylist()
-    paths = find([folder, PHOTOS[3]])
+    paths = [*map(Path, expand(str(folder))), PHOTOS[3]]
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert {Path(row["path"]).name: row["error_kind"] for row in rows if row["error_kind"]} == BAD
     for path, row in zip(paths, rows, strict=True):
@@ -171,6 +109,7 @@ def test_every_source_is_one_row_in_order(
     clusters = [row["cluster"] for row in rows if row["cluster"] is not None]
     assert summary.clusters == {k: clusters.count(k) / len(clusters) for k in sorted(set(clusters))}
     assert summary.images_per_second == pytest.approx(len(rows) / summary.seconds)
+    assert summary.fresh == len(rows) and 0 < summary.shares["forward"] < 1 and 0 < summary.shares["decode"] < 1
     assert leftovers(out) == [] and workers() == []
 
 
@@ -195,10 +134,13 @@ def test_columns_types_and_metadata(engine: Engine, tmp_path: Path) -> None:
     ]
     ((name, version),) = engine.bundles
     assert (summary.bundle, summary.version) == (name, version)
+    found = engine.find(name)
+    assert isinstance(found, Bundle)
     assert schema.metadata == {
         b"bundle": name.encode(),
         b"version": version.encode(),
         b"mode": summary.mode.encode(),
+        b"digest": digest(found).encode(),
         b"cascade": cascade.__version__.encode(),
     }
 
@@ -206,7 +148,8 @@ def test_columns_types_and_metadata(engine: Engine, tmp_path: Path) -> None:
 def test_embeddings_on_demand_with_errors_between(engine: Engine, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     options = Options(embedding=True, labels=1, neighbours=0)
-    predict_files(engine, [folder / "empty.jpg", PHOTOS[0], folder / "cut.png", PHOTOS[1]], out, options)
+    images = [folder / "empty.jpg", PHOTOS[0], folder / "cut.png", PHOTOS[1]]
+    predict_files(engine, images, out, options, embedding="float32")
     table = pq.read_table(out)
     (alone, other) = engine.predict(PHOTOS[:2], options)
     assert isinstance(alone, Prediction) and isinstance(other, Prediction)
@@ -222,13 +165,13 @@ def test_embeddings_on_demand_with_errors_between(engine: Engine, folder: Path, 
 
 def test_only_errors_still_make_a_file(engine: Engine, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    summary = predict_files(engine, [folder / "empty.jpg", folder / "missing.png"], out, Options(embedding=True))
+    summary = predict_files(engine, [folder / "empty.jpg", folder / "missing.png"], out, embedding="float16")
     assert (summary.rows, summary.clusters) == (2, {})
     assert pq.read_table(out)["error_kind"].to_pylist() == ["empty", "unreadable"]
 
 
 def test_rows_stream_out_in_groups(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "ROW_GROUP", 4)
+    monkeypatch.setattr(parts, "ROW_GROUP", 4)
     predict_files(engine, PHOTOS, tmp_path / "out.parquet", batch=2)
     file = pq.ParquetFile(tmp_path / "out.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4, 4, 2]
@@ -243,41 +186,43 @@ def test_names_that_are_not_utf8(engine: Engine, tmp_path: Path) -> None:
     assert rows[0]["error"] is None and r"gone\xff.png" in rows[1]["error"]
 
 
-# Failure leaves nothing
+# Failure
 
 
 def failing_after(engine: Engine, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    predict, done = engine.predict, iter(range(calls))
+    run, done = engine.run, iter(range(calls))
 
-    def fail(images: Sequence[Any], options: Options) -> Any:
+    def fail(items: Sequence[Any]) -> Any:
         if next(done, None) is None:
             raise RuntimeError("out of memory")
-        return predict(images, options)
+        return run(items)
 
-    monkeypatch.setattr(engine, "predict", fail)
+    monkeypatch.setattr(engine, "run", fail)
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(
+def test_a_failure_leaves_the_old_file_and_what_is_done(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.parquet"
     out.write_text("of last week")
-    failing_after(engine, 2, monkeypatch)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        predict_files(engine, PHOTOS, out, batch=2)
-    assert out.read_text() == "of last week" and leftovers(out) == [] and workers() == []
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        failing_after(engine, 3, patch)
+        predict_files(engine, PHOTOS, out, batch=2, rows=4)
+    assert out.read_text() == "of last week" and leftovers(out) == ["out.parquet.parts"] and workers() == []
+    assert sorted(os.listdir(tmp_path / "out.parquet.parts")) == ["_job.json", "_units.jsonl", "part-00000.parquet"]
+    summary = predict_files(engine, PHOTOS, out, batch=2, rows=4)
+    assert (summary.rows, summary.fresh) == (10, 6) and leftovers(out) == []
 
 
-def test_ctrl_c_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
-    out = tmp_path / "out.parquet"
-
-    def interrupt(done: int, total: int) -> None:
-        if done >= 4:
+def test_ctrl_c_leaves_what_is_done(engine: Engine, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int | None) -> None:
+        if done >= 6:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        predict_files(engine, PHOTOS, out, batch=2, progress=interrupt)
-    assert list(tmp_path.iterdir()) == [] and workers() == []
+        predict_files(engine, PHOTOS, tmp_path / "out", batch=2, rows=4, progress=interrupt)
+    assert sorted(os.listdir(tmp_path / "out")) == ["_job.json", "_units.jsonl", "part-00000.parquet"]
+    assert workers() == []
 
 
 def test_a_full_disk_is_one_line(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,8 +231,193 @@ def test_a_full_disk_is_one_line(engine: Engine, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(CascadeError, match="No space left on device.*make room"):
-        predict_files(engine, PHOTOS, tmp_path / "out.parquet")
-    assert list(tmp_path.iterdir()) == [] and workers() == []
+        predict_files(engine, PHOTOS, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["_job.json", "_units.jsonl"] and workers() == []
+
+
+KILLED = """
+import os, sys, threading, time
+from pathlib import Path
+import pyarrow.parquet  # here, or every child would
+import cascade
+from cascade import batch, parts
+
+bundle, images, out, log = map(Path, sys.argv[1:])
+engine = cascade.load(bundle)
+prepare, replace = batch.prepare, Path.replace
+
+
+def die(*_):
+    os.kill(os.getpid(), 9)
+
+
+def logged(engine, job, load):
+    with log.open("a") as file:
+        file.write(f"{run} {load.args[0]}\\n")
+    return prepare(engine, job, load)
+
+
+def before(self, target):
+    if target.name == "part-00002.parquet":
+        die()
+    return replace(self, target)
+
+
+def after(self, target):
+    replace(self, target)
+    if target.name == "part-00003.parquet":
+        die()
+
+
+def at(seconds):
+    return lambda: threading.Timer(seconds, die).start()
+
+
+def renaming(how):
+    return lambda: setattr(Path, "replace", how)
+
+
+batch.prepare = logged
+ends = [at(0.1), at(0.3), renaming(before), at(0.2), renaming(after), lambda: None]
+for run, end in enumerate(ends):
+    done = sorted(path.name for path in out.glob("part-*"))
+    with log.open("a") as file:
+        file.write(f"{run} done {len(done)}\\n")
+    child = os.fork()  # loading costs seconds, and no thread runs yet
+    if child == 0:
+        end()
+        batch.predict_files(engine, [images], out, embedding="float16", batch=4, threads=2, rows=8)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_killed_at_any_moment_no_row_is_lost_or_twice(
+    cifar: list[Image.Image], cifar_folder: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at five moments, two of them right before and right after a part gets its name."""
+    images, out, log = cifar_folder / "test", tmp_path / "out", tmp_path / "log"
+    bundle = write(handmade(cifar[:40]), tmp_path / "hand" / "1")
+    command = [sys.executable, "-c", KILLED, *map(str, (bundle, images, out, log))]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": root})
+    ends = [int(line) for line in done.stdout.split()]
+    assert len(ends) == 6 and ends[-1] == 0, done.stderr
+    assert ends[2] == ends[4] == signal.SIGKILL
+    rows = [row for path in sorted(out.glob("part-*")) for row in pq.read_table(path).to_pylist()]
+    assert [row["path"] for row in rows] == list(expand(str(images))) and len(rows) == 60
+    assert not any(row["error"] for row in rows)
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    finished: list[int] = []
+    for line in log.read_text().splitlines():
+        run, first, *rest = line.split(" ")
+        if first == "done":
+            finished.append(int(rest[0]))
+        else:  # parts are made in order: image n is of part n // 8
+            assert list(expand(str(images))).index(first) // 8 >= finished[int(run)], "read again"
+    assert finished == sorted(finished) and finished[-1] >= 4
+
+
+# Folders
+
+
+def test_a_folder_of_parts_and_again(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = predict_files(engine, [folder], out, rows=5, batch=2, embedding="float16")
+    assert [pq.read_metadata(path).num_rows for path in batch.files_of(out)] == [5, 5, 5, 2]
+    assert len({pq.read_schema(path).to_string() for path in batch.files_of(out)}) == 1
+    stamps = {path: path.stat().st_mtime_ns for path in batch.files_of(out)}
+    again = predict_files(engine, [folder], out, rows=5, embedding="float16")
+    assert (again.fresh, again.rows, again.errors) == (0, first.rows, first.errors)
+    assert again.clusters == first.clusters and stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    batch.files_of(out)[1].unlink()  # whoever wants a part anew deletes it
+    assert predict_files(engine, [folder], out, rows=5, embedding="float16").fresh == 5
+
+
+def test_other_settings_are_refused(engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_files(engine, PHOTOS[:2], out)
+    for sources, settings in (
+        (PHOTOS[:3], {}),
+        (PHOTOS[:2], {"embedding": "float32"}),
+        (PHOTOS[:2], {"rows": 7}),
+        (PHOTOS[:2], {"options": Options(mode="dispatcher")}),
+        (PHOTOS[:2], {"options": Options(labels=1)}),
+    ):
+        with pytest.raises(CascadeError, match="was begun with .*give the same options, or name another folder"):
+            predict_files(engine, sources, out, **settings)
+
+
+def test_a_folder_in_use_and_one_of_other_files(engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def second(done: int, total: int | None) -> None:
+        with pytest.raises(CascadeError, match="is being written by another process"):
+            predict_files(engine, PHOTOS[:2], out)
+
+    predict_files(engine, PHOTOS[:2], out, progress=second)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(CascadeError, match="holds thesis.tex and no job of ours"):
+        predict_files(engine, PHOTOS[:2], tmp_path / "mine")
+
+
+@pytest.mark.parametrize("embedding", ["float16", "float32"])
+def test_others_read_it(engine: Engine, folder: Path, tmp_path: Path, embedding: Embedding) -> None:
+    """pandas, DuckDB and datasets, each over the whole folder, errors and all."""
+    import datasets  # type: ignore[import-untyped]
+    import duckdb
+    import pandas
+
+    out = tmp_path / "out"
+    predict_files(engine, [folder], out, rows=6, embedding=embedding)
+    want = [row for path in batch.files_of(out) for row in pq.read_table(path).to_pylist()]
+    vectors = [row["embedding"] for row in want]
+    frame = pandas.read_parquet(out)
+    assert frame["path"].tolist() == [row["path"] for row in want]
+    assert frame["error_kind"].notna().sum() == len(BAD)
+    query = "select path, embedding, cluster from read_parquet(?) order by path"
+    found = duckdb.execute(query, [f"{out}/*.parquet"]).fetchall()
+    by_path = sorted(want, key=lambda row: row["path"])
+    assert [(path, cluster) for path, _, cluster in found] == [(row["path"], row["cluster"]) for row in by_path]
+    for (_, vector, _), row in zip(found, by_path, strict=True):
+        assert (vector is None) == (row["embedding"] is None)
+        if vector is not None:
+            np.testing.assert_array_equal(np.array(vector, np.float32), np.array(row["embedding"], np.float32))
+    loaded = datasets.load_dataset(
+        "parquet", data_files=f"{out}/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert loaded["path"][:] == [row["path"] for row in want]
+    assert [v is None for v in loaded["embedding"][:]] == [v is None for v in vectors]
+
+
+def test_a_large_batch_goes_in_pieces(engine: Engine, cifar: list[Image.Image]) -> None:
+    """More images than an executor gets at a time: the same answers, in order, each mask swapped in once."""
+    options, before = Options(embedding=True), engine.stats()
+    large = engine.predict(cifar[:75], options)
+    asked = [engine.stats()[name] - before[name] for name in ("hits", "misses")]
+    assert sum(asked) <= 5  # the plain trunk, dispatcher, three experts
+    small = [each for first in range(0, 75, 15) for each in engine.predict(cifar[first : first + 15], options)]
+    for one, other in zip(large, small, strict=True):
+        assert isinstance(one, Prediction) and isinstance(other, Prediction)
+        assert (one.cluster, one.masks) == (other.cluster, other.masks)
+        np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-3)  # type: ignore[arg-type]
+
+
+def test_table_is_what_the_job_writes(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    """The part that a job on many machines is made of."""
+    (unit,) = plan([folder])
+    job = settle(engine, [folder], Options(), "float16")
+    got = table(engine, job, read(unit))
+    predict_files(engine, [folder], tmp_path / "out", embedding="float16")
+    want = pq.read_table(batch.files_of(tmp_path / "out")[0])
+    assert got.schema.metadata == want.schema.metadata and got.cast(want.schema).schema == want.schema
+    for mine, theirs in zip(got.to_pylist(), want.to_pylist(), strict=True):
+        assert (mine["path"], mine["cluster"], mine["error"]) == (theirs["path"], theirs["cluster"], theirs["error"])
+    assert table(engine, job, []).num_rows == 0
+
+
+# One file
 
 
 def test_the_file_replaces_an_older_one(engine: Engine, tmp_path: Path) -> None:
@@ -297,9 +427,11 @@ def test_the_file_replaces_an_older_one(engine: Engine, tmp_path: Path) -> None:
     assert pq.read_table(out).num_rows == 1 and leftovers(out) == []
 
 
-@pytest.mark.parametrize("out", ["", "missing/out.parquet"])
-def test_out_must_be_a_file_in_a_folder(engine: Engine, tmp_path: Path, out: str) -> None:
-    with pytest.raises(CascadeError, match="name a file in a folder that exists"):
+@pytest.mark.parametrize("out", ["folder.parquet", "file", "missing/out.parquet", "missing/out"])
+def test_out_must_lie_in_a_folder(engine: Engine, tmp_path: Path, out: str) -> None:
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(CascadeError, match="name a folder, or a .parquet file, in a folder that exists"):
         predict_files(engine, PHOTOS, tmp_path / out)
 
 
@@ -322,26 +454,26 @@ def test_numbers_must_be_positive(engine: Engine, tmp_path: Path, numbers: dict[
 
 
 def test_look_ahead_is_bounded(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first batch is being written no more than ``threads`` others are taken up."""
-    predict, started, written = engine.predict, count(1), [0]
+    """While a batch is being written no more than three others are taken up: passed, in a pass, decoded."""
+    prepare, started, written = batch.prepare, count(1), [0]
     ahead: list[int] = []
 
-    def counted(images: Sequence[Any], options: Options) -> Any:
+    def counted(*arguments: Any) -> Any:
         ahead.append(next(started) - written[0])
-        return predict(images, options)
+        return prepare(*arguments)
 
-    def slow(done: int, total: int) -> None:
+    def slow(done: int, total: int | None) -> None:
         written[0] = done
         time.sleep(0.05)
 
-    monkeypatch.setattr(engine, "predict", counted)
+    monkeypatch.setattr(batch, "prepare", counted)
     predict_files(engine, PHOTOS, tmp_path / "out.parquet", batch=1, threads=2, progress=slow)
     assert len(ahead) == len(PHOTOS)
-    assert 2 <= max(ahead) <= 3
+    assert 2 <= max(ahead) <= 5
 
 
 def test_progress_counts_up_to_the_total(engine: Engine, folder: Path, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int | None]] = []
     summary = predict_files(engine, [folder], tmp_path / "out.parquet", batch=4, progress=lambda *n: told.append(n))
     assert told[0] == (0, summary.rows) and told[-1] == (summary.rows, summary.rows)
     assert [done for done, _ in told] == sorted({done for done, _ in told})

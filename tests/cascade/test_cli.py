@@ -19,7 +19,7 @@ from cascade.cli import app
 
 from .handmade import handmade
 
-COMMANDS = ("train", "predict", "serve", "inspect", "verify", "evaluate", "bench")
+COMMANDS = ("train", "predict", "index", "serve", "inspect", "verify", "evaluate", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,12 @@ def test_predict_a_folder_with_a_broken_image(bundle_path: Path, cifar_folder: P
     (images / "broken.png").write_bytes(b"no image at all")
     out = tmp_path / "out [1]" / "predictions.parquet"
     out.parent.mkdir()
-    result = run("predict", images, "--out", out, "--bundle", bundle_path, "--embedding", "--mode", "unconditional")
+    result = run("predict", images, "--out", out, "--bundle", bundle_path, "--mode", "unconditional")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"{whole + 1} rows in {out}, ") and lines[0].endswith(" images a second")
-    assert lines[1:] == ["  1 with error not_an_image"]
+    assert lines[0].startswith(f"{whole + 1} rows in {out}, {whole + 1} of them now, ")
+    assert lines[0].endswith(" images a second") and lines[1].startswith("time: forward ")
+    assert lines[-1] == "  1 with error not_an_image" and " % in cluster " in lines[2]
     rows = pq.read_table(out).to_pylist()
     assert len(rows) == whole + 1
     assert [Path(r["path"]).name for r in rows if r["error"]] == ["broken.png"]

@@ -290,14 +290,30 @@ def test_prepare_folder_empties_it_of_metrics_only(
     assert list(folder.iterdir()) == [mine]
 
 
-def test_files_are_no_holes_once_a_bundle_is_served(
-    worker: Callable[[str], subprocess.Popen[str]], folder: Path
-) -> None:
+def test_files_are_no_holes(worker: Callable[[str], subprocess.Popen[str]], folder: Path) -> None:
     """A disk that fills up later must not kill who writes into them."""
     worker("01")
-    files = list(folder.glob("*.db"))
-    assert len(files) >= 3
-    assert all(512 * file.stat().st_blocks >= file.stat().st_size > 0 for file in files)
+    files = {file.name.rpartition("_")[0]: file.stat() for file in folder.glob("*.db")}
+    assert files.keys() == {"counter", "histogram", "gauge_livesum", "gauge_livemax"}, "all that `reserve` makes"
+    assert all(512 * file.st_blocks >= file.st_size >= 2**20 for file in files.values())
+
+
+def test_without_room_a_worker_counts_for_itself(folder: Path) -> None:
+    program = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+from cascade import metrics
+metrics.serving("animals", [0.5, 0.5])
+metrics.count("animals", 1, 200)
+print(metrics.TROUBLE)
+print(metrics.scrape().decode())
+"""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"no room for metrics in {folder} (File too large): make some")
+    assert 'cascade_requests_total{bundle="animals",cluster="1",status="200"} 1.0' in done.stdout
+    assert list(folder.iterdir()) == []
 
 
 def test_a_worker_makes_a_missing_folder(tmp_path: Path) -> None:

@@ -40,10 +40,15 @@ def folder(hand: Bundle, tmp_path: Path) -> Path:
 class Quiet(SimpleHTTPRequestHandler):
     """Serves a folder; counts what is fetched, and can be told to fail."""
 
+    asked = 0
     fetched: list[str] = []
     failing = False
+    silent = threading.Event()
+    """Clear: connections are taken, and nothing is said."""
 
     def do_GET(self) -> None:
+        Quiet.asked += 1
+        Quiet.silent.wait()
         if Quiet.failing:
             self.send_error(503)
             return
@@ -57,6 +62,7 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def http(folder: Path) -> Iterator[str]:
     Quiet.fetched, Quiet.failing = [], False
+    Quiet.silent.set()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -151,6 +157,28 @@ def test_out_of_reach(http: str, folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(StoreError, match=f"{folder}: No such file or directory: is it mounted"):
         Store(folder).look()
+
+
+def test_a_store_that_says_nothing_is_waited_for_once(
+    http: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "TIMEOUTS", {"sock_connect": 1, "sock_read": 0.2})
+    for version in ("8", "9"):
+        shutil.copytree(folder / "a" / "1", folder / "a" / version)
+    store = Store(http, tmp_path / "cache")
+    whole = store.look()
+    digests = {identity: store.read(*identity)[1] for identity in whole}
+    Quiet.silent.clear()
+    try:
+        with pytest.raises(StoreError, match="can't be read .*[Tt]imeout.*is it in reach"):
+            store.look()
+        asked = Quiet.asked
+        assert store.cached().keys() == whole.keys()
+        assert {identity: store.read(*identity)[1] for identity in whole} == digests
+        assert Quiet.asked == asked, "the copies, without a question"
+    finally:
+        Quiet.silent.set()
+    assert store.look() == whole
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "no sums", "foreign file", "climbing"])

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,15 @@ class Asgi(Running):
 
 
 @contextmanager
-def serving_asgi(store: Path, *options: str, host: str = LOOPBACK) -> Iterator[Asgi]:
-    """Run the command until the block ends; then nothing of it may be left, neither process nor file."""
+def serving_asgi(
+    store: Path | str, *options: str, host: str = LOOPBACK, env: Mapping[str, str] = {}, place: str = "/tmp"
+) -> Iterator[Asgi]:
+    """Run the command until the block ends; then nothing of it may be left, neither process nor file.
+
+    Arguments as of `tests.e2e.conftest.serving`; options of the command.
+    """
     (port,) = claim_ports((host, 0))
-    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir=place))
     command = [sys.executable, "-m", "cascade.cli", "serve", "--frontend", "asgi", "--model-store", str(store)]
     with (folder / "stderr").open("w") as stderr:
         process = subprocess.Popen(
@@ -60,7 +65,7 @@ def serving_asgi(store: Path, *options: str, host: str = LOOPBACK) -> Iterator[A
             stderr=stderr,
             text=True,
             cwd=ROOT,
-            env=environment(folder),
+            env={**environment(folder), **env},
         )
     base = f"http://{LOOPBACK}:{port}"
     server = Asgi(f"{base}/v1/predict", f"{base}/metrics", f"{base}/v2/health/ready", process, folder)

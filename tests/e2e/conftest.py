@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,11 +124,18 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def serving(store: Path | str, host: str = LOOPBACK, **options: object) -> Iterator[Running]:
-    """Run `serve` until the block ends; then nothing of it may be left, neither process nor file."""
+def serving(
+    store: Path | str, host: str = LOOPBACK, env: Mapping[str, str] = {}, place: str = "/tmp", **options: object
+) -> Iterator[Running]:
+    """Run `serve` until the block ends; then nothing of it may be left, neither process nor file.
+
+    Args:
+        env: more for its environment. place: where its folder is made, a short path.
+        options: of `serve`.
+    """
     port, metrics_port, management_port = claim_ports((host, 0), (host, 0), (LOOPBACK, 0))
     ports = {"port": port, "metrics_port": metrics_port, "management_port": management_port}
-    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))  # short: sockets lie in it
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir=place))  # short: sockets lie in it
     rest = {"host": host, "token_file": str(folder / "token")}
     command = [sys.executable, "-c", SERVE, str(store), json.dumps(ports | rest | options)]
     with (folder / "stderr").open("w") as stderr:
@@ -138,7 +145,7 @@ def serving(store: Path | str, host: str = LOOPBACK, **options: object) -> Itera
             stderr=stderr,
             text=True,
             cwd=ROOT,
-            env=environment(folder),
+            env={**environment(folder), **env},
         )
     server = Running(
         f"http://{LOOPBACK}:{port}/predictions/cascade",

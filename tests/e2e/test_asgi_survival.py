@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import struct
+import tempfile
 import threading
 import time
 import zlib
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -26,14 +29,22 @@ from tests.cascade.handmade import handmade
 from tests.e2e.asgi_server import Asgi, serving_asgi
 from tests.e2e.conftest import CLIENT, EXECUTOR
 from tests.e2e.test_torchserve import encoded
+from tests.e2e.trouble import (
+    NO_FILES,
+    Clock,
+    Shelf,
+    full_disk,
+    jumps,
+    remote,
+    sampled,
+    settled,
+    short_and_whole,
+    small_disk,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 MIB = 2**20
-
-
-def short_and_whole(short: object, whole: object) -> list[object]:
-    """Both sizes of a test; the second one runs with ``make soak`` only."""
-    return [short, pytest.param(whole, marks=pytest.mark.soak)]
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +101,6 @@ class Load:
                     time.sleep(0.02)
 
 
-def settled(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 @pytest.mark.parametrize("times", short_and_whole(1, 10))
 def test_killed_under_load(survivor: Asgi, photos: list[bytes], times: int) -> None:
     """Every request is answered or cleanly failed, and the next engine serves within ten seconds or so."""
@@ -110,7 +112,7 @@ def test_killed_under_load(survivor: Asgi, photos: list[bytes], times: int) -> N
         worker.kill()
         start = time.monotonic()
         worker.wait(10)
-        assert settled(survivor.answers, 60)
+        until(survivor.answers, 60)
         took.append(time.monotonic() - start)
         assert survivor.worker().pid != worker.pid
     time.sleep(1)
@@ -183,10 +185,10 @@ def test_versions_come_and_go_under_load(
         try:
             for _ in range(times):
                 (aside / "rolled" / "2").rename(store / "rolled" / "2")
-                assert settled(lambda: shows(["1", "2"]), 20)
+                until(lambda: shows(["1", "2"]))
                 time.sleep(0.3)
                 (store / "rolled" / "2").rename(aside / "rolled" / "2")
-                assert settled(lambda: shows(["1"]), 20)
+                until(lambda: shows(["1"]))
                 time.sleep(0.3)
         finally:
             done.set()
@@ -196,43 +198,133 @@ def test_versions_come_and_go_under_load(
     assert min(seen["1"], seen["2"]) > 10 * times
 
 
-def test_a_store_that_goes_wrong_disturbs_nothing(store: Path, photos: list[bytes], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
+    """The shelved server's."""
+    return Clock(tmp_path_factory.mktemp("clock"))
+
+
+@pytest.fixture(scope="module")
+def shelf(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of their own for the tests that change it."""
+    root = tmp_path_factory.mktemp("shelf") / "store"
+    shutil.copytree(store / "one" / "1", root / "one" / "1")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shelved(shelf: Path, clock: Clock) -> Iterator[Asgi]:
+    """A server that follows it."""
+    env = {**clock.environment, **NO_FILES}
+    with serving_asgi(shelf, "--poll", "0.1", "--log-level", "warning", env=env) as server:
+        yield server
+
+
+def test_a_store_that_goes_wrong_disturbs_nothing(shelved: Asgi, shelf: Path, photos: list[bytes]) -> None:
     """Truncated, half-copied and foreign bundles are refused by name; a store that is away changes nothing."""
-    own, good = tmp_path / "store", store / "one" / "1"
-    shutil.copytree(good, own / "one" / "1")
 
     def state(name: str) -> str:
-        models = CLIENT.get(f"{server.base}/v2/models").raise_for_status().json()["models"]
+        models = CLIENT.get(f"{shelved.base}/v2/models").raise_for_status().json()["models"]
         states = [each["state"]["1"] for each in models if each["name"] == name]
         return str(states[0].get("reason", states[0]["state"])) if states else "unknown"
 
     def drop(name: str, spoil: Callable[[Path], object]) -> str:
-        staging = own / f".{name}"
-        shutil.copytree(good, staging / "1")
+        staging = shelf / f".{name}"
+        shutil.copytree(shelf / "one" / "1", staging / "1")
         spoil(staging / "1")
-        staging.rename(own / name)
-        assert settled(lambda: state(name) not in ("unknown", "loading"), 20)
-        return state(name)
+        staging.rename(shelf / name)
+        until(lambda: state(name) not in ("unknown", "loading"))
+        found = state(name)
+        shutil.rmtree(shelf / name)
+        return found
 
     def largest(folder: Path) -> Path:
         return max(folder.iterdir(), key=lambda path: path.stat().st_size)
 
-    with serving_asgi(own, "--poll", "0.1", "--log-level", "error") as server:
-        load = Load(server.url, photos, bundles=("one",)).start(2)
-        truncated = drop("truncated", lambda folder: os.truncate(largest(folder), 1000))
-        half = drop("half", lambda folder: largest(folder).unlink())
-        foreign = drop("foreign", lambda folder: (folder / "cascade.json").write_text('{"format": 99}'))
-        assert drop("good", lambda folder: None) == "ready"
-        own.rename(tmp_path / "away")
-        assert settled(lambda: server.metrics()["cascade_store_unreachable"] == 1, 20)
-        assert server.answers()
-        (tmp_path / "away").rename(own)
-        assert settled(lambda: server.metrics()["cascade_store_unreachable"] == 0, 20)
-        assert load.stop().keys() == {200}
-        log = server.log()
+    load = Load(shelved.url, photos, bundles=("one",)).start(2)
+    truncated = drop("truncated", lambda folder: os.truncate(largest(folder), 1000))
+    half = drop("half", lambda folder: largest(folder).unlink())
+    foreign = drop("foreign", lambda folder: (folder / "cascade.json").write_text('{"format": 99}'))
+    assert drop("good", lambda folder: None) == "ready"
+    shelf.rename(shelf.with_name("away"))
+    until(lambda: shelved.metrics()["cascade_store_unreachable"] == 1)
+    assert shelved.answers()
+    shelf.with_name("away").rename(shelf)
+    until(lambda: shelved.metrics()["cascade_store_unreachable"] == 0)
+    assert load.stop().keys() == {200}
+    log = shelved.log()
     for name, reason in (("truncated", truncated), ("half", half), ("foreign", foreign)):
         assert reason not in ("ready", "removed") and f"refused bundle {name}/1" in log, reason
     print(f"truncated: {truncated}\nhalf-copied: {half}\nforeign: {foreign}")
+
+
+def test_the_clock_jumps(shelved: Asgi, clock: Clock, shelf: Path, photos: list[bytes]) -> None:
+    """Of the supervisor and of the engine: years ahead, years back, and right again."""
+    load = Load(shelved.url, photos, bundles=("one",)).start(4)
+    jumps(shelved, clock, shelf)
+    assert load.stop().keys() == {200} and load.wrong == []
+    assert max(seconds for _, seconds, _ in load.answers) < 10
+
+
+@pytest.mark.parametrize("times", short_and_whole(1, 5))
+def test_killed_without_a_store_and_with_a_full_disk(
+    shelved: Asgi, shelf: Path, photos: list[bytes], times: int
+) -> None:
+    """It says why it does not come back, comes back with the store, and needs no disk to serve."""
+    for _ in range(times):
+        before = len(shelved.log())
+        shelf.rename(shelf.with_name("elsewhere"))
+        shelved.worker().kill()
+        until(lambda before=before: "is it mounted?" in shelved.log()[before:], 60)  # type: ignore[misc]
+        with full_disk(shelved):
+            shelf.with_name("elsewhere").rename(shelf)
+            until(shelved.answers, 60)
+            load = Load(shelved.url, photos, bundles=("one",)).start(4)
+            time.sleep(1)
+            assert load.stop().keys() == {200} and load.wrong == []
+
+
+@pytest.mark.parametrize("failing", short_and_whole("503", "silence"))
+def test_a_remote_store_that_fails_while_the_engine_is_killed(
+    store: Path,
+    tmp_path: Path,
+    photos: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    failing: Literal["503", "silence"],
+) -> None:
+    """The next engine takes the copies that are on this machine, and fetches nothing twice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(store / "one", tmp_path / "shelf" / "one")
+    with remote(tmp_path / "shelf") as url, serving_asgi(url, "--poll", "0.3", "--log-level", "warning") as server:
+        copies = sorted(Shelf.fetched)
+        assert copies and len(copies) == len(set(copies))
+        Shelf.fail(failing)
+        until(lambda: server.metrics()["cascade_store_unreachable"] == 1)
+        server.worker().kill()
+        until(server.answers, 90)
+        load = Load(server.url, photos, bundles=("one",)).start(4)
+        time.sleep(1)
+        assert load.stop().keys() == {200}
+        Shelf.mend()
+        until(lambda: server.metrics()["cascade_store_unreachable"] == 0)
+        assert sorted(Shelf.fetched) == copies
+
+
+@pytest.mark.soak
+def test_a_disk_filled_to_the_last_block(store: Path, photos: list[bytes]) -> None:
+    """What the server itself writes lies there; an engine that is killed comes back, too."""
+    place = Path(tempfile.gettempdir(), "e2e-disk-asgi")
+    with small_disk(place) as fill, serving_asgi(store, place=str(place)) as server:
+        fill()
+        load = Load(server.url, photos).start(4)
+        time.sleep(3)
+        assert load.stop().keys() == {200}
+        server.worker().kill()
+        until(server.answers, 60)
+        after = Load(server.url, photos).start(4)
+        time.sleep(3)
+        assert after.stop().keys() == {200}
+        (place / "filling").unlink()
 
 
 def refused(answer: httpx.Response) -> None:
@@ -346,7 +438,7 @@ def test_hostile_requests(survivor: Asgi, photos: list[bytes], cifar: list[Image
     assert statuses[200] and statuses[400] and statuses[404] and statuses[413] and statuses[431]
     assert survivor.worker().pid == worker.pid and survivor.answers()
     assert grown < 100
-    assert settled(lambda: survivor.metrics()["cascade_queue_depth"] == 0, 10)
+    until(lambda: survivor.metrics()["cascade_queue_depth"] == 0)
 
 
 @pytest.mark.parametrize("clients", short_and_whole(100, 800))
@@ -377,7 +469,7 @@ def test_who_hangs_up_leaves_its_place(survivor: Asgi, photos: list[bytes], cifa
             connection.sendall(head.encode() + (file if i % 3 else file[:100]))
             time.sleep(0.01 * (i % 2))
     assert load.stop().keys() <= {200, 503}
-    assert settled(lambda: survivor.metrics()["cascade_queue_depth"] == 0, 10)
+    until(lambda: survivor.metrics()["cascade_queue_depth"] == 0)
     after = Load(survivor.url, photos).start(16)
     time.sleep(0.5)
     assert after.stop().keys() == {200}, "all places of the queue are free"
@@ -418,17 +510,10 @@ def test_schemathesis(survivor: Asgi, examples: int) -> None:
 @pytest.mark.soak
 def test_ten_minutes_at_speed(store: Path, photos: list[bytes]) -> None:
     """As many requests as fit (SOAK_MINUTES for another while): memory is flat."""
-    tens = round(6 * float(os.environ.get("SOAK_MINUTES", "10"))) - 3
     with serving_asgi(store, "--log-level", "warning") as server:
+        processes = {"engine": server.worker(), "supervisor": psutil.Process(server.process.pid)}
         load = Load(server.url, photos).start(16)
-        time.sleep(30)
-        sizes = []
-        for _ in range(tens):
-            time.sleep(10)
-            sizes.append(server.worker().memory_info().rss / MIB)
+        memory = sampled(processes)
         statuses = load.stop()
-    half = len(sizes) // 2
-    slope = (sum(sizes[half:]) / (len(sizes) - half) - sum(sizes[:half]) / half) / (half * 10 / 3600)
-    print(f"{statuses} answers, memory {sizes[0]:.0f} to {sizes[-1]:.0f} MiB, {slope:+.1f} MiB an hour")
+    print(f"{dict(statuses)} answers; {memory}")
     assert statuses.keys() == {200}
-    assert slope < 100

@@ -1,20 +1,19 @@
 """What TorchServe with our handler must survive; each in a short form, and in its whole form with ``make soak``."""
 
-import json
 import os
 import random
-import resource
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import psutil
@@ -25,14 +24,23 @@ from cascade.bundle import read, write
 from tests.e2e.conftest import CLIENT, Running, serving
 from tests.e2e.test_asgi_survival import bomb, mutated
 from tests.e2e.test_torchserve import encoded, post
+from tests.e2e.trouble import (
+    DAY,
+    NO_FILES,
+    Clock,
+    Shelf,
+    full_disk,
+    jumps,
+    remote,
+    said,
+    sampled,
+    short_and_whole,
+    small_disk,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 POLL = 0.3
-
-
-def short_and_whole(short: int, whole: int) -> list[object]:
-    """Both sizes of a test; the second one runs with ``make soak`` only."""
-    return [short, pytest.param(whole, marks=pytest.mark.soak)]
 
 
 @dataclass
@@ -46,13 +54,14 @@ class Load:
 
     server: Running
     photos: list[bytes]
+    clients: int = 6
     answers: list[tuple[float, float, int, str | None]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     _done: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def __enter__(self) -> "Load":
-        self._threads = [threading.Thread(target=self._client, args=(i,)) for i in range(6)]
+        self._threads = [threading.Thread(target=self._client, args=(i,)) for i in range(self.clients)]
         for thread in self._threads:
             thread.start()
         return self
@@ -83,7 +92,7 @@ class Load:
                 begin = time.monotonic()
                 status, version = 0, None
                 try:
-                    response = http.post(self.server.url, content=self.photos[number], headers=headers)
+                    response = http.post(self.server.url, content=self.photos[number % 10], headers=headers)
                     status = response.status_code
                     if status == 200:
                         version = self._checked(bundle, response)
@@ -100,18 +109,6 @@ class Load:
         if (answer["bundle"], answer["version"]) != (bundle, made_by):
             self.wrong.append(response.text)
         return str(answer["version"]) if bundle == "one" else None
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-
-
-def said(server: Running) -> list[dict[str, str]]:
-    """The lines of its log."""
-    return [json.loads(line) for line in (server.folder / "stderr").read_text().splitlines()]
 
 
 def replaced(server: Running, worker: int) -> bool:
@@ -136,9 +133,15 @@ def shelf(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def survivor(shelf: Path) -> Iterator[Running]:
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
+    """The survivor's."""
+    return Clock(tmp_path_factory.mktemp("clock"))
+
+
+@pytest.fixture(scope="module")
+def survivor(shelf: Path, clock: Clock) -> Iterator[Running]:
     """A server of its own for these tests."""
-    with serving(shelf, poll=POLL) as server:
+    with serving(shelf, poll=POLL, env={**clock.environment, **NO_FILES}) as server:
         yield server
 
 
@@ -219,6 +222,53 @@ def test_a_store_that_goes_and_comes(survivor: Running, shelf: Path, photos: lis
         "is it mounted?" in gone and "in reach again" in back
         for gone, back in zip(lines[::2], lines[1::2], strict=True)
     )
+
+
+def test_the_clock_jumps(survivor: Running, clock: Clock, shelf: Path, photos: list[bytes]) -> None:
+    """Of the workers and of who watches them; Java's in the whole form."""
+    with Load(survivor, photos) as load:
+        load.more()
+        jumps(survivor, clock, shelf)
+        load.more()
+    assert load.statuses.keys() == {200} and load.wrong == []
+    assert max(seconds for _, seconds, *_ in load.answers) < 10
+
+
+@pytest.mark.soak
+def test_every_clock_jumps(store: Path, photos: list[bytes], tmp_path: Path) -> None:
+    shutil.copytree(store / "one", tmp_path / "shelf" / "one")
+    shutil.copytree(store / "one", tmp_path / "shelf" / "two")
+    clock = Clock(tmp_path, "all")
+    with serving(tmp_path / "shelf", poll=POLL, env=clock.environment) as server:
+        with Load(server, photos) as load:
+            jumps(server, clock, tmp_path / "shelf")
+            clock.set(400 * DAY)
+            load.more()
+        killed = int(server.workers()[0]["pid"])
+        os.kill(killed, signal.SIGKILL)
+        until(partial(replaced, server, killed), 60)
+        clock.set(0)
+        with Load(server, photos) as after:
+            after.more()
+    assert load.statuses.keys() == after.statuses.keys() == {200}
+
+
+@pytest.mark.parametrize("seconds", short_and_whole(3, 120))
+def test_more_load_than_it_carries(survivor: Running, photos: list[bytes], seconds: int) -> None:
+    """Accepted requests are answered in bounded time, the others get 503 soon, and afterwards all is as before."""
+    with Load(survivor, photos, clients=400) as load:  # the queue holds 256, a batch eight more
+        time.sleep(seconds)
+    took = {status: sorted(s for _, s, each, _ in load.answers if each == status) for status in (200, 503)}
+    accepted, refused = took[200], took[503]
+    assert load.statuses.keys() == {200, 503} and load.wrong == []
+    print(
+        f"{len(accepted)} answered, p99 {accepted[len(accepted) * 99 // 100]:.2f} s;"
+        f" {len(refused)} refused, p50 {refused[len(refused) // 2]:.3f} s"
+    )
+    assert accepted[-1] < 30 and refused[len(refused) // 2] < 2
+    with Load(survivor, photos) as after:
+        after.more()
+    assert after.statuses.keys() == {200}, "recovered at once"
 
 
 @pytest.mark.parametrize("times", short_and_whole(1, 10))
@@ -318,6 +368,57 @@ def test_hostile_requests(survivor: Running, photos: list[bytes], cifar: list[Im
     assert load.statuses.keys() == {200}
 
 
+@pytest.mark.parametrize("times", short_and_whole(1, 5))
+def test_killed_without_a_store_and_with_a_full_disk(
+    survivor: Running, shelf: Path, photos: list[bytes], times: int
+) -> None:
+    """It says why it does not come back, comes back with the store, and needs no disk to serve.
+
+    Here, at the end: its metrics are nobody's then.
+    """
+    for _ in range(times):
+        before, killed = len(said(survivor)), int(survivor.workers()[0]["pid"])
+        shelf.rename(shelf.with_name("elsewhere"))
+        os.kill(killed, signal.SIGKILL)
+        until(lambda before=before: any("is it mounted?" in line["message"] for line in said(survivor)[before:]), 60)  # type: ignore[misc]
+        with full_disk(survivor):
+            shelf.with_name("elsewhere").rename(shelf)
+            until(partial(replaced, survivor, killed), 60)
+            with Load(survivor, photos) as load:
+                load.more()
+        assert load.statuses.keys() == {200} and load.wrong == []
+
+
+@pytest.mark.soak
+def test_a_disk_filled_to_the_last_block(store: Path, photos: list[bytes]) -> None:
+    """What the server itself writes lies there; a worker that is killed comes back, too."""
+    place = Path(tempfile.gettempdir(), "e2e-disk")
+    with small_disk(place) as fill, serving(store, poll=POLL, place=str(place)) as server:
+        fill()
+        with Load(server, photos) as load:
+            load.more(100)
+        killed = int(server.workers()[0]["pid"])
+        os.kill(killed, signal.SIGKILL)
+        until(partial(replaced, server, killed), 60)
+        with Load(server, photos) as after:
+            after.more(100)
+        (place / "filling").unlink()
+    assert load.statuses.keys() == after.statuses.keys() == {200} and load.wrong == after.wrong == []
+
+
+@pytest.mark.soak
+def test_ten_minutes_at_speed(shelf: Path, photos: list[bytes]) -> None:
+    """As many requests as fit (SOAK_MINUTES for another while): memory is flat, the worker's and Java's."""
+    with serving(shelf) as server:
+        (java,) = [each for each in map(psutil.Process, server.processes()) if each.name() == "java"]
+        worker = psutil.Process(int(server.workers()[0]["pid"]))
+        entrypoint = psutil.Process(server.process.pid)
+        with Load(server, photos) as load:
+            memory = sampled({"worker": worker, "Java": java, "entrypoint": entrypoint})
+    print(f"{dict(load.statuses)} answers; {memory}")
+    assert load.statuses.keys() == {200} and load.wrong == []
+
+
 @pytest.mark.soak
 def test_a_worker_that_never_comes_back_ends_the_server(bundle_path: Path, tmp_path: Path) -> None:
     """TorchServe gives up after a while and stays, answering nobody: then whoever started us has to know."""
@@ -374,69 +475,45 @@ def _terminated(store: Path, photos: list[bytes], large: bytes) -> tuple[float, 
     return told, sent, seconds
 
 
-# A store that is elsewhere
-
-
-class Shelf(SimpleHTTPRequestHandler):
-    """Serves the store; notes what is fetched, and can be out of order."""
-
-    fetched: list[str] = []
-    broken = False
-
-    def do_GET(self) -> None:
-        if Shelf.broken:
-            self.send_error(503)
-            return
-        if "safetensors" in self.path:
-            Shelf.fetched.append(self.path)
-        super().do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
+@pytest.mark.parametrize("failing", short_and_whole("503", "silence"))
 def test_a_remote_store_a_killed_worker_and_a_full_disk(
-    shelf: Path, tmp_path: Path, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+    shelf: Path,
+    tmp_path: Path,
+    photos: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    failing: Literal["503", "silence"],
 ) -> None:
     """A worker that starts again while the store is down takes its copies; a copy that has no room is tried again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    Shelf.fetched, Shelf.broken = [], False
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Shelf, directory=shelf)) as store:
-        thread = threading.Thread(target=store.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            with serving(f"http://127.0.0.1:{store.server_port}", poll=POLL) as server, Load(server, photos) as load:
-                load.more()
-                copies = sorted(Shelf.fetched)
-                assert copies and len(copies) == len(set(copies))
+    try:
+        with remote(shelf) as url, serving(url, poll=POLL) as server, Load(server, photos) as load:
+            load.more()
+            copies = sorted(Shelf.fetched)
+            assert copies and len(copies) == len(set(copies))
 
-                Shelf.broken = True
-                until(lambda: gauge(server, "store_unreachable") == 1)
-                killed = int(server.workers()[0]["pid"])
-                os.kill(killed, signal.SIGKILL)
-                until(partial(replaced, server, killed), 60)
-                load.more()
-                Shelf.broken = False
-                until(lambda: gauge(server, "store_unreachable") == 0)
-                assert sorted(Shelf.fetched) == copies, "nothing was fetched twice"
+            Shelf.fail(failing)
+            until(lambda: gauge(server, "store_unreachable") == 1)
+            killed = int(server.workers()[0]["pid"])
+            os.kill(killed, signal.SIGKILL)
+            until(partial(replaced, server, killed), 60)
+            load.more()
+            Shelf.mend()
+            until(lambda: gauge(server, "store_unreachable") == 0)
+            assert sorted(Shelf.fetched) == copies, "nothing was fetched twice"
 
-                shutil.copytree(shelf / "two" / "1", shelf / "two" / "0")
-                until(lambda: gauge(server, "bundles{state=ready}") == 3)
-                worker = int(server.workers()[0]["pid"])
-                limits = resource.prlimit(worker, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            shutil.copytree(shelf / "two" / "1", shelf / "two" / "0")
+            until(lambda: gauge(server, "bundles{state=ready}") == 3)
+            with full_disk(server, int(server.workers()[0]["pid"])):
                 (shelf / ".aside" / "2").rename(shelf / "one" / "2")
                 until(lambda: gauge(server, "bundle_refused{bundle=one}") == 1)
                 load.more()
                 (line,) = [line["message"] for line in said(server) if "one/2" in line["message"]]
                 assert "File too large: make room for copies" in line
-                resource.prlimit(worker, resource.RLIMIT_FSIZE, limits)
-                shutil.rmtree(shelf / "two" / "0")  # when a bundle leaves, there is another try, else within a minute
-                until(lambda: gauge(server, "bundle_refused{bundle=one}") == 0)
-                load.more(version="2")
-            assert load.statuses.keys() <= {200, 500, 507} and load.wrong == []
-            assert sum(n for status, n in load.statuses.items() if status != 200) <= 8, "the batch of the killed worker"
-        finally:
-            store.shutdown()
-            thread.join()
-            if (shelf / "one" / "2").exists():
-                (shelf / "one" / "2").rename(shelf / ".aside" / "2")
+            shutil.rmtree(shelf / "two" / "0")  # when a bundle leaves, there is another try, else within a minute
+            until(lambda: gauge(server, "bundle_refused{bundle=one}") == 0)
+            load.more(version="2")
+        assert load.statuses.keys() <= {200, 500, 507} and load.wrong == []
+        assert sum(n for status, n in load.statuses.items() if status != 200) <= 8, "the batch of the killed worker"
+    finally:
+        if (shelf / "one" / "2").exists():
+            (shelf / "one" / "2").rename(shelf / ".aside" / "2")

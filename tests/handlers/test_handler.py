@@ -18,6 +18,7 @@ from ts.utils.util import list_classes_from_module
 
 from cascade.engine import ItemError, Options, Prediction
 from cascade.logs import JsonLines
+from cascade.memory import Resident
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
 from handlers.wire import parse
@@ -46,6 +47,7 @@ def served(tmp_path: Path) -> Iterator[CascadeHandler]:
     served.engine = Engine()  # type: ignore[assignment]
     served.gate = tmp_path / "gate"
     served.gate.touch()
+    served.memory = Resident()
     with ThreadPoolExecutor(2, "decode") as served.decoding:
         yield served
 

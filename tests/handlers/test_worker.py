@@ -12,6 +12,7 @@ import uvicorn
 
 from cascade import Engine
 from cascade.batcher import Batcher
+from cascade.memory import resident
 from handlers.asgi import worker
 from handlers.asgi.app import create_app
 from handlers.asgi.keys import Watched
@@ -83,13 +84,13 @@ def test_memory_of_large_images_is_given_back(server: Server) -> None:
     libc.malloc.restype = ctypes.c_void_p
     leaves(server)
     libc.malloc_trim(0)  # what other tests left would be used again, and nothing grow
-    begin = worker._resident()
+    begin = resident()
     blocks = [ctypes.c_void_p(libc.malloc(100_000)) for _ in range(3_000)]
     for block in blocks:
         ctypes.memset(block, 1, 100_000)
     for block in blocks[:-1]:
         libc.free(block)
-    assert worker._resident() > begin + 200 * 2**20, "the allocator keeps it"
+    assert resident() > begin + 200 * 2**20, "the allocator keeps it"
     asyncio.run(server.on_tick(20))
-    assert worker._resident() < begin + 50 * 2**20
+    assert resident() < begin + 50 * 2**20
     libc.free(blocks[-1])

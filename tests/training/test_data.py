@@ -411,6 +411,7 @@ def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sources, "_run", run)
     train, test = data.load("groceries", "train"), data.load("groceries", "test")
+    assert train.labels is not None and test.labels is not None
     assert [train.classes[k] for k in train.labels] == ["Kaiser", "Orange"]
     assert [test.classes[k] for k in test.labels] == ["Watermelon"]
     assert train.open(0).size == (128, 128)

@@ -104,3 +104,8 @@ def test_the_verdict_names_what_is_better() -> None:
     assert "one mask trained as long has 2.0 more" in verdict(0.60, 0.65, equal_steps_dispatcher=0.67)
     assert "trained as long" not in verdict(0.60, 0.65, equal_steps_dispatcher=0.64)
     assert "cannot be known" in evaluate.verdict({"held_out_images": 60}, "dispatcher")
+
+
+def test_a_collapsed_embedding_is_measured() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    assert probe(torch.ones(4, 3), torch.ones(4, 3), labels, labels) == 0.75

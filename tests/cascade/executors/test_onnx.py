@@ -57,13 +57,18 @@ def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_inside_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the measurement goes on with the other executors."""
-    onnx = library("onnx")
 
-    def cut(path: Path) -> None:
-        raise ValueError("the file is cut")
+    def cut(*_: object, **__: object) -> None:
+        raise ValueError("the model is cut")
 
-    monkeypatch.setattr(onnx, "load", cut)
-    with pytest.raises(OnnxError, match="test_resnet: ONNX Runtime can't optimise it in .*: the file is cut"):
+    monkeypatch.setattr(library("onnxruntime"), "InferenceSession", cut)
+    with pytest.raises(OnnxError, match="test_resnet: ONNX Runtime can't optimise it: the model is cut"):
         OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))
+
+
+def test_no_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no hindrance."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))

@@ -1,0 +1,153 @@
+"""An offline job against the engine's bare passes: throughput, swaps, and memory over the number of images.
+
+    python -m benchmarks.batch
+    python -m benchmarks.batch --backbone resnet50 --images 512 --rounds 5 --many 100000
+
+Throughput: a cascade with five experts over random weights (time does not depend on their values), real images as
+JPEG files of the backbone's own size in a tar shard. In each round the engine passes as many images that are decoded
+already, in the same batches, and the job reads, decodes, passes and writes them. Memory: a small network, and real
+32-pixel images in shards, in a process of its own for each number of images.
+"""
+
+import argparse
+import io
+import multiprocessing
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.http import files
+from benchmarks.made import cascade, engine_of, load, mask_bytes, single
+from benchmarks.report import Rows, figure, report
+from benchmarks.report import single as once
+from cascade.batch import BATCH, predict_files, prepare, settle
+from cascade.engine import Engine
+from cascade.forward import Item
+from cascade.prediction import Options
+from cascade.sources import plan, read
+from tests.conftest import sheet
+
+FEW = 1000
+
+
+def shard(path: Path, images: Sequence[bytes], count: int, suffix: str) -> Path:
+    """A tar with ``count`` images, those that there are over and over."""
+    with tarfile.open(path, "w") as file:
+        for i in range(count):
+            info = tarfile.TarInfo(f"{i:06d}.{suffix}")
+            info.size = len(images[i % len(images)])
+            file.addfile(info, io.BytesIO(images[i % len(images)]))
+    return path
+
+
+def prepared(engine: Engine, tar: Path) -> list[Item]:
+    """The images of one batch, decoded."""
+    job = settle(engine, [tar], Options(), "float16")
+    pairs = [pair for unit in plan([tar]) for pair in read(unit)][:BATCH]
+    items = [prepare(engine, job, load) for _, load in pairs]
+    return [item for item in items if isinstance(item, Item)]
+
+
+def small_engine(name: str, size: int) -> Engine:
+    """One mask over a small network, for images of ``size`` pixels."""
+    bundle = single(load(name), "small", 0)
+    preprocessing = replace(bundle.preprocessing, size=size, crop_pct=1.0)
+    card = bundle.card.model_copy(update={"preprocessing": preprocessing.to_json()})
+    return engine_of([replace(bundle, preprocessing=preprocessing, card=card)], 2**30)
+
+
+def peak_bytes() -> int:
+    """The most that this program had in memory; getrusage would give its parent's where that was more."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def many(pipe: Connection, name: str, size: int, folder: Path, count: int) -> None:
+    """A process of its own: predicts ``count`` images and gives its peak in bytes, and images a second."""
+    torch.set_num_threads(2)
+    engine = small_engine(name, size)
+    out = folder / f"small-{count}"
+    found = predict_files(engine, [folder / "small.tar"] * (count // FEW), out, embedding="float16", rows=1000)
+    assert found.rows == count and not found.errors
+    pipe.send((peak_bytes(), found.images_per_second))
+
+
+def apart(*arguments: object) -> tuple[int, float]:
+    """What ``many`` gives."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=many, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        found: tuple[int, float] = ours.recv()
+    except EOFError:
+        sys.exit(f"a job ended with exit code {process.exitcode}")
+    finally:
+        process.join()
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--backbone", default="resnet50")
+    options.add_argument("--expert-from", type=int, default=0, help="stage; 0: experts mask everything")
+    options.add_argument("--images", type=int, default=512, help="in a round, each way")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--small", default="lcnet_050", help="backbone of the measurement of memory")
+    options.add_argument("--size", type=int, default=32, help="pixels of its images")
+    options.add_argument("--many", type=int, default=100_000, help=f"its images, beside {FEW}; 0: without it")
+    chosen = options.parse_args()
+    backbone = load(chosen.backbone)
+    engine = engine_of([cascade(backbone, "made", 5, chosen.expert_from)], 6 * mask_bytes(backbone))
+    size = backbone.config["input_size"][-1]
+    bare, whole, swaps, decode = [], [], [], []
+    figures = {}
+    with TemporaryDirectory(prefix="cascade-batch-") as name:
+        folder = Path(name)
+        tar = shard(folder / "large.tar", files(size), chosen.images, "jpg")
+        items = prepared(engine, tar)
+        engine.run(items[:BATCH])
+        for nth in range(chosen.rounds):
+            begin, left = time.perf_counter(), chosen.images
+            while left > 0:
+                engine.run(items[: min(left, len(items))])
+                left -= len(items)
+            bare.append(chosen.images / (time.perf_counter() - begin))
+            begin = time.perf_counter()
+            found = predict_files(engine, [tar], folder / f"out-{nth}", embedding="float16")
+            whole.append(chosen.images / (time.perf_counter() - begin))
+            assert found.rows == chosen.images and not found.errors
+            swaps.append(found.shares["swap"])
+            decode.append(found.shares["decode"])
+        rows = Rows(f"{chosen.backbone}, {chosen.images} images a round")
+        rows.add("bare passes, decoded before", figure(bare), "images/s")
+        rows.add("job", figure(whole), "images/s")
+        rows.add("of its time: decode, as a share of all threads", figure(decode), "")
+        figures["job_over_bare"] = figure([w / b for w, b in zip(whole, bare, strict=True)], ">= 0.9")
+        figures["swap_share"] = figure(swaps, "<= 0.02")
+        if chosen.many:
+            images = []
+            for image in [*sheet("cifar10"), *sheet("fashion_mnist")]:
+                image.save(out := io.BytesIO(), "png")
+                images.append(out.getvalue())
+            shard(folder / "small.tar", images, FEW, "png")
+            least, slow = apart(chosen.small, chosen.size, folder, FEW)
+            most, speed = apart(chosen.small, chosen.size, folder, chosen.many)
+            rows.add(f"{chosen.small}, {FEW} images", once(slow), "images/s, peak", least)
+            rows.add(f"{chosen.small}, {chosen.many} images", once(speed), "images/s, peak", most)
+            figures["peak_memory_ratio"] = once(most / least, "<= 1.1")
+            figures["growth_bytes_an_image"] = once((most - least) / (chosen.many - FEW))
+            figures["images_of_memory"] = once(chosen.many)
+    report(f"batch-{chosen.backbone}", figures, rows.table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""An offline job's folder: what was begun, its units of work, and a Parquet file for each that is done.
+
+    _job.json            the settings; other ones are refused
+    _units.jsonl         the plan: line n is unit n, see ``cascade.sources.Unit``
+    part-00000.parquet   the rows of unit 0, there when it is done, and whole
+
+Parquet readers pass over names that begin with an underscore. A part is written beside, synced and renamed: so the job
+may be killed at any moment, and what is to do is what has no part. Parts may be made in any order, by anybody.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cascade.errors import CascadeError
+from cascade.sources import Unit, plan
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+JOB, UNITS = "_job.json", "_units.jsonl"
+ROW_GROUP = 4096
+Embedding = Literal["none", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for; all that decides what the rows are.
+
+    Attributes:
+        sources: as ``cascade.sources.plan`` takes them.
+        folder: which relative ones are relative to; empty where none is.
+        bundle, version, digest: the last as ``cascade.bundle.digest`` gives it.
+        mode: settled.
+        dim: of the embedding.
+        embedding: how it is stored, if at all.
+        labels, neighbours: how many at most.
+        rows: of a part at most, where a source can be cut there.
+    """
+
+    sources: tuple[str, ...]
+    folder: str
+    bundle: str
+    version: str
+    digest: str
+    mode: str
+    dim: int
+    embedding: Embedding
+    labels: int
+    neighbours: int
+    rows: int
+    format: int = 1
+
+
+@contextmanager
+def opened(folder: Path, job: Job) -> Iterator[None]:
+    """The job's folder, begun or taken up again, and nobody else's until the block ends.
+
+    Raises:
+        CascadeError: another job was begun there, one is running there, sources have no images, or no room.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CascadeError(
+            f"{folder} cannot be written ({error.strerror}): name a folder, or a .parquet file, in one that exists"
+        ) from error
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CascadeError(f"{folder} is being written by another process: wait for it, or name another") from None
+        _begin(folder, job)
+        yield
+    finally:
+        os.close(held)
+
+
+def units(folder: Path) -> Iterator[tuple[int, Unit]]:
+    """Every unit of a job with its number, which is that of its part."""
+    with (folder / UNITS).open() as lines:
+        for number, line in enumerate(lines):
+            yield number, Unit.from_json(line)
+
+
+def todo(folder: Path) -> Iterator[tuple[int, Unit]]:
+    """The units that have no part yet."""
+    return ((number, unit) for number, unit in units(folder) if not part_path(folder, number).exists())
+
+
+def part_path(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.parquet"
+
+
+def parts(folder: Path) -> Iterator[Path]:
+    """The parts of a job that are there, in order."""
+    return (path for number, _ in units(folder) if (path := part_path(folder, number)).exists())
+
+
+@contextmanager
+def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], None]]:
+    """Gives what appends tables to a temporary Parquet file, which takes ``path``'s place if the block ends well.
+
+    Raises:
+        CascadeError: it can't be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from cascade.bundle import sync_folder
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    waiting: list[pa.Table] = []
+
+    def append(table: "pa.Table", least: int = ROW_GROUP) -> None:
+        waiting.append(table)
+        if sum(each.num_rows for each in waiting) >= least:
+            writer.write_table(pa.concat_tables(waiting))
+            waiting.clear()
+
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            yield append
+            append(schema.empty_table(), least=1)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CascadeError(f"{path} could not be written ({error}): make room, or name another") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def join(folder: Path, out: Path) -> None:
+    """All parts of a job that is done as one file, in the order of the sources; the folder is deleted then."""
+    import pyarrow.parquet as pq
+
+    found = list(parts(folder))
+    with writing(out, pq.read_schema(found[0])) as append:
+        for path in found:
+            with pq.ParquetFile(path) as part:
+                for group in range(part.num_row_groups):
+                    append(part.read_row_group(group))
+    shutil.rmtree(folder)
+
+
+def write_text(path: Path, lines: Iterator[str]) -> None:
+    """A text file that is whole or not there."""
+    write_bytes(path, (line.encode() for line in lines))
+
+
+def write_bytes(path: Path, blocks: Iterator[bytes]) -> None:
+    """A file that is whole or not there.
+
+    Raises:
+        CascadeError: it can't be written.
+    """
+    from cascade.bundle import sync_folder
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CascadeError(f"{path} could not be written ({error}): make room, or name another") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _begin(folder: Path, job: Job) -> None:
+    for left in folder.glob(".*.tmp"):  # of a process that was killed: this one holds the lock
+        left.unlink()
+    try:
+        begun = json.loads((folder / JOB).read_text())
+    except FileNotFoundError:
+        if others := sorted(path.name for path in folder.iterdir() if path.name != UNITS):
+            raise CascadeError(f"{folder} holds {others[0]} and no job of ours: name an empty folder") from None
+        try:
+            write_text(folder / UNITS, (f"{unit.to_json()}\n" for unit in plan(job.sources, job.rows)))
+        except CascadeError:
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+        write_text(folder / JOB, iter([json.dumps(asdict(job), indent=1) + "\n"]))
+        return
+    except (OSError, ValueError) as error:
+        raise CascadeError(f"{folder / JOB} can't be read ({error}): name another folder") from error
+    wanted = json.loads(json.dumps(asdict(job)))
+    if differing := [name for name in wanted if begun.get(name) != wanted[name]]:
+        name = differing[0]
+        raise CascadeError(
+            f"{folder} was begun with {name} {_short(begun.get(name))}, not {_short(wanted[name])}: give the same"
+            " options, or name another folder"
+        )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

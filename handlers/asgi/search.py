@@ -1,0 +1,60 @@
+"""POST /v1/search: one image in, what is nearest to it in an index out (``cascade serve --index INDEX``)."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from fastapi import FastAPI, Request
+
+from cascade.bundle import Bundle, digest
+from cascade.index import Index, found
+from cascade.prediction import ItemError
+from handlers.asgi.guard import Refusal
+from handlers.asgi.service import Service
+from handlers.wire import parse
+
+MOST = 100  # results
+K = {"name": "k", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MOST, "default": 10}}
+FILE = {"schema": {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}}
+BODY = {"required": True, "content": {"application/octet-stream": FILE}}
+STALE = ItemError(409, "index_stale", "the index was made with another bundle of this name and version: build it again")
+
+
+def add(
+    app: FastAPI, service: Service, index: Index, body_of: Callable[[Request], Awaitable[tuple[bytes, str]]]
+) -> None:
+    """Add the route. Whoever may use the index's bundle may search; the image waits its turn as for a prediction.
+
+    Args:
+        body_of: body and content type of a request, as /v1/predict takes it.
+    """
+    digests: WeakKeyDictionary[Bundle, str] = WeakKeyDictionary()
+
+    @app.put("/v1/search", include_in_schema=False)  # curl -T
+    @app.post("/v1/search", summary="Find images like one", openapi_extra={"parameters": [K], "requestBody": BODY})
+    async def search(request: Request) -> dict[str, Any]:
+        service.admit(request)
+        service.check(request, index.about.bundle)  # before the body is read
+        number = request.query_params.get("k", "10")
+        if not (number.isascii() and number.isdecimal() and len(number) < 4 and 1 <= int(number) <= MOST):
+            raise Refusal(ItemError(400, "bad_option", f"k is how many results there may be: 1 to {MOST}"))
+        body, kind = await body_of(request)
+        asked = await asyncio.to_thread(parse, {"body": body}, {"body": {"content-type": kind}})
+        if isinstance(asked, ItemError):
+            raise Refusal(asked)
+        bundle = service.engine.find(index.about.bundle, index.about.version)
+        if isinstance(bundle, ItemError):
+            raise Refusal(replace(bundle, status=409, kind="index_bundle"))
+        if bundle not in digests:
+            digests[bundle] = await asyncio.to_thread(digest, bundle)
+        if digests[bundle] != index.about.digest:
+            raise Refusal(STALE)
+        (answer,) = await service.answers(request, [asked[0]], index.options())
+        if isinstance(answer, ItemError):
+            raise Refusal(answer)
+        assert answer.embedding is not None
+        results = await asyncio.to_thread(found, index, answer.embedding, int(number))
+        request.state.about.update(bundle=answer.bundle, version=answer.version)
+        return {"bundle": answer.bundle, "version": answer.version, "mode": answer.mode, "results": results}

@@ -1,0 +1,125 @@
+"""``cascade predict --engine ray``: the units of an offline job, done by the actors of a Ray cluster.
+
+The job is that of ``cascade.batch``: the same folder, the same units, the same rows. An actor makes the part of a unit
+and sends it whole; this process alone writes. What was lost with an actor or a node another one does again. A job that
+was killed goes on when it is started again, with Ray or without.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cascade.batch import Advance, Run, extent, make_part
+from cascade.bundle import digest
+from cascade.engine import Engine
+from cascade.errors import CascadeError
+from cascade.executors.choice import Kind
+from cascade.parts import Job, part_path, todo, write_bytes
+from cascade.prediction import ItemError
+from cascade.sources import Unit
+from handlers.ray.cluster import RayError, running
+
+BLOCKS = 2000  # of the list of units, at most: Ray Data moves whole blocks
+Rows = dict[str, np.ndarray]
+
+
+class Actor:
+    """Holds an engine and makes parts.
+
+    Raises:
+        CascadeError: the bundle can't be loaded on this node, or is not the job's.
+    """
+
+    def __init__(self, job: Job, bundle: Path, weights: Path | None, executor: Kind, batch: int, threads: int) -> None:
+        from cascade.engine import load
+
+        # Ray gives OpenMP as many threads as the actor has CPUs; numba would give it one a core of the machine.
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+        self.job, self.batch, self.threads = job, batch, threads
+        self.engine = load(bundle, weights=weights, executor=executor)
+        found = self.engine.find(job.bundle, job.version)
+        if isinstance(found, ItemError) or digest(found) != job.digest:
+            raise CascadeError(f"{bundle} is not the same bundle on every node: copy it there, or share the folder")
+        if job.folder:
+            os.chdir(job.folder)  # relative sources are relative to it
+
+    def __call__(self, units: Rows) -> dict[str, Any]:
+        """Numbers and units in, numbers, rows and whole Parquet files out."""
+        rows, parts = [], []
+        with tempfile.TemporaryDirectory(prefix="cascade-") as folder:
+            path = Path(folder, "part.parquet")
+            for unit in map(Unit.from_json, units["unit"].tolist()):
+                rows.append(make_part(self.engine, self.job, unit, path, self.batch, self.threads))
+                parts.append(path.read_bytes())
+        return {"number": units["number"], "rows": np.array(rows), "part": parts}
+
+
+def on_ray(
+    bundle: Path,
+    weights: Path | None = None,
+    executor: Kind = "auto",
+    actors: int | None = None,
+    cluster: Callable[[int], AbstractContextManager[None]] = running,
+) -> Run:
+    """What makes the parts of a job on Ray, for ``cascade.batch.predict_files``.
+
+    Args:
+        bundle, weights, executor: as ``cascade.engine.load`` takes them, the same on every node.
+        actors: at most, a CPU each; None for as many as the cluster has CPUs.
+        cluster: Ray for as long as a block runs, given the CPUs of one on this machine.
+    """
+    return partial(_run, bundle.resolve(), weights and weights.resolve(), executor, actors, cluster)
+
+
+def _run(
+    bundle: Path,
+    weights: Path | None,
+    executor: Kind,
+    actors: int | None,
+    cluster: Callable[[int], AbstractContextManager[None]],
+    engine: Engine,
+    job: Job,
+    folder: Path,
+    batch: int,
+    threads: int,
+    progress: Advance,
+) -> int:
+    missing = [{"number": number, "unit": unit.to_json()} for number, unit in todo(folder)]
+    done, total = extent(folder)
+    fresh = 0
+    progress(done, total)
+    if not missing:
+        return 0
+    with cluster(actors or len(os.sched_getaffinity(0))):
+        import ray
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        most = min(actors or int(ray.cluster_resources().get("CPU", 1)), len(missing))
+        made = ray.data.from_items(missing, override_num_blocks=min(len(missing), BLOCKS)).map_batches(
+            Actor,
+            fn_constructor_args=(job, bundle, weights, executor, batch, threads),
+            batch_size=1,
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+        )
+        try:
+            for each in made.iter_rows():
+                write_bytes(part_path(folder, each["number"]), iter([each["part"]]))
+                fresh += int(each["rows"])
+                progress(done + fresh, total)
+        except ray.exceptions.RayError as error:
+            raise RayError(f"the job stopped: {_last_line(error)}; started again it goes on") from error
+    return fresh
+
+
+def _last_line(error: Exception) -> str:
+    """What an actor said at last: Ray puts its whole traceback into the message."""
+    return str(error).strip().splitlines()[-1][:300]

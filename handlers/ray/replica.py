@@ -1,0 +1,147 @@
+"""The ASGI application as a Ray Serve deployment: every replica has an engine, and a batcher in front of it.
+
+``serve run deploy/ray/serve.yaml`` builds it from ``handlers.ray.replica:build``, ``cascade serve --frontend ray`` from
+options.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import MutableMapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from ray import serve
+from ray.serve import Application, Deployment
+
+from cascade.batcher import Batcher
+from cascade.engine import Engine
+from cascade.logs import JsonLines
+from cascade.prediction import ItemError
+from cascade.registry import load_store
+from handlers.asgi.app import create_app
+from handlers.asgi.guard import Guard
+from handlers.asgi.keys import EVERY, Watched
+from handlers.asgi.service import Service
+from handlers.asgi.worker import HUNG
+from handlers.ray.proxy import App, Receive, Send, bundle_of
+from handlers.ray.shelf import Part, Shelf
+
+TARGET = 16
+"""Requests in progress of a replica, above which another one is started."""
+Scope = MutableMapping[str, Any]
+
+
+class Settings(BaseModel):
+    """Of the replicas: the options of ``cascade serve`` under their long names."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_store: str = "model_store"
+    budget_bytes: PositiveInt | None = None
+    memory_bytes: PositiveInt | None = None
+    device: str = "cpu"
+    threads: PositiveInt | None = None
+    max_batch: PositiveInt = 32
+    patience: float = Field(default=0.05, ge=0)
+    queue: PositiveInt = 256
+    api_keys: str | None = None
+    pins: dict[str, str] = {}
+    poll: float = Field(default=10, ge=0)
+    log_level: str = "info"
+
+
+class Replica:
+    """An engine behind the ASGI application.
+
+    Raises:
+        CascadeError: no bundle can be loaded, or the keys can't be read.
+    """
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+        # Ray gives OpenMP as many threads as the replica has CPUs; numba would give it one a core of the machine.
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+        self._stack = ExitStack()
+        _log(settings.log_level)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._keys = None if settings.api_keys is None else Watched(Path(settings.api_keys))
+        engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
+        part = Part(settings.model_store)
+        registry = load_store(engine, part, settings.pins)
+        shelf = Shelf(registry, part)
+        await shelf.begin()
+        batching: dict[str, Any] = {
+            "max_batch": settings.max_batch,
+            "patience": settings.patience,
+            "queue": settings.queue,
+        }
+        self._batcher = self._stack.enter_context(Batcher(engine, **batching))
+        self._stack.enter_context(registry.watching(settings.poll))
+        opened = None if self._keys is None else self._keys.keys
+        self._service = Service(self._batcher, opened, registry=shelf)
+        self._stack.callback(self._service.close)
+        self._application = application(create_app(self._service), self._service, shelf)
+
+    def __serve_build_asgi_app__(self) -> App:
+        return self._application
+
+    def check_health(self) -> None:
+        """Serve asks every few seconds, and puts another replica in the place of one that raises."""
+        if self._keys is not None:
+            self._service.keys = self._keys.refresh()
+        if not self._batcher.alive:
+            raise RuntimeError("the batcher has ended")
+        if self._batcher.pass_seconds > HUNG:
+            raise RuntimeError(f"a pass hangs for {HUNG} s")
+
+    def __del__(self) -> None:
+        self._stack.close()
+
+
+def application(guard: Guard, service: Service, shelf: Shelf) -> App:
+    """The ASGI application with the bundle of a request on the shelf while it is in progress."""
+
+    async def serve_one(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await guard(scope, receive, send)
+        named = bundle_of(scope, scope["headers"])
+        name = None if named is None else named.decode(errors="replace")
+        async with shelf.holding(name if _may(service, scope, name) else None):
+            await guard(scope, receive, send)
+
+    return serve_one
+
+
+def _may(service: Service, scope: Scope, name: str | None) -> bool:
+    """Whether the caller has a key for the bundle: who has none must not have others' bundles driven out."""
+    if service.keys is None:
+        return True
+    opened = service.keys.allowed(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
+    return not isinstance(opened, ItemError) and not opened.isdisjoint({name, EVERY})
+
+
+DEPLOYMENT: Deployment = serve.deployment(
+    name="cascade",
+    autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": TARGET},
+    max_ongoing_requests=128,
+    max_queued_requests=512,
+    graceful_shutdown_timeout_s=35,  # an answer takes 30 at most
+    health_check_period_s=5,
+    max_constructor_retry_count=3,
+)(serve.ingress()(Replica))
+
+
+def build(settings: Settings) -> Application:
+    """The application for ``serve run``; its arguments are the settings."""
+    return DEPLOYMENT.bind(settings)
+
+
+def _log(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    ours = logging.getLogger("cascade")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(level.upper())

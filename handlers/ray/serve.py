@@ -1,0 +1,84 @@
+"""``cascade serve --frontend ray``: Serve's proxies and replicas, on this machine or on the cluster of RAY_ADDRESS."""
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from handlers.ray.cluster import RayError, running
+
+NAME = "cascade"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Serve itself; replicas write a line a request
+
+
+def serve(model_store: Path | str, **options: Any) -> None:
+    """Serve in the foreground until SIGTERM or Ctrl-C, then return; the arguments are those of ``serving``."""
+    stop = threading.Event()
+
+    def stopped(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    with serving(model_store, **options) as url:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, stopped)  # only now: Ray sets its own when it starts
+        print(f"ready: POST images to {url}/v1/predict\nmetrics: {url}/metrics", flush=True)
+        stop.wait()
+
+
+@contextmanager
+def serving(
+    model_store: Path | str,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    replicas: int = 1,
+    least: int = 1,
+    api_keys: Path | None = None,
+    drain_timeout: float = 8,
+    pins: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """Serve until the block ends, which lets the requests in progress finish; gives the URL.
+
+    Args:
+        replicas: at most; there are as many as the requests in progress call for. least: at any time.
+        drain_timeout: seconds for the requests in progress to finish.
+        settings: others of ``handlers.ray.replica.Settings``.
+
+    Raises:
+        RayError: Ray is not installed or does not start, or no replica comes up.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="cascade-", ignore_cleanup_errors=True) as metrics,
+        running(cpus=replicas + 1),
+    ):
+        from ray import serve as ray_serve
+
+        from handlers.ray.replica import DEPLOYMENT, TARGET, Settings
+
+        where = str(model_store) if "://" in str(model_store) else str(Path(model_store).resolve())
+        keys = None if api_keys is None else str(api_keys.resolve())
+        asked = Settings(model_store=where, api_keys=keys, pins=dict(pins or {}), **settings)
+        environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}  # of the replicas alone: Ray's processes would use it, too
+        if "CASCADE_EXECUTOR" in os.environ:
+            environment["CASCADE_EXECUTOR"] = os.environ["CASCADE_EXECUTOR"]
+        deployment = DEPLOYMENT.options(
+            autoscaling_config={"min_replicas": least, "max_replicas": replicas, "target_ongoing_requests": TARGET},
+            ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": environment}},
+            graceful_shutdown_timeout_s=drain_timeout,
+        )
+        ray_serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
+        try:
+            try:
+                ray_serve.run(deployment.bind(asked), name=NAME, logging_config=QUIET)
+            except Exception as error:
+                why = " ".join(str(error).split())[-400:]
+                raise RayError(f"no replica comes up: {why}") from error
+            yield f"http://{host}:{port}"
+            ray_serve.delete(NAME)  # waits for the requests in progress
+        finally:
+            ray_serve.shutdown()

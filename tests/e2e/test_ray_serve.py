@@ -1,0 +1,227 @@
+"""Ray Serve around the ASGI application: replicas that die, that are replaced, and that can't hold every bundle."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+import cascade
+from cascade.engine import Engine
+from cascade.prediction import ItemError, Prediction
+from handlers.ray.serve import NAME, QUIET, serving
+from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
+from tests.conftest import need
+from tests.e2e.conftest import EXECUTOR, ROOT
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # in Ray
+]
+BUNDLES = ("a", "b", "c", "d")
+HELD = 2
+
+
+@pytest.fixture(scope="module")
+def many(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of four bundles."""
+    store = tmp_path_factory.mktemp("many")
+    for name in BUNDLES:
+        shutil.copytree(bundle_path, store / name / "1")
+    return store
+
+
+@pytest.fixture(scope="module")
+def url(many: Path) -> Iterator[str]:
+    """Two replicas with all bundles."""
+    need(find_spec("ray"), "Ray is not installed")
+    (port,) = claim_ports((LOOPBACK, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CASCADE_EXECUTOR", EXECUTOR)
+        with serving(many, port=port, replicas=3, least=2, log_level="warning", poll=0, threads=1) as url:
+            yield url
+    assert not replicas()
+
+
+def replicas() -> list[psutil.Process]:
+    """The processes of the replicas that live."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if p.is_running() and any("ServeReplica" in part for part in _command(p))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+@contextmanager
+def load(url: str, photo: bytes, threads: int = 4) -> Iterator[Counter[Any]]:
+    """Requests without pause while the block runs, for each of the bundles; gives what became of them, by status."""
+    found: Counter[Any] = Counter()
+    over = threading.Event()
+
+    def send(number: int) -> None:
+        with httpx.Client(trust_env=False, timeout=60) as client:
+            nth = number
+            while not over.is_set():
+                nth += 1
+                headers = {"X-Cascade-Bundle": BUNDLES[nth % len(BUNDLES)], "Content-Type": "image/png"}
+                try:
+                    answer = client.post(f"{url}/v1/predict", content=photo, headers=headers)
+                    found[answer.status_code] += 1
+                    if answer.status_code != 200 and not answer.content.startswith(b'{"error":'):
+                        found[f"{answer.status_code} {answer.headers} {answer.text}"] += 1
+                except Exception as error:
+                    found[repr(error)] += 1
+
+    running = [threading.Thread(target=send, args=(number,)) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        for thread in running:
+            thread.join()
+
+
+def until(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return bool(met)
+
+
+def test_the_same_answers_as_the_engine(url: str, engine: Engine, photos: list[bytes]) -> None:
+    want = engine.predict(photos, cascade.Options(embedding=True))
+    with cascade.Client(url) as client:
+        assert client.models() == {name: ["1"] for name in BUNDLES}
+        columns = client.infer(photos, "a")
+        for photo, expected in zip(photos, want, strict=True):
+            answer = client.predict(photo, cascade.Options("b", embedding=True))
+            assert isinstance(answer, Prediction) and isinstance(expected, Prediction)
+            assert answer.cluster == expected.cluster
+            assert answer.embedding == pytest.approx(expected.embedding, abs=1e-4)
+    assert columns["cluster"].tolist() == [p.cluster for p in want if isinstance(p, Prediction)]
+
+
+def test_limits_and_errors_are_those_of_the_application(url: str, photos: list[bytes]) -> None:
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        unknown = client.post("/v1/predict", content=photos[0], headers={"X-Cascade-Bundle": "z"})
+        assert (unknown.status_code, unknown.json()["error"]["kind"]) == (404, "unknown_bundle")
+        bad = client.post("/v1/predict", content=b"no image", headers={"X-Cascade-Bundle": "a"})
+        assert (bad.status_code, bad.json()["error"]["kind"]) == (400, "not_an_image")
+        large = client.post("/v1/predict", content=bytes(65 * 2**20), headers={"X-Cascade-Bundle": "a"})
+        assert (large.status_code, large.json()["error"]["kind"]) == (413, "body_too_large")
+        assert len(large.headers.get_list("x-request-id")) == 1
+        assert client.get("/v2/health/ready").status_code == 200
+
+
+def test_metrics_are_those_of_all_replicas(url: str) -> None:
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    (backbones,) = (line for line in text.splitlines() if line.startswith("cascade_backbones "))
+    assert float(backbones.split()[1]) == len(replicas())
+
+
+def test_a_replica_dies_under_load(url: str, photos: list[bytes]) -> None:
+    """What it was at is answered with 503 and a word; whoever asks again gets an answer."""
+    assert until(lambda: len(replicas()) >= 2, 20)
+    with load(url, photos[0]) as found:
+        assert until(lambda: found[200] > 20, 20)
+        before = {p.pid for p in replicas()}
+        os.kill(min(before), signal.SIGKILL)
+        with cascade.Client(url, patience=30) as client:
+            for photo in photos:
+                assert isinstance(client.predict(photo, cascade.Options("a")), Prediction)
+        assert until(lambda: {p.pid for p in replicas()} - before, 40), "no other one took its place"
+    assert set(found) <= {200, 503}
+    assert found[503] <= 8 and found[200] > 20, found
+
+
+def test_a_new_configuration_rolls_out_without_a_failed_request(
+    url: str, many: Path, engine: Engine, photos: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """And it is one with memory for two of the four bundles, which then come to where they are asked for."""
+    from ray import serve
+
+    from handlers.ray.replica import DEPLOYMENT, Settings
+
+    stats = engine.stats()
+    memory = stats["backbone_bytes"] + int((HELD + 0.5) * stats["packed_bytes"])
+    settings = Settings(model_store=str(many), memory_bytes=memory, log_level="warning", poll=0, threads=1)
+    environment = {
+        "env_vars": {"CASCADE_EXECUTOR": EXECUTOR, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
+    }
+    small = DEPLOYMENT.options(num_replicas=2, autoscaling_config=None, ray_actor_options={"runtime_env": environment})
+    with load(url, photos[0], threads=2) as found:
+        before = {p.pid for p in replicas()}
+        serve.run(small.bind(settings), name=NAME, logging_config=QUIET)
+        assert until(lambda: not before & {p.pid for p in replicas()}, 60)
+        so_far = found[200]
+        assert until(lambda: found[200] > so_far + 40, 30)
+    assert set(found) == {200}, found
+
+
+def test_bundles_that_do_not_fit_come_when_they_are_asked_for(url: str, photos: list[bytes]) -> None:
+    """Four bundles on two replicas that hold two each: a request goes where its bundle is, so hardly any is loaded."""
+    with cascade.Client(url, patience=20) as client:
+        assert client.models() == {name: ["1"] for name in BUNDLES}
+        assert isinstance(client.predict(photos[0], cascade.Options("z")), ItemError)
+        for _ in range(3):  # until every bundle has its place
+            for name in BUNDLES:
+                assert isinstance(client.predict(photos[0], cascade.Options(name)), Prediction)
+            time.sleep(1.5)  # replicas tell the proxies once a second what they hold
+        before = loads(url)
+        for nth in range(40):
+            answer = client.predict(photos[nth % 10], cascade.Options(BUNDLES[nth % 4]))
+            assert isinstance(answer, Prediction) and answer.bundle == BUNDLES[nth % 4]
+        print(before, loads(url))
+        assert loads(url) - before <= 8  # half of the 40 would meet a replica without their bundle
+
+
+def loads(url: str) -> float:
+    """How often the replicas loaded or dropped a bundle."""
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith('cascade_reloads_total{outcome="changed"}'))
+
+
+@pytest.mark.soak
+def test_the_command_ends_in_order(many: Path, photos: list[bytes]) -> None:
+    """Beside the server of this module it would take too long for every run."""
+    (port,) = claim_ports((LOOPBACK, 0))
+    command = [sys.executable, "-m", "cascade.cli", "serve", "--frontend", "ray", "--model-store", str(many)]
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))  # short: Ray's sockets lie in it
+    environment = os.environ | {"CASCADE_EXECUTOR": EXECUTOR, "TMPDIR": str(folder)}
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline().startswith(b"ready")
+        with cascade.Client(f"http://{LOOPBACK}:{port}") as client:
+            assert isinstance(client.predict(photos[0], cascade.Options("a")), Prediction)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert until(lambda: not any(child.is_running() for child in children), 10)
+        assert not list(folder.iterdir())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        shutil.rmtree(folder)

@@ -1,0 +1,189 @@
+"""Tables 2 and 3: masks and fine-tuned weights under compressors; experts as deltas; a context coder.
+
+python -m training.experiments.compression
+python -m training.experiments.compression --set backbone=resnet50 source=package:imgsim/model.pth steps=40 clusters=1
+"""
+
+import bz2
+import gzip
+import lzma
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade import masks
+from cascade.errors import CascadeError
+from training import clusters, experts, finetune
+from training.experiments import context
+from training.experiments.lab import DEEP, Lab, main
+from training.experiments.report import Table
+from training.run import Run
+
+SMALL = DEEP | {"seeds": 1}
+PAPER = {"data": ("cifar100", "sun397"), "epochs": 150}
+REDUCED = {  # masks, weights; in %
+    "cifar100": {"gzip": (78.32, 6.99), "bz2": (79.24, 4.69), "lzma": (80.73, 7.70), "lz4": (59.06, -0.39)}
+    | {"snappy": (62.57, -0.0046)},
+    "sun397": {"gzip": (81.25, 6.99), "bz2": (82.11, 4.69), "lzma": (83.32, 7.69), "lz4": (62.52, -0.39)}
+    | {"snappy": (66.54, -0.0046)},
+}
+FASTER, SMALLER = 100e6, 0.1  # what a transport form must be: bytes of bits a second, and of lzma's size
+
+Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
+
+
+def codecs() -> dict[str, Codec]:
+    """Compress and decompress of each, at its own default, zstd at 19 as in a bundle's slow form."""
+    try:
+        import cramjam
+        import lz4.frame  # type: ignore[import-untyped]
+        import zstandard
+    except ImportError as error:
+        raise CascadeError(f"{error}: pip install 'cascade-vision[paper]'") from error
+    return {
+        "gzip": (gzip.compress, gzip.decompress),
+        "bz2": (bz2.compress, bz2.decompress),
+        "lzma": (lzma.compress, lzma.decompress),
+        "lz4": (lz4.frame.compress, lz4.frame.decompress),
+        "snappy": (lambda b: bytes(cramjam.snappy.compress(b)), lambda b: bytes(cramjam.snappy.decompress(b))),
+        "zstd": (zstandard.ZstdCompressor(19).compress, zstandard.ZstdDecompressor().decompress),
+    }
+
+
+def experiment(lab: Lab) -> list[Table]:
+    """For each data set: masks beside weights, experts, coders."""
+    tables = []
+    for name in lab.sets():
+        short = name.rpartition("/")[2]
+        reduced = {
+            codec: {"mask reduction %": mask, "weights reduction %": weights}
+            for codec, (mask, weights) in REDUCED.get(short, {}).items()
+        }
+        both = Table(f"Tables 2 and 3: {short}, sizes after compression", published=reduced, digits=2)
+        delta = Table(f"{short}: bits a weight of experts", digits=3)
+        coders = Table(f"{short}: the dispatcher's mask, and an expert's for who has that one", digits=3)
+        for seed in lab.seeds:
+            run = lab.trained(name, seed)
+            clusters.train(run)
+            experts.train(run)
+            tuned = tuned_weights(run)
+            mask = run.dispatcher.bits.numpy().tobytes()
+            for codec, cells in compare(mask, tuned).items():
+                both.add(codec, cells)
+            for codec, cells in deltas(run).items():
+                delta.add(codec, cells)
+            for way, cells in coded(run).items():
+                coders.add(way, cells)
+            note = f"{short}: {8 * len(mask)} masks, {100 * masks.density(run.backbone, run.dispatcher):.2f} % active"
+            lab.notes.append(f"{note}, {len(mask)} bytes packed; weights {len(tuned)} bytes")
+        tables += [both, delta, coders]
+    lab.notes.append(_verdict(tables[2::3]))
+    return tables
+
+
+def tuned_weights(run: Run) -> bytes:
+    """The same parameters as float32 after full fine-tuning with the same loss, bytes in the flat buffer's order."""
+    model = finetune.train(run)
+    first = run.backbone.offset(run.mask_from)
+    names = [n for n, (begin, _) in run.backbone.spans.items() if begin >= first]
+    return torch.cat([model.learned[n].detach().flatten().cpu() for n in names]).numpy().tobytes()
+
+
+def compare(mask: bytes, weights: bytes) -> dict[str, dict[str, float]]:
+    """By codec: reduction of both, what the mask takes of the weights once both are compressed, decode speed."""
+    out = {"plain": {"mask bytes / weights' %": 100 * len(mask) / len(weights), "mask bits a weight": 1.0}}
+    for codec, (compress, decompress) in codecs().items():
+        small, large = compress(mask), compress(weights)
+        out[codec] = {
+            "mask reduction %": 100 * (1 - len(small) / len(mask)),
+            "weights reduction %": 100 * (1 - len(large) / len(weights)),
+            "mask bytes / weights' %": 100 * len(small) / len(large),
+            "mask bits a weight": len(small) / len(mask),
+            "mask decode MB/s": len(mask) / 1e6 / _fastest(lambda d=decompress, s=small: d(s)),  # type: ignore[misc]
+        }
+    return out
+
+
+def deltas(run: Run) -> dict[str, dict[str, float]]:
+    """By codec: an expert's mask alone, and as what differs from the dispatcher's; mean over experts."""
+    out: dict[str, dict[str, float]] = {"bits that differ": {"as delta": 0.0}}
+    for expert in run.experts:
+        out["bits that differ"]["as delta"] += masks.difference(run.dispatcher, expert, run.backbone) / len(run.experts)
+    for codec, (compress, _) in codecs().items():
+        alone = together = 0.0
+        for expert in run.experts:
+            base = run.dispatcher.bits[-len(expert.bits) :]
+            if (_weights(run, expert.start) - _weights(run, run.mask_from)) % 8:
+                raise CascadeError(
+                    "the experts' masks begin inside a byte of the dispatcher's: leave --expert-from out"
+                )
+            alone += len(compress(expert.bits.numpy().tobytes())) / len(expert.bits) / len(run.experts)
+            together += len(compress((expert.bits ^ base).numpy().tobytes())) / len(expert.bits) / len(run.experts)
+        out[codec] = {"alone": alone, "as delta": together}
+    return out
+
+
+def coded(run: Run) -> dict[str, dict[str, float]]:
+    """By coder, bits a weight and decode speed: the dispatcher's mask, and the first expert's for who has that one."""
+    dispatcher, expert = run.dispatcher, run.experts[0]
+    bits = masks.unpack(dispatcher.bits, _weights(run, dispatcher.start))
+    known = bits[-_weights(run, expert.start) :]
+    own = masks.unpack(expert.bits, len(known))
+    packed = dispatcher.bits.numpy().tobytes()
+    compress, decompress = codecs()["lzma"]
+    delta = compress(masks.pack(own ^ known).numpy().tobytes())
+    out = {"lzma": _cells(compress(packed), len(bits), decompress, "mask")}
+    out["lzma"] |= _cells(delta, len(own), decompress, "expert")
+    for way, options in context.WAYS.items():
+        out[way] = _coded(run, bits, dispatcher.start, "mask", None, options)
+        out[way] |= _coded(run, own, expert.start, "expert", known, options)
+    return out
+
+
+def _coded(
+    run: Run, bits: Tensor, start: int, what: str, known: Tensor | None, options: Mapping[str, Any]
+) -> dict[str, float]:
+    layout = context.Layout.of(run.backbone, start, **options)
+    data = context.encode(bits, layout, known)
+    if not torch.equal(context.decode(data, layout, known), bits):
+        raise CascadeError("the context coder does not give back what it took: this is a bug")
+    return _cells(data, len(bits), lambda d: context.decode(d, layout, known), what)
+
+
+def _cells(data: bytes, n: int, decode: Callable[[bytes], Any], what: str) -> dict[str, float]:
+    seconds = _fastest(lambda: decode(data))
+    return {f"{what}, bits a weight": 8 * len(data) / n, f"{what}, decode MB/s": n / 8e6 / seconds}
+
+
+def _weights(run: Run, start: int) -> int:
+    return run.backbone.flat.numel() - run.backbone.offset(start)
+
+
+def _fastest(call: Callable[[], Any], rounds: int = 3) -> float:
+    found = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def _verdict(coders: list[Table]) -> str:
+    """Whether a context coder may become a transport form."""
+    good = []
+    for table in coders:
+        size = table.mean("lzma", "mask, bits a weight")
+        for way, cells in table.cells.items():
+            if way != "lzma" and "mask, bits a weight" in cells:
+                smaller = table.mean(way, "mask, bits a weight") <= (1 - SMALLER) * size
+                if smaller and table.mean(way, "mask, decode MB/s") * 1e6 >= FASTER:
+                    good.append(way)
+    wanted = f"{100 * SMALLER:.0f} % smaller than lzma at {FASTER / 1e6:.0f} MB/s of decoded bits"
+    return f"context coders that are {wanted}: {', '.join(good) or 'none, so none is a transport form'}"
+
+
+if __name__ == "__main__":
+    main(experiment, SMALL, PAPER)

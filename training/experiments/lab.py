@@ -1,0 +1,279 @@
+"""What the experiments share: presets, runs that know each other again, and how an embedding is measured.
+
+    python -m training.experiments.prototypes                                  # --preset small: minutes, two cores
+    python -m training.experiments.prototypes --preset paper --price-per-hour 2
+    python -m training.experiments.prototypes --data photos/ --set steps=50 limit=500
+
+A run's folder is named by its recipe, so that experiments share what they have in common: what one has trained, the
+next takes over. An experiment that was stopped goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.errors import CascadeError
+from cascade.masks import Mask
+from training import data, dispatcher, embed, evaluate, fuse
+from training.data import Images
+from training.experiments import report
+from training.experiments.cost import Cost
+from training.experiments.report import Table
+from training.loop import DONE
+from training.recipe import Recipe, paper
+from training.run import Run, Watch, begin, watching
+
+Pair = tuple[np.ndarray, np.ndarray]  # features of the training and of the held-out images, float32 [N, F], [M, F]
+SWAV = "swav_800ep_pretrain.pth.tar"
+SEEDS = {"small": 3, "paper": 1}  # the paper ran nearly everything once
+
+# Real images and a real backbone; masks on the last block alone, whose inputs are stored: minutes on two cores.
+SMALL = Recipe(
+    "cifar10",
+    limit=2000,
+    test_limit=1000,
+    size=64,
+    mask_from="blocks.6",
+    local_crops=0,
+    draws=2,
+    steps=200,
+    expert_steps=60,
+    lr=0.05,
+    router="centroid",  # never without images for an expert, few as they are
+    dim=128,
+)
+# Masks on four fifths of the weights, for what has to be seen there; fewer and smaller steps. Earlier stages are left
+# alone, and so is BatchNorm: in so few steps its statistics alone, at learning rate zero, cost 14 points in k-NN.
+DEEP = {
+    "mask_from": "blocks.5",
+    "draws": 0,
+    "limit": 1000,
+    "batch": 32,
+    "steps": 80,
+    "expert_steps": 20,
+    "lr": 0.05,
+}
+# The published settings (method.md §1-2); steps follow from epochs and the number of images.
+PAPER = replace(paper("cifar100"), source=f"file:{SWAV}")
+FEWER_EPOCHS = {"inatloc500": 54}  # where the paper takes fewer than elsewhere
+
+
+@dataclass
+class Lab:
+    """Where one experiment works.
+
+    Attributes:
+        folder: results; runs lie below.
+        preset: ``small`` or ``paper``.
+        recipe: what all of its runs have in common.
+        data: names or folders of the data sets.
+        seeds: each run is made with every one.
+        epochs: steps are that many epochs of the data set; 0: the recipe's steps.
+        notes: what could not be run, and why.
+    """
+
+    folder: Path
+    preset: str
+    recipe: Recipe
+    data: tuple[str, ...]
+    seeds: tuple[int, ...]
+    watch: Watch
+    epochs: float = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def small(self) -> bool:
+        return self.preset == "small"
+
+    def sets(self) -> Iterator[str]:
+        """Those data sets that are there; what is missing is noted, with the way to get it."""
+        found = False
+        for name in self.data:
+            try:
+                data.load(name, "test", 1)
+            except (CascadeError, OSError) as error:
+                self.notes.append(f"not run: {error}")
+                continue
+            found = True
+            yield name
+        if not found:
+            raise CascadeError(f"none of the data sets is there ({'; '.join(self.notes)})")
+
+    def run(self, name: str = "", seed: int = 0, variant: str = "", epochs: float | None = None, **changes: Any) -> Run:
+        """The run on data set ``name`` with these changes to the common recipe; known again by its recipe.
+
+        ``variant`` names what differs and is no part of a recipe; ``epochs`` in place of the lab's, if that has any.
+        """
+        recipe = replace(self.recipe, data=name or self.data[0], seed=seed, **changes)
+        if self.epochs:
+            wanted = epochs or FEWER_EPOCHS.get(_name(recipe.data)) or self.epochs
+            images = len(data.load(recipe.data, "train", recipe.limit or None, recipe.data_seed))
+            steps = max(1, round(min(self.epochs, wanted) * images / recipe.batch))
+            recipe = replace(recipe, steps=steps, expert_steps=steps)
+        key = hashlib.sha256(json.dumps([asdict(recipe), variant]).encode()).hexdigest()[:12]
+        return begin(self.folder / "runs" / f"{Path(recipe.data).name}-{key}", recipe, self.watch)
+
+    def trained(self, name: str = "", seed: int = 0, **changes: Any) -> Run:
+        """The same, with its dispatcher mask trained."""
+        run = self.run(name, seed, **changes)
+        dispatcher.train(run)
+        return run
+
+    def path(self, name: str) -> Path:
+        """Of a result: ``name``, the preset, and a suffix for those that are no table."""
+        stem, dot, suffix = name.partition(".")
+        return self.folder / f"{stem}-{self.preset}{dot}{suffix}"
+
+    def columns(self, name: str, values: Mapping[str, float]) -> dict[str, float]:
+        """Columns with the data set's name before them."""
+        return {f"{_name(name)} {c}": v for c, v in values.items()}
+
+    def baselines(self, table: Table, name: str, run: Run) -> None:
+        """What every mask has to be compared with: frozen backbone, learning rate zero, and pixels."""
+        dispatcher.zero_rate(run)
+        table.add("frozen backbone", self.columns(name, knn(run, pair(run, None))))
+        table.add("learning rate zero", self.columns(name, knn(run, pair(run, run.mask("zero-rate", run.mask_from)))))
+        table.add("pixels, 8 x 8", self.columns(name, knn(run, (pixels(run.images), pixels(run.held_out)))))
+
+
+def pair(run: Run, mask: Mask | None) -> Pair:
+    """Features under a mask, of the plain backbone without one."""
+    both = []
+    for images in (run.images, run.held_out):
+        inputs = embed.batches(images, run.preprocessing)
+        both.append(embed.blocks(run.executor, [mask], inputs)[0] if mask else embed.frozen(run.executor, inputs))
+    return both[0], both[1]
+
+
+def labels(run: Run) -> tuple[Tensor, Tensor]:
+    """Classes of the training and of the held-out images, int64."""
+    if run.images.labels is None or run.held_out.labels is None:
+        raise CascadeError(f"{run.recipe.data} has no class folders, and accuracies need them")
+    return torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
+
+
+def knn(run: Run, features: Pair, *, eigenvalue: bool = False) -> dict[str, float]:
+    """k-NN accuracy in %, plain and whitened; with ``eigenvalue`` by the wording of the paper's text, too."""
+    known, truth = labels(run)
+    k, dim = run.recipe.neighbours, fuse.dimension(run.recipe, features[0].shape[1], len(features[0]))
+    bank, queries = map(torch.from_numpy, features)
+    out = {"k-NN": 100 * evaluate.knn(bank, queries, known, truth, k)}
+    for way, column in (("scale", "k-NN whitened"), ("eigenvalue", "k-NN / eigenvalue"))[: 1 + eigenvalue]:
+        out[column] = 100 * evaluate.knn(*_fused(features, dim, way, run.recipe.seed), known, truth, k)
+    return out
+
+
+def probe(run: Run, features: Pair, *, plain: bool = True) -> dict[str, float]:
+    """Linear-probe accuracy in %, plain (slow where features are wide) and whitened."""
+    known, truth = labels(run)
+    dim = fuse.dimension(run.recipe, features[0].shape[1], len(features[0]))
+    ways = {"probe": tuple(map(torch.from_numpy, features))} if plain else {}
+    ways["probe whitened"] = _fused(features, dim, "scale", run.recipe.seed)
+    return {column: 100 * evaluate.probe(x[0], x[1], known, truth) for column, x in ways.items()}
+
+
+def _fused(features: Pair, dim: int, way: str, seed: int) -> tuple[Tensor, Tensor]:
+    # In float32, not folded to half precision as for a bundle: division by eigenvalues leaves its range.
+    mean, basis = fuse.principal(features[0], dim, way, seed)
+    bank, queries = (torch.from_numpy((x - mean) @ basis) for x in features)
+    return bank, queries
+
+
+def pixels(images: Images, side: int = 8) -> np.ndarray:
+    """The images themselves, shrunk to ``side`` px: the embedding that everything else should beat."""
+    return data.cache(images, side).reshape(len(images), -1).astype(np.float32) / 255
+
+
+def main(
+    experiment: Callable[[Lab], list[Table]],
+    small: Mapping[str, Any],
+    paper: Mapping[str, Any],
+    arguments: list[str] | None = None,
+) -> None:
+    """The command of an experiment: options, tables, cost.
+
+    Args:
+        small, paper: what this experiment changes in the preset; beside the recipe's fields ``data`` (several),
+            ``seeds`` and ``epochs``.
+    """
+    name, about = Path(experiment.__code__.co_filename).stem, sys.modules[experiment.__module__].__doc__
+    options = parser(about).parse_args(arguments)
+    try:
+        with watching() as watch, Cost(options.price_per_hour) as cost:
+            lab = open_lab(options, {"small": small, "paper": paper}[options.preset], watch)
+            tables = experiment(lab)
+        facts = {
+            "experiment": name,
+            "preset": lab.preset,
+            "seeds": len(lab.seeds),
+            "data": " ".join(map(_name, lab.data)),
+        }
+        recipe = {k: v for k, v in asdict(lab.recipe).items() if k not in ("data", "source", "seed")}
+        print(report.write(lab.path(name), tables, facts | cost.facts() | {"recipe": recipe}, lab.notes))
+    except CascadeError as error:
+        sys.exit(f"error: {error}")
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--preset", choices=["small", "paper"], default="small", help="default %(default)s")
+    out.add_argument("--seeds", type=int, default=0, metavar="N", help="runs of each kind (default 3; paper 1)")
+    out.add_argument("--out", type=Path, default=Path("runs/paper"), help="results and runs (default %(default)s)")
+    out.add_argument("--data", nargs="+", default=[], metavar="DATA", help="folders, or names of published data sets")
+    out.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="of the recipe, e.g. steps=50 limit=500"
+    )
+    out.add_argument("--price-per-hour", type=float, default=0.0, help="of a GPU, or of this machine without one")
+    return out
+
+
+def open_lab(options: argparse.Namespace, changes: Mapping[str, Any], watch: Watch) -> Lab:
+    """The preset with an experiment's changes, and those of the command line over them."""
+    base = SMALL if options.preset == "small" else PAPER
+    chosen = dict(changes) | dict(map(_setting, options.set))
+    names = tuple(options.data) or tuple(chosen.pop("data", (base.data,)))
+    chosen.pop("data", None)
+    seeds = options.seeds or chosen.pop("seeds", SEEDS[options.preset])
+    chosen.pop("seeds", None)
+    epochs = chosen.pop("epochs", 0)
+    epochs = 0 if any(s.startswith("steps=") for s in options.set) else epochs
+    recipe = replace(base, **chosen)
+    kind, _, path = recipe.source.partition(":")
+    if path == SWAV and kind == "file" and not Path(path).exists():
+        raise CascadeError(
+            f"the paper's ResNet-50 is not here: get https://dl.fbaipublicfiles.com/deepcluster/{SWAV}"
+            f" into this folder, or give --set backbone=NAME source=SOURCE"
+        )
+    return Lab(options.out, options.preset, recipe, names, tuple(range(seeds)), watch, epochs)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    kinds = {f.name: type(f.default) for f in fields(Recipe)} | {"epochs": float}
+    if name not in kinds or not value:
+        raise CascadeError(f"--set {text}: give NAME=VALUE, NAME one of {', '.join(sorted(kinds))}")
+    kind: Any = kinds[name]
+    try:
+        if kind is bool:
+            return name, {"true": True, "false": False}[value.lower()]
+        return name, tuple(map(float, value.split(","))) if kind is tuple else kind(value)
+    except (KeyError, ValueError):
+        raise CascadeError(f"--set {text}: {value} is no {kind.__name__}") from None
+
+
+def _name(source: str) -> str:
+    return Path(source).name  # a name, never a path of the machine
+
+
+def finished(run: Run, name: str = "dispatcher") -> bool:
+    """Whether a mask was trained before."""
+    return (run.folder / name / DONE).exists()

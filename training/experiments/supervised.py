@@ -1,0 +1,90 @@
+"""Main tables 1 and 2: masks against full fine-tuning, by labels with a new head and without labels; linear probes.
+
+python -m training.experiments.supervised
+"""
+
+from typing import Any
+
+import numpy as np
+
+from cascade import masks
+from training import dispatcher, embed, finetune
+from training.experiments.lab import DEEP, Lab, Pair, knn, labels, main, pair, probe
+from training.experiments.report import Table
+from training.run import Run
+
+SMALL = DEEP | {"seeds": 2}
+PAPER = {"data": ("cifar10", "cifar100", "dtd", "eurosat"), "epochs": 150}
+MASK: dict[str, dict[str, Any]] = {
+    "small": {"labels": True, "lr": 0.03, "head_lr": 0.02},
+    "paper": {"labels": True, "warmup": 40 / 150},
+}
+TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights want other rates than scores
+    "small": {"optimizer": "sgd", "lr": 0.001, "weight_decay": 1e-6},
+    "paper": {"optimizer": "sgd", "lr": 0.15, "weight_decay": 1e-6},
+}
+SETS = ("cifar10", "cifar100", "dtd", "eurosat")
+ACCURACY = {"supervised mask": (96.2, 79.8, 70.9, 97.4), "supervised full fine-tuning": (96.5, 81.7, 73.6, 97.7)}
+ACTIVE = {"supervised mask": (89.5, 77.2, 95.1, 95.7), "self-supervised mask": (91.4, 92.5, 98.8, 96.7)}
+PUBLISHED: dict[str, dict[str, float]] = {
+    row: {f"{name} accuracy": value for name, value in zip(SETS, values, strict=True)}
+    for row, values in ACCURACY.items()
+}
+for title, shares in ACTIVE.items():
+    PUBLISHED.setdefault(title, {}).update({f"{n} active %": v for n, v in zip(SETS, shares, strict=True)})
+
+
+def experiment(lab: Lab) -> list[Table]:
+    """Accuracy with the trained head, of a probe and of neighbours, and how much is active."""
+    table = Table("Main tables 1 and 2: masks and full fine-tuning; accuracy in %", published=PUBLISHED)
+    for name in lab.sets():
+        for seed in lab.seeds:
+            for row, cells in rows(lab, name, seed).items():
+                table.add(row, lab.columns(name, cells))
+    return [table]
+
+
+def rows(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
+    """One seed of one data set, by method."""
+    mask, tuned = MASK[lab.preset], TUNED[lab.preset]
+    run = lab.trained(name, seed)
+    out = {"frozen backbone": _plain(run, pair(run, None))}
+    out["self-supervised mask"] = _plain(run, pair(run, run.dispatcher)) | _active(run)
+    out["self-supervised full fine-tuning"] = _plain(run, tuned_features(lab.run(name, seed, **tuned)))
+    run = lab.trained(name, seed, **mask)
+    out["supervised, learning rate zero: the head alone"] = headed(run, "zero-rate")
+    out["supervised mask"] = headed(run, "dispatcher") | _active(run)
+    out["supervised full fine-tuning"] = headed(lab.run(name, seed, **(mask | tuned)), "fine-tuned")
+    return out
+
+
+def headed(run: Run, method: str) -> dict[str, float]:
+    """Accuracy in % of the head that was trained with a mask (``dispatcher``, ``zero-rate``) or with all weights."""
+    if method == "fine-tuned":
+        features = tuned_features(run)
+    else:
+        dispatcher.train(run, method, lr=0.0 if method == "zero-rate" else None)
+        features = pair(run, run.mask(method, run.mask_from))
+    found = finetune.logits(run, method, features[1]).argmax(axis=1)
+    return {"accuracy": 100 * float(np.mean(found == labels(run)[1].numpy()))} | _plain(run, features)
+
+
+def tuned_features(run: Run) -> Pair:
+    """Features of both sets after full fine-tuning."""
+    model = finetune.train(run)
+    train, test = (
+        finetune.features(model, embed.batches(images, run.preprocessing)) for images in (run.images, run.held_out)
+    )
+    return train, test
+
+
+def _plain(run: Run, features: Pair) -> dict[str, float]:
+    return probe(run, features, plain=False) | knn(run, features)
+
+
+def _active(run: Run) -> dict[str, float]:
+    return {"active %": 100 * masks.density(run.backbone, run.dispatcher)}
+
+
+if __name__ == "__main__":
+    main(experiment, SMALL, PAPER)
