@@ -16,7 +16,7 @@ from training.run import Run
 SMALL = DEEP | {"seeds": 2}
 PAPER = {"data": ("cifar10", "cifar100", "dtd", "eurosat"), "epochs": 150}
 MASK: dict[str, dict[str, Any]] = {
-    "small": {"labels": True, "lr": 0.03, "head_lr": 0.02},
+    "small": {"labels": True, "optimizer": "sgd", "lr": 5.0, "head_lr": 0.02},
     "paper": {"labels": True, "warmup": 40 / 150},
 }
 TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights want other rates than scores
