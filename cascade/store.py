@@ -206,7 +206,7 @@ def _timeouts(where: str) -> dict[str, object]:
     """fsspec's options, so that a server that takes connections and says nothing is out of reach soon."""
     if urlsplit(where).scheme not in ("http", "https") or "::" in where:
         return {}
-    import aiohttp
+    from fsspec.implementations.http import aiohttp  # what fsspec itself takes these times as
 
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(**TIMEOUTS)}}
 
