@@ -87,7 +87,8 @@ class SelfSupervised:
         self.module = Projector(features, recipe.projection, recipe.prototypes)
         self.module.register_buffer("queue", torch.zeros(2, recipe.queue, recipe.projection))
         self.module.register_buffer("filled", torch.zeros(1, dtype=torch.int64))
-        self._used = torch.zeros(recipe.prototypes, dtype=torch.int64)
+        for counts in ("coded", "nearest"):  # images by prototype, since facts were last asked for
+            self.module.register_buffer(counts, torch.zeros(recipe.prototypes, dtype=torch.int64), persistent=False)
 
     def before(self, progress: float) -> None:
         self.module.renormalise()
@@ -104,15 +105,27 @@ class SelfSupervised:
         newest = torch.stack([distributed.gather(z[0]), distributed.gather(z[1])])
         queue.copy_(push(queue, newest))
         self.module.filled += newest.shape[1]  # type: ignore[operator, assignment]
-        self._used += torch.bincount(codes[0].argmax(dim=1), minlength=len(prototypes)).cpu()
+        for name, found in (("coded", codes[0]), ("nearest", scores[0])):
+            self.module.get_buffer(name).add_(torch.bincount(found.detach().argmax(dim=1), minlength=len(prototypes)))
         return swapped_loss(scores, codes, self.recipe.temperature)
 
     def facts(self) -> dict[str, float]:
-        """``used``: on how many prototypes the images fell, exp of the entropy of their counts."""
-        share = self._used / self._used.sum().clamp(min=1)
-        used = float(torch.special.entr(share).sum().exp())
-        self._used.zero_()
-        return {"used": round(used, 1)}
+        """Of the images of all processes, ``used``: on how many prototypes their codes fell, and ``nearest``: to how
+        many they are nearest, both exp of the entropy of their counts; ``largest``: the share nearest to one alone.
+
+        Codes are spread evenly whatever the embedding is like, as long as it tells images apart at all; the nearest
+        prototypes are what a router of prototypes goes by.
+        """
+        used, _ = self._spread("coded")
+        nearest, largest = self._spread("nearest")
+        return {"used": round(used, 1), "nearest": round(nearest, 1), "largest": round(largest, 4)}
+
+    def _spread(self, name: str) -> tuple[float, float]:
+        """exp of the entropy of the counts, and their largest share; they begin again at zero."""
+        counts = self.module.get_buffer(name)
+        share = distributed.total(counts) / distributed.total(counts.sum()).clamp(min=1)
+        counts.zero_()
+        return float(torch.special.entr(share).sum().exp()), float(share.max())
 
     def _trunk(self, model: MaskedModel, batch: Batch) -> Iterator[tuple[int, Tensor]]:
         """(crops, their trunk features [crops * B, C, h, w], crop by crop) of each size."""
