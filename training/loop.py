@@ -118,8 +118,9 @@ def fit(
             if not rest:
                 line |= {"lr": optimizers[0].param_groups[0]["lr"], "active": round(model.active(), 6)}
                 line |= objective.facts()
-                line["steps_per_s"] = round((step + 1 - counted) / (time.perf_counter() - clock), 3)
-                if wrong := _wrong(model, line, recipe):
+                since = step + 1 - counted
+                line["steps_per_s"] = round(since / (time.perf_counter() - clock), 3)
+                if wrong := _wrong(model, line, recipe, since * recipe.batch):
                     line["warnings"] = wrong
             log.write(json.dumps(line) + "\n")
             if rest:
@@ -182,12 +183,17 @@ def _to(pixels: np.ndarray, device: torch.device) -> Tensor:
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
 
-def _wrong(model: MaskedModel, line: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
-    """What is going wrong, and what to do: by the parameter that is nearly off, or ``embedding``."""
+def _wrong(model: MaskedModel, line: Mapping[str, Any], recipe: Recipe, images: int) -> dict[str, str]:
+    """What is going wrong, and what to do: by the parameter that is nearly off, or ``embedding``.
+
+    Args:
+        images: that the line tells of; few of them can't be nearest to many prototypes.
+    """
     found = {}
     if not recipe.share:
         found = {p: f"only {s:.1%} of {p} is active: lower --lr" for p, s in model.sparse(SPARSE)}
-    if "nearest" in line and (line["nearest"] < max(2.0, COLLAPSED * recipe.prototypes) or line["largest"] > CROWDED):
+    few = max(2.0, COLLAPSED * min(recipe.prototypes, images))
+    if "nearest" in line and (line["nearest"] < few or line["largest"] > CROWDED):
         found["embedding"] = (
             f"the images are nearest to {line['nearest']:.1f} of {recipe.prototypes} prototypes, {line['largest']:.0%}"
             " of a batch to the same one, the embedding collapses: lower --lr, or take a larger --batch"

@@ -1,5 +1,6 @@
 """Two processes as one: the masks of one process with the same batch, to float tolerance."""
 
+import json
 import os
 import re
 import subprocess
@@ -75,6 +76,8 @@ def test_two_processes_train_the_mask_of_one(pixels: np.ndarray, tmp_path: Path)
     torch.testing.assert_close(two["objective.queue"], one["objective.queue"], rtol=1e-3, atol=1e-3)
     lines = [(tmp_path / each / CURVE).read_text().splitlines() for each in ("one", "two")]
     assert len(lines[0]) == len(lines[1]) == STEPS, "the first process alone writes"
+    alone, both = (json.loads(each[-1]) for each in lines)
+    assert both["nearest"] == pytest.approx(alone["nearest"], rel=0.05), "the images of both are counted"
 
 
 def test_a_whole_cascade_by_torchrun(cifar_folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cascade import backbone as backbones
 from cascade.errors import CascadeError
 from cascade.images import Preprocessing
-from training.loop import CHECKPOINT, CURVE, DONE, fit, generator, seed_everything
+from training.loop import CHECKPOINT, CURVE, DONE, _wrong, fit, generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe
@@ -346,6 +346,20 @@ def test_warns_once_of_each_tensor_with_less_than_5_percent_active(
     told = [line for line in lines(tmp_path) if "warnings" in line]
     assert [line["step"] for line in told] == [2, 5, 8, 11, 13], "the curve tells it as long as it lasts"
     assert all(line["warnings"].keys() == model.scores.keys() | {"embedding"} for line in told)
+
+
+def test_a_collapse_is_judged_by_what_so_many_images_can_show() -> None:
+    model = mask_backbone(backbones.load("test_resnet", "random:0"), 2)
+    recipe = replace(RECIPE, prototypes=500)
+    for nearest, largest, images, collapsed in (
+        (14.0, 0.1, 16, False),  # two batches of eight: all different
+        (14.0, 0.1, 3200, True),
+        (240.0, 0.05, 3200, False),
+        (240.0, 0.9, 3200, True),  # each batch is one point, which wanders
+        (1.5, 0.7, 16, True),
+    ):
+        line = {"step": 49, "nearest": nearest, "largest": largest}
+        assert ("embedding" in _wrong(model, line, recipe, images)) == collapsed, line
 
 
 def test_what_is_told_of_the_prototypes() -> None:
