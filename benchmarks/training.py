@@ -9,7 +9,6 @@ with the same loss, optimiser, crops and loop (``training.loop.fit``), each in a
 
 import argparse
 import itertools
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from benchmarks.peers import Work, peers, ratios, resident_bytes
 from benchmarks.report import Rows, figure, report, single
 from cascade import backbone as backbones
 from cascade.images import Preprocessing
+from training.cost import peak_bytes
 from training.finetune import tune_backbone
 from training.loop import fit, seed_everything
 from training.masking import mask_backbone
@@ -56,7 +56,7 @@ def build(way: str, recipe: Recipe) -> Work:
         taken = [b - a for a, b in itertools.pairwise(stamps)]
         if torch.cuda.is_available():
             return sum(taken) / steps, torch.cuda.max_memory_allocated()
-        return sum(taken) / steps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        return sum(taken) / steps, peak_bytes() - before
 
     return work
 

@@ -22,6 +22,7 @@ from training.loop import under
 from training.run import CLUSTERS, FEWEST, Run, Watch, main, parser, resume, write_json, write_tensors
 
 SUMMARY = "clusters.json"
+LARGEST = 0.8  # of the images, in one cluster: the router hardly divides them
 ROUTING_DIM = 20  # of the whitened PCA under mixture and centroids, the paper's
 OOD_DIM, QUANTILES = 64, 257
 VIEW_SCALE = (0.3, 1.0)  # crops that count as another view of the same image
@@ -49,6 +50,7 @@ def train(run: Run) -> None:
         summary = {
             "kind": router.kind,
             "shares": [round(c / len(assigned), 4) for c in counts.tolist()],
+            "effective": round(effective(counts.tolist()), 4),
             "slope": calibration.slope,
             "intercept": calibration.intercept,
             "calibration_error": round(error, 4),
@@ -181,8 +183,18 @@ def _check_sizes(counts: list[int], run: Run) -> None:
             f"cluster {smallest} has {counts[smallest]} images, an expert needs {FEWEST}:"
             " train with fewer --clusters, more images, or another --router"
         )
-    if max(counts) > 0.9 * sum(counts):
-        run.watch.say(f"[yellow]warning:[/] one cluster holds {max(counts) / sum(counts):.0%} of the images: {counts}")
+    if max(counts) > LARGEST * sum(counts):
+        run.watch.say(
+            f"[yellow]warning:[/] one cluster holds {max(counts) / sum(counts):.0%} of the images: {counts}; it is as"
+            f" if there were {effective(counts):.1f}: train the dispatcher longer, or take fewer --clusters or another"
+            " --router"
+        )
+
+
+def effective(counts: list[int]) -> float:
+    """How many clusters of the same size would divide the images as well: exp of the entropy of their counts."""
+    share = np.array(counts) / sum(counts)
+    return float(np.exp(-sum(p * np.log(p) for p in share if p)))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,14 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, as a tensor of its own."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def average(tensors: Iterable[Tensor]) -> None:
     """The mean over all processes, in place, as one message."""
     if not dist.is_initialized():

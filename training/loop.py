@@ -6,6 +6,7 @@ only: a run that was killed at any moment and started again ends with the same m
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,8 @@ from training.recipe import Recipe
 
 CHECKPOINT, DONE, CURVE = "checkpoint.safetensors", "done.safetensors", "curve.jsonl"
 SPARSE = 0.05  # a tensor with less active than this is on its way to being off
-COLLAPSED = 0.02  # share of the prototypes that images fall on where an embedding has lost its directions
+COLLAPSED = 0.05  # share of the prototypes that images are nearest to where an embedding has lost its directions
+CROWDED = 0.8  # share of a batch nearest to one prototype: the same
 
 
 class Progress(Protocol):
@@ -82,6 +84,7 @@ def fit(
     order = batches(len(rows), recipe.batch, seed=recipe.seed, start_step=begin)
     learned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     warned: set[str] = set()
+    clock, counted = time.perf_counter(), begin
     with open(curve, "a") as log:
         for step, parts in zip(range(begin, steps), _loaded(pixels, rows, order, recipe, device), strict=False):
             progress = step / steps
@@ -108,23 +111,29 @@ def fit(
             scaler.update()
             if recipe.train_norms:
                 distributed.average(model.norms.values())
-            line: dict[str, float] = {"step": step, "loss": round(total.item(), 6)}
+            line: dict[str, Any] = {"step": step, "loss": round(total.item(), 6)}
             if watch is not None and leads:
                 watch(name, step + 1, steps, total.item())
             rest = (step + 1) % every and step + 1 < steps
             if not rest:
                 line |= {"lr": optimizers[0].param_groups[0]["lr"], "active": round(model.active(), 6)}
                 line |= objective.facts()
+                since = step + 1 - counted
+                line["steps_per_s"] = round(since / (time.perf_counter() - clock), 3)
+                if wrong := _wrong(model, line, recipe, since * recipe.batch):
+                    line["warnings"] = wrong
             log.write(json.dumps(line) + "\n")
             if rest:
                 continue
-            if leads:
-                _warn(name, model, line, recipe, warned)
+            for what in wrong.keys() - warned if leads else ():  # once
+                warnings.warn(f"{name}, step {step}: {wrong[what]}", stacklevel=2)
+            warned |= wrong.keys()
             log.flush()
             if not _finite(model, objective):
                 raise _diverged(f"{name} is not finite any more after step {step}", rate, folder)
             if step + 1 < steps and leads:
                 _store(folder / CHECKPOINT, model, objective, optimizers, scaler, step + 1)
+            clock, counted = time.perf_counter(), step + 1
     if leads:
         _store(folder / DONE, model, objective, [], scaler, steps)
         (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -174,19 +183,22 @@ def _to(pixels: np.ndarray, device: torch.device) -> Tensor:
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
 
-def _warn(name: str, model: MaskedModel, line: Mapping[str, float], recipe: Recipe, warned: set[str]) -> None:
-    """Say once what is going wrong."""
-    for parameter, share in model.sparse(SPARSE):
-        if parameter not in warned and not recipe.share:
-            warned.add(parameter)
-            warnings.warn(f"{name}: only {share:.1%} of {parameter} is active: lower --lr", stacklevel=3)
-    if "used" in line and "used" not in warned and line["used"] < max(2.0, COLLAPSED * recipe.prototypes):
-        warned.add("used")
-        warnings.warn(
-            f"{name}: at step {line['step']:.0f} the images fall on {line['used']:.1f} of {recipe.prototypes}"
-            " prototypes, the embedding collapses: lower --lr, or take a larger --batch",
-            stacklevel=3,
+def _wrong(model: MaskedModel, line: Mapping[str, Any], recipe: Recipe, images: int) -> dict[str, str]:
+    """What is going wrong, and what to do: by the parameter that is nearly off, or ``embedding``.
+
+    Args:
+        images: that the line tells of; few of them can't be nearest to many prototypes.
+    """
+    found = {}
+    if not recipe.share:
+        found = {p: f"only {s:.1%} of {p} is active: lower --lr" for p, s in model.sparse(SPARSE)}
+    few = max(2.0, COLLAPSED * min(recipe.prototypes, images))
+    if "nearest" in line and (line["nearest"] < few or line["largest"] > CROWDED):
+        found["embedding"] = (
+            f"the images are nearest to {line['nearest']:.1f} of {recipe.prototypes} prototypes, {line['largest']:.0%}"
+            " of a batch to the same one, the embedding collapses: lower --lr, or take a larger --batch"
         )
+    return found
 
 
 def _finite(model: MaskedModel, objective: Objective) -> bool:

@@ -87,7 +87,9 @@ class SelfSupervised:
         self.module = Projector(features, recipe.projection, recipe.prototypes)
         self.module.register_buffer("queue", torch.zeros(2, recipe.queue, recipe.projection))
         self.module.register_buffer("filled", torch.zeros(1, dtype=torch.int64))
-        self._used = torch.zeros(recipe.prototypes, dtype=torch.int64)
+        for counts in ("coded", "nearest"):  # images by prototype, since facts were last asked for
+            self.module.register_buffer(counts, torch.zeros(recipe.prototypes, dtype=torch.int64), persistent=False)
+        self.module.register_buffer("crowded", torch.zeros(2), persistent=False)  # largest shares, batches
 
     def before(self, progress: float) -> None:
         self.module.renormalise()
@@ -104,15 +106,35 @@ class SelfSupervised:
         newest = torch.stack([distributed.gather(z[0]), distributed.gather(z[1])])
         queue.copy_(push(queue, newest))
         self.module.filled += newest.shape[1]  # type: ignore[operator, assignment]
-        self._used += torch.bincount(codes[0].argmax(dim=1), minlength=len(prototypes)).cpu()
+        self._count(codes[0], scores[0].detach())
         return swapped_loss(scores, codes, self.recipe.temperature)
 
     def facts(self) -> dict[str, float]:
-        """``used``: on how many prototypes the images fell, exp of the entropy of their counts."""
-        share = self._used / self._used.sum().clamp(min=1)
-        used = float(torch.special.entr(share).sum().exp())
-        self._used.zero_()
-        return {"used": round(used, 1)}
+        """Of the images of all processes, ``used``: on how many prototypes their codes fell, and ``nearest``: to how
+        many they are nearest, both exp of the entropy of their counts; ``largest``: the share of a batch that is
+        nearest to the same one, on average, for an embedding that has collapsed may still wander.
+
+        Codes are spread evenly whatever the embedding is like, as long as it tells images apart at all; the nearest
+        prototypes are what a router of prototypes goes by.
+        """
+        used, nearest = (self._spread(self.module.get_buffer(name)) for name in ("coded", "nearest"))
+        crowded = self.module.get_buffer("crowded")
+        largest, batches = distributed.total(crowded).tolist()
+        crowded.zero_()
+        return {"used": round(used, 1), "nearest": round(nearest, 1), "largest": round(largest / max(1, batches), 4)}
+
+    def _count(self, codes: Tensor, scores: Tensor) -> None:
+        """Of a batch, both [B, P]; nothing here waits for the device."""
+        for name, found in (("coded", codes), ("nearest", scores)):
+            counts = torch.bincount(found.argmax(dim=1), minlength=found.shape[1])
+            self.module.get_buffer(name).add_(counts)
+        self.module.get_buffer("crowded").add_(torch.stack([counts.max() / len(scores), counts.new_ones(())]))
+
+    def _spread(self, counts: Tensor) -> float:
+        """exp of the entropy of the counts, which begin again at zero."""
+        share = distributed.total(counts).double()
+        counts.zero_()
+        return float(torch.special.entr(share / share.sum().clamp(min=1)).sum().exp())
 
     def _trunk(self, model: MaskedModel, batch: Batch) -> Iterator[tuple[int, Tensor]]:
         """(crops, their trunk features [crops * B, C, h, w], crop by crop) of each size."""

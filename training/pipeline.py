@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cascade.errors import CascadeError
 from training import clusters, dispatcher, distributed, evaluate, experts, pack
+from training.cost import Cost
 from training.recipe import paper
 from training.run import Run, Watch, begin, main, parser, recipe_of
 
@@ -81,15 +82,21 @@ def command(arguments: list[str]) -> None:
     options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
     options.add_argument("--thumbnails", action="store_true", help=pack.THUMBNAILS)
     options.add_argument("--preset", choices=["paper"], help="start from the published setting")
+    options.add_argument(
+        "--price-per-hour", type=float, default=0.0, help="of one GPU, or of this machine without: its cost is told"
+    )
     chosen = options.parse_args(arguments)
     if chosen.preset:
         options.set_defaults(**asdict(paper(chosen.data)))
         chosen = options.parse_args(arguments)  # what was said beside the preset still counts
 
     def stage(watch: Watch) -> None:
-        run = begin(chosen.run, recipe_of(chosen), watch)
-        path = train(run, chosen.out, controls=chosen.controls, thumbnails=chosen.thumbnails)
-        watch.say(f"wrote {path}")
+        with Cost(chosen.price_per_hour) as cost:
+            run = begin(chosen.run, recipe_of(chosen), watch)
+            path = train(run, chosen.out, controls=chosen.controls, thumbnails=chosen.thumbnails)
+        if not distributed.rank():
+            watch.say(f"wrote {path}")
+            watch.say(cost.line())
 
     main(stage)
 

@@ -178,6 +178,13 @@ def test_a_cluster_too_small_stops_and_a_collapse_is_said(tmp_path: Path) -> Non
     assert watch.lines == []
     clusters._check_sizes([1000, 16, 16], run)
     assert len(watch.lines) == 1 and "97% of the images" in watch.lines[0]
+    assert "as if there were 1.2:" in watch.lines[0] and "fewer --clusters" in watch.lines[0]
+
+
+def test_how_many_clusters_there_are_in_effect() -> None:
+    assert clusters.effective([50, 50, 50, 50]) == pytest.approx(4)
+    assert clusters.effective([70, 0, 0]) == pytest.approx(1)
+    assert clusters.effective([20, 20, 0]) == pytest.approx(2)
 
 
 # Calibration

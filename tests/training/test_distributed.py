@@ -1,6 +1,8 @@
 """Two processes as one: the masks of one process with the same batch, to float tolerance."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,6 +76,8 @@ def test_two_processes_train_the_mask_of_one(pixels: np.ndarray, tmp_path: Path)
     torch.testing.assert_close(two["objective.queue"], one["objective.queue"], rtol=1e-3, atol=1e-3)
     lines = [(tmp_path / each / CURVE).read_text().splitlines() for each in ("one", "two")]
     assert len(lines[0]) == len(lines[1]) == STEPS, "the first process alone writes"
+    alone, both = (json.loads(each[-1]) for each in lines)
+    assert both["nearest"] == pytest.approx(alone["nearest"], rel=0.05), "the images of both are counted"
 
 
 def test_a_whole_cascade_by_torchrun(cifar_folder: Path, tmp_path: Path) -> None:
@@ -81,7 +85,7 @@ def test_a_whole_cascade_by_torchrun(cifar_folder: Path, tmp_path: Path) -> None
     out = tmp_path / "store" / "small" / "1"
     options = "--backbone test_resnet --source random:0 --size 32 --mask-from layer3 --steps 4 --expert-steps 2"
     options += " --batch 32 --local-crops 0 --draws 1 --prototypes 20 --clusters 2"
-    options += " --router centroid --dim 8 --bank 20 --lr 0.2"
+    options += " --router centroid --dim 8 --bank 20 --lr 0.2 --price-per-hour 900"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = ["-m", "--", "training.pipeline", str(cifar_folder), "--run", str(tmp_path / "run"), "--out", str(out)]
     done = subprocess.run(
@@ -91,6 +95,8 @@ def test_a_whole_cascade_by_torchrun(cifar_folder: Path, tmp_path: Path) -> None
     bundle = read(out)
     assert len(bundle.experts) == 2 and bundle.card.accuracy
     curve = (tmp_path / "run" / "dispatcher" / CURVE).read_text().splitlines()
+    costs = re.findall(r"cost: wall seconds [\d.]+,.* money [\d.]+", " ".join(done.stderr.split()))
+    assert len(costs) == 1, "the first process alone tells it"
     assert len(curve) == 4 and not list((tmp_path / "run").rglob("*.tmp"))
 
 

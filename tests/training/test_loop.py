@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 from cascade import backbone as backbones
 from cascade.errors import CascadeError
 from cascade.images import Preprocessing
-from training.loop import CHECKPOINT, CURVE, DONE, fit, generator, seed_everything
+from training.loop import CHECKPOINT, CURVE, DONE, _wrong, fit, generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe
@@ -68,8 +69,15 @@ def train(
     return model
 
 
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Of the curve, but for how fast it was."""
+    found = [json.loads(line) for line in (folder / CURVE).read_text().splitlines()]
+    assert all(line.pop("steps_per_s", 1) > 0 for line in found)
+    return found
+
+
 def steps_of(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / CURVE).read_text().splitlines()]
+    return [line["step"] for line in lines(folder)]
 
 
 # Killed and started again
@@ -164,7 +172,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_masks(
     undisturbed, resumed = ((tmp_path / name / DONE).read_bytes() for name in ("undisturbed", "killed"))
     assert resumed == undisturbed
     assert steps_of(tmp_path / "killed") == list(range(STEPS))
-    assert (tmp_path / "killed" / CURVE).read_text() == (tmp_path / "undisturbed" / CURVE).read_text()
+    assert lines(tmp_path / "killed") == lines(tmp_path / "undisturbed")
     assert {p.name for p in (tmp_path / "killed").iterdir()} <= {DONE, CURVE, CHECKPOINT}, "temporary files stayed"
 
 
@@ -332,9 +340,37 @@ def test_warns_once_of_each_tensor_with_less_than_5_percent_active(
 ) -> None:
     model = train(tmp_path, pixels, replace(RECIPE, initial=-1.0, lr=0.001))
     *texts, collapse = sorted((str(w.message) for w in heard), key=lambda text: "prototypes" in text)
-    assert "at step 2 the images fall on 1.0 of 30 prototypes, the embedding collapses: lower --lr" in collapse
+    assert "step 2: the images are nearest to " in collapse and "100% of a batch to the same one" in collapse
     assert len(texts) == len(set(texts)) == len(model.scores)
     assert all("only 0.0% of layer" in t and t.endswith("lower --lr") for t in texts)
+    told = [line for line in lines(tmp_path) if "warnings" in line]
+    assert [line["step"] for line in told] == [2, 5, 8, 11, 13], "the curve tells it as long as it lasts"
+    assert all(line["warnings"].keys() == model.scores.keys() | {"embedding"} for line in told)
+
+
+def test_a_collapse_is_judged_by_what_so_many_images_can_show() -> None:
+    model = mask_backbone(backbones.load("test_resnet", "random:0"), 2)
+    recipe = replace(RECIPE, prototypes=500)
+    for nearest, largest, images, collapsed in (
+        (14.0, 0.1, 16, False),  # two batches of eight: all different
+        (14.0, 0.1, 3200, True),
+        (240.0, 0.05, 3200, False),
+        (240.0, 0.9, 3200, True),  # each batch is one point, which wanders
+        (1.5, 0.7, 16, True),
+    ):
+        line = {"step": 49, "nearest": nearest, "largest": largest}
+        assert ("embedding" in _wrong(model, line, recipe, images)) == collapsed, line
+
+
+def test_what_is_told_of_the_prototypes() -> None:
+    """By hand: two batches of four images; codes even, six images nearest to one prototype and two to another."""
+    backbone = backbones.load("test_resnet", "random:0")
+    objective = SelfSupervised(RECIPE, backbone.features, Preprocessing.of(backbone.config, 32))
+    eye = torch.eye(RECIPE.prototypes)
+    for nearest in ([0, 0, 0, 0], [1, 0, 1, 0]):
+        objective._count(eye[:4], eye[nearest])
+    assert objective.facts() == {"used": 4.0, "nearest": 1.8, "largest": 0.75}
+    assert objective.facts()["largest"] == 0, "it begins again"
 
 
 def test_does_not_warn_of_dense_masks(pixels: np.ndarray, tmp_path: Path, heard: list[warnings.WarningMessage]) -> None:

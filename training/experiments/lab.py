@@ -24,9 +24,9 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.masks import Mask
 from training import data, dispatcher, embed, evaluate, fuse
+from training.cost import Cost
 from training.data import Images
 from training.experiments import report
-from training.experiments.cost import Cost
 from training.experiments.report import Table
 from training.loop import DONE
 from training.recipe import Recipe, paper

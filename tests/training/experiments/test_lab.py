@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cascade.errors import CascadeError
+from training.cost import Cost
 from training.experiments import embeddings, error_bars, lab, main, report, sparsity, supervised, topk
-from training.experiments.cost import Cost
 from training.experiments.report import Table
 from training.run import Watch
 

@@ -1,0 +1,56 @@
+"""What a training costs (appendix J): wall time, peak memory, GPU-hours, and money for a given price.
+
+with Cost(price=2.0) as cost:
+    ...
+print(cost.line())
+"""
+
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+
+class Cost:
+    """Measures what lies between entering and leaving it, in this process; what an earlier start did is not in it.
+
+    Args:
+        price: of one GPU, or of this machine where there is none, per hour; 0: money is not told.
+    """
+
+    def __init__(self, price: float = 0.0) -> None:
+        self.price, self.seconds = price, 0.0
+
+    def __enter__(self) -> "Cost":
+        self._begin = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._begin
+
+    def facts(self) -> dict[str, Any]:
+        """Wall time in s; peak memory in MB, of this process since its start and of its GPU; hours; money.
+
+        Hours are those of all GPUs that ``torchrun`` has started processes for.
+        """
+        gpus = int(os.environ.get("WORLD_SIZE", 1)) if torch.cuda.is_available() else 0
+        hours = self.seconds / 3600 * max(gpus, 1)
+        facts: dict[str, Any] = {"wall seconds": round(self.seconds, 1), "peak MB": round(peak_bytes() / 1e6)}
+        if gpus:
+            facts["peak GPU MB"] = round(torch.cuda.max_memory_allocated() / 1e6)
+        facts["GPU-hours" if gpus else "hours without a GPU"] = round(hours, 4)
+        return facts | ({"money": round(hours * self.price, 2)} if self.price else {})
+
+    def line(self) -> str:
+        """The facts for a person."""
+        return "cost: " + ", ".join(f"{name} {value}" for name, value in self.facts().items())
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far; the kernel counts in kB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
