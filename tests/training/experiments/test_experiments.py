@@ -95,6 +95,7 @@ def test_compression(command: Command) -> None:
 
 def test_supervised(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(supervised.MASK["small"], "lr", 1000.0)  # at the preset's own these few steps flip nothing
+    monkeypatch.setitem(supervised.TUNED["small"], "lr", 0.1)
     rows = only(command(supervised, "lr=1"))
     assert len(rows) == 6
     assert 0 < value(rows["supervised mask"]["active %"]) < 100
