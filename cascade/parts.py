@@ -114,9 +114,6 @@ def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cascade.bundle import sync_folder
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     waiting: list[pa.Table] = []
 
     def append(table: "pa.Table", least: int = ROW_GROUP) -> None:
@@ -125,18 +122,9 @@ def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], 
             writer.write_table(pa.concat_tables(waiting))
             waiting.clear()
 
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            yield append
-            append(schema.empty_table(), least=1)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise CascadeError(f"{path} could not be written ({error}): make room, or name another") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        yield append
+        append(schema.empty_table(), least=1)
 
 
 def join(folder: Path, out: Path) -> None:
@@ -163,13 +151,23 @@ def write_bytes(path: Path, blocks: Iterator[bytes]) -> None:
     Raises:
         CascadeError: it can't be written.
     """
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines(blocks)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name; what the block writes there takes ``path``'s place, synced, if it ends well.
+
+    Raises:
+        CascadeError: it can't be written.
+    """
     from cascade.bundle import sync_folder
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.writelines(blocks)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
