@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, brief
 from cascade.images import LIMITS, ImageError, Limits, load, too_large
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def fetch(url: str, limits: Limits = LIMITS) -> bytes:
                 break
             if attempt < TRIES - 1:
                 time.sleep(PAUSE * 2**attempt)
-    raise ImageError(400, "unreadable", f"{url} cannot be read ({_line(why)}): check the URL") from why
+    raise ImageError(400, "unreadable", f"{url} cannot be read ({brief(why)}): check the URL") from why
 
 
 def open_file(where: str, whole: bool = False) -> AbstractContextManager[IO[bytes]]:
@@ -291,7 +291,7 @@ def _lines(where: str) -> Iterator[str]:
     except CascadeError:
         raise
     except Exception as error:  # of a URL each client has classes of its own
-        message = f"{where} can't be read ({_line(error)}): name a text file with one source a line"
+        message = f"{where} can't be read ({brief(error)}): name a text file with one source a line"
         raise CascadeError(message) from error
 
 
@@ -314,7 +314,7 @@ def _remote(url: str) -> Iterator[str]:
         fs, path = _filesystem(url)
         found = sorted(map(str, fs.glob(path) if pattern else fs.find(path)))
     except Exception as error:
-        raise CascadeError(f"{url} can't be listed ({_line(error)}): is it in reach?") from error
+        raise CascadeError(f"{url} can't be listed ({brief(error)}): is it in reach?") from error
     for name in found:
         if pattern or _suffix(name) in SUFFIXES:
             yield _plain(str(fs.unstrip_protocol(name)))
@@ -428,7 +428,7 @@ def _from_tar(unit: Unit, limits: Limits) -> Iterator[tuple[str, Load]]:
                 if given == unit.count:
                     return
     except Exception as error:  # whatever a store's client raises, too
-        why = f"{unit.where} is damaged or can't be read after {given} images ({_line(error)}): write it again"
+        why = f"{unit.where} is damaged or can't be read after {given} images ({brief(error)}): write it again"
         yield f"{unit.where}#", partial(_fail, why)
 
 
@@ -458,7 +458,7 @@ def _parquet(where: str, rows: int) -> Iterator[Unit]:
     except CascadeError:
         raise
     except Exception as error:
-        message = f"{where} can't be read as Parquet ({_line(error)}): write it again, or leave it away"
+        message = f"{where} can't be read as Parquet ({brief(error)}): write it again, or leave it away"
         raise CascadeError(message) from error
     start = row = count = 0
     for group in range(about.num_row_groups):
@@ -488,7 +488,7 @@ def _from_parquet(unit: Unit) -> Iterator[tuple[str, Load]]:
                     row += 1
                     yield key, Held(data or b"")
     except Exception as error:
-        why = f"{unit.where} cannot be read ({_line(error)}): write it again"
+        why = f"{unit.where} cannot be read ({brief(error)}): write it again"
         for lost in range(row, unit.row + (unit.count or 0)):  # a row each, for each has a place in the output
             yield f"{unit.where}#{lost}", partial(_fail, why)
 
@@ -547,7 +547,3 @@ def _suffix(name: str) -> str:
 
 def _scheme(url: str) -> str:
     return url.partition("://")[0].rpartition("::")[2]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -19,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cascade.bundle import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read, sync_folder
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, brief
 
 T = TypeVar("T")
 Identity = tuple[str, str]
@@ -62,7 +62,7 @@ class Store:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.where, **_timeouts(self.where))
         except (ValueError, ImportError) as error:
-            raise StoreError(f"can't open the store {self.where} ({_line(error)}): see fsspec's list of URLs") from None
+            raise StoreError(f"can't open the store {self.where} ({brief(error)}): see fsspec's list of URLs") from None
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
         if self.folder is None:
             home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -187,7 +187,7 @@ class Store:
         try:
             return ask()
         except Exception as error:
-            raise StoreError(f"the store {self.where} can't be read ({_line(error)}): is it in reach?") from error
+            raise StoreError(f"the store {self.where} can't be read ({brief(error)}): is it in reach?") from error
 
     @staticmethod
     def _sweep(cache: Path) -> None:
@@ -255,7 +255,3 @@ def _within(do: Callable[[], T], advice: str) -> T:
 
 def _base(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

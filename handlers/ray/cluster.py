@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, brief
 from handlers.ray.proxy import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def running(cpus: int, memory: int = OBJECT_STORE) -> Iterator[None]:
                 ray.init(logging_level=logging.ERROR, **(options if here else {}))
             except Exception as error:
                 where = os.environ.get("RAY_ADDRESS", "this machine")
-                raise RayError(f"Ray does not start on {where} ({_line(error)}): see ray status") from error
+                raise RayError(f"Ray does not start on {where} ({brief(error)}): see ray status") from error
             try:
                 yield
             finally:
@@ -69,7 +69,3 @@ def running(cpus: int, memory: int = OBJECT_STORE) -> Iterator[None]:
                 del os.environ[name]
             if value is not None:
                 os.environ[name] = value
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
