@@ -5,6 +5,8 @@ its layer, the folded one gives wrong features without any error. So each execut
 mask and under one that moves everything that a mask can move.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,27 +31,43 @@ class _Aside(Residency):
         self.used += size
 
 
-def check(executor: Executor, size: int, exact: bool = True) -> None:
-    """Compare an executor with the plain model, whose weights must still be there.
+@dataclass(frozen=True)
+class Reference:
+    """What the plain model gives, for any number of executors to be compared with.
+
+    Attributes:
+        x: float32 [2, 3, S, S]. features: of it, float32 [2, F], by name and mask (None: no mask).
+    """
+
+    x: Tensor
+    features: list[tuple[str, Mask | None, Tensor]]
+
+    @classmethod
+    def of(cls, backbone: Backbone, size: int) -> "Reference":
+        """Made while the backbone still has its weights. size: side of the images, pixels."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 3, size, size, generator=generator).to(backbone.flat.device)
+        plain = TorchExecutor(backbone, _Aside(2 * backbone.flat.nbytes))
+        masks = {"the plain backbone": None, "a mask": _mask(backbone, generator)}
+        return cls(x, [(name, mask, _features(plain, mask, x)) for name, mask in masks.items()])
+
+
+def check(executor: Executor, reference: Reference, exact: bool = True) -> None:
+    """Compare an executor with the plain model.
 
     Args:
-        size: side of the images, pixels. exact: float32 throughout.
+        exact: float32 throughout.
 
     Raises:
         CascadeError: they differ.
     """
-    backbone = executor.backbone
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, size, size, generator=generator).to(backbone.flat.device)
-    mask = _mask(backbone, generator)
-    plain = TorchExecutor(backbone, _Aside(2 * backbone.flat.nbytes))
-    for name, own in (("the plain backbone", None), ("a mask", mask)):
-        want, got = _features(plain, own, x), _features(executor, own, x)
+    for name, mask, want in reference.features:
+        got = _features(executor, mask, reference.x)
         error = float((got - want).norm() / want.norm())
         if not error <= (EXACT if exact else ROUNDED):
             raise CascadeError(
-                f"this executor gives other features than the model under {name} of {backbone.name} (relative error"
-                f" {error:.2g}): choose another one, plain runs everything"
+                f"this executor gives other features than the model under {name} of {executor.backbone.name} (relative"
+                f" error {error:.2g}): choose another one, plain runs everything"
             )
 
 

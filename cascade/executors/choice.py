@@ -14,7 +14,7 @@ import torch
 from cascade.backbone import Backbone
 from cascade.errors import CascadeError
 from cascade.executors import Executor
-from cascade.executors.check import check
+from cascade.executors.check import Reference, check
 from cascade.executors.torch import TorchExecutor
 from cascade.residency import Residency
 
@@ -38,19 +38,24 @@ def choose(backbone: Backbone, residency: Residency, kind: Kind = "auto", size: 
     if kind not in KINDS:
         raise CascadeError(f"there is no executor {kind!r}; choose one of: {' '.join(KINDS)}")
     size = size or backbone.config["input_size"][-1]
-    executor = _fastest(backbone, residency, size) if kind == "auto" else _checked(backbone, residency, kind, size)
+    if kind == "plain":
+        return make(backbone, residency, kind)
+    reference = Reference.of(backbone, size)
+    if kind == "auto":
+        executor = _fastest(backbone, residency, size, reference)
+    else:
+        executor = _checked(backbone, residency, kind, reference)
     if not isinstance(executor, TorchExecutor):
         backbone.release()
     return executor
 
 
-def _checked(backbone: Backbone, residency: Residency, kind: Kind, size: int) -> Executor:
+def _checked(backbone: Backbone, residency: Residency, kind: Kind, reference: Reference) -> Executor:
     """An executor that gives the plain model's features."""
     if kind == "bf16":  # too coarse to show a small error of the folding, which is seen in float32
-        _checked(backbone, residency, "folded", size)
+        _checked(backbone, residency, "folded", reference)
     executor = make(backbone, residency, kind)
-    if not isinstance(executor, TorchExecutor):
-        check(executor, size, exact=kind != "bf16" and torch.get_float32_matmul_precision() == "highest")
+    check(executor, reference, exact=kind != "bf16" and torch.get_float32_matmul_precision() == "highest")
     return executor
 
 
@@ -72,7 +77,7 @@ def make(backbone: Backbone, residency: Residency, kind: Kind) -> Executor:
     return FoldedExecutor(backbone, residency, dtype)
 
 
-def _fastest(backbone: Backbone, residency: Residency, size: int) -> Executor:
+def _fastest(backbone: Backbone, residency: Residency, size: int, reference: Reference) -> Executor:
     """From the record, or measured: the best of interleaved passes, for whatever else runs here only adds to one."""
     device = backbone.flat.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
@@ -80,7 +85,7 @@ def _fastest(backbone: Backbone, residency: Residency, size: int) -> Executor:
     record = _read()
     if (found := record.get(key)) and (kind := min(found, key=found.__getitem__)) in SAME:
         try:
-            return _checked(backbone, residency, kind, size)
+            return _checked(backbone, residency, kind, reference)
         except CascadeError as error:  # what was there when it was recorded is gone
             log.warning("executor %s can't be used any more: %s", kind, error)
     executors: dict[Kind, Executor] = {}
@@ -88,7 +93,7 @@ def _fastest(backbone: Backbone, residency: Residency, size: int) -> Executor:
         if device.type == "cuda" and kind == "onnx":
             continue  # its graphs would be launched one operation at a time; the folded executor replays CUDA graphs
         try:
-            executors[kind] = _checked(backbone, residency, kind, size)
+            executors[kind] = _checked(backbone, residency, kind, reference)
         except CascadeError as error:
             log.info("no executor %s: %s", kind, error)
     if not executors:
