@@ -166,7 +166,7 @@ class Server:
         TorchServe starts a worker that died again and again, for `start_timeout` seconds; then it gives up and stays.
         """
         log = self.folder / "worker.log"
-        ready, read, told = time.monotonic(), log.stat().st_size, ""
+        ready, read = time.monotonic(), log.stat().st_size
         while self.java.poll() is None:
             time.sleep(1)
             if self.wants_new_tokens:
@@ -177,11 +177,14 @@ class Server:
                     say("cascade.torchserve", str(e))
             now = time.monotonic()
             if any(worker["status"] == "READY" for worker in self._describe()):
-                ready, read, told = now, log.stat().st_size, ""
+                ready, read = now, log.stat().st_size
                 continue
-            if (why := _last_error(log.read_bytes()[read:].decode(errors="replace"))) and why != told:
+            written = log.read_bytes()
+            read = read if read <= len(written) else 0  # a new file: TorchServe starts one after 10 MB
+            new = written[read : written.rfind(b"\n") + 1]
+            read += len(new)
+            if why := _last_error(new.decode(errors="replace")):  # of each attempt
                 say("cascade.torchserve", f"no worker is ready; TorchServe goes on trying: {why}")
-                told = why
             if now > ready + self.start_timeout + GIVEN_UP:
                 raise ServerError(f"no worker came back within {now - ready:.0f} s: {_reason(self._log('worker.log'))}")
         why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
