@@ -20,10 +20,11 @@ import numpy as np
 
 from cascade import __version__
 from cascade.errors import CascadeError
+from cascade.files import Held, Load, is_url
 from cascade.images import ImageError
 from cascade.parts import Embedding, Job, join, opened, part_path, parts, todo, units, writing
 from cascade.prediction import ItemError, Options, Prediction
-from cascade.sources import ROWS, Held, Load, Unit, is_url, read
+from cascade.sources import ROWS, Unit, read
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,7 +1,9 @@
-"""Features of real images under the small cascade's dispatcher, for whoever routes or scores them."""
+"""Features of real images under the small cascade's dispatcher, for whoever routes or scores them; a bad folder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copy
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 import cascade
 from cascade.bundle import Bundle, read
 from tests.conftest import sheet
+
+from .photos import PHOTOS
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,27 @@ def seen(trained: Bundle, cifar: list[Image.Image]) -> Seen:
         features = torch.cat([executor.run(x) for x in batches]).clone()
     held_out = torch.arange(300) % 5 == 4  # as the fixture cifar_folder splits them
     return Seen(features[:300][~held_out], features[:300][held_out], features[300:])
+
+
+@pytest.fixture(scope="module")
+def engine(bundle_path: Path) -> cascade.Engine:
+    """The small trained cascade's."""
+    return cascade.load(bundle_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The ten photographs, to any depth, and whatever goes wrong in real folders (``photos.BAD``)."""
+    folder = tmp_path / "images"
+    (folder / "nested" / "deeper").mkdir(parents=True)
+    for i, photo in enumerate(PHOTOS):
+        copy(photo, (folder, folder / "nested", folder / "nested" / "deeper")[i % 3])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpeg").write_text("no image")
+    (folder / "cut.png").write_bytes(PHOTOS[0].read_bytes()[:200])
+    Image.open(PHOTOS[0]).save(folder / "other.gif")
+    (folder / "broken.png").symlink_to(folder / "gone.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "pipe.webp")
+    (folder / "notes.md").write_text("not searched for")
+    return folder
