@@ -7,23 +7,21 @@ needs nothing but an engine: it is what a job on many machines is made of.
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
-from cascade import __version__
+from cascade import metrics
 from cascade.errors import CascadeError
 from cascade.files import Held, Load, is_url
 from cascade.images import ImageError
-from cascade.parts import Embedding, Job, join, opened, part_path, parts, todo, units, writing
-from cascade.prediction import ItemError, Options, Prediction
+from cascade.parts import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
+from cascade.prediction import ItemError, Options
+from cascade.rows import Answer, count, rows_of, schema
 from cascade.sources import ROWS, Unit, read
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from cascade.forward import Item
 
 T = TypeVar("T")
-Answer = Prediction | ItemError
 Advance = Callable[[int, int | None], object]
 """Told how many images are done, of how many (None while nobody knows)."""
 Run = Callable[["Engine", Job, Path, int, int, Advance], int]
@@ -95,7 +92,7 @@ def predict_files(
         engine: holds the bundle.
         sources: see ``cascade.sources.expand``.
         out: a folder, or a file where it ends in ``.parquet``: then the parts lie in ``OUT.parts`` until they are
-            joined, and an older file is replaced at the end. Columns are those of ``schema``.
+            joined, and an older file is replaced at the end. Columns are those of ``cascade.rows.schema``.
         options: for all images, their ``embedding`` aside. The bundle's version is settled at the start.
         embedding: how it is stored, if at all.
         batch: images of a pass at most.
@@ -114,10 +111,10 @@ def predict_files(
     job = settle(engine, sources, options, embedding, rows)
     folder = parts_folder(out)
     with opened(folder, job):
-        start, before = time.perf_counter(), _stage_seconds()
+        start, before = time.perf_counter(), metrics.stage_seconds()
         fresh = (run or _run)(engine, job, folder, batch, threads, progress)
         seconds = time.perf_counter() - start
-        spent = {name: value - before[name] for name, value in _stage_seconds().items()}
+        spent = {name: value - before[name] for name, value in metrics.stage_seconds().items()}
         shares = {
             "forward": sum(spent[name] for name in ("dispatch", "expert", "fuse")) / seconds,
             "swap": spent["swap"] / seconds,
@@ -165,7 +162,7 @@ def settle(
 
 
 def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa.Table":
-    """The rows of a few images, ``schema(job)``, in their order: load, decode, one pass, no thread of its own.
+    """The rows of a few images, see ``cascade.rows``, in their order: load, decode, one pass, no thread of its own.
 
     Args:
         engine: holds the job's bundle.
@@ -177,8 +174,6 @@ def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa
 
 def prepare(engine: "Engine", job: Job, load: Load) -> "Item | ItemError":
     """Load and decode one image, in any thread."""
-    from cascade import metrics
-
     with metrics.stage("decode"):
         try:
             data = load()
@@ -193,87 +188,6 @@ def answer(engine: "Engine", prepared: Sequence["Item | ItemError"]) -> list[Ans
     items = [item for item in prepared if not isinstance(item, ItemError)]
     answers = iter(engine.run(items) if items else ())
     return [item if isinstance(item, ItemError) else next(answers) for item in prepared]
-
-
-def schema(job: Job) -> "pa.Schema":
-    """The columns, in order; an error leaves all but ``path``, ``error`` and ``error_kind`` null."""
-    import pyarrow as pa
-
-    label = pa.struct({"name": pa.string(), "score": pa.float32()})
-    neighbour = pa.struct({"name": pa.string(), "label": pa.string(), "similarity": pa.float32()})
-    columns = {
-        "path": pa.string(),
-        "bundle": pa.string(),
-        "version": pa.string(),
-        "mode": pa.string(),
-        "cluster": pa.int64(),
-        "confidence": pa.float32(),
-        "ood": pa.float32(),
-        "masks": pa.list_(pa.string()),
-        "labels": pa.list_(label),
-        "neighbours": pa.list_(neighbour),
-        "error": pa.string(),
-        "error_kind": pa.string(),
-    }
-    if job.embedding != "none":
-        number = pa.float16() if job.embedding == "float16" else pa.float32()
-        columns["embedding"] = pa.list_(number, job.dim)
-    about = {"bundle": job.bundle, "version": job.version, "mode": job.mode, "digest": job.digest}
-    return pa.schema(columns, metadata=about | {"cascade": __version__})
-
-
-def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Table":
-    """Answers as rows of ``schema(job)``."""
-    import pyarrow as pa
-
-    kinds = schema(job)
-    found: list[dict[str, Any]] = []
-    for key, each in zip(keys, answers, strict=True):
-        row: dict[str, Any] = {"path": _text(key)}
-        if isinstance(each, ItemError):
-            found.append(row | {"error": _text(each.message), "error_kind": each.kind})
-        else:
-            found.append(row | {name: value for name, value in each.to_json().items() if name != "embedding"})
-    columns = [
-        _embeddings(job, answers)
-        if field.name == "embedding"
-        else pa.array([row.get(field.name) for row in found], field.type)
-        for field in kinds
-    ]
-    return pa.Table.from_arrays(columns, schema=kinds)
-
-
-def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]:
-    """Rows, errors by kind (the most frequent first) and shares of the clusters in Parquet files of ours."""
-    import pyarrow.parquet as pq
-
-    errors: Counter[str] = Counter()
-    clusters: Counter[int] = Counter()
-    rows = 0
-    for path in paths:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=["cluster", "error_kind"]):
-                rows += batch.num_rows
-                errors.update(each.as_py() for each in batch.column("error_kind").drop_null())
-                clusters.update(each.as_py() for each in batch.column("cluster").drop_null())
-    return rows, dict(errors.most_common()), {k: n / clusters.total() for k, n in sorted(clusters.items())}
-
-
-def files_of(out: Path) -> list[Path]:
-    """The Parquet files of a job that is done."""
-    return sorted(out.glob("part-*.parquet")) if out.is_dir() else [out]
-
-
-def parts_folder(out: Path) -> Path:
-    """Where the parts of a job lie.
-
-    Raises:
-        CascadeError: ``out`` can't be written.
-    """
-    single = out.suffix == ".parquet"
-    if (single and out.is_dir()) or (not single and out.is_file()) or not out.parent.is_dir():
-        raise CascadeError(f"{out} cannot be written: name a folder, or a .parquet file, in a folder that exists")
-    return out.with_name(f"{out.name}.parts") if single else out
 
 
 @contextmanager
@@ -312,18 +226,6 @@ def make_part(engine: "Engine", job: Job, unit: Unit, path: Path, batch: int = B
     return rows
 
 
-def extent(folder: Path) -> tuple[int, int | None]:
-    """Images of a job that are done, and of how many, as far as that is known."""
-    done, total, known = 0, 0, True
-    for number, unit in units(folder):
-        if part_path(folder, number).exists():
-            rows = count_rows(part_path(folder, number))
-            done, total = done + rows, total + rows
-        else:
-            total, known = total + (unit.count or 0), known and unit.count is not None
-    return done, total if known else None
-
-
 def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, progress: Advance) -> int:
     done, total = extent(folder)
     fresh = 0
@@ -336,14 +238,6 @@ def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, pro
                     fresh += len(keys)
                     progress(done + fresh, total)
     return fresh
-
-
-def count_rows(path: Path) -> int:
-    """Rows of a Parquet file."""
-    import pyarrow.parquet as pq
-
-    rows: int = pq.read_metadata(path).num_rows
-    return rows
 
 
 def _answers(
@@ -400,30 +294,3 @@ def _ahead(items: Generator[T, None, None], name: str) -> Generator[T, None, Non
 
 def _options(job: Job) -> Options:
     return Options(job.bundle, job.version, job.mode, job.embedding != "none", job.labels, job.neighbours)
-
-
-def _embeddings(job: Job, answers: Sequence[Answer]) -> "pa.Array":
-    """Embeddings as a fixed-size list, null where there is an error."""
-    import pyarrow as pa
-
-    kind = np.float16 if job.embedding == "float16" else np.float32
-    values = np.zeros((len(answers), job.dim), kind)
-    missing = np.ones(len(answers), bool)
-    for row, each in enumerate(answers):
-        if isinstance(each, Prediction):
-            values[row], missing[row] = each.embedding, False
-    flat = pa.array(values.reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(
-        flat, type=pa.list_(pa.from_numpy_dtype(kind), job.dim), mask=pa.array(missing)
-    )
-
-
-def _stage_seconds() -> dict[str, float]:
-    from cascade import metrics
-
-    return metrics.stage_seconds()
-
-
-def _text(name: str) -> str:
-    """A file's name need not be UTF-8 on Linux, a Parquet string must: other bytes become ``\\xff``."""
-    return os.fsencode(name).decode(errors="backslashreplace")

@@ -145,8 +145,9 @@ def predict(
 
     [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
     """
-    from cascade.batch import bar, files_of, predict_files
+    from cascade.batch import bar, predict_files
     from cascade.engine import Options, load
+    from cascade.parts import files_of
     from cascade.report import check, write
 
     if report is not None:

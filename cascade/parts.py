@@ -58,6 +58,18 @@ class Job:
     format: int = 1
 
 
+def parts_folder(out: Path) -> Path:
+    """Where the parts of a job lie.
+
+    Raises:
+        CascadeError: ``out`` can't be written.
+    """
+    single = out.suffix == ".parquet"
+    if (single and out.is_dir()) or (not single and out.is_file()) or not out.parent.is_dir():
+        raise CascadeError(f"{out} cannot be written: name a folder, or a .parquet file, in a folder that exists")
+    return out.with_name(f"{out.name}.parts") if single else out
+
+
 @contextmanager
 def opened(folder: Path, job: Job) -> Iterator[None]:
     """The job's folder, begun or taken up again, and nobody else's until the block ends.
@@ -102,6 +114,25 @@ def part_path(folder: Path, number: int) -> Path:
 def parts(folder: Path) -> Iterator[Path]:
     """The parts of a job that are there, in order."""
     return (path for number, _ in units(folder) if (path := part_path(folder, number)).exists())
+
+
+def files_of(out: Path) -> list[Path]:
+    """The Parquet files of a job that is done."""
+    return sorted(out.glob("part-*.parquet")) if out.is_dir() else [out]
+
+
+def extent(folder: Path) -> tuple[int, int | None]:
+    """Images of a job that are done, and of how many, as far as that is known."""
+    import pyarrow.parquet as pq
+
+    done, total, known = 0, 0, True
+    for number, unit in units(folder):
+        if (path := part_path(folder, number)).exists():
+            rows = pq.read_metadata(path).num_rows
+            done, total = done + rows, total + rows
+        else:
+            total, known = total + (unit.count or 0), known and unit.count is not None
+    return done, total if known else None
 
 
 @contextmanager

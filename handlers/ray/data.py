@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from cascade.batch import Advance, Run, extent, make_part
+from cascade.batch import Advance, Run, make_part
 from cascade.bundle import digest
 from cascade.engine import Engine
 from cascade.errors import CascadeError
 from cascade.executors.choice import Kind
-from cascade.parts import Job, part_path, todo, write_bytes
+from cascade.parts import Job, extent, part_path, todo, write_bytes
 from cascade.prediction import ItemError
 from cascade.sources import Unit
 from handlers.ray.cluster import RayError, running

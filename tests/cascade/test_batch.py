@@ -9,62 +9,24 @@ import time
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from shutil import copy
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import cascade
-from cascade import batch, parts
+from cascade import batch
 from cascade.batch import predict_files, settle, table
-from cascade.bundle import Bundle, digest, write
+from cascade.bundle import write
 from cascade.engine import Engine
 from cascade.errors import CascadeError
-from cascade.parts import Embedding
+from cascade.parts import files_of
 from cascade.prediction import Options, Prediction
 from cascade.sources import expand, plan, read
 
 from .handmade import handmade
-
-PHOTOS = sorted((Path(__file__).parents[1] / "data" / "photos").glob("*.png"))
-
-
-@pytest.fixture(scope="module")
-def engine(bundle_path: Path) -> Engine:
-    return cascade.load(bundle_path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Ten real images and whatever goes wrong in real folders."""
-    folder = tmp_path / "images"
-    (folder / "nested" / "deeper").mkdir(parents=True)
-    for i, photo in enumerate(PHOTOS):
-        copy(photo, (folder, folder / "nested", folder / "nested" / "deeper")[i % 3])
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpeg").write_text("no image")
-    (folder / "cut.png").write_bytes(PHOTOS[0].read_bytes()[:200])
-    Image.open(PHOTOS[0]).save(folder / "other.gif")
-    (folder / "broken.png").symlink_to(folder / "gone.png")
-    (folder / "loop.png").symlink_to(folder / "loop.png")
-    os.mkfifo(folder / "pipe.webp")
-    (folder / "notes.txt").write_text("not searched for")
-    return folder
-
-
-BAD = {
-    "empty.jpg": "empty",
-    "text.jpeg": "not_an_image",
-    "cut.png": "truncated",
-    "other.gif": "not_an_image",
-    "broken.png": "unreadable",
-    "loop.png": "unreadable",
-    "pipe.webp": "unreadable",
-}
+from .photos import BAD, PHOTOS
 
 
 def leftovers(out: Path) -> list[str]:
@@ -111,79 +73,6 @@ def test_every_source_is_one_row_in_order(
     assert summary.images_per_second == pytest.approx(len(rows) / summary.seconds)
     assert summary.fresh == len(rows) and 0 < summary.shares["forward"] < 1 and 0 < summary.shares["decode"] < 1
     assert leftovers(out) == [] and workers() == []
-
-
-def test_columns_types_and_metadata(engine: Engine, tmp_path: Path) -> None:
-    out = tmp_path / "out.parquet"
-    summary = predict_files(engine, PHOTOS[:2], out)
-    schema = pq.read_schema(out)
-    neighbour = pa.struct([("name", pa.string()), ("label", pa.string()), ("similarity", pa.float32())])
-    assert [(field.name, field.type) for field in schema] == [
-        ("path", pa.string()),
-        ("bundle", pa.string()),
-        ("version", pa.string()),
-        ("mode", pa.string()),
-        ("cluster", pa.int64()),
-        ("confidence", pa.float32()),
-        ("ood", pa.float32()),
-        ("masks", pa.list_(pa.string())),
-        ("labels", pa.list_(pa.struct([("name", pa.string()), ("score", pa.float32())]))),
-        ("neighbours", pa.list_(neighbour)),
-        ("error", pa.string()),
-        ("error_kind", pa.string()),
-    ]
-    ((name, version),) = engine.bundles
-    assert (summary.bundle, summary.version) == (name, version)
-    found = engine.find(name)
-    assert isinstance(found, Bundle)
-    assert schema.metadata == {
-        b"bundle": name.encode(),
-        b"version": version.encode(),
-        b"mode": summary.mode.encode(),
-        b"digest": digest(found).encode(),
-        b"cascade": cascade.__version__.encode(),
-    }
-
-
-def test_embeddings_on_demand_with_errors_between(engine: Engine, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.parquet"
-    options = Options(embedding=True, labels=1, neighbours=0)
-    images = [folder / "empty.jpg", PHOTOS[0], folder / "cut.png", PHOTOS[1]]
-    predict_files(engine, images, out, options, embedding="float32")
-    table = pq.read_table(out)
-    (alone, other) = engine.predict(PHOTOS[:2], options)
-    assert isinstance(alone, Prediction) and isinstance(other, Prediction)
-    assert alone.embedding is not None and other.embedding is not None
-    assert table.schema.field("embedding").type == pa.list_(pa.float32(), len(alone.embedding))
-    found = table["embedding"].to_pylist()
-    assert found[0] is None and found[2] is None
-    np.testing.assert_allclose(found[1], alone.embedding, atol=1e-3)
-    np.testing.assert_allclose(found[3], other.embedding, atol=1e-3)
-    assert {len(row) for row in table["labels"].to_pylist() if row is not None} <= {0, 1}
-    assert [row for row in table["neighbours"].to_pylist() if row is not None] == [[], []]
-
-
-def test_only_errors_still_make_a_file(engine: Engine, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.parquet"
-    summary = predict_files(engine, [folder / "empty.jpg", folder / "missing.png"], out, embedding="float16")
-    assert (summary.rows, summary.clusters) == (2, {})
-    assert pq.read_table(out)["error_kind"].to_pylist() == ["empty", "unreadable"]
-
-
-def test_rows_stream_out_in_groups(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "ROW_GROUP", 4)
-    predict_files(engine, PHOTOS, tmp_path / "out.parquet", batch=2)
-    file = pq.ParquetFile(tmp_path / "out.parquet")
-    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4, 4, 2]
-
-
-def test_names_that_are_not_utf8(engine: Engine, tmp_path: Path) -> None:
-    good, bad = (Path(os.fsdecode(bytes(tmp_path / "x")[:-1] + name)) for name in (b"caf\xe9.png", b"gone\xff.png"))
-    copy(PHOTOS[0], good)
-    predict_files(engine, [good, bad], tmp_path / "out.parquet")
-    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [Path(row["path"]).name for row in rows] == [r"caf\xe9.png", r"gone\xff.png"]
-    assert rows[0]["error"] is None and r"gone\xff.png" in rows[1]["error"]
 
 
 # Failure
@@ -318,77 +207,17 @@ def test_killed_at_any_moment_no_row_is_lost_or_twice(
     assert finished == sorted(finished) and finished[-1] >= 4
 
 
-# Folders
-
-
 def test_a_folder_of_parts_and_again(engine: Engine, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = predict_files(engine, [folder], out, rows=5, batch=2, embedding="float16")
-    assert [pq.read_metadata(path).num_rows for path in batch.files_of(out)] == [5, 5, 5, 2]
-    assert len({pq.read_schema(path).to_string() for path in batch.files_of(out)}) == 1
-    stamps = {path: path.stat().st_mtime_ns for path in batch.files_of(out)}
+    assert [pq.read_metadata(path).num_rows for path in files_of(out)] == [5, 5, 5, 2]
+    assert len({pq.read_schema(path).to_string() for path in files_of(out)}) == 1
+    stamps = {path: path.stat().st_mtime_ns for path in files_of(out)}
     again = predict_files(engine, [folder], out, rows=5, embedding="float16")
     assert (again.fresh, again.rows, again.errors) == (0, first.rows, first.errors)
     assert again.clusters == first.clusters and stamps == {p: p.stat().st_mtime_ns for p in stamps}
-    batch.files_of(out)[1].unlink()  # whoever wants a part anew deletes it
+    files_of(out)[1].unlink()  # whoever wants a part anew deletes it
     assert predict_files(engine, [folder], out, rows=5, embedding="float16").fresh == 5
-
-
-def test_other_settings_are_refused(engine: Engine, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    predict_files(engine, PHOTOS[:2], out)
-    for sources, settings in (
-        (PHOTOS[:3], {}),
-        (PHOTOS[:2], {"embedding": "float32"}),
-        (PHOTOS[:2], {"rows": 7}),
-        (PHOTOS[:2], {"options": Options(mode="dispatcher")}),
-        (PHOTOS[:2], {"options": Options(labels=1)}),
-    ):
-        with pytest.raises(CascadeError, match="was begun with .*give the same options, or name another folder"):
-            predict_files(engine, sources, out, **settings)
-
-
-def test_a_folder_in_use_and_one_of_other_files(engine: Engine, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
-    def second(done: int, total: int | None) -> None:
-        with pytest.raises(CascadeError, match="is being written by another process"):
-            predict_files(engine, PHOTOS[:2], out)
-
-    predict_files(engine, PHOTOS[:2], out, progress=second)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(CascadeError, match="holds thesis.tex and no job of ours"):
-        predict_files(engine, PHOTOS[:2], tmp_path / "mine")
-
-
-@pytest.mark.parametrize("embedding", ["float16", "float32"])
-def test_others_read_it(engine: Engine, folder: Path, tmp_path: Path, embedding: Embedding) -> None:
-    """pandas, DuckDB and datasets, each over the whole folder, errors and all."""
-    import datasets  # type: ignore[import-untyped]
-    import duckdb
-    import pandas
-
-    out = tmp_path / "out"
-    predict_files(engine, [folder], out, rows=6, embedding=embedding)
-    want = [row for path in batch.files_of(out) for row in pq.read_table(path).to_pylist()]
-    vectors = [row["embedding"] for row in want]
-    frame = pandas.read_parquet(out)
-    assert frame["path"].tolist() == [row["path"] for row in want]
-    assert frame["error_kind"].notna().sum() == len(BAD)
-    query = "select path, embedding, cluster from read_parquet(?) order by path"
-    found = duckdb.execute(query, [f"{out}/*.parquet"]).fetchall()
-    by_path = sorted(want, key=lambda row: row["path"])
-    assert [(path, cluster) for path, _, cluster in found] == [(row["path"], row["cluster"]) for row in by_path]
-    for (_, vector, _), row in zip(found, by_path, strict=True):
-        assert (vector is None) == (row["embedding"] is None)
-        if vector is not None:
-            np.testing.assert_array_equal(np.array(vector, np.float32), np.array(row["embedding"], np.float32))
-    loaded = datasets.load_dataset(
-        "parquet", data_files=f"{out}/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
-    )
-    assert loaded["path"][:] == [row["path"] for row in want]
-    assert [v is None for v in loaded["embedding"][:]] == [v is None for v in vectors]
 
 
 def test_a_large_batch_goes_in_pieces(engine: Engine, cifar: list[Image.Image]) -> None:
@@ -410,29 +239,11 @@ def test_table_is_what_the_job_writes(engine: Engine, folder: Path, tmp_path: Pa
     job = settle(engine, [folder], Options(), "float16")
     got = table(engine, job, read(unit))
     predict_files(engine, [folder], tmp_path / "out", embedding="float16")
-    want = pq.read_table(batch.files_of(tmp_path / "out")[0])
+    want = pq.read_table(files_of(tmp_path / "out")[0])
     assert got.schema.metadata == want.schema.metadata and got.cast(want.schema).schema == want.schema
     for mine, theirs in zip(got.to_pylist(), want.to_pylist(), strict=True):
         assert (mine["path"], mine["cluster"], mine["error"]) == (theirs["path"], theirs["cluster"], theirs["error"])
     assert table(engine, job, []).num_rows == 0
-
-
-# One file
-
-
-def test_the_file_replaces_an_older_one(engine: Engine, tmp_path: Path) -> None:
-    out = tmp_path / "out.parquet"
-    out.write_text("of last week")
-    predict_files(engine, PHOTOS[:1], out)
-    assert pq.read_table(out).num_rows == 1 and leftovers(out) == []
-
-
-@pytest.mark.parametrize("out", ["folder.parquet", "file", "missing/out.parquet", "missing/out"])
-def test_out_must_lie_in_a_folder(engine: Engine, tmp_path: Path, out: str) -> None:
-    (tmp_path / "folder.parquet").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(CascadeError, match="name a folder, or a .parquet file, in a folder that exists"):
-        predict_files(engine, PHOTOS, tmp_path / out)
 
 
 @pytest.mark.parametrize(

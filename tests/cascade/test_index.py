@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 import cascade
 from cascade import index as indices
-from cascade.batch import Summary, files_of, predict_files
+from cascade.batch import Summary, predict_files
 from cascade.bundle import write
 from cascade.cli import app
 from cascade.engine import Engine
 from cascade.errors import CascadeError
 from cascade.index import Index, Kind, build, duplicates, outliers, read, search, unit
+from cascade.parts import files_of
 from cascade.prediction import ItemError, Options
 from cascade.report import flat, sample
 from cascade.report import write as write_report

@@ -1,0 +1,103 @@
+"""Answers as rows of Parquet: the columns, and what such files say of a job when it is done."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cascade import __version__
+from cascade.parts import Job
+from cascade.prediction import ItemError, Prediction
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Answer = Prediction | ItemError
+
+
+def schema(job: Job) -> "pa.Schema":
+    """The columns, in order; an error leaves all but ``path``, ``error`` and ``error_kind`` null."""
+    import pyarrow as pa
+
+    label = pa.struct({"name": pa.string(), "score": pa.float32()})
+    neighbour = pa.struct({"name": pa.string(), "label": pa.string(), "similarity": pa.float32()})
+    columns = {
+        "path": pa.string(),
+        "bundle": pa.string(),
+        "version": pa.string(),
+        "mode": pa.string(),
+        "cluster": pa.int64(),
+        "confidence": pa.float32(),
+        "ood": pa.float32(),
+        "masks": pa.list_(pa.string()),
+        "labels": pa.list_(label),
+        "neighbours": pa.list_(neighbour),
+        "error": pa.string(),
+        "error_kind": pa.string(),
+    }
+    if job.embedding != "none":
+        number = pa.float16() if job.embedding == "float16" else pa.float32()
+        columns["embedding"] = pa.list_(number, job.dim)
+    about = {"bundle": job.bundle, "version": job.version, "mode": job.mode, "digest": job.digest}
+    return pa.schema(columns, metadata=about | {"cascade": __version__})
+
+
+def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Table":
+    """Answers as rows of ``schema(job)``."""
+    import pyarrow as pa
+
+    kinds = schema(job)
+    found: list[dict[str, Any]] = []
+    for key, each in zip(keys, answers, strict=True):
+        row: dict[str, Any] = {"path": _text(key)}
+        if isinstance(each, ItemError):
+            found.append(row | {"error": _text(each.message), "error_kind": each.kind})
+        else:
+            found.append(row | {name: value for name, value in each.to_json().items() if name != "embedding"})
+    columns = [
+        _embeddings(job, answers)
+        if field.name == "embedding"
+        else pa.array([row.get(field.name) for row in found], field.type)
+        for field in kinds
+    ]
+    return pa.Table.from_arrays(columns, schema=kinds)
+
+
+def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]:
+    """Rows, errors by kind (the most frequent first) and shares of the clusters in Parquet files of ours."""
+    import pyarrow.parquet as pq
+
+    errors: Counter[str] = Counter()
+    clusters: Counter[int] = Counter()
+    rows = 0
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["cluster", "error_kind"]):
+                rows += batch.num_rows
+                errors.update(each.as_py() for each in batch.column("error_kind").drop_null())
+                clusters.update(each.as_py() for each in batch.column("cluster").drop_null())
+    return rows, dict(errors.most_common()), {k: n / clusters.total() for k, n in sorted(clusters.items())}
+
+
+def _embeddings(job: Job, answers: Sequence[Answer]) -> "pa.Array":
+    """Embeddings as a fixed-size list, null where there is an error."""
+    import pyarrow as pa
+
+    kind = np.float16 if job.embedding == "float16" else np.float32
+    values = np.zeros((len(answers), job.dim), kind)
+    missing = np.ones(len(answers), bool)
+    for row, each in enumerate(answers):
+        if isinstance(each, Prediction):
+            values[row], missing[row] = each.embedding, False
+    flat = pa.array(values.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(
+        flat, type=pa.list_(pa.from_numpy_dtype(kind), job.dim), mask=pa.array(missing)
+    )
+
+
+def _text(name: str) -> str:
+    """A file's name need not be UTF-8 on Linux, a Parquet string must: other bytes become ``\\xff``."""
+    return os.fsencode(name).decode(errors="backslashreplace")
