@@ -5,25 +5,37 @@ Every command imports what it needs when it runs, so that ``cascade --help`` ans
 
 import os
 import sys
-from collections.abc import Callable
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cascade import CascadeError, __version__
+from cascade.cli_index import Weights, index
+
+
+class OneLine(TyperGroup):
+    """Errors meant for a person leave as one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CascadeError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
 
 app = typer.Typer(
+    cls=OneLine,
     help="One resident backbone, adapted per image by 1-bit masks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-F = TypeVar("F", bound=Callable[..., Any])
+app.add_typer(index, name="index")
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder, e.g. model_store/demo/1.")]
-Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]
 
 
 class Frontend(StrEnum):
@@ -44,21 +56,6 @@ class ExecutorKind(StrEnum):
     onnx = "onnx"
 
 
-class IndexKind(StrEnum):
-    """Kinds of ``cascade index build``."""
-
-    flat = "flat"
-    ivf = "ivf"
-    hnsw = "hnsw"
-
-
-class Placed(StrEnum):
-    """Where FAISS works."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class EmbeddingKind(StrEnum):
     """How ``cascade predict`` stores embeddings."""
 
@@ -75,20 +72,6 @@ class Machines(StrEnum):
 
 
 Chosen = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto: the fastest here in float32.")]
-
-
-def in_one_line(command: F) -> F:
-    """Errors meant for a person leave as one line on stderr and exit status 1."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except CascadeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
-
-    return wrapped  # type: ignore[return-value]
 
 
 def _version(wanted: bool) -> None:
@@ -116,7 +99,6 @@ def train(context: typer.Context) -> None:
 
 
 @app.command()
-@in_one_line
 def predict(
     sources: Annotated[list[str], typer.Argument(help="Images, folders, globs, .tar, .parquet, lists (.txt), URLs.")],
     out: Annotated[Path, typer.Option(help="Folder for Parquet files, or one file where it ends in .parquet.")],
@@ -173,100 +155,7 @@ def predict(
         typer.echo(f"report in {report}")
 
 
-index = typer.Typer(help="Search what was predicted: build, search, duplicates, outliers.", no_args_is_help=True)
-app.add_typer(index, name="index")
-IndexPath = Annotated[Path, typer.Argument(help="What cascade index build wrote.")]
-Device = Annotated[Placed, typer.Option(help="Where FAISS works; cuda needs the extra gpu.")]
-Pages = Annotated[Path | None, typer.Option("--html", help="A page with the pictures, where they can be read.")]
-
-
-@index.command("build")
-@in_one_line
-def index_build(
-    predictions: Annotated[Path, typer.Argument(help="What cascade predict wrote, with embeddings.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    kind: Annotated[IndexKind, typer.Option(help="flat is exact; ivf and hnsw are faster where rows are many.")] = (
-        IndexKind.flat
-    ),
-    device: Device = Placed.cpu,
-) -> None:
-    """Index the embeddings: [bold]cascade index build predictions --out photos.index[/]"""
-    from cascade.index import build
-
-    about = build(predictions, out, kind.value, device.value)
-    typer.echo(f"{about.rows} rows in {out}, {about.kind}, {about.dim} numbers each")
-
-
-@index.command("search")
-@in_one_line
-def index_search(
-    folder: IndexPath,
-    images: Annotated[list[Path], typer.Argument(help="Images to look for.")],
-    bundle: Annotated[Path, typer.Option(help="The bundle that the index was made with.")] = Path("model_store/demo/1"),
-    k: Annotated[int, typer.Option("-k", help="Results for each image.", min=1)] = 10,
-    device: Device = Placed.cpu,
-    weights: Weights = None,
-) -> None:
-    """Images that look like one: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
-    from cascade.engine import load
-    from cascade.index import read, search
-    from cascade.prediction import ItemError
-
-    found = read(folder, device.value)
-    failed = False
-    for image, results in zip(images, search(found, load(bundle, weights=weights), images, k), strict=True):
-        if isinstance(results, ItemError):
-            typer.echo(f"error: {image}: {results.message}", err=True)
-            failed = True
-            continue
-        typer.echo(str(image))
-        for each in results:
-            typer.echo(f"  {each['similarity']:.3f}  {each['path']}")
-    if failed:
-        raise typer.Exit(1)
-
-
-@index.command("duplicates")
-@in_one_line
-def index_duplicates(
-    folder: IndexPath,
-    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
-    threshold: Annotated[float, typer.Option(help="Cosine similarity from which on.", min=-1, max=1)] = 0.98,
-    html: Pages = None,
-) -> None:
-    """Groups that look alike: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
-    from cascade.index import duplicates, read
-    from cascade.report import duplicates_page, write_table
-
-    found = duplicates(read(folder), threshold)
-    write_table(found, out)
-    typer.echo(f"{len(found)} images in {len(set(found['group'].to_pylist()))} groups, in {out}")
-    if html is not None:
-        duplicates_page(found, threshold, html)
-
-
-@index.command("outliers")
-@in_one_line
-def index_outliers(
-    folder: IndexPath,
-    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
-    top: Annotated[int, typer.Option(help="How many.", min=1)] = 100,
-    k: Annotated[int, typer.Option("-k", help="Neighbours that the distance is a mean over.", min=1)] = 10,
-    html: Pages = None,
-) -> None:
-    """What lies farthest from all else: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
-    from cascade.index import outliers, read
-    from cascade.report import outliers_page, write_table
-
-    found = outliers(read(folder), top, k)
-    write_table(found, out)
-    typer.echo(f"{len(found)} images in {out}")
-    if html is not None:
-        outliers_page(found, html)
-
-
 @app.command()
-@in_one_line
 def serve(
     model_store: Annotated[str, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = "model_store",
     frontend: Annotated[Frontend, typer.Option(help="Which server; asgi and ray speak Open Inference Protocol v2.")] = (
@@ -336,7 +225,6 @@ def serve(
 
 
 @app.command()
-@in_one_line
 def inspect(bundle: BundlePath) -> None:
     """Show a bundle's card: what it adapts, on what it was trained, and what it is worth."""
     from cascade.bundle import read
@@ -346,7 +234,6 @@ def inspect(bundle: BundlePath) -> None:
 
 
 @app.command()
-@in_one_line
 def verify(bundle: BundlePath, weights: Weights = None) -> None:
     """Check a bundle to the last byte, and against its backbone: format, checksums, fingerprint, shapes."""
     from cascade import backbone
@@ -359,7 +246,6 @@ def verify(bundle: BundlePath, weights: Weights = None) -> None:
 
 
 @app.command()
-@in_one_line
 def evaluate(
     bundle: BundlePath,
     data: Annotated[str, typer.Argument(help="Folder with class folders, or cifar10, fashion-mnist, groceries.")],
@@ -375,7 +261,6 @@ def evaluate(
 
 
 @app.command()
-@in_one_line
 def bench(
     bundle: BundlePath,
     batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 8,

@@ -1,0 +1,110 @@
+"""``cascade index build | search | duplicates | outliers``; imports as ``cascade.cli``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class IndexKind(StrEnum):
+    """Kinds of ``cascade index build``."""
+
+    flat = "flat"
+    ivf = "ivf"
+    hnsw = "hnsw"
+
+
+class Placed(StrEnum):
+    """Where FAISS works."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+index = typer.Typer(help="Search what was predicted: build, search, duplicates, outliers.", no_args_is_help=True)
+Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]
+IndexPath = Annotated[Path, typer.Argument(help="What cascade index build wrote.")]
+Device = Annotated[Placed, typer.Option(help="Where FAISS works; cuda needs the extra gpu.")]
+Pages = Annotated[Path | None, typer.Option("--html", help="A page with the pictures, where they can be read.")]
+
+
+@index.command("build")
+def index_build(
+    predictions: Annotated[Path, typer.Argument(help="What cascade predict wrote, with embeddings.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    kind: Annotated[IndexKind, typer.Option(help="flat is exact; ivf and hnsw are faster where rows are many.")] = (
+        IndexKind.flat
+    ),
+    device: Device = Placed.cpu,
+) -> None:
+    """Index the embeddings: [bold]cascade index build predictions --out photos.index[/]"""
+    from cascade.index import build
+
+    about = build(predictions, out, kind.value, device.value)
+    typer.echo(f"{about.rows} rows in {out}, {about.kind}, {about.dim} numbers each")
+
+
+@index.command("search")
+def index_search(
+    folder: IndexPath,
+    images: Annotated[list[Path], typer.Argument(help="Images to look for.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle that the index was made with.")] = Path("model_store/demo/1"),
+    k: Annotated[int, typer.Option("-k", help="Results for each image.", min=1)] = 10,
+    device: Device = Placed.cpu,
+    weights: Weights = None,
+) -> None:
+    """Images that look like one: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
+    from cascade.engine import load
+    from cascade.index import read, search
+    from cascade.prediction import ItemError
+
+    found = read(folder, device.value)
+    failed = False
+    for image, results in zip(images, search(found, load(bundle, weights=weights), images, k), strict=True):
+        if isinstance(results, ItemError):
+            typer.echo(f"error: {image}: {results.message}", err=True)
+            failed = True
+            continue
+        typer.echo(str(image))
+        for each in results:
+            typer.echo(f"  {each['similarity']:.3f}  {each['path']}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@index.command("duplicates")
+def index_duplicates(
+    folder: IndexPath,
+    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    threshold: Annotated[float, typer.Option(help="Cosine similarity from which on.", min=-1, max=1)] = 0.98,
+    html: Pages = None,
+) -> None:
+    """Groups that look alike: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
+    from cascade.index import duplicates, read
+    from cascade.report import duplicates_page, write_table
+
+    found = duplicates(read(folder), threshold)
+    write_table(found, out)
+    typer.echo(f"{len(found)} images in {len(set(found['group'].to_pylist()))} groups, in {out}")
+    if html is not None:
+        duplicates_page(found, threshold, html)
+
+
+@index.command("outliers")
+def index_outliers(
+    folder: IndexPath,
+    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    top: Annotated[int, typer.Option(help="How many.", min=1)] = 100,
+    k: Annotated[int, typer.Option("-k", help="Neighbours that the distance is a mean over.", min=1)] = 10,
+    html: Pages = None,
+) -> None:
+    """What lies farthest from all else: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
+    from cascade.index import outliers, read
+    from cascade.report import outliers_page, write_table
+
+    found = outliers(read(folder), top, k)
+    write_table(found, out)
+    typer.echo(f"{len(found)} images in {out}")
+    if html is not None:
+        outliers_page(found, html)
