@@ -69,13 +69,16 @@ class Study:
         return self.swav("dispatcher", self.budget.dispatcher)
 
     def _features(self, name: str) -> Pair:
-        state = self.state(name)
-        return tuple(learn.masked_features(self.tail, state, x) for x in (self.data.clean, self.data.held_out))  # type: ignore[return-value]
+        return self._under(self.state(name))
+
+    def _under(self, state: State) -> Pair:
+        """Features of the training and the held-out images under a mask."""
+        tail, data = self.tail, self.data
+        return learn.masked_features(tail, state, data.clean), learn.masked_features(tail, state, data.held_out)
 
     @cached_property
     def frozen(self) -> Pair:
-        ones = {n: torch.ones_like(w) for n, w in self.tail.weights.items()}
-        return tuple(learn.masked_features(self.tail, ones, x) for x in (self.data.clean, self.data.held_out))  # type: ignore[return-value]
+        return self._under({n: torch.ones_like(w) for n, w in self.tail.weights.items()})
 
     def route(self, count: int) -> Pair:
         """p(cluster) of the training and the held-out images, [N, K] and [M, K]; prototypes of the dispatcher."""
@@ -83,14 +86,15 @@ class Study:
 
     def _route(self, count: int) -> Pair:
         state = self.dispatcher()
-        both = self.features("dispatcher")
+        train, held_out = self.features("dispatcher")
         projector = {n: state[n] for n in ("head.weight", "head.bias", "prototypes")}
-        router = clusters.fit_prototypes(projector, both[0].float().numpy(), count, self.seed)
-        return tuple(router.probabilities(x) for x in both)  # type: ignore[return-value]
+        router = clusters.fit_prototypes(projector, train.float().numpy(), count, self.seed)
+        return router.probabilities(train), router.probabilities(held_out)
 
     def assigned(self, count: int) -> Choice:
         """Clusters of the training and the held-out images."""
-        return tuple(p.argmax(dim=1).numpy() for p in self.route(count))  # type: ignore[return-value]
+        train, held_out = self.route(count)
+        return train.argmax(dim=1).numpy(), held_out.argmax(dim=1).numpy()
 
     def pick(self, names: Sequence[str], choice: Choice) -> Pair:
         """Features of each image under the mask of ``names`` that ``choice`` says; only those are computed."""
