@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,10 @@ from benchmarks import report
 from benchmarks.peers import Peer, peers, ratios, rounds
 from benchmarks.report import Rows, figure, single
 
-
-def build(base: int) -> Callable[[int], tuple[int, int]]:
-    return lambda wanted: (base + wanted, os.getpid())
+from .ways import broken, build
 
 
-def broken() -> Callable[[int], int]:
-    raise ValueError("no such thing")
-
-
-def dying() -> Callable[[int], None]:
-    return lambda wanted: os._exit(wanted)
-
-
-def test_each_peer_is_a_process_of_its_own() -> None:
+def test_each_peer_is_a_process_of_its_own_and_its_death_is_seen() -> None:
     with peers({"a": (build, 10), "b": (build, 20)}) as running:
         (_, (a, first)), (_, (b, second)) = running["a"].time(1), running["b"].time(1)
         assert (a, b) == (11, 21) and len({first, second, os.getpid()}) == 3
@@ -33,17 +22,14 @@ def test_each_peer_is_a_process_of_its_own() -> None:
         seconds = rounds(running, [1, 2, 3])
         assert {way: len(taken) for way, taken in seconds.items()} == {"a": 3, "b": 3}
         assert min(map(min, seconds.values())) > 0
+        with pytest.raises(RuntimeError, match="a peer died with exit code 3"):
+            running["b"].time(-3)
     assert all(not peer._process.is_alive() for peer in running.values())
 
 
 def test_a_peer_that_cannot_be_built_says_why() -> None:
     with pytest.raises(RuntimeError, match="broken: ValueError: no such thing"):
         Peer(broken)
-
-
-def test_a_peer_that_dies_is_seen() -> None:
-    with peers({"a": (dying,)}) as running, pytest.raises(RuntimeError, match="a peer died with exit code 3"):
-        running["a"].time(3)
 
 
 def test_a_round_beside_other_work_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
