@@ -283,13 +283,19 @@ def test_a_killed_supervisor_takes_the_engine_with_it(store: Path) -> None:
 def test_what_cannot_start_is_one_line(store: Path, asgi: Asgi, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "keys").write_text("nonsense")
-    for options, message in (
+    cases: tuple[tuple[tuple[Path | str, ...], str], ...] = (
         ((tmp_path / "store",), "no bundle could be loaded"),
         ((store, "--api-keys", str(tmp_path / "keys")), "line 1: write BUNDLE"),
         ((store, "--port", str(asgi.address[1])), "choose another address or port"),
-    ):
-        with pytest.raises(NotStarted) as e, serving_asgi(*options):
+    )
+
+    def said(options: tuple[Path | str, ...]) -> str:
+        with pytest.raises(NotStarted) as e, serving_asgi(*map(str, options)):
             pass
-        lines = [line for line in str(e.value).splitlines() if not line.startswith("{")]
-        assert lines[0].startswith("error: ") and message in lines[0]
-        assert len(lines) <= 2
+        return str(e.value)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for text, (_, message) in zip(pool.map(said, [options for options, _ in cases]), cases, strict=True):
+            lines = [line for line in text.splitlines() if not line.startswith("{")]
+            assert lines[0].startswith("error: ") and message in lines[0]
+            assert len(lines) <= 2

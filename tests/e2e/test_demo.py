@@ -55,10 +55,10 @@ def test_failures_are_one_line(bundle_path: Path, tmp_path: Path) -> None:
         ([tmp_path / "nowhere", "--store", bundle_path.parents[1]], "no image in"),
         ([tmp_path, "--store", bundle_path.parents[1]], "broken.png: status 400"),
     )
-    for arguments, words in cases:
-        demo = start(*arguments)
-        _, err = demo.communicate(timeout=120)
-        assert demo.returncode == 1
+    demos = [start(*arguments) for arguments, _ in cases]
+    said = [demo.communicate(timeout=120)[1] for demo in demos]
+    assert [demo.returncode for demo in demos] == [1, 1, 1]
+    for err, (_, words) in zip(said, cases, strict=True):
         assert err.startswith("demo: ") and words in err and err.count("\n") == 1
 
 
