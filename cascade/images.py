@@ -259,14 +259,30 @@ class Preprocessing:
         )
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """RGB image -> float32 [3, size, size], bit for bit what timm's evaluation transform gives."""
+        """RGB image -> float32 [3, size, size], bit for bit what timm's evaluation transform gives.
+
+        Pixels become numbers in numpy: torch would start a team of OpenMP threads for that in every thread that
+        decodes, and each would fight with the team that passes for the cores.
+        """
+        import numpy as np
+        import torch
         from timm.data import create_transform
 
         settings = asdict(self)
-        transform: Callable[[Image.Image], torch.Tensor] = create_transform(
-            input_size=(3, settings.pop("size"), self.size), is_training=False, **settings
-        )
-        return transform
+        whole = create_transform(input_size=(3, settings.pop("size"), self.size), is_training=False, **settings)
+        *geometry, _, _ = whole.transforms  # the last two are ToTensor and Normalize
+        mean, std = (np.array(each, np.float32)[:, None, None] for each in (self.mean, self.std))
+
+        def transformed(image: Image.Image) -> torch.Tensor:
+            for step in geometry:
+                image = step(image)
+            pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
+            pixels /= 255
+            pixels -= mean
+            pixels /= std
+            return torch.from_numpy(pixels)
+
+        return transformed
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, as they stand in cascade.json."""
