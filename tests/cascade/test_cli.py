@@ -19,7 +19,7 @@ from cascade.cli import app
 
 from .handmade import handmade
 
-COMMANDS = ("train", "predict", "index", "serve", "inspect", "verify", "evaluate", "bench")
+COMMANDS = ("train", "predict", "index", "serve", "inspect", "verify", "pack", "unpack", "evaluate", "bench")
 
 
 @pytest.fixture(scope="module")
