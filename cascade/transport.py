@@ -76,10 +76,8 @@ def unpack(file: Path, folder: Path) -> Path:
         raise BundleError(damaged)
     try:
         card = Card.model_validate_json(about["card"])
-        for mask in card.masks:
-            known = (
-                None if mask is card.masks[0] else _tail(tensors[_plain(card.masks[0])], card.masks[0], mask).numpy()
-            )
+        for i, mask in enumerate(card.masks):
+            known = [_tail(tensors[_plain(of)], of, mask) for of in card.masks[:i]]
             coded = tensors.pop(_coded(mask)).numpy().tobytes()
             tensors[_plain(mask)] = torch.from_numpy(coder.decode(coded, -(-mask.weights // 8), known))
         if _digest(tensors) != about["sha256"]:
