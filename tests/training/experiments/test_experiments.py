@@ -94,7 +94,7 @@ def test_compression(command: Command) -> None:
 
 
 def test_supervised(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(supervised.MASK["small"], "lr", 1000.0)  # at the preset's own these few steps flip nothing
+    monkeypatch.setitem(supervised.MASK["small"], "lr", 1.0)  # at the preset's own these few steps flip nothing
     monkeypatch.setitem(supervised.TUNED["small"], "lr", 0.1)
     rows = only(command(supervised, "lr=1"))
     assert len(rows) == 7
@@ -115,7 +115,7 @@ def test_low_shot(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sparsity(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(supervised.MASK["small"], "lr", 1000.0)
+    monkeypatch.setitem(supervised.SGD["small"], "lr", 1000.0)
     tables = command(sparsity, "lr=1")
     title = "Figures 2 and 3: EfficientNet-Lite0 by stage, % active"  # the name of the preset's own backbone
     assert list(tables[title]) == ["layer2", "layer3", "layer4"]
@@ -140,7 +140,7 @@ def test_selective(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equivalence(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(supervised.MASK, "small", {"labels": True})
+    monkeypatch.setitem(supervised.SGD, "small", {"labels": True})
     rows = only(command(equivalence, "optimizer=rms-sgd", "lr=0.3"))
     differ = {title: value(cells["% of bits that differ"]) for title, cells in rows.items()}
     standard, shifted, doubled, *others = differ
