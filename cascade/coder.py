@@ -6,13 +6,14 @@ has change at another rate than the rest, so they come first in a symbol. The ma
 change alike share the two rates, and nothing else is learned, so that the tables are known before the first symbol. The
 rest is rANS (Duda 2013, arXiv 1311.2540) with four interleaved states, in integers alone: the same on every machine.
 
-    u16 block, u8 levels, u32 bytes of the blocks' levels | for each level u16 and u16 rates, u8 most changes |
-    levels of the blocks as a zstd frame | 4 x u32 states | u16 words
+    u8 masks used, u16 block, u8 levels, u32 bytes of the blocks' levels | for each level u16 and u16 rates, u8 most
+    changes | levels of the blocks as a zstd frame | 4 x u32 states | u16 words
 """
 
 import struct
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -23,7 +24,7 @@ from cascade.errors import CascadeError
 SCALE = 14  # bits of a probability
 LOW = 1 << 16  # a state below it takes a word
 FORMS = ((256, 16), (1024, 8), (4096, 4), (32768, 1))  # bytes a block, and levels; the smallest result is sent
-_HEAD, _LEVEL = struct.Struct("<HBI"), struct.Struct("<HHB")
+_HEAD, _LEVEL = struct.Struct("<BHBI"), struct.Struct("<HHB")
 _COUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
 
 
@@ -35,14 +36,16 @@ def encode(bits: np.ndarray, known: Sequence[np.ndarray] = ()) -> bytes:
     """Packed bits, uint8 [n], as bytes.
 
     Args:
-        known: uint8 [n] each, the masks that the receiver has; bits are sent as changes of the first.
+        known: uint8 [n] each, the masks that the receiver has; bits are sent as changes of the first, if that helps.
     """
-    base, calm = _known(len(bits), known)
-    forms = [(block, min(levels, -(-len(bits) // block))) for block, levels in FORMS if len(bits)]
-    return min((_encode(bits ^ base, calm, *form) for form in forms), key=len, default=b"")
+    used = {0, min(1, len(known)), min(255, len(known))}
+    forms = [(some, block, min(levels, -(-len(bits) // block))) for some in used for block, levels in FORMS]
+    return min((_encode(bits, known, *form) for form in forms), key=len) if len(bits) else b""
 
 
-def _encode(changed: np.ndarray, calm: np.ndarray, block: int, levels: int) -> bytes:
+def _encode(bits: np.ndarray, known: Sequence[np.ndarray], used: int, block: int, levels: int) -> bytes:
+    base, calm = _known(len(bits), known[:used])
+    changed = bits ^ base
     starts = np.arange(0, len(changed), block)
     share = np.add.reduceat(_COUNT[changed], starts, dtype=np.int64) / np.diff(starts, append=len(changed))
     level = np.searchsorted(np.quantile(share, np.arange(1, levels) / levels), share, "right").astype(np.uint8)
@@ -61,7 +64,7 @@ def _encode(changed: np.ndarray, calm: np.ndarray, block: int, levels: int) -> b
     states, words = _push(gather[calm, changed], contexts, _table(rates, most))
     packed = zstandard.ZstdCompressor(level=19).compress(level.tobytes())
     table = b"".join(_LEVEL.pack(*rates[i], most[i]) for i in range(levels))
-    head = _HEAD.pack(block, levels, len(packed))
+    head = _HEAD.pack(used, block, levels, len(packed))
     return head + table + packed + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
 
 
@@ -73,13 +76,12 @@ def decode(data: bytes, size: int, known: Sequence[np.ndarray] = ()) -> np.ndarr
     """
     if not size:
         return np.empty(0, np.uint8)
-    base, calm = _known(size, known)
     try:
-        block, levels, length = _HEAD.unpack_from(data)
+        used, block, levels, length = _HEAD.unpack_from(data)
         rates = np.array([_LEVEL.unpack_from(data, _HEAD.size + i * _LEVEL.size) for i in range(levels)], np.int64)
         begin = _HEAD.size + levels * _LEVEL.size
         frame = data[begin : begin + length]
-        if block < 4 or block % 4 or zstandard.frame_content_size(frame) != -(-size // block):
+        if used > len(known) or block < 4 or block % 4 or zstandard.frame_content_size(frame) != -(-size // block):
             raise ValueError
         level = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
         states = np.frombuffer(data, "<u4", 4, begin + length).astype(np.uint64)
@@ -88,8 +90,9 @@ def decode(data: bytes, size: int, known: Sequence[np.ndarray] = ()) -> np.ndarr
             raise ValueError
     except (struct.error, ValueError, zstandard.ZstdError):
         raise CoderError("coded bits are damaged: get them again") from None
+    base, calm = _known(size, known[:used])
     table = _table(rates[:, :2], rates[:, 2])
-    symbols = _symbols(table, 0 if len(known) else 8)
+    symbols = _symbols(table, 0 if used else 8)
     _, scatter = _orders()
     changed, right = _pull(calm, level, block, table.ravel(), symbols.ravel(), scatter.ravel(), states, words)
     if not right:
@@ -125,7 +128,7 @@ def _table(rates: np.ndarray, most: np.ndarray) -> np.ndarray:  # pragma: no cov
                     rate = rates[level, 0 if i < calm else 1]
                     weight = weight * (rate if symbol >> i & 1 else 65536 - rate) >> 16
                 frequency[context, symbol] = (weight * ((1 << SCALE) - allowed) >> 32) + 1
-                rest -= np.int64(frequency[context, symbol])
+                rest -= int(frequency[context, symbol])
         frequency[context, 0] += rest
         first = 0
         for symbol in range(256):
@@ -177,8 +180,8 @@ def _symbols(table: np.ndarray, fewest: int) -> np.ndarray:  # pragma: no cover 
 
 @njit(inline="always")
 def _step(
-    state: int, context: int, table: np.ndarray, symbols: np.ndarray, words: np.ndarray, at: int
-) -> tuple[int, int, int]:  # pragma: no cover - compiled
+    state: Any, context: Any, table: np.ndarray, symbols: np.ndarray, words: np.ndarray, at: Any
+) -> Any:  # pragma: no cover - compiled
     """Symbol, next state, next word: without a branch, whose wrong guesses would take longer than all the rest."""
     slot = state & np.uint64((1 << SCALE) - 1)
     symbol = np.uint64(symbols[(context << np.uint64(SCALE)) + slot])
@@ -205,7 +208,7 @@ def _pull(
     All indices are unsigned and all tables flat, for numba looks at the sign of the others.
     """
     out = np.empty(len(calm), np.uint8)
-    byte = np.uint64(8)
+    byte: Any = np.uint64(8)
     s0, s1, s2, s3, at = states[0], states[1], states[2], states[3], np.uint64(0)
     for b in range(len(level)):
         context = np.uint64(level[b]) * np.uint64(9)

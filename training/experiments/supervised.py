@@ -68,8 +68,9 @@ def rows(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
     dispatcher.train(run, which, head=head)
     out["supervised mask"] = _headed(run, which) | _active(run, which)
     run = lab.run(name, seed, **(mask | tuned))
-    features = tuned_features(run, head)
-    out["supervised full fine-tuning"] = {"accuracy": accuracy(run, "fine-tuned", features[1])} | _plain(run, features)
+    which = "after-head" if head else "fine-tuned"
+    features = tuned_features(run, which, head)
+    out["supervised full fine-tuning"] = {"accuracy": accuracy(run, which, features[1])} | _plain(run, features)
     return out
 
 
@@ -79,9 +80,9 @@ def accuracy(run: Run, name: str, features: np.ndarray) -> float:
     return 100 * float(np.mean(found == labels(run)[1].numpy()))
 
 
-def tuned_features(run: Run, head: Path | None = None) -> Pair:
+def tuned_features(run: Run, name: str = "fine-tuned", head: Path | None = None) -> Pair:
     """Features of both sets after full fine-tuning."""
-    model = finetune.train(run, head=head)
+    model = finetune.train(run, name, head=head)
     train, test = (
         finetune.features(model, embed.batches(images, run.preprocessing)) for images in (run.images, run.held_out)
     )
