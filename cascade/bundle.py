@@ -175,7 +175,7 @@ def read(path: Path) -> Bundle:
         raise BundleError(f"{path / CARD}: {where}: {first['msg']}; this is not a bundle of format {FORMAT}") from None
     parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
     try:
-        bundle = _assemble(path, card, parts)
+        bundle = assemble(path, card, parts)
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
         raise BundleError(f"{path}: its parts do not fit together ({error!r}); write the bundle again") from None
     for what in _misfits(bundle):
@@ -222,7 +222,8 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     path = Path(path)
     if path.exists():
         raise BundleError(f"{path} exists; versions are never overwritten: choose the next number")
-    files = {f"{part}.safetensors": safetensors.torch.save(t) for part, t in _parts(bundle, compress).items() if t}
+    held = contents(bundle, compress=compress)
+    files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in held.items() if tensors}
     card = bundle.card.model_copy(update={"bytes": {name: len(raw) for name, raw in sorted(files.items())}})
     files[CARD] = (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
     sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
@@ -300,8 +301,8 @@ def _tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
         raise BundleError(f"{path}: not a safetensors file ({error}); copy the bundle again") from None
 
 
-def _parts(bundle: Bundle, compress: bool) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file."""
+def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file, by its name without the ending."""
     masks: dict[str, Tensor] = {}
     for m in bundle.masks:
         masks |= {f"{m.name}.bits.zst": _zstd(m.bits)} if compress else {f"{m.name}.bits": m.bits}
@@ -320,7 +321,8 @@ def _parts(bundle: Bundle, compress: bool) -> dict[str, dict[str, Tensor]]:
     return {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
 
 
-def _assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
+def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
+    """A bundle of its card and the tensors of each file; ``read`` has more to check than this."""
     masks = [_mask(parts["masks.safetensors"], m) for m in card.masks]
     routing = parts.get("router.safetensors", {})
     fusion, heads = parts["fusion.safetensors"], parts.get("heads.safetensors", {})

@@ -1,4 +1,4 @@
-"""The front door: ``cascade train | predict | index | serve | inspect | verify | evaluate | bench``.
+"""The front door: ``cascade train | predict | index | serve | inspect | verify | pack | unpack | evaluate | bench``.
 
 Every command imports what it needs when it runs, so that ``cascade --help`` answers at once.
 """
@@ -243,6 +243,26 @@ def verify(bundle: BundlePath, weights: Weights = None) -> None:
     want = found.card.backbone
     check(found, backbone.load(want.name, want.source, weights))
     typer.echo(f"{bundle} is whole and fits {want.name} ({want.fingerprint[:12]})")
+
+
+@app.command()
+def pack(bundle: BundlePath, file: Annotated[Path, typer.Argument(help="File to write, e.g. demo-1.cascade.")]) -> None:
+    """Write a bundle as one small file, to send it: [bold]cascade pack model_store/demo/1 demo-1.cascade[/]"""
+    from cascade import transport
+
+    written = transport.pack(bundle, file)
+    typer.echo(f"{written}: {written.stat().st_size / 1e6:.2f} MB; cascade unpack {written.name} makes a bundle of it")
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="What cascade pack has written.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder <store>/<name>/<version> to make; must not exist.")],
+) -> None:
+    """Make a bundle of a packed one: [bold]cascade unpack demo-1.cascade model_store/demo/2[/]"""
+    from cascade import transport
+
+    typer.echo(f"wrote {transport.unpack(file, bundle)}")
 
 
 @app.command()

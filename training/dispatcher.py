@@ -3,23 +3,38 @@
 python -m training.dispatcher cifar10 --run runs/cifar --mask-from blocks.6 --size 64 --steps 600
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from cascade.errors import CascadeError
-from training.loop import fit, seed_everything
+from training.loop import fit, seed_everything, under
 from training.objectives import Objective, SelfSupervised, Supervised
-from training.run import Run, Watch, begin, device, main, parser, recipe_of
+from training.run import Run, Watch, begin, device, main, parser, recipe_of, trained
 
 ZERO_STEPS = 20  # with BatchNorm in eval mode nothing but the scores could move, so these show as much as all
 
 
-def train(run: Run, name: str = "dispatcher", *, steps: int | None = None, lr: float | None = None) -> None:
-    """Train the dispatcher's mask, or a control like it under another name."""
+def train(
+    run: Run,
+    name: str = "dispatcher",
+    *,
+    steps: int | None = None,
+    lr: float | None = None,
+    rows: np.ndarray | None = None,
+    head: Path | None = None,
+) -> None:
+    """Train the dispatcher's mask, or one like it under another name.
+
+    Args:
+        rows: the images to train on, all by default.
+        head: folder of a training that is done, whose head this one begins with.
+    """
     recipe = run.recipe
     steps = recipe.steps if steps is None else steps
     model = run.masked(run.mask_from)
-    seed_everything(recipe.seed)
-    fit(name, model, objective(run), run.pixels, recipe, steps, run.folder / name, lr=lr, watch=run.watch)
+    loss = objective(run, head)
+    fit(name, model, loss, run.pixels, recipe, steps, run.folder / name, lr=lr, rows=rows, watch=run.watch)
 
 
 def controls(run: Run) -> None:
@@ -34,8 +49,9 @@ def zero_rate(run: Run) -> None:
     train(run, "zero-rate", steps=run.recipe.steps if run.recipe.train_norms else ZERO_STEPS, lr=0.0)
 
 
-def objective(run: Run) -> Objective:
-    """A fresh loss: SwAV, or cross-entropy where the recipe says labels."""
+def objective(run: Run, head: Path | None = None) -> Objective:
+    """A loss, SwAV, or cross-entropy where the recipe says labels: fresh, or as a training in ``head`` has left it."""
+    seed_everything(run.recipe.seed)
     if not run.recipe.labels:
         made: Objective = SelfSupervised(run.recipe, run.backbone.features, run.preprocessing, run.views)
     else:
@@ -43,6 +59,8 @@ def objective(run: Run) -> Objective:
             raise CascadeError(f"{run.recipe.data} has no class folders: leave --labels out")
         labels = run.images.labels.astype(np.int64)
         made = Supervised(run.recipe, run.backbone.features, run.preprocessing, labels)
+    if head:
+        made.module.load_state_dict(under(trained(head), "objective."))
     made.module.to(device())
     return made
 

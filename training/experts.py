@@ -14,7 +14,7 @@ import torch
 
 from cascade.errors import CascadeError
 from training.dispatcher import objective
-from training.loop import fit, seed_everything, under
+from training.loop import fit, under
 from training.run import Run, Watch, main, parser, resume
 
 
@@ -35,9 +35,7 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
     model = run.masked(run.expert_from, below=run.dispatcher)
     dispatcher = run.trained("dispatcher")
     model.load(under(dispatcher, "scores."), under(dispatcher, "norms."))
-    seed_everything(recipe.seed)
-    loss = objective(run)
-    loss.module.load_state_dict(under(dispatcher, "objective."))
+    loss = objective(run, run.folder / "dispatcher")
     with torch.no_grad():  # the queue holds the dispatcher's features of other images
         for buffer in loss.module.buffers():
             buffer.zero_()

@@ -5,6 +5,7 @@ python -m training.finetune photos/ --run runs/photos --labels --lr 0.01 --optim
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from cascade.backbone import Backbone
 from cascade.stages import stage_of, stages
 from training.dispatcher import objective
-from training.loop import fit, seed_everything, under
+from training.loop import fit, under
 from training.masking import Amp, MaskedModel, write
 from training.run import Run, Watch, begin, main, parser, recipe_of
 
@@ -53,13 +54,21 @@ def tune_backbone(backbone: Backbone, start: int, *, train_norms: bool = True, a
     return TunedModel(backbone, model, row, start, train_norms, len(row), amp)
 
 
-def train(run: Run, name: str = "fine-tuned", *, steps: int | None = None, lr: float | None = None) -> TunedModel:
-    """Fine-tune as the dispatcher is trained; returns the model, as it is after the last step."""
+def train(
+    run: Run,
+    name: str = "fine-tuned",
+    *,
+    steps: int | None = None,
+    lr: float | None = None,
+    rows: np.ndarray | None = None,
+    head: Path | None = None,
+) -> TunedModel:
+    """Fine-tune as ``dispatcher.train`` does; returns the model, as it is after the last step."""
     recipe = run.recipe
     model = tune_backbone(run.backbone, run.mask_from, train_norms=recipe.train_norms, amp=recipe.amp)
-    seed_everything(recipe.seed)
+    loss = objective(run, head)
     steps = recipe.steps if steps is None else steps
-    fit(name, model, objective(run), run.pixels, recipe, steps, run.folder / name, lr=lr, watch=run.watch)
+    fit(name, model, loss, run.pixels, recipe, steps, run.folder / name, lr=lr, rows=rows, watch=run.watch)
     return model
 
 

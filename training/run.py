@@ -205,10 +205,15 @@ class Run:
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """The tensors that the training of ``name`` ended with."""
-        path = self.folder / name / DONE
-        if not path.exists():
-            raise CascadeError(f"{path} is not there yet: train {name} first")
-        return load_file(path)
+        return trained(self.folder / name)
+
+
+def trained(folder: Path) -> dict[str, Tensor]:
+    """The tensors that the training in ``folder`` ended with."""
+    path = folder / DONE
+    if not path.exists():
+        raise CascadeError(f"{path} is not there yet: train {folder.name} first")
+    return load_file(path)
 
 
 def begin(folder: Path, recipe: Recipe, watch: "Watch") -> Run:

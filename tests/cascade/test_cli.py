@@ -19,7 +19,7 @@ from cascade.cli import app
 
 from .handmade import handmade
 
-COMMANDS = ("train", "predict", "index", "serve", "inspect", "verify", "evaluate", "bench")
+COMMANDS = ("train", "predict", "index", "serve", "inspect", "verify", "pack", "unpack", "evaluate", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,13 @@ def test_inspect(bundle_path: Path) -> None:
 
 def test_inspect_nothing(tmp_path: Path) -> None:
     assert "cascade.json is missing; a bundle is a folder <name>/<version>" in fails("inspect", tmp_path)
+
+
+def test_pack_and_unpack(hand: Path, tmp_path: Path) -> None:
+    file, again = tmp_path / "hand.cascade", tmp_path / "hand" / "2"
+    assert "makes a bundle of it" in run("pack", hand, file).stdout
+    assert run("unpack", file, again).stdout == f"wrote {again}\n"
+    assert str(again) in fails("unpack", file, again), "a version is never overwritten"
 
 
 def test_verify_the_good(bundle_path: Path) -> None:

@@ -15,7 +15,7 @@ from cascade import masks
 from training.experiments import report
 from training.experiments.lab import DEEP, Lab, main
 from training.experiments.report import Table
-from training.experiments.supervised import MASK
+from training.experiments.supervised import SGD
 from training.loop import CURVE
 
 SMALL = DEEP | {"steps": 40, "optimizer": "sgd", "lr": 50.0, "seeds": 1}
@@ -43,7 +43,7 @@ def experiment(lab: Lab) -> list[Table]:
                 r = lab.recipe
                 initial = r.initial * factor + shift
                 changes = {"lr": r.lr * rate, "initial": initial, "threshold": r.threshold + threshold}
-                run = lab.trained(name, seed, **(MASK[lab.preset] | changes))
+                run = lab.trained(name, seed, **(SGD[lab.preset] | changes))
                 title = f"({run.recipe.lr:g}, {initial:g}, {run.recipe.threshold:g})"
                 loss = losses(run.folder / "dispatcher" / CURVE)
                 first = first or (loss, run.dispatcher)

@@ -1,20 +1,27 @@
-"""Figure 3 of the main paper: 10 to 0.25 % of the labels, on masks that were trained without any.
+"""Figure 3 of the main paper: 10 to 0.25 % of the labels, on masks trained without any, and trained by those few.
 
 python -m training.experiments.low_shot
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from training import data, evaluate, fuse
+from training import data, dispatcher, embed, evaluate, finetune, fuse
 from training.experiments import report
 from training.experiments.lab import Lab, Pair, labels, main, pair
 from training.experiments.report import Table
+from training.experiments.supervised import HEAD_FIRST, MASK, TUNED, accuracy
 from training.run import Run
 
-SMALL: dict[str, object] = {}
+SMALL: dict[str, Any] = {}
 PAPER = {"data": ("cifar100",), "epochs": 150}
 SHARES = (10, 4, 2, 1, 0.5, 0.25)  # % of the labels
+FEWEST = 80  # steps that a training by labels has at least; otherwise as many epochs as with all of them
+BATCH: dict[str, dict[str, Any]] = {"small": {"batch": 32}, "paper": {}}
 
 
 def experiment(lab: Lab) -> list[Table]:
@@ -30,6 +37,8 @@ def experiment(lab: Lab) -> list[Table]:
                 for way, both in (("", features), (" whitened", whitened(run, features))):
                     for kind, cells in few(run, both, seed).items():
                         table.add(f"{method}, {kind}{way}", cells)
+            for method, cells in by_labels(lab, name, seed).items():
+                table.add(method, cells)
         tables.append(table)
         curves = {row: (SHARES, [table.mean(row, f"{s} %") for s in SHARES]) for row in table.cells}
         report.draw(lab.path(f"low_shot.{short}.png"), {short: curves}, "% of the labels", "accuracy in %", "o-")
@@ -39,16 +48,48 @@ def experiment(lab: Lab) -> list[Table]:
 def few(run: Run, features: Pair, seed: int) -> dict[str, dict[str, float]]:
     """Accuracies of k-NN and probe, by share."""
     known, truth = labels(run)
-    order = data.evenly(known.numpy(), seed)
     classes = len(np.unique(known.numpy()))
     out: dict[str, dict[str, float]] = {"k-NN": {}, "probe": {}}
     for share in SHARES:
-        rows = torch.from_numpy(order[: max(classes, round(share / 100 * len(order)))])
+        rows = torch.from_numpy(labelled(run, share, seed))
         bank, queries = torch.from_numpy(features[0])[rows], torch.from_numpy(features[1])
         k = min(run.recipe.neighbours, max(1, len(rows) // classes))  # more would be of other classes
         out["k-NN"][f"{share} %"] = 100 * evaluate.knn(bank, queries, known[rows], truth, k)
         out["probe"][f"{share} %"] = 100 * evaluate.probe(bank, queries, known[rows], truth)
     return out
+
+
+def labelled(run: Run, share: float, seed: int) -> np.ndarray:
+    """The training images whose labels are known, int64: ``share`` % of all, at least one of each class."""
+    known = labels(run)[0].numpy()
+    return data.evenly(known, seed)[: max(len(np.unique(known)), round(share / 100 * len(known)))]
+
+
+def by_labels(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
+    """Accuracies of heads that were trained by few labels: alone, with a mask, and with all weights."""
+    mask, batch = MASK[lab.preset], BATCH[lab.preset]
+    run = lab.run(name, seed, **(mask | batch))
+    tuned = lab.run(name, seed, **(mask | TUNED[lab.preset] | batch))
+    out: dict[str, dict[str, float]] = {}
+    for share in SHARES:
+        rows = labelled(run, share, seed)
+        steps = max(FEWEST, round(run.recipe.steps * len(rows) / len(run.images)))
+        some: dict[str, Any] = {"rows": rows, "steps": steps}
+        own, head = f"few-{len(rows)}", f"few-{len(rows)}-head"
+        dispatcher.train(run, head, lr=0.0, **some)
+        some["head"] = run.folder / head if HEAD_FIRST[lab.preset] else None
+        dispatcher.train(run, own, **some)
+        model = finetune.train(tuned, own, **some)
+        for method, folder in (("head alone", head), ("supervised mask", own)):
+            found = embed.blocks(run.executor, [run.mask(folder, run.mask_from)], _inputs(run))[0]
+            out.setdefault(method, {})[f"{share} %"] = accuracy(run, folder, found)
+        found = finetune.features(model, _inputs(run))
+        out.setdefault("supervised full fine-tuning", {})[f"{share} %"] = accuracy(tuned, own, found)
+    return out
+
+
+def _inputs(run: Run) -> Iterator[Tensor]:
+    return embed.batches(run.held_out, run.preprocessing)
 
 
 def whitened(run: Run, features: Pair) -> Pair:

@@ -13,7 +13,7 @@ from training.experiments import report
 from training.experiments.initialisation import CLIP, missing
 from training.experiments.lab import DEEP, SWAV, Lab, main
 from training.experiments.report import Table
-from training.experiments.supervised import MASK
+from training.experiments.supervised import SGD
 from training.run import Run
 
 SMALL = DEEP | {"seeds": 2}
@@ -60,7 +60,7 @@ def experiment(lab: Lab) -> list[Table]:
                 lab.notes.append(f"not run: {title}: {lack}")
                 continue
             for seed in lab.seeds:
-                for kind, more in (("supervised", MASK[lab.preset]), ("self-supervised", {})):
+                for kind, more in (("supervised", SGD[lab.preset]), ("self-supervised", {})):
                     run = lab.trained(name, seed, **(more | changes))
                     whole.add(f"{title}, {kind}", {short: 100 * masks.density(run.backbone, run.dispatcher)})
                     for part, shares in active(run).items():

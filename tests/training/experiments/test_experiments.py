@@ -89,15 +89,15 @@ def test_compression(command: Command) -> None:
     for codec in ("gzip", "lzma", "zstd"):
         assert value(both[codec]["mask reduction %"]) > value(both[codec]["weights reduction %"])
     assert 0 <= value(delta["bits that differ"]["as delta"]) < 0.5
-    assert set(coders) == {"lzma", "tensor", "channel", "channel and |W|"}
-    assert any("transport form" in note for note in command.notes)  # type: ignore[attr-defined]
+    assert set(coders) == {"lzma", "context coder"}
+    assert any("smaller than lzma" in note for note in command.notes)  # type: ignore[attr-defined]
 
 
 def test_supervised(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(supervised.MASK["small"], "lr", 1000.0)  # at the preset's own these few steps flip nothing
+    monkeypatch.setitem(supervised.MASK["small"], "lr", 1.0)  # at the preset's own these few steps flip nothing
     monkeypatch.setitem(supervised.TUNED["small"], "lr", 0.1)
     rows = only(command(supervised, "lr=1"))
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert 0 < value(rows["supervised mask"]["active %"]) < 100
     head = rows["supervised, learning rate zero: the head alone"]
     assert head["k-NN"]["mean"] == rows["frozen backbone"]["k-NN"]["mean"], "without a rate no feature moves"
@@ -105,14 +105,17 @@ def test_supervised(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned.pop("accuracy") and tuned != rows["frozen backbone"]
 
 
-def test_low_shot(command: Command) -> None:
+def test_low_shot(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_shot, "FEWEST", 2)
+    monkeypatch.setattr(low_shot, "SHARES", (50, 1))
     rows = only(command(low_shot))
+    assert {"head alone", "supervised mask", "supervised full fine-tuning"} <= set(rows)
     assert set(rows["mask, probe whitened"]) == {f"{s} %" for s in low_shot.SHARES}
     assert next((command.out).glob("low_shot-small.*.png")).read_bytes().startswith(PNG)  # type: ignore[attr-defined]
 
 
 def test_sparsity(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(supervised.MASK["small"], "lr", 1000.0)
+    monkeypatch.setitem(supervised.SGD["small"], "lr", 1000.0)
     tables = command(sparsity, "lr=1")
     title = "Figures 2 and 3: EfficientNet-Lite0 by stage, % active"  # the name of the preset's own backbone
     assert list(tables[title]) == ["layer2", "layer3", "layer4"]
@@ -137,7 +140,7 @@ def test_selective(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equivalence(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(supervised.MASK, "small", {"labels": True})
+    monkeypatch.setitem(supervised.SGD, "small", {"labels": True})
     rows = only(command(equivalence, "optimizer=rms-sgd", "lr=0.3"))
     differ = {title: value(cells["% of bits that differ"]) for title, cells in rows.items()}
     standard, shifted, doubled, *others = differ
