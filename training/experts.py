@@ -2,6 +2,7 @@
 
     python -m training.experts --run runs/cifar
     python -m training.experts --run runs/cifar --only 0 3     # these, and the others elsewhere
+    python -m training.experts --run runs/cifar --ray     # beside each other, see training.parallel
 
 Experts know nothing of each other: any process that sees the run's folder may train some of them, and each leaves a
 folder of its own there. The next stage wants them all.
@@ -53,11 +54,19 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
+    from training import parallel
+
     arguments = parser(__doc__)
-    arguments.add_argument("--only", type=int, nargs="+", default=[], metavar="K", help="numbers of experts")
+    beside = arguments.add_mutually_exclusive_group()
+    beside.add_argument("--only", type=int, nargs="+", default=[], metavar="K", help="numbers of experts")
+    beside.add_argument("--ray", action="store_true", help=parallel.HELP)
     options = arguments.parse_args()
 
     def stage(watch: Watch) -> None:
-        train(resume(options.run, watch), options.only)
+        run = resume(options.run, watch)
+        if options.ray:
+            parallel.train(run)
+        else:
+            train(run, options.only)
 
     main(stage)

@@ -4,6 +4,7 @@
     cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
     cascade train photos/ --labels --out model_store/photos/1     # one mask with a head, from class folders
     cascade train photos/ --clusters 0 --out model_store/photos/1     # one self-supervised mask, no router
+    cascade train photos/ --out model_store/photos/1 --ray     # experts beside each other, see training.parallel
     torchrun --nproc-per-node 4 -m -- training.pipeline photos/ --out model_store/photos/1     # several GPUs
 
 Stopped at any moment and started again with the same options it goes on where it was.
@@ -17,27 +18,32 @@ import torch
 from rich.console import Console
 
 from cascade.errors import CascadeError
-from training import clusters, dispatcher, distributed, evaluate, experts, pack
+from training import clusters, dispatcher, distributed, evaluate, experts, pack, parallel
 from training.cost import Cost
 from training.recipe import paper
 from training.run import Run, Watch, begin, main, parser, recipe_of
 
 
-def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = False) -> Path:
+def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = False, ray: bool = False) -> Path:
     """Dispatcher, clusters, experts, evaluation, bundle (with pictures of its neighbour bank's images on wish).
 
+    Args:
+        ray: each expert as a Ray task.
+
     Raises:
-        CascadeError: ``out`` exists (found before anything is trained), or a stage can't go on.
+        CascadeError: ``out`` exists or there is no Ray (found before anything is trained), or a stage can't go on.
     """
     if out.exists():
         raise CascadeError(f"{out} exists; versions are never overwritten: choose the next number")
+    if ray:
+        parallel.check()
     budget(run, controls)
     dispatcher.train(run)
     if controls:
         dispatcher.controls(run)
     with distributed.first():
         clusters.train(run)
-    experts.train(run)
+    (parallel if ray else experts).train(run)
     if distributed.rank():
         return out
     features = evaluate.collect(run)
@@ -81,6 +87,7 @@ def command(arguments: list[str]) -> None:
     options.add_argument("--out", type=Path, required=True, help="bundle to write: <store>/<name>/<version>")
     options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
     options.add_argument("--thumbnails", action="store_true", help=pack.THUMBNAILS)
+    options.add_argument("--ray", action="store_true", help=parallel.HELP)
     options.add_argument("--preset", choices=["paper"], help="start from the published setting")
     options.add_argument(
         "--price-per-hour", type=float, default=0.0, help="of one GPU, or of this machine without: its cost is told"
@@ -93,10 +100,11 @@ def command(arguments: list[str]) -> None:
     def stage(watch: Watch) -> None:
         with Cost(chosen.price_per_hour) as cost:
             run = begin(chosen.run, recipe_of(chosen), watch)
-            path = train(run, chosen.out, controls=chosen.controls, thumbnails=chosen.thumbnails)
+            path = train(run, chosen.out, controls=chosen.controls, thumbnails=chosen.thumbnails, ray=chosen.ray)
         if not distributed.rank():
             watch.say(f"wrote {path}")
-            watch.say(cost.line())
+            if not chosen.ray:  # what its tasks use, elsewhere, is not seen
+                watch.say(cost.line())
 
     main(stage)
 

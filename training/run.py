@@ -94,12 +94,14 @@ class Run:
         """They are the same whenever the run goes on; a file in its folder names those that were left out."""
         about = {"images": len(images), "fingerprint": images.fingerprint(), "broken": dict(images.broken)}
         path = self.folder / f"{split}.json"
-        if path.exists() and read_json(path)["fingerprint"] != about["fingerprint"]:
+        known = read_json(path) if path.exists() else None
+        if known and known["fingerprint"] != about["fingerprint"]:
             raise CascadeError(
                 f"the {split} images of {self.recipe.data} are not those that {self.folder} was begun with:"
                 " put them back, or choose another --run folder"
             )
-        write_json(path, about)
+        if known != about:  # not again where others, experts in training beside each other say, may do the same
+            write_json(path, about)
         return images
 
     @cached_property

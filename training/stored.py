@@ -1,5 +1,6 @@
 """Arrays that are made once, row by row, and mapped from disk ever after."""
 
+import fcntl
 import io
 import math
 import os
@@ -14,7 +15,8 @@ def stored(
 ) -> np.ndarray:
     """The array in the .npy ``file``, which is made first if it is not there.
 
-    By that name it is complete or not there; an interrupted start leaves a part that the next one continues.
+    By that name it is complete or not there; an interrupted start leaves a part that the next one continues. Of several
+    processes that want it at a time one makes it, the others wait.
 
     Args:
         rows: given how many rows are done, the rest of them in order.
@@ -27,7 +29,11 @@ def stored(
         header, row = head.getvalue(), dtype.itemsize * math.prod(shape[1:])
         part = file.with_suffix(".part")
         with open(part, "ab") as out:  # rows in order behind the header: the length says how far it got
-            done = max(0, (out.tell() - len(header)) // row)
+            fcntl.flock(out, fcntl.LOCK_EX)
+            if file.exists():  # somebody else's, in the meantime
+                part.unlink(missing_ok=True)
+                return stored(file, shape, dtype, rows)
+            done = max(0, (out.seek(0, os.SEEK_END) - len(header)) // row)
             out.truncate(len(header) + done * row if done else 0)
             if not done:
                 out.write(header)

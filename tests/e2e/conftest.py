@@ -19,9 +19,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import cascade
+from cascade.batch import predict_files
 from cascade.bundle import read, write
 from cascade.engine import Engine
 from cascade.executors.choice import Kind
+from cascade.index import build
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 
 if TYPE_CHECKING:
@@ -206,9 +208,9 @@ def one_mask(engine: Engine, photos: list[bytes]) -> int:
 
 
 @pytest.fixture(scope="session")
-def photos() -> list[bytes]:
+def photos(indexed: list[Path]) -> list[bytes]:
     """Ten CIFAR-10 test images as PNG files."""
-    return [path.read_bytes() for path in sorted((ROOT / "tests" / "data" / "photos").glob("*.png"))]
+    return [path.read_bytes() for path in indexed]
 
 
 @pytest.fixture(scope="session")
@@ -221,9 +223,25 @@ def server(store: Path, one_mask: int) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="session")
-def asgi(store: Path, one_mask: int) -> "Iterator[Asgi]":
-    """One ASGI server for the session, with room for a single materialised mask."""
+def indexed() -> list[Path]:
+    """What the ASGI server's index is over."""
+    return sorted((ROOT / "tests" / "data" / "photos").glob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def index(store: Path, indexed: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos' embeddings by bundle `one`."""
+    folder = tmp_path_factory.mktemp("index")
+    engine = cascade.load(store / "one" / "1", executor=EXECUTOR)
+    predict_files(engine, indexed, folder / "out", embedding="float16")
+    build(folder / "out", folder / "index")
+    return folder / "index"
+
+
+@pytest.fixture(scope="session")
+def asgi(store: Path, index: Path, one_mask: int) -> "Iterator[Asgi]":
+    """One ASGI server for the session, with room for a single materialised mask, and an index."""
     from tests.e2e.asgi_server import serving_asgi
 
-    with serving_asgi(store, "--budget", str(one_mask)) as running:
+    with serving_asgi(store, "--budget", str(one_mask), "--index", str(index)) as running:
         yield running

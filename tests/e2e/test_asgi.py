@@ -184,6 +184,20 @@ def test_slow_and_long_heads_are_refused(asgi: Asgi) -> None:
     assert asgi.answers()
 
 
+def test_search(asgi: Asgi, indexed: list[Path]) -> None:
+    for photo in indexed:
+        found = CLIENT.post(f"{asgi.base}/v1/search", params={"k": 3}, content=photo.read_bytes()).raise_for_status()
+        answer = found.json()
+        assert (answer["bundle"], answer["version"], len(answer["results"])) == ("one", "1", 3)
+        nearest = answer["results"][0]
+        assert nearest["path"] == str(photo) and nearest["similarity"] == pytest.approx(1, abs=1e-3)
+    for body, params, want in (
+        (b"no image", {}, (400, "not_an_image")),
+        (photo.read_bytes(), {"k": 1000}, (400, "bad_option")),
+    ):
+        assert error(CLIENT.post(f"{asgi.base}/v1/search", params=params, content=body)) == want
+
+
 def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"one {sha256(b'secret-of-one').hexdigest()}\n")
@@ -270,14 +284,6 @@ def test_the_end_does_not_wait_longer_than_the_drain_time(store: Path, photos: l
         start = time.monotonic()
         assert server.end(signal.SIGTERM) == 0
         assert time.monotonic() - start < 5
-
-
-def test_a_killed_supervisor_takes_the_engine_with_it(store: Path) -> None:
-    with serving_asgi(store) as server:
-        worker = server.worker()
-        server.end(signal.SIGKILL)
-        worker.wait(10)
-        assert server.processes() == []
 
 
 def test_what_cannot_start_is_one_line(store: Path, asgi: Asgi, tmp_path: Path) -> None:

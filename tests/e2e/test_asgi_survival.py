@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import struct
 import tempfile
@@ -505,6 +506,14 @@ def test_schemathesis(survivor: Asgi, examples: int) -> None:
         run()
     assert len(seen) >= 10 and sum(seen.values()) > 5 * len(seen)
     assert survivor.answers()
+
+
+def test_a_killed_supervisor_takes_the_engine_with_it(survivor: Asgi) -> None:
+    """The last test of this server."""
+    worker = survivor.worker()
+    survivor.end(signal.SIGKILL)
+    worker.wait(10)
+    assert survivor.processes() == []
 
 
 @pytest.mark.soak

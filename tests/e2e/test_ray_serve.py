@@ -9,8 +9,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 BUNDLES = ("a", "b", "c", "d")
 HELD = 2
+KEY, OF_A = "opens everything", "opens a alone"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,7 @@ def url(many: Path) -> Iterator[str]:
     (port,) = claim_ports((LOOPBACK, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CASCADE_EXECUTOR", EXECUTOR)
+        patch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")  # ten otherwise
         with serving(many, port=port, replicas=3, least=2, log_level="warning", poll=0, threads=1) as url:
             yield url
     assert not replicas()
@@ -70,7 +73,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @contextmanager
-def load(url: str, photo: bytes, threads: int = 4) -> Iterator[Counter[Any]]:
+def load(url: str, photo: bytes, threads: int = 4, bundles: Sequence[str] = BUNDLES) -> Iterator[Counter[Any]]:
     """Requests without pause while the block runs, for each of the bundles; gives what became of them, by status."""
     found: Counter[Any] = Counter()
     over = threading.Event()
@@ -80,7 +83,8 @@ def load(url: str, photo: bytes, threads: int = 4) -> Iterator[Counter[Any]]:
             nth = number
             while not over.is_set():
                 nth += 1
-                headers = {"X-Cascade-Bundle": BUNDLES[nth % len(BUNDLES)], "Content-Type": "image/png"}
+                headers = {"X-Cascade-Bundle": bundles[nth % len(bundles)], "Content-Type": "image/png"}
+                headers["Authorization"] = f"Bearer {KEY}"  # for when there are keys
                 try:
                     answer = client.post(f"{url}/v1/predict", content=photo, headers=headers)
                     found[answer.status_code] += 1
@@ -153,24 +157,41 @@ def test_a_replica_dies_under_load(url: str, photos: list[bytes]) -> None:
     assert found[503] <= 8 and found[200] > 20, found
 
 
-def test_a_new_configuration_rolls_out_without_a_failed_request(
-    url: str, many: Path, engine: Engine, photos: list[bytes], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """And it is one with memory for two of the four bundles, which then come to where they are asked for."""
+@pytest.fixture(scope="module")
+def roll_out(many: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Give the replicas another configuration: keys, memory for two of the four bundles, and as many as said."""
     from ray import serve
 
     from handlers.ray.replica import DEPLOYMENT, Settings
 
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"* {sha256(KEY.encode()).hexdigest()}\na {sha256(OF_A.encode()).hexdigest()}\n")
     stats = engine.stats()
-    memory = stats["backbone_bytes"] + int((HELD + 0.5) * stats["packed_bytes"])
-    settings = Settings(model_store=str(many), memory_bytes=memory, log_level="warning", poll=0, threads=1)
+    settings = Settings(
+        model_store=str(many),
+        memory_bytes=stats["backbone_bytes"] + int((HELD + 0.5) * stats["packed_bytes"]),
+        api_keys=str(keys),
+        log_level="warning",
+        poll=0,
+        threads=1,
+    )
     environment = {
         "env_vars": {"CASCADE_EXECUTOR": EXECUTOR, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
     }
-    small = DEPLOYMENT.options(num_replicas=2, autoscaling_config=None, ray_actor_options={"runtime_env": environment})
+
+    def run(**number: Any) -> None:
+        small = DEPLOYMENT.options(ray_actor_options={"runtime_env": environment}, **number)
+        serve.run(small.bind(settings), name=NAME, logging_config=QUIET)
+
+    return run
+
+
+def test_a_new_configuration_rolls_out_without_a_failed_request(
+    url: str, roll_out: Callable[..., None], photos: list[bytes]
+) -> None:
     with load(url, photos[0], threads=2) as found:
         before = {p.pid for p in replicas()}
-        serve.run(small.bind(settings), name=NAME, logging_config=QUIET)
+        roll_out(num_replicas=2, autoscaling_config=None)
         assert until(lambda: not before & {p.pid for p in replicas()}, 60)
         so_far = found[200]
         assert until(lambda: found[200] > so_far + 40, 30)
@@ -179,7 +200,7 @@ def test_a_new_configuration_rolls_out_without_a_failed_request(
 
 def test_bundles_that_do_not_fit_come_when_they_are_asked_for(url: str, photos: list[bytes]) -> None:
     """Four bundles on two replicas that hold two each: a request goes where its bundle is, so hardly any is loaded."""
-    with cascade.Client(url, patience=20) as client:
+    with cascade.Client(url, key=KEY, patience=20) as client:
         assert client.models() == {name: ["1"] for name in BUNDLES}
         assert isinstance(client.predict(photos[0], cascade.Options("z")), ItemError)
         for _ in range(3):  # until every bundle has its place
@@ -198,6 +219,42 @@ def loads(url: str) -> float:
     """How often the replicas loaded or dropped a bundle."""
     lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith('cascade_reloads_total{outcome="changed"}'))
+
+
+def test_a_key_opens_its_bundles_alone(url: str, photos: list[bytes]) -> None:
+    """And who has none for a bundle has none driven out for it."""
+    before = loads(url)
+    with httpx.Client(trust_env=False, timeout=60) as client:
+
+        def ask(bundle: str, key: str | None) -> tuple[int, str | None]:
+            headers = {"X-Cascade-Bundle": bundle} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+            answer = client.post(f"{url}/v1/predict", content=photos[0], headers=headers).json()
+            return answer["error"]["status"] if "error" in answer else 200, answer.get("error", {}).get("kind")
+
+        for bundle in BUNDLES:
+            assert ask(bundle, None) == (401, "key_missing")
+            assert ask(bundle, "guessed") == (401, "key_unknown")
+        assert [ask(bundle, OF_A) for bundle in BUNDLES[1:]] == [(403, "key_forbidden")] * 3
+        assert loads(url) == before
+        assert ask("a", OF_A) == ask("a", KEY) == ask("b", KEY) == (200, None)
+    with cascade.Client(url, key=OF_A) as narrow:
+        assert narrow.models() == {"a": ["1"]}
+
+
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")  # it is still checked
+def test_replicas_come_and_go_with_the_load(url: str, roll_out: Callable[..., None], photos: list[bytes]) -> None:
+    """From one to two and back by the requests in progress, none of which fails."""
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4}
+    delays = {"upscale_delay_s": 0.5, "downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.5}
+    roll_out(autoscaling_config=scaling | delays)
+    with load(url, photos[0], threads=1, bundles=("a",)) as calm:
+        assert until(lambda: len(replicas()) == 1, 30), "nothing to do for the second one"
+        with load(url, photos[0], threads=12, bundles=("a",)) as busy:
+            assert until(lambda: len(replicas()) == 2, 30), "12 in progress are more than 4 for each"
+            first = busy[200]
+            assert until(lambda: busy[200] > first + 100, 30)
+        assert until(lambda: len(replicas()) == 1, 30), "nothing to do again"
+    assert set(calm) == set(busy) == {200}, (calm, busy)
 
 
 @pytest.mark.soak

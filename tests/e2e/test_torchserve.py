@@ -301,19 +301,6 @@ def test_nothing_but_predictions_and_metrics_listens_outside(store: Path, photos
     assert "secret" not in text and "\x1b" not in text
 
 
-def test_a_killed_entrypoint_takes_everything_with_it(store: Path) -> None:
-    with serving(store) as server:
-        assert len(server.processes()) == 3, "the entrypoint, Java, a worker"
-        server.end(signal.SIGKILL)
-        end = time.monotonic() + 10
-        while server.processes() and time.monotonic() < end:
-            time.sleep(0.05)
-        assert server.processes() == []
-        for left in server.folder.glob("cascade-*"):  # what SIGKILL leaves: it, and a dead token
-            shutil.rmtree(left)
-        (server.folder / "token").unlink()
-
-
 def test_no_url_is_ever_fetched(server: Running) -> None:
     """TorchServe 0.12 as it comes fetches any URL through its workflow API, even with the model API off."""
     hits: list[str] = []

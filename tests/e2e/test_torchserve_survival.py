@@ -389,6 +389,16 @@ def test_killed_without_a_store_and_with_a_full_disk(
         assert load.statuses.keys() == {200} and load.wrong == []
 
 
+def test_a_killed_entrypoint_takes_everything_with_it(survivor: Running) -> None:
+    """The last test of this server."""
+    assert len(survivor.processes()) == 3, "the entrypoint, Java, a worker"
+    survivor.end(signal.SIGKILL)
+    until(lambda: survivor.processes() == [], 10)
+    for left in survivor.folder.glob("cascade-*"):  # what SIGKILL leaves: it, and a dead token
+        shutil.rmtree(left)
+    (survivor.folder / "token").unlink()
+
+
 @pytest.mark.soak
 def test_a_disk_filled_to_the_last_block(store: Path, photos: list[bytes]) -> None:
     """What the server itself writes lies there; a worker that is killed comes back, too."""

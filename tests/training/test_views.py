@@ -1,7 +1,9 @@
 """Stored trunk features stand for the live crops, and an interrupted store ends with the same bytes."""
 
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from training.loop import generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
 from training.objectives import Batch, SelfSupervised
 from training.recipe import Recipe
+from training.stored import stored
 
 STAGE, DRAWS = 3, 2
 RECIPE = Recipe("", size=32, batch=24, local_crops=3, prototypes=30, projection=16, queue=0, draws=DRAWS)
@@ -85,11 +88,11 @@ def step(objective: SelfSupervised, model: MaskedModel, pixels: np.ndarray) -> t
 def test_a_step_on_stored_features_is_a_step_on_the_same_crops(
     executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path
 ) -> None:
-    stored = store(executor, pixels, tmp_path / "views")
+    held = store(executor, pixels, tmp_path / "views")
     backbone, p, got = executor.backbone, preprocessing(executor), []
     for kind in (SelfSupervised, Live):
         seed_everything(0)
-        objective = kind(RECIPE, backbone.features, p, stored)
+        objective = kind(RECIPE, backbone.features, p, held)
         if isinstance(objective, Live):
             objective.images = pixels
         got.append(step(objective, mask_backbone(backbone, STAGE), pixels))
@@ -99,8 +102,8 @@ def test_a_step_on_stored_features_is_a_step_on_the_same_crops(
 
 
 def test_every_row_is_its_images_and_its_draws(executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
-    stored, p = store(executor, pixels, tmp_path / "views"), preprocessing(executor)
-    for crop, group in zip(CROPS, stored, strict=True):
+    held, p = store(executor, pixels, tmp_path / "views"), preprocessing(executor)
+    for crop, group in zip(CROPS, held, strict=True):
         assert group.dtype == np.float16 and group.shape[:2] == (DRAWS * 100, crop[0])
         for draw in range(DRAWS):
             for begin in (0, 64):
@@ -152,3 +155,19 @@ def test_crops_of_one_size_would_share_a_file(executor: TorchExecutor, pixels: n
     same: tuple[Crop, ...] = ((2, 32, (0.14, 1.0)), (6, 32, (0.05, 0.14)))
     with pytest.raises(CascadeError, match="--local-size"):
         views.store(executor, STAGE, pixels, preprocessing(executor), same, DRAWS, tmp_path / "views")
+
+
+def test_of_many_that_want_it_one_stores(tmp_path: Path) -> None:
+    """Experts that are trained beside each other, by processes that know nothing of each other."""
+    made = []
+
+    def rows(done: int) -> Iterator[np.ndarray]:
+        made.append(done)
+        for row in np.arange(12, dtype=np.float32).reshape(4, 3)[done:]:
+            time.sleep(0.02)
+            yield row
+
+    with ThreadPoolExecutor(4) as pool:
+        for array in pool.map(lambda _: stored(tmp_path / "a.npy", (4, 3), np.dtype("<f4"), rows), range(4)):
+            np.testing.assert_array_equal(array, np.arange(12).reshape(4, 3))
+    assert made == [0] and [path.name for path in tmp_path.iterdir()] == ["a.npy"]

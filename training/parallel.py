@@ -1,0 +1,161 @@
+"""Experts beside each other: each a Ray task, on the cluster of RAY_ADDRESS or on this machine.
+
+    python -m training.experts --run runs/photos --ray
+    cascade train photos/ --out model_store/photos/1 --ray     # all stages; this one by Ray
+
+A task does what ``python -m training.experts --only K`` does, and nothing passes between them but the run's folder:
+every node sees it, and the images, at the same place. A task whose process or node dies is begun again, by Ray and
+perhaps elsewhere, and goes on from its checkpoint.
+"""
+
+import json
+import logging
+import os
+import secrets
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade import masks
+from cascade.errors import CascadeError, brief
+from training import distributed, experts
+from training.loop import CURVE, DONE
+from training.run import Run, Watch, resume
+
+RETRIES = 3  # of a task that dies
+LOOK = 1.0  # seconds between two looks at the curves
+TAIL = 1 << 16  # bytes of a curve in which its last line lies
+OBJECT_STORE = 80 * 2**20  # bytes, hardly more than Ray's least: nothing goes through it
+HELP = "a Ray task for each expert, on the cluster of RAY_ADDRESS or here (training.parallel)"
+
+
+def train(run: Run) -> None:
+    """``experts.train`` with a task for each expert; to the same bits where the threads are as many.
+
+    A task takes a GPU where the cluster has some, else as many CPUs as a training in this process has threads.
+
+    Raises:
+        CascadeError: Ray is not there or has no node that is large enough, or an expert can't be trained.
+    """
+    check()
+    missing = [k for k in range(run.recipe.clusters) if not (run.folder / f"expert-{k}" / DONE).exists()]
+    if not missing:
+        return
+    _ = run.clusters, run.pixels, run.views  # what is decoded and stored, is so once
+    masks.apply(run.backbone, run.dispatcher)  # the kernel, when it first runs, sets PyTorch's number of threads, too
+    threads = torch.get_num_threads()
+    with _ray() as ray:
+        task = ray.remote(max_retries=RETRIES, **_needs(ray, len(missing), threads, run.watch))(_one)
+        where = str(Path.cwd()), str(run.folder.resolve())
+        running = {task.options(name=f"expert-{k}").remote(*where, k): k for k in missing}
+        warned: set[tuple[int, str]] = set()
+        while running:
+            done, _ = ray.wait(list(running), timeout=LOOK)
+            for k in running.values():
+                _follow(run, k, warned)
+            for each in done:
+                _result(ray, each, running.pop(each))
+
+
+def check() -> None:
+    """That it can work, before anything is trained.
+
+    Raises:
+        CascadeError: Ray is not installed, or torchrun has started several processes.
+    """
+    if find_spec("ray") is None:
+        raise CascadeError("Ray is not installed: pip install 'cascade-vision[ray]'")
+    if distributed.world() > 1:
+        raise CascadeError("--ray starts tasks of its own: leave out torchrun, or --ray")
+
+
+def _one(where: str, folder: str, k: int) -> None:
+    """The task."""
+    if not Path(where).is_dir() or not Path(folder).is_dir():
+        raise CascadeError(f"{where} and {folder} must be there on every node: share them, or start from elsewhere")
+    os.chdir(where)  # relative sources are relative to it
+    experts.train(resume(Path(folder), Watch(None)), [k])
+
+
+def _needs(ray: Any, count: int, threads: int, watch: Watch) -> dict[str, Any]:
+    """What a task asks for; says how many of them fit."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    what, each = ("GPU", 1) if any(node.get("GPU") for node in nodes) else ("CPU", threads)
+    fit = sum(int(node.get(what, 0) // each) for node in nodes)
+    if not fit:
+        raise CascadeError(f"no node of the cluster has {each} CPUs, one for each thread: set NUMBA_NUM_THREADS lower")
+    watch.say(f"{count} experts as Ray tasks of {each} {what} each, {min(fit, count)} at a time")
+    if what == "GPU":
+        return {"num_gpus": 1}
+    environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    return {"num_cpus": threads, "runtime_env": {"env_vars": environment}}
+
+
+def _follow(run: Run, k: int, warned: set[tuple[int, str]]) -> None:
+    """Show how far an expert is, and once what goes wrong with it: by the last line of its curve."""
+    try:
+        with open(run.folder / f"expert-{k}" / CURVE, "rb") as curve:
+            curve.seek(max(0, curve.seek(0, os.SEEK_END) - TAIL))
+            *_, last, _ = [b"", *curve.read().split(b"\n")]
+    except FileNotFoundError:
+        return
+    if not last.startswith(b"{"):
+        return
+    line = json.loads(last)
+    run.watch(f"expert-{k}", line["step"] + 1, run.recipe.expert_steps, line["loss"])
+    for what, text in line.get("warnings", {}).items():
+        if (k, what) not in warned:
+            warnings.warn(f"expert-{k}, step {line['step']}: {text}", stacklevel=3)
+            warned.add((k, what))
+
+
+def _result(ray: Any, task: Any, k: int) -> None:
+    """Wait for a task that is over; its error is ours."""
+    try:
+        ray.get(task)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, CascadeError):
+            raise CascadeError(str(cause)) from error
+        raise CascadeError(f"expert {k} was not trained ({brief(cause)}): started again it goes on") from error
+
+
+@contextmanager
+def _ray() -> Iterator[Any]:
+    """Ray until the block ends. One that is started here takes a random token, for it listens on every address."""
+    here = "RAY_ADDRESS" not in os.environ
+    ours = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if here:
+        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.pop(name, None) for name in ours}
+    os.environ |= ours  # before Ray is imported: that is when it looks
+    try:
+        import ray
+
+        # Short: sockets lie in it, whose names may have 107 bytes.
+        with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+            options: dict[str, Any] = {
+                "num_cpus": len(os.sched_getaffinity(0)),
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE,
+                "_temp_dir": folder,
+            }
+            try:
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **(options if here else {}))
+            except Exception as error:
+                place = os.environ.get("RAY_ADDRESS", "this machine")
+                raise CascadeError(f"Ray does not start on {place} ({brief(error)}): see ray status") from error
+            try:
+                yield ray
+            finally:
+                ray.shutdown()
+    finally:
+        for name in ours:
+            del os.environ[name]
+        os.environ |= {name: value for name, value in before.items() if value is not None}
