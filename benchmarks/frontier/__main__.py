@@ -49,7 +49,7 @@ def main() -> None:
     for name in names if chosen.rounds else ():
         found = {side: cost.measure(name, side, chosen.rounds, rows) for side in (sets.SIDE, 224)}
         share = cost.operations(sets.load(name), 224)
-        write_json(chosen.folder / name / "cost.json", plane.costs(found, share))
+        write_json(chosen.folder / name / plane.COSTS, plane.costs(found, share))
     plane.report_all(chosen.folder, plane.collect(chosen.folder, names, of_sets, map(int, seeds)), rows)
 
 

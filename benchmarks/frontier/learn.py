@@ -6,7 +6,7 @@ from math import cos, pi
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from benchmarks.frontier.lean import Tail
@@ -74,17 +74,58 @@ def swav(
     pick = _batches(data, rows, others, batch, seed)
 
     def loss(progress: float) -> Tensor:
-        projector.renormalise()
-        projector.prototypes.requires_grad_(not freeze_head and progress >= RECIPE.freeze_prototypes)
-        z = projector(tail(_views(data, pick(), 2))).chunk(2)
-        scores = [v @ projector.prototypes.T for v in z]
-        codes = [sinkhorn(s.detach(), RECIPE.epsilon, RECIPE.iterations) for s in scores]
-        return swapped_loss(scores, codes, RECIPE.temperature)
+        return _swapped(projector, progress, lambda: tail(_views(data, pick(), 2)), freeze_head)
 
     scores = torch.optim.Adam(tail.scores.values(), lr=lr, fused=True)
-    sgd = torch.optim.SGD(head, lr=RECIPE.head_lr, momentum=0.9, weight_decay=RECIPE.head_decay) if head else None
-    _steps(loss, [o for o in (scores, sgd) if o is not None], steps)
+    _steps(loss, [scores, *_of_head(head)], steps)
     return tail.state() | {n: t.detach().clone() for n, t in projector.state_dict().items()}
+
+
+def together(
+    tail: Tail, data: Set, steps: int, seed: int, route: Tensor, count: int, start: State, *, lr: float = RECIPE.lr
+) -> list[State]:
+    """Train the experts of all clusters at once, in one space: one batch, one head, one SwAV loss.
+
+    Every view goes through the mask of its own cluster, so that two views of an image may meet in two experts' spaces,
+    which must agree then. An expert's scores are the sum of what all experts share, which every image moves, and of
+    its own; with one cluster that is one mask at twice the rate.
+
+    Args:
+        route: cluster of each stored view, int64 [N, V], of ``count``.
+        start: scores, head and prototypes to begin with.
+
+    Returns:
+        one state a cluster.
+    """
+    torch.manual_seed(seed)
+    projector = Projector(tail.width, RECIPE.projection, RECIPE.prototypes)
+    projector.load_state_dict({n: start[n] for n in projector.state_dict()})
+    _begin(tail, start)
+    pick, shared = _batches(data, None, 0.0, RECIPE.batch, seed), tail.scores
+    own = [{n: nn.Parameter(torch.zeros_like(p)) for n, p in shared.items()} for _ in range(count)]
+
+    def features() -> Tensor:
+        rows = pick()
+        which = _which(data, rows, 2)
+        x, to = _taken(data.augmented, rows, which).float(), _taken(route, rows, which)
+        out = torch.zeros(len(x), tail.width)
+        for k in to.unique().tolist():
+            tail.scores = {n: p + own[k][n] for n, p in shared.items()}
+            at = (to == k).nonzero()[:, 0]
+            out = out.index_copy(0, at, tail(x[at]))
+        return out
+
+    both = [*shared.values(), *(p for scores in own for p in scores.values())]
+    try:
+        _steps(
+            lambda progress: _swapped(projector, progress, features),
+            [torch.optim.Adam(both, lr=lr, fused=True), *_of_head(list(projector.parameters()))],
+            steps,
+        )
+    finally:
+        tail.scores = shared
+    head = {n: t.detach().clone() for n, t in projector.state_dict().items()}
+    return [{n: (p + scores[n]).detach() for n, p in shared.items()} | head for scores in own]
 
 
 def distil(
@@ -179,10 +220,37 @@ def _batches(data: Set, rows: np.ndarray | None, others: float, batch: int, seed
     return pick
 
 
+def _swapped(
+    projector: Projector, progress: float, features: Callable[[], Tensor], freeze_head: bool = False
+) -> Tensor:
+    """SwAV's loss of the features [2 * B, F] of two views, view by view."""
+    projector.renormalise()
+    projector.prototypes.requires_grad_(not freeze_head and progress >= RECIPE.freeze_prototypes)
+    z = projector(features()).chunk(2)
+    scores = [v @ projector.prototypes.T for v in z]
+    codes = [sinkhorn(s.detach(), RECIPE.epsilon, RECIPE.iterations) for s in scores]
+    return swapped_loss(scores, codes, RECIPE.temperature)
+
+
+def _of_head(parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    if not parameters:
+        return []
+    return [torch.optim.SGD(parameters, lr=RECIPE.head_lr, momentum=0.9, weight_decay=RECIPE.head_decay)]
+
+
 def _views(data: Set, rows: Tensor, count: int) -> Tensor:
     """``count`` different stored views of each image: float32 [count * B, P, C], view by view."""
-    which = torch.rand(len(rows), data.augmented.shape[1]).topk(count, dim=1).indices
-    return data.augmented[rows[:, None], which].transpose(0, 1).flatten(0, 1).float()
+    return _taken(data.augmented, rows, _which(data, rows, count)).float()
+
+
+def _which(data: Set, rows: Tensor, count: int) -> Tensor:
+    """Numbers of ``count`` different views of each image, int64 [B, count]."""
+    return torch.rand(len(rows), data.augmented.shape[1]).topk(count, dim=1).indices
+
+
+def _taken(of: Tensor, rows: Tensor, which: Tensor) -> Tensor:
+    """Entries of [N, V, ...] as [count * B, ...], view by view."""
+    return of[rows[:, None], which].transpose(0, 1).flatten(0, 1)
 
 
 def _steps(loss: Callable[[float], Tensor], optimizers: list[torch.optim.Optimizer], steps: int) -> None:

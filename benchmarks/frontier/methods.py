@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 import torch
 
-from benchmarks.frontier.learn import Budget
+from benchmarks.frontier import learn
+from benchmarks.frontier.learn import Budget, State
 from benchmarks.frontier.study import Choice, Pair, Study
 from training.run import FEWEST
 
@@ -50,6 +52,21 @@ def late(s: Study) -> list[str]:
     half = s.budget.second // 2
     start = s.swav("shared-half", half, start=s.dispatcher())
     return experts(s, "late", steps=half // s.budget.experts, start=start, freeze_head=True, others=NEIGHBOURS)
+
+
+def together(s: Study, count: int) -> list[str]:
+    """Experts trained at once in one space, in the steps of an unrouted second mask."""
+    names = [f"together-{count}-{k}" for k in range(count)]
+
+    @cache
+    def trained() -> dict[str, State]:
+        route, seed = s.route_views(count), s.key(f"together-{count}")
+        states = learn.together(s.tail, s.data, s.budget.second, seed, route, count, s.dispatcher())
+        return dict(zip(names, states, strict=True))
+
+    for name in names:
+        s.state(name, lambda: trained()[name])  # noqa: B023
+    return names
 
 
 def clustered(s: Study, count: int) -> list[str]:
@@ -231,6 +248,23 @@ MORE: dict[str, Method] = {
         lambda b: b.cascade,
         lambda s: s.fused(
             dispatcher(s), routed(s, experts(s, "fastaligned0.1", lr=0.1, freeze_head=True, others=NEIGHBOURS))
+        ),
+    ),
+    "conditional, experts trained together": Method(
+        ROUTED,
+        "routed",
+        lambda b: b.cascade,
+        lambda s: s.fused(dispatcher(s), routed(s, together(s, s.budget.experts))),
+    ),
+    "conditional, two experts trained together": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, together(s, 2)))
+    ),
+    "two masks, the second at twice the rate": Method(
+        TWO,
+        "unrouted",
+        lambda b: b.cascade,
+        lambda s: s.fused(
+            dispatcher(s), single(s, "fast-second", s.budget.second, start=s.dispatcher(), lr=2 * learn.RECIPE.lr)
         ),
     ),
     "conditional, ten clusters": Method(

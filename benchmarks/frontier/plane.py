@@ -14,7 +14,7 @@ from benchmarks.report import Figure, Rows, report, single
 from cascade.errors import CascadeError
 from training.run import read_json
 
-RESULTS = "results.json"
+RESULTS, COSTS = "results.json", "cost.json"
 MOST = 2.2  # passes
 TAILS = {"one mask": 1, "two masks": 2, "dispatcher and routed expert": 2, "dispatcher and five experts": 6}
 TAILS |= {PLAIN: 1, "dispatcher and two experts": 3}
@@ -26,6 +26,13 @@ def costs(found: dict[int, dict[str, Figure]], share: float) -> dict[str, Any]:
     """What is kept of measured costs: passes by time, by side in px, and the masked stages' share of operations."""
     by_side = {str(side): {way: [f.value, *f.spread] for way, f in ways.items()} for side, ways in found.items()}
     return {"share": share, "time": by_side}
+
+
+def mean_costs(of: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several backbones, by the sides that were measured with all of them."""
+    sides = set.intersection(*(set(c["time"]) for c in of))
+    time = {s: {w: [mean(c["time"][s][w][0] for c in of)] for w in of[0]["time"][s]} for s in sorted(sides)}
+    return {"share": mean(c["share"] for c in of), "time": time}
 
 
 def collect(folder: Path, backbones: Iterable[str], sets: Iterable[str], seeds: Iterable[int]) -> Results:
@@ -100,14 +107,26 @@ def report_all(folder: Path, results: Results, rows: Rows) -> None:
     if not results:
         raise CascadeError(f"nothing in {folder} has been measured to its end yet: leave --report out")
     backbones, tables = list(dict.fromkeys(b for b, _, _ in results)), [rows.table] if rows.table.row_count else []
-    cost = {b: read_json(folder / b / "cost.json") for b in backbones}
+    cost = {b: _costs(folder / b / COSTS) for b in backbones}
     for b in backbones:
         own = {k: v for k, v in results.items() if k[0] == b}
         tables += [_table(b, own, cost[b], METHODS, "test"), *_explored(b, folder, cost[b])]
-    found, cheap, routed, control = figures(results, cost[backbones[0]])
+    found, cheap, routed, control = figures(results, mean_costs(list(cost.values())))
     print("figures are means over", ", ".join(f"{of} with {b}" for b, of in places(results)))
     print(f"chosen by validation: within {MOST} passes: {cheap}; routed: {routed}; its control: {control}")
     report("frontier", found, *tables)
+
+
+def _costs(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
+        raise CascadeError(
+            f"no costs in {path} yet: leave --rounds 0 out, on a machine that does nothing else"
+        ) from None
+    if str(SIDE) not in found["time"]:
+        raise CascadeError(f"{path} has no costs at {SIDE} px: leave --rounds 0 out to measure them anew")
+    return found
 
 
 def _difference(results: Results, a: str, b: str, metric: str, goal: str | None = None) -> Figure:

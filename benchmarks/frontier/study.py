@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.frontier import learn, sets
 from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.learn import Budget, State
+from cascade.router import Router
 from training import clusters, fuse
 from training.evaluate import fit_probe, knn
 
@@ -85,11 +86,21 @@ class Study:
         return self.once(f"route-{count}", lambda: self._route(count))
 
     def _route(self, count: int) -> Pair:
-        state = self.dispatcher()
+        router = self._router(count)
         train, held_out = self.features("dispatcher")
-        projector = {n: state[n] for n in ("head.weight", "head.bias", "prototypes")}
-        router = clusters.fit_prototypes(projector, train.float().numpy(), count, self.seed)
         return router.probabilities(train), router.probabilities(held_out)
+
+    def _router(self, count: int) -> Router:
+        state = self.dispatcher()
+        projector = {n: state[n] for n in ("head.weight", "head.bias", "prototypes")}
+        return clusters.fit_prototypes(projector, self.features("dispatcher")[0].float().numpy(), count, self.seed)
+
+    def route_views(self, count: int) -> Tensor:
+        """Cluster of each stored view, int64 [N, V]."""
+        router, state = self._router(count), self.dispatcher()
+        views = self.data.augmented.unbind(dim=1)
+        found = (router.probabilities(learn.masked_features(self.tail, state, x)).argmax(dim=1) for x in views)
+        return torch.stack(list(found), dim=1)
 
     def assigned(self, count: int) -> Choice:
         """Clusters of the training and the held-out images."""

@@ -77,6 +77,29 @@ def test_each_image_has_the_features_of_the_mask_that_it_is_sent_to(study: Study
         torch.testing.assert_close(picked[split].float(), wanted.float(), rtol=0.02, atol=0.02)
 
 
+def test_experts_trained_together_are_one_mask_at_twice_the_rate_where_there_is_one_cluster(study: Study) -> None:
+    start, every = study.dispatcher(), torch.zeros(study.data.augmented.shape[:2], dtype=torch.int64)
+    (alone,) = learn.together(study.tail, study.data, 3, 7, every, 1, start, lr=0.3)
+    plain = learn.swav(study.tail, study.data, 3, 7, start=start, lr=0.6)
+    assert not torch.equal(plain["conv_head.weight"], start["conv_head.weight"])
+    for name in plain:
+        torch.testing.assert_close(alone[name], plain[name], rtol=1e-3, atol=1e-3)
+
+
+def test_experts_trained_together_differ_where_their_views_do(study: Study) -> None:
+    start = study.dispatcher()
+    route = torch.from_numpy(study.data.domain)[:, None].repeat(1, 4)
+    first, second = learn.together(study.tail, study.data, 3, 7, route, 2, start, lr=0.3)
+    assert not torch.equal(first["conv_head.weight"], second["conv_head.weight"])
+    assert torch.equal(first["prototypes"], second["prototypes"])
+    route[:] = 1  # an expert that no view goes to has what all share, the other twice that
+    unused, used = learn.together(study.tail, study.data, 3, 7, route, 2, start, lr=0.3)
+    moved = unused["conv_head.weight"] - start["conv_head.weight"]
+    assert bool(moved.any())
+    torch.testing.assert_close(used["conv_head.weight"] - start["conv_head.weight"], 2 * moved)
+    assert study.route_views(2).shape == study.data.augmented.shape[:2]
+
+
 def test_the_distance_of_distillation() -> None:
     draw = torch.Generator().manual_seed(0)
     wanted = torch.randn(16, 8, generator=draw)
