@@ -36,7 +36,7 @@ def pack(folder: Path, file: Path) -> Path:
     tensors = {f"{part}/{n}": t for part, ts in bundles.contents(bundle, compress=False).items() for n, t in ts.items()}
     about = {"format": FORMAT, "card": bundle.card.model_dump_json(), "sha256": _digest(tensors)}
     for i, mask in enumerate(bundle.card.masks):
-        known = [_tail(tensors[_plain(of)], of, mask) for of in bundle.card.masks[:i]]
+        known = [tail(tensors[_plain(of)], of, mask) for of in bundle.card.masks[:i]]
         coded = coder.encode(tensors[_plain(mask)].numpy(), known)
         tensors[_coded(mask)] = torch.from_numpy(np.frombuffer(coded, np.uint8).copy())
     for mask in bundle.card.masks:
@@ -77,7 +77,7 @@ def unpack(file: Path, folder: Path) -> Path:
     try:
         card = Card.model_validate_json(about["card"])
         for i, mask in enumerate(card.masks):
-            known = [_tail(tensors[_plain(of)], of, mask) for of in card.masks[:i]]
+            known = [tail(tensors[_plain(of)], of, mask) for of in card.masks[:i]]
             coded = tensors.pop(_coded(mask)).numpy().tobytes()
             tensors[_plain(mask)] = torch.from_numpy(coder.decode(coded, -(-mask.weights // 8), known))
         if _digest(tensors) != about["sha256"]:
@@ -92,7 +92,7 @@ def unpack(file: Path, folder: Path) -> Path:
     return bundles.write(bundle, folder)
 
 
-def _tail(bits: Tensor, of: MaskCard, mask: MaskCard) -> np.ndarray:
+def tail(bits: Tensor, of: MaskCard, mask: MaskCard) -> np.ndarray:
     """The packed bits, of those of one mask, of the weights that another covers: uint8."""
     if mask.weights > of.weights:
         raise BundleError(f"{mask.name} covers more weights than {of.name}")

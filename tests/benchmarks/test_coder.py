@@ -1,0 +1,14 @@
+"""The coder's benchmark, on the demo bundle."""
+
+from pathlib import Path
+
+from benchmarks.coder import measured
+
+DEMO = Path(__file__).parents[2] / "model_store" / "demo" / "1"
+
+
+def test_sizes_and_speeds_of_every_mask() -> None:
+    figures, table = measured(DEMO, rounds=1)
+    assert table.row_count == 6
+    assert figures["bytes"].value < 0.9 * figures["bytes_lzma"].value and figures["smaller_than_lzma"].met
+    assert figures["decoded_mb_per_second"].value > 0
