@@ -46,8 +46,8 @@ def measured(path: Path, rounds: int) -> tuple[dict[str, Figure], Table]:
     total = sum(mask.bits.numel() for mask in bundle.masks)
     return {
         "smaller_than_lzma": single(float(1 - sizes[0] / sizes[1]), ">= 0.1"),
-        "decoded_mb_per_second": figure(list(total / 1e6 / seconds[:, 0]), ">= 100"),
-        "decoded_mb_per_second_lzma": figure(list(total / 1e6 / seconds[:, 1])),
+        "decoded_mb_per_second": figure((total / 1e6 / seconds[:, 0]).tolist(), ">= 100"),
+        "decoded_mb_per_second_lzma": figure((total / 1e6 / seconds[:, 1]).tolist()),
         "bytes": single(float(sizes[0])),
         "bytes_lzma": single(float(sizes[1])),
     }, table
