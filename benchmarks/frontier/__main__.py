@@ -46,10 +46,13 @@ def main() -> None:
         for seed, name, of in product(seeds, names, of_sets):
             measure(chosen.folder, name, of, int(seed), chosen.explore and seed == "0")
     rows = Rows("cost of serving, batch 8")
-    for name in names if chosen.rounds else ():
-        found = {side: cost.measure(name, side, chosen.rounds, rows) for side in (sets.SIDE, 224)}
-        share = cost.operations(sets.load(name), 224)
-        write_json(chosen.folder / name / plane.COSTS, plane.costs(found, share))
+    for name in names:
+        path = chosen.folder / name / plane.COSTS
+        if chosen.rounds or not path.exists():  # without rounds there are operations, and no times
+            sides = (sets.SIDE, 224) if chosen.rounds else ()
+            found = {side: cost.measure(name, side, chosen.rounds, rows) for side in sides}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, plane.costs(found, cost.operations(sets.load(name), 224)))
     plane.report_all(chosen.folder, plane.collect(chosen.folder, names, of_sets, map(int, seeds)), rows)
 
 
