@@ -122,6 +122,7 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
         return False
 
 
+@pytest.mark.soak
 def test_a_launcher_starts_a_process_for_each(runs: Path) -> None:
     """The line of docs/training.md."""
     run = shutil.copytree(runs / "begun", runs / "launched")
