@@ -103,6 +103,8 @@ def test_signals_end_in_order_and_once(number: int) -> None:
     program = """
 import signal, time
 from handlers.torchserve.entrypoint import exit_on_signals
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # nohup, and a shell's background, have them ignored
 exit_on_signals()
 try:
     print("up", flush=True)
