@@ -6,7 +6,6 @@ unpacks it.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from cascade import bundle as bundles
 from cascade import coder, masks
 from cascade.bundle import BundleError, Card, MaskCard
 from cascade.errors import CascadeError
+from cascade.parts import write_bytes
 
 FORMAT = "cascade transport 1"
 
@@ -41,18 +41,10 @@ def pack(folder: Path, file: Path) -> Path:
         tensors[_coded(mask)] = torch.from_numpy(np.frombuffer(coded, np.uint8).copy())
     for mask in bundle.card.masks:
         del tensors[_plain(mask)]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "xb") as out:
-            out.write(safetensors.torch.save(tensors, about))
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.rename(file)
-        bundles.sync_folder(file.parent)
-    except OSError as error:
-        raise BundleError(f"can't write {file}: {error.strerror}; make room or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_bytes(file, iter([safetensors.torch.save(tensors, about)]))
+    except CascadeError as error:
+        raise BundleError(f"can't write the packed bundle: {error}") from error
     return file
 
 
