@@ -9,6 +9,7 @@ import numpy as np
 
 from cascade.errors import CascadeError
 from training.loop import fit, seed_everything, under
+from training.masking import MaskedModel
 from training.objectives import Objective, SelfSupervised, Supervised
 from training.run import Run, Watch, begin, device, main, parser, recipe_of, trained
 
@@ -19,6 +20,7 @@ def train(
     run: Run,
     name: str = "dispatcher",
     *,
+    model: MaskedModel | None = None,
     steps: int | None = None,
     lr: float | None = None,
     rows: np.ndarray | None = None,
@@ -27,12 +29,13 @@ def train(
     """Train the dispatcher's mask, or one like it under another name.
 
     Args:
+        model: what learns, the backbone under a mask by default.
         rows: the images to train on, all by default.
         head: folder of a training that is done, whose head this one begins with.
     """
     recipe = run.recipe
     steps = recipe.steps if steps is None else steps
-    model = run.masked(run.mask_from)
+    model = model or run.masked(run.mask_from)
     loss = objective(run, head)
     fit(name, model, loss, run.pixels, recipe, steps, run.folder / name, lr=lr, rows=rows, watch=run.watch)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cascade.backbone import Backbone
 from cascade.stages import stage_of, stages
-from training.dispatcher import objective
-from training.loop import fit, under
+from training import dispatcher
+from training.loop import under
 from training.masking import Amp, MaskedModel, write
 from training.run import Run, Watch, begin, main, parser, recipe_of
 
@@ -66,9 +66,7 @@ def train(
     """Fine-tune as ``dispatcher.train`` does; returns the model, as it is after the last step."""
     recipe = run.recipe
     model = tune_backbone(run.backbone, run.mask_from, train_norms=recipe.train_norms, amp=recipe.amp)
-    loss = objective(run, head)
-    steps = recipe.steps if steps is None else steps
-    fit(name, model, loss, run.pixels, recipe, steps, run.folder / name, lr=lr, rows=rows, watch=run.watch)
+    dispatcher.train(run, name, model=model, steps=steps, lr=lr, rows=rows, head=head)
     return model
 
 
