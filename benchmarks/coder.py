@@ -7,10 +7,8 @@ first mask, the dispatcher's. In each round both decode every mask.
 """
 
 import argparse
-import lzma
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ from rich.table import Table
 
 from benchmarks.report import Figure, figure, report, single
 from cascade import bundle as bundles
-from cascade import coder
 from cascade.transport import tail
+from training.experiments.compression import beside_lzma
 
 
 def measured(path: Path, rounds: int) -> tuple[dict[str, Figure], Table]:
@@ -31,17 +29,14 @@ def measured(path: Path, rounds: int) -> tuple[dict[str, Figure], Table]:
         bits = mask.bits.numpy()
         before = zip(bundle.masks[:i], bundle.card.masks[:i], strict=True)
         known = [tail(each.bits, of, card) for each, of in before]
-        first = known[0] if known else np.zeros_like(bits)
-        ours, theirs = coder.encode(bits, known), lzma.compress((bits ^ first).tobytes())
-        if not np.array_equal(coder.decode(ours, len(bits), known), bits):  # compiles, too
-            raise RuntimeError(f"{mask.name}: the coder does not give back what it took")
-        turns = partial(coder.decode, ours, len(bits), known), partial(lzma.decompress, theirs)
-        took = np.array([[_timed(turn) for turn in turns] for _ in range(rounds)])
-        sizes += len(ours), len(theirs)
+        sent = beside_lzma(bits, known)  # compiles, too
+        ours, theirs = sent["context coder"], sent["lzma"]
+        took = np.array([[_timed(decode) for _, decode in (ours, theirs)] for _ in range(rounds)])
+        sizes += len(ours[0]), len(theirs[0])
         seconds += took
-        shares = [8 * len(data) / card.weights for data in (ours, theirs)]
+        shares = [8 * len(data) / card.weights for data, _ in (ours, theirs)]
         speeds = len(bits) / 1e6 / np.median(took, axis=0)
-        smaller = 100 * (1 - len(ours) / len(theirs))
+        smaller = 100 * (1 - len(ours[0]) / len(theirs[0]))
         table.add_row(mask.name, *(f"{s:.3f}" for s in shares), f"{smaller:.1f}", *(f"{s:.0f}" for s in speeds))
     total = sum(mask.bits.numel() for mask in bundle.masks)
     return {

@@ -8,7 +8,7 @@ import bz2
 import gzip
 import lzma
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -136,20 +136,24 @@ def coded(run: Run) -> dict[str, dict[str, float]]:
     begun = run.dispatcher.bits[-len(experts[0]) :].numpy()
     cases: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = [(run.dispatcher.bits.numpy(), ())]
     cases += [(bits, (begun, *experts[:k])) for k, bits in enumerate(experts)]
-    compress, decompress = codecs()["lzma"]
     coders: dict[str, list[Sent]] = {"lzma": [], "context coder": []}
     for bits, known in cases:
-        sent = coder.encode(bits, known)
-        if not np.array_equal(coder.decode(sent, len(bits), known), bits):
-            raise CascadeError("the context coder does not give back what it took: this is a bug")
-        coders["context coder"].append(_sent(sent, len(bits), partial(coder.decode, size=len(bits), known=known)))
-        changes = bits ^ known[0] if known else bits
-        coders["lzma"].append(_sent(compress(changes.tobytes()), len(bits), decompress))
+        for name, (data, decode) in beside_lzma(bits, known).items():
+            coders[name].append((len(data), len(bits), _fastest(decode)))
     return {name: _cells("mask", sent[:1]) | _cells("experts", sent[1:]) for name, sent in coders.items()}
 
 
-def _sent(data: bytes, size: int, decode: Callable[[bytes], Any]) -> Sent:
-    return len(data), size, _fastest(lambda: decode(data))
+def beside_lzma(bits: np.ndarray, known: Sequence[np.ndarray]) -> dict[str, tuple[bytes, Callable[[], object]]]:
+    """Packed bits as both send them to who has the masks ``known``, and what decodes that; lzma sends changes.
+
+    Raises:
+        CascadeError: the context coder does not give back what it took.
+    """
+    sent, decode = coder.encode(bits, known), partial(coder.decode, size=len(bits), known=known)
+    if not np.array_equal(decode(sent), bits):
+        raise CascadeError("the context coder does not give back what it took: this is a bug")
+    changes = lzma.compress((bits ^ known[0] if len(known) else bits).tobytes())
+    return {"lzma": (changes, partial(lzma.decompress, changes)), "context coder": (sent, partial(decode, sent))}
 
 
 def _cells(what: str, sent: list[Sent]) -> dict[str, float]:
