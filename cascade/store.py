@@ -173,14 +173,17 @@ class Store:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _fetch(self, remote: str, here: Path) -> None:
-        with self._reach(lambda: self.fs.open(remote, "rb")) as source, _within(lambda: open(here, "xb"), ROOM) as out:
+        _within(lambda: self._save(remote, here), ROOM)  # the whole: closing a file writes, too, and can fail
+
+    def _save(self, remote: str, here: Path) -> None:
+        with self._reach(lambda: self.fs.open(remote, "rb")) as source, open(here, "xb") as out:
             size = 0
             while block := self._reach(lambda: source.read(2**20)):
-                size += _within(lambda: out.write(block), ROOM)
+                size += out.write(block)
                 if size > MAX_BYTES:
                     raise BundleError(f"{remote} is larger than {MAX_BYTES} bytes; no part of a bundle is")
-            _within(out.flush, ROOM)
-            _within(lambda: os.fsync(out.fileno()), ROOM)
+            out.flush()
+            os.fsync(out.fileno())
 
     def _reach(self, ask: Callable[[], T]) -> T:
         """Ask the remote store; whatever its client raises (each has classes of its own) is a StoreError."""

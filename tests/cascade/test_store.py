@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Iterator
@@ -225,6 +226,21 @@ def test_a_disk_that_is_full_is_no_fault_of_the_bundle(
         patch.setattr(os, "fsync", full)
         with pytest.raises(StoreError, match="No space left on device: make room"):
             store.read("a", "1")
+    assert store.cached() == {} and store.cache is not None and not list(store.cache.iterdir())
+    store.read("a", "1")
+
+
+@pytest.mark.parametrize("size", [0, 64, 5000])
+def test_a_file_that_can_not_be_made_longer(memory: str, tmp_path: Path, size: int) -> None:
+    """Not at fsync but before: in a small file what is left in the buffer fails a second time when it is closed."""
+    store = Store(memory, tmp_path)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        with pytest.raises(StoreError, match="File too large: make room"):
+            store.read("a", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert store.cached() == {} and store.cache is not None and not list(store.cache.iterdir())
     store.read("a", "1")
 
