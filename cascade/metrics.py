@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -220,7 +220,8 @@ class _Living(MultiProcessCollector):
     def collect(self) -> Iterator[Metric]:
         for file in Path(self._path).glob("gauge_live*_*.db"):
             if not Path("/proc", pid := file.stem.rpartition("_")[2]).exists():
-                mark_process_dead(int(pid), self._path)
+                with suppress(FileNotFoundError):  # another scrape was first
+                    mark_process_dead(int(pid), self._path)
         yield from super().collect()
 
 

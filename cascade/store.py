@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -161,7 +162,7 @@ class Store:
             raise BundleError(f"{there}: {foreign[0]!r} is no file of a bundle; copy the bundle again")
         try:
             _within(lambda: here.mkdir(parents=True), ROOM)
-            for name, remote in files.items():
+            for name, remote in sorted(files.items()):  # HTTP lists them in an order of its own
                 self._fetch(remote, here / name)
             try:
                 found = _read(here)
@@ -221,12 +222,16 @@ def discover(store: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> dict[Identity, str]:
-    found = {}
-    os.listdir(folder)  # glob says nothing where a folder is missing or may not be read
-    for path in discover(folder):
-        files = [(p.name, p.stat()) for p in sorted(path.iterdir())]
-        found[path.parent.name, path.name] = repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files])
-    return found
+    """The bundles of a folder of this machine with their stamps. Raises OSError where it can't be read."""
+    while True:
+        names = set(os.listdir(folder))  # glob says nothing where a folder is missing or may not be read
+        found = {}
+        for path in discover(folder):
+            with suppress(FileNotFoundError):  # this bundle is just being taken away
+                files = [(p.name, p.stat()) for p in sorted(path.iterdir())]
+                found[path.parent.name, path.name] = repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files])
+        if names <= set(os.listdir(folder)):
+            return found  # else something went meanwhile, perhaps the whole store: half a look is none
 
 
 def _read(path: Path) -> tuple[Bundle, str]:

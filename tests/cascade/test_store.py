@@ -1,11 +1,12 @@
 """Stores: a folder, memory and HTTP list and read alike; a copy on this machine is whole or is not there."""
 
 import errno
+import itertools
 import os
 import resource
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -243,6 +244,38 @@ def test_a_file_that_can_not_be_made_longer(memory: str, tmp_path: Path, size: i
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert store.cached() == {} and store.cache is not None and not list(store.cache.iterdir())
     store.read("a", "1")
+
+
+@pytest.mark.parametrize(("gone", "left"), [("b", [("a", "1"), ("a", "2")]), ("a/2", [("a", "1"), ("b", "1")])])
+def test_a_bundle_that_goes_while_it_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gone: str, left: list[tuple[str, str]]
+) -> None:
+    monkeypatch.setattr(stores, "discover", meanwhile(lambda: shutil.rmtree(folder / gone)))
+    assert list(Store(folder).look()) == left
+
+
+def test_a_store_that_goes_while_it_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was seen of it until then is not the store: all other bundles would be taken for removed."""
+    monkeypatch.setattr(stores, "discover", meanwhile(lambda: folder.rename(folder.with_name("away"))))
+    with pytest.raises(StoreError, match="is it mounted"):
+        Store(folder).look()
+    folder.with_name("away").rename(folder)
+    monkeypatch.setattr(stores, "discover", meanwhile(lambda: [shutil.rmtree(path) for path in folder.glob("*/")]))
+    assert Store(folder).look() == {}, "no longer mounted, an empty folder: for the registry to judge"
+
+
+def meanwhile(event: Callable[[], object]) -> Callable[[Path], Iterator[Path]]:
+    """``discover``, which sees the first bundle before the event, and the others after it."""
+    discover, events = stores.discover, [event]
+
+    def seen(folder: Path) -> Iterator[Path]:
+        paths = iter(discover(folder))
+        yield from itertools.islice(paths, 1)
+        while events:
+            events.pop()()
+        yield from paths
+
+    return seen
 
 
 def test_prune_and_what_a_killed_process_left(memory: str, tmp_path: Path) -> None:
