@@ -44,6 +44,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 POLL = 10.0  # seconds between two looks at the store
 GIVEN_UP = 15.0  # seconds beyond `start_timeout`, in which TorchServe may still try
 DIED = "Backend worker process died."  # TorchServe's last words before the traceback
+TRACEBACK = 5.0  # seconds in which the rest of it comes, line by line
 
 
 class ServerError(CascadeError):
@@ -186,7 +187,7 @@ class Server:
             if why := _last_error(new.decode(errors="replace")):  # of each attempt
                 say("cascade.torchserve", f"no worker is ready; TorchServe goes on trying: {why}")
             if now > ready + self.start_timeout + GIVEN_UP:
-                raise ServerError(f"no worker came back within {now - ready:.0f} s: {_reason(self._log('worker.log'))}")
+                raise ServerError(f"no worker came back within {now - ready:.0f} s: {self._why_it_died()}")
         why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
         raise ServerError(f"TorchServe ended by itself: {why}")
 
@@ -264,8 +265,7 @@ class Server:
             if self.java.poll() is not None:
                 raise ServerError(f"TorchServe does not start: {self._tail('java.log')}")
             if DIED in self._log("worker.log"):
-                time.sleep(0.5)  # for the rest of the traceback
-                raise ServerError(f"the worker does not start: {_reason(self._log('worker.log'))}")
+                raise ServerError(f"the worker does not start: {self._why_it_died()}")
             if time.monotonic() > end:
                 raise ServerError(f"not ready within {self.start_timeout:g} s: {self._tail('worker.log')}")
             time.sleep(0.1)
@@ -296,6 +296,13 @@ class Server:
         except httpx.HTTPError as e:
             print(f"not all requests could be finished before the end: {e!r}", file=sys.stderr)
 
+    def _why_it_died(self) -> str:
+        """The line meant for a person, if the worker's last traceback ends in one, else the log's last lines."""
+        end = time.monotonic() + TRACEBACK
+        while not (why := _last_error(self._log("worker.log").rpartition(DIED)[2])) and time.monotonic() < end:
+            time.sleep(0.05)
+        return why or self._tail("worker.log", 40)
+
     def _log(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(errors="replace") if path.exists() else ""
@@ -306,15 +313,8 @@ class Server:
 
 
 def _last_error(log: str) -> str | None:
-    """The last line meant for a person with which a traceback ended."""
-    return next(iter(re.findall(r"^cascade\.\S+: (.+)$", log, re.MULTILINE)[::-1]), None)
-
-
-def _reason(log: str) -> str:
-    """Why the worker died: the line meant for a person, if its traceback ends in one, else its last lines."""
-    lines = log.strip().splitlines()
-    kind, _, message = lines[-1].partition(": ")
-    return message if kind.startswith("cascade.") else "\n  ".join(["its last lines:", *lines[-40:]])
+    """The last line meant for a person, whole, with which a traceback ended."""
+    return next(iter(re.findall(r"^cascade\.\S+: (.+)\n", log, re.MULTILINE)[::-1]), None)
 
 
 def claim_ports(*addresses: tuple[str, int]) -> list[int]:
