@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 EXECUTOR: Kind = "onnx"
 """What `auto` takes on most machines; named, so that nothing has to be measured while tests run."""
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients that are made by the hundred: httpx would read all certificates for each."""
 CLIENT = httpx.Client(trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None))
 SERVE = """
 import json, sys
@@ -93,9 +96,10 @@ class Running:
         """Addresses on which they take connections: the IP as the kernel writes it, and the port."""
         sockets = set()
         for pid in self.processes():
-            for link in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    sockets.add(os.readlink(link))
+            with suppress(FileNotFoundError):  # gone in the meantime
+                for link in Path(f"/proc/{pid}/fd").iterdir():
+                    with suppress(OSError):
+                        sockets.add(os.readlink(link))
         found = set()
         for table in ("/proc/net/tcp", "/proc/net/tcp6"):
             for row in Path(table).read_text().splitlines()[1:]:
@@ -105,7 +109,7 @@ class Running:
                     found.add((ip, int(port, 16)))
         return found
 
-    def end(self, number: int, within: float = 30) -> int:
+    def end(self, number: int, within: float = 60) -> int:
         """Send the signal and wait for the end; gives the exit status."""
         self.process.send_signal(number)
         return self.process.wait(within)
@@ -168,7 +172,8 @@ def serving(
         assert (left, files) == ([], [])
     finally:
         for pid in server.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
         shutil.rmtree(folder)

@@ -9,7 +9,7 @@ without Ray. The last line is what the jobs came to.
 import json
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def main(bundle: Path, images: str, out: Path, resumed: Path) -> None:
                 cluster.remove_node(nodes[1], allow_graceful=False)
                 died.append("node")
             elif done >= 150 and "actor" not in died:
-                died.extend("actor" for process in _actors() if not process.kill())
+                with suppress(psutil.NoSuchProcess):  # it ended by itself: the next one, at the next part
+                    died.extend("actor" for process in _actors() if not process.kill())
 
         whole = job(bundle, images, out, 2, progress)
         rest = job(bundle, images, resumed, 1)
@@ -68,8 +69,14 @@ def main(bundle: Path, images: str, out: Path, resumed: Path) -> None:
 
 def _actors() -> list[psutil.Process]:
     """The processes that make parts."""
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if p.is_running() and any("MapWorker" in part for part in p.cmdline())]
+    return [p for p in psutil.Process().children(recursive=True) if any("MapWorker" in part for part in _command(p))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:  # gone, or a zombie
+        return []
 
 
 if __name__ == "__main__":

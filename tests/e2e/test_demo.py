@@ -37,7 +37,7 @@ def children(pid: int) -> list[str]:
 
 def test_table_urls_and_metrics(bundle_path: Path) -> None:
     demo = start("--store", bundle_path.parents[1])
-    out, err = demo.communicate(timeout=120)
+    out, err = demo.communicate(timeout=300)
     assert (demo.returncode, err) == (0, "")
     photos = sorted(path.stem for path in ROOT.glob("tests/data/photos/*.png"))
     assert [line.split()[0] for line in out.splitlines() if line.split() and line.split()[0] in photos] == photos
@@ -56,7 +56,7 @@ def test_failures_are_one_line(bundle_path: Path, tmp_path: Path) -> None:
         ([tmp_path, "--store", bundle_path.parents[1]], "broken.png: status 400"),
     )
     demos = [start(*arguments) for arguments, _ in cases]
-    said = [demo.communicate(timeout=120)[1] for demo in demos]
+    said = [demo.communicate(timeout=300)[1] for demo in demos]
     assert [demo.returncode for demo in demos] == [1, 1, 1]
     for err, (_, words) in zip(said, cases, strict=True):
         assert err.startswith("demo: ") and words in err and err.count("\n") == 1
@@ -64,15 +64,15 @@ def test_failures_are_one_line(bundle_path: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_while_it_starts_leaves_nothing(bundle_path: Path) -> None:
     demo = start("--store", bundle_path.parents[1])
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not (java := children(demo.pid)):
         assert demo.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     demo.send_signal(signal.SIGINT)
-    out, err = demo.communicate(timeout=30)
+    out, err = demo.communicate(timeout=120)
     assert demo.returncode == 130
     assert "Traceback" not in out + err
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while Path("/proc", java[0]).exists():
         with suppress(ChildProcessError):  # adopted by us, it is ours to reap
             os.waitpid(int(java[0]), os.WNOHANG)

@@ -27,6 +27,7 @@ from handlers.ray.serve import NAME, QUIET, serving
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
 from tests.e2e.conftest import EXECUTOR, ROOT
+from tests.e2e.trouble import settled
 
 pytestmark = [
     pytest.mark.e2e,
@@ -104,13 +105,6 @@ def load(url: str, photo: bytes, threads: int = 4, bundles: Sequence[str] = BUND
             thread.join()
 
 
-def until(condition: Any, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (met := condition()) and time.monotonic() < end:
-        time.sleep(0.2)
-    return bool(met)
-
-
 def test_the_same_answers_as_the_engine(url: str, engine: Engine, photos: list[bytes]) -> None:
     want = engine.predict(photos, cascade.Options(embedding=True))
     with cascade.Client(url) as client:
@@ -137,22 +131,25 @@ def test_limits_and_errors_are_those_of_the_application(url: str, photos: list[b
 
 
 def test_metrics_are_those_of_all_replicas(url: str) -> None:
-    text = httpx.get(f"{url}/metrics", trust_env=False).text
-    (backbones,) = (line for line in text.splitlines() if line.startswith("cascade_backbones "))
-    assert float(backbones.split()[1]) == len(replicas())
+    def backbones() -> float:
+        text = httpx.get(f"{url}/metrics", trust_env=False, timeout=60).text
+        (line,) = (line for line in text.splitlines() if line.startswith("cascade_backbones "))
+        return float(line.split()[1])
+
+    assert settled(lambda: backbones() == len(replicas()) >= 2, 120), "a third one may just come or go"
 
 
 def test_a_replica_dies_under_load(url: str, photos: list[bytes]) -> None:
     """What it was at is answered with 503 and a word; whoever asks again gets an answer."""
-    assert until(lambda: len(replicas()) >= 2, 20)
+    assert settled(lambda: len(replicas()) >= 2, 120)
     with load(url, photos[0]) as found:
-        assert until(lambda: found[200] > 20, 20)
+        assert settled(lambda: found[200] > 20, 120)
         before = {p.pid for p in replicas()}
         os.kill(min(before), signal.SIGKILL)
-        with cascade.Client(url, patience=30) as client:
+        with cascade.Client(url, patience=120) as client:
             for photo in photos:
                 assert isinstance(client.predict(photo, cascade.Options("a")), Prediction)
-        assert until(lambda: {p.pid for p in replicas()} - before, 40), "no other one took its place"
+        assert settled(lambda: {p.pid for p in replicas()} - before, 120), "no other one took its place"
     assert set(found) <= {200, 503}
     assert found[503] <= 8 and found[200] > 20, found
 
@@ -192,15 +189,15 @@ def test_a_new_configuration_rolls_out_without_a_failed_request(
     with load(url, photos[0], threads=2) as found:
         before = {p.pid for p in replicas()}
         roll_out(num_replicas=2, autoscaling_config=None)
-        assert until(lambda: not before & {p.pid for p in replicas()}, 60)
+        assert settled(lambda: not before & {p.pid for p in replicas()}, 240)
         so_far = found[200]
-        assert until(lambda: found[200] > so_far + 40, 30)
+        assert settled(lambda: found[200] > so_far + 40, 120)
     assert set(found) == {200}, found
 
 
 def test_bundles_that_do_not_fit_come_when_they_are_asked_for(url: str, photos: list[bytes]) -> None:
     """Four bundles on two replicas that hold two each: a request goes where its bundle is, so hardly any is loaded."""
-    with cascade.Client(url, key=KEY, patience=20) as client:
+    with cascade.Client(url, key=KEY, patience=120) as client:
         assert client.models() == {name: ["1"] for name in BUNDLES}
         assert isinstance(client.predict(photos[0], cascade.Options("z")), ItemError)
         for _ in range(3):  # until every bundle has its place
@@ -217,7 +214,7 @@ def test_bundles_that_do_not_fit_come_when_they_are_asked_for(url: str, photos: 
 
 def loads(url: str) -> float:
     """How often the replicas loaded or dropped a bundle."""
-    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", trust_env=False, timeout=60).text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith('cascade_reloads_total{outcome="changed"}'))
 
 
@@ -248,12 +245,12 @@ def test_replicas_come_and_go_with_the_load(url: str, roll_out: Callable[..., No
     delays = {"upscale_delay_s": 0.5, "downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.5}
     roll_out(autoscaling_config=scaling | delays)
     with load(url, photos[0], threads=1, bundles=("a",)) as calm:
-        assert until(lambda: len(replicas()) == 1, 30), "nothing to do for the second one"
+        assert settled(lambda: len(replicas()) == 1, 120), "nothing to do for the second one"
         with load(url, photos[0], threads=12, bundles=("a",)) as busy:
-            assert until(lambda: len(replicas()) == 2, 30), "12 in progress are more than 4 for each"
+            assert settled(lambda: len(replicas()) == 2, 120), "12 in progress are more than 4 for each"
             first = busy[200]
-            assert until(lambda: busy[200] > first + 100, 30)
-        assert until(lambda: len(replicas()) == 1, 30), "nothing to do again"
+            assert settled(lambda: busy[200] > first + 100, 120)
+        assert settled(lambda: len(replicas()) == 1, 120), "nothing to do again"
     assert set(calm) == set(busy) == {200}, (calm, busy)
 
 
@@ -275,7 +272,7 @@ def test_the_command_ends_in_order(many: Path, photos: list[bytes]) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert until(lambda: not any(child.is_running() for child in children), 10)
+        assert settled(lambda: not any(child.is_running() for child in children), 60)
         assert not list(folder.iterdir())
     finally:
         process.kill()

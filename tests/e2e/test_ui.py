@@ -61,7 +61,7 @@ class Page:
         """What the script gives, once that is not null, false or empty."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.browser, 20).until(lambda browser: browser.execute_script(f"return {script}"))
+        return WebDriverWait(self.browser, 60, 0.05).until(lambda browser: browser.execute_script(f"return {script}"))
 
     def text(self, id: str) -> str:
         return str(self.browser.find_element("id", id).text)

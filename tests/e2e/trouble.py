@@ -4,24 +4,29 @@ import json
 import os
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import threading
 import time
 from calendar import timegm
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 
 from tests.conftest import need
-from tests.e2e.conftest import Running
+from tests.e2e.conftest import CLIENT, Running
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -45,15 +50,98 @@ def settled(condition: Callable[[], object], seconds: float) -> bool:
     return True
 
 
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Wait until it holds."""
     assert settled(condition, seconds), "it never came"
 
 
 def said(server: Running) -> list[dict[str, str]]:
-    """The lines of its log that are JSON: all, but for a last word."""
-    lines = (server.folder / "stderr").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    """The lines of its log that are JSON: all, but for a last word. A line may come after what it tells of is seen."""
+    lines = (server.folder / "stderr").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
+
+
+def told_of(server: Running, begin: str) -> list[dict[str, str]]:
+    """The lines of its log whose message begins so, once there is one."""
+
+    def found() -> list[dict[str, str]]:
+        return [line for line in said(server) if line["message"].startswith(begin)]
+
+    until(found)
+    return found()
+
+
+def put(bundle: Path, there: Path) -> None:
+    """A copy of a bundle in a store that is followed, there in one moment."""
+    aside = there.parents[1] / f".{there.parent.name}-{there.name}"
+    shutil.copytree(bundle, aside)
+    there.parent.mkdir(exist_ok=True)
+    aside.rename(there)
+
+
+def take(there: Path) -> None:
+    """Away from a store that is followed in one moment: a bundle, or all of a name."""
+    aside = there.with_name(f".{there.name}-gone")
+    there.rename(aside)
+    shutil.rmtree(aside)
+
+
+# The end
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request: ``sent`` when its last byte is with the kernel, ``status`` in the end, 0 for a broken connection."""
+
+    sent: bool = False
+    status: int | None = None
+
+    def ask(self, server: Running, image: bytes) -> int:
+        def trace(event: str, about: object) -> None:
+            self.sent |= event == "http11.send_request_body.complete"
+
+        try:
+            headers = server.headers | {"Content-Type": "image/png", "X-Cascade-Bundle": "one"}
+            answer = CLIENT.post(server.url, content=image, headers=headers, extensions={"trace": trace})
+            self.status = answer.status_code
+        except (httpx.TransportError, FileNotFoundError):  # the token's file goes with the server
+            self.status = 0
+        return self.status
+
+
+def terminated(server: Running, photos: list[bytes], large: bytes) -> str:
+    """SIGTERM while eight clients ask without a pause and four requests of a second's work or so are in progress.
+
+    What was sent half a second before must be answered, and the rest be answered or refused. Says what was seen.
+    """
+    asked: list[Asked] = []
+    over = threading.Event()
+
+    def client(image: bytes) -> None:
+        status = 200
+        while status == 200 and not over.is_set():
+            asked.append(each := Asked())
+            status = each.ask(server, image)
+
+    with ThreadPoolExecutor(12) as pool, ExitStack() as stack:
+        stack.callback(over.set)
+        for image in photos[:8]:
+            pool.submit(client, image)
+        until(lambda: sum(each.status == 200 for each in asked) > 16)
+        long = [Asked() for _ in range(4)]
+        for each in long:
+            pool.submit(each.ask, server, large)
+        until(lambda: all(each.sent for each in long))
+        early = [*long, *(each for each in asked if each.sent)]
+        for _ in range(10):
+            time.sleep(0.05)  # a machine that stands still for a while does so in one of them
+        told = time.monotonic()
+        assert server.end(signal.SIGTERM, within=180) == 0
+        seconds = time.monotonic() - told
+    assert {each.status for each in early} == {200} and len(early) > 16
+    late = Counter(each.status for each in asked if each not in early)
+    assert late.keys() <= {200, 503, 0}
+    return f"SIGTERM: {len(early)} sent before it, all answered; from then on {dict(late)}; ended after {seconds:.1f} s"
 
 
 # The disk
@@ -71,7 +159,8 @@ def full_disk(server: Running, *only: int) -> Iterator[None]:
     def limit(size: int) -> None:
         for _ in range(2):  # again: one may just have been started
             for pid in only or server.processes():
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+                with suppress(ProcessLookupError):  # one may just have ended
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     limit(64)
     try:
@@ -144,10 +233,10 @@ def jumps(server: Running, clock: Clock, shelf: Path) -> None:
         (shelf / ".late").rename(shelf / name)
         refused = f"cascade_bundle_refused{{bundle={name}}}"
         until(lambda refused=refused: server.metrics().get(refused) == 1)  # type: ignore[misc]
-        (told,) = [line["time"] for line in said(server) if line["message"].startswith(f"refused bundle {name}/1")]
-        seen = timegm(time.strptime(told[:19], "%Y-%m-%dT%H:%M:%S")) - time.time()
+        (told,) = told_of(server, f"refused bundle {name}/1: ")
+        seen = timegm(time.strptime(told["time"][:19], "%Y-%m-%dT%H:%M:%S")) - time.time()
         assert abs(seen - days * DAY) < DAY, "the log has the time that it was told"
-        shutil.rmtree(shelf / name)
+        take(shelf / name)
         until(lambda refused=refused: server.metrics()[refused] == 0)  # type: ignore[misc]
 
 
