@@ -117,7 +117,7 @@ def test_stage_times_its_block_and_an_error_in_it(name: str) -> None:
     with pytest.raises(ZeroDivisionError), metrics.stage(name):
         raise ZeroDivisionError
     assert now("stage_seconds_count", stage=name) - count == 2
-    assert 0.02 <= now("stage_seconds_sum", stage=name) - total < 1
+    assert 0.02 <= now("stage_seconds_sum", stage=name) - total < 15, "seconds"
 
 
 def test_stage_buckets_reach_from_half_a_millisecond_to_ten_seconds() -> None:
@@ -186,13 +186,16 @@ def test_serve_and_stop() -> None:
     before = threading.active_count()
     with metrics.serve() as url:
         assert url.endswith("/metrics")
-        assert b"cascade_mask_hits_total" in urllib.request.urlopen(url, timeout=5).read()
+        assert b"cascade_mask_hits_total" in urllib.request.urlopen(url, timeout=60).read()
         port = int(url.split(":")[2].split("/")[0])
         with pytest.raises(CascadeError, match=f"{port}.*choose another port"), metrics.serve(port=port):
             pass
-    assert threading.active_count() == before
+    end = time.monotonic() + 60
+    while threading.active_count() > before:  # who answered last may still be about to end
+        assert time.monotonic() < end
+        time.sleep(0.01)
     with pytest.raises(OSError):
-        urllib.request.urlopen(url, timeout=5)
+        urllib.request.urlopen(url, timeout=60)
     with metrics.serve(port=port):
         pass  # the port is free again
 
@@ -236,7 +239,7 @@ def test_workers_add_up_and_gauges_of_the_killed_drop(worker: Callable[[str], su
     with metrics.serve() as url:
 
         def scrape() -> Values:
-            return parsed(urllib.request.urlopen(url, timeout=5).read())
+            return parsed(urllib.request.urlopen(url, timeout=60).read())
 
         first = worker("0011")
         worker("1111")

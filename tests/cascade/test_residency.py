@@ -128,12 +128,12 @@ def test_what_comes_next_is_made_beside_what_is_in_use() -> None:
 
     def slow(out: Tensor | None) -> Tensor:
         started.set()
-        assert go.wait(10)
+        assert go.wait(60)
         return making(2)(out)
 
     held.get("a", 100, making(1))
     assert held.ahead("b", 100, slow)
-    assert started.wait(10) and "b" in held and held.used == 200
+    assert started.wait(60) and "b" in held and held.used == 200
     assert not held.ahead("c", 100, never), "one at a time"
     go.set()
     assert held.get("b", 100, never).tolist() == [2.0] * 25

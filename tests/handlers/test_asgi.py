@@ -7,7 +7,6 @@ import logging
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -441,14 +440,16 @@ def ask_anyhow(guard: Guard, **options: Any) -> httpx.Response:
 
 
 def test_slow_body(ask: Ask) -> None:
+    asked = []
+
     async def slowly() -> Any:
-        for _ in range(100):
+        for i in range(100):
+            asked.append(i)
             yield b"x"
             await asyncio.sleep(0.05)
 
-    begin = time.monotonic()
     assert error(ask("POST", "/v1/predict", content=slowly())) == (408, "slow_body")
-    assert time.monotonic() - begin < 4
+    assert len(asked) < 80, "not when all of it was there"
 
 
 def test_request_ids(ask: Ask) -> None:

@@ -294,16 +294,16 @@ def test_the_gate_is_locked_while_the_engine_works(served: CascadeHandler) -> No
 
     def predict(images: list[bytes], options: list[Options], decode: Any) -> list[ItemError]:
         entered.set()
-        leave.wait(10)
+        leave.wait(60)
         return [ItemError(400, "x", "x")]
 
     served.engine = SimpleNamespace(predict=predict)  # type: ignore[assignment]
     worker = threading.Thread(target=served.handle, args=batch((PHOTO, {})))
     worker.start()
-    assert entered.wait(10)
+    assert entered.wait(60)
     with served.gate.open() as gate:
         with pytest.raises(BlockingIOError):
             fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
         leave.set()
-        worker.join(10)
+        worker.join(60)
         fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -74,7 +74,7 @@ def test_a_file_that_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     path.write_text(f"birds {digest('one')}\n")
     watched = Watched(path)
     assert watched.refresh().allowed("Bearer one") == {"birds"} and not caplog.records
-    path.write_text(f"ships {digest('two')}\n")
+    path.write_text(f"ships {digest('two')}  # in another hand\n")
     assert watched.refresh().allowed("Bearer one") == UNKNOWN
     assert watched.keys.allowed("Bearer two") == {"ships"}
     for change in (lambda: path.write_text("birds secret\n"), path.unlink):

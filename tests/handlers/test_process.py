@@ -29,7 +29,7 @@ def members(group: int) -> list[int]:
     return found
 
 
-def gone(group: int, within: float = 10) -> bool:
+def gone(group: int, within: float = 60) -> bool:
     end = time.monotonic() + within
     while time.monotonic() < end:
         with contextlib.suppress(ChildProcessError):  # adopted by us, it is ours to reap

@@ -63,7 +63,7 @@ def test_two_processes_train_the_mask_of_one(pixels: np.ndarray, tmp_path: Path)
     (tmp_path / "train.py").write_text(TRAIN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     program = [str(tmp_path / "train.py"), str(tmp_path / "two"), str(tmp_path / "pixels.npy"), "swav"]
-    done = subprocess.run([*torchrun, *program], cwd=ROOT, env=env(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*torchrun, *program], cwd=ROOT, env=env(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     one, two = load_file(tmp_path / "one" / DONE), load_file(tmp_path / "two" / DONE)
     scores = [name for name in one if name.startswith("scores.")]
@@ -89,7 +89,7 @@ def test_a_whole_cascade_by_torchrun(cifar_folder: Path, tmp_path: Path) -> None
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = ["-m", "--", "training.pipeline", str(cifar_folder), "--run", str(tmp_path / "run"), "--out", str(out)]
     done = subprocess.run(
-        [*torchrun, *command, *options.split()], cwd=ROOT, env=env(), capture_output=True, text=True, timeout=180
+        [*torchrun, *command, *options.split()], cwd=ROOT, env=env(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     bundle = read(out)

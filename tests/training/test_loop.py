@@ -84,19 +84,20 @@ def steps_of(folder: Path) -> list[int]:
 
 # One process imports everything and forks a child for each start, which is what makes many of them affordable.
 # It kills them with SIGKILL: some while they compute, after a random number of steps and a random while,
-# others in the midst of a write: at a sync, or right before or after a rename or a removal.
+# others in the midst of a write: at a sync, or right before or after a rename or a removal. A child that is to be
+# killed waits for it some steps later: it must not get to its end where the machine has no time for the killer.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
-from tests.training.test_loop import RECIPE, replace, train
+from tests.training.test_loop import RECIPE, STEPS, replace, train
 
 folder, pixels, plan = Path(sys.argv[1]), np.load(sys.argv[2]), json.loads(sys.argv[3])
 recipe = replace(RECIPE, **plan["recipe"])
 labels = np.arange(len(pixels)) % 10 if plan["supervised"] else None
 random.seed(plan["seed"])
 
-def start(trap=None, folder=folder):
+def start(trap=None, folder=folder, most=STEPS + 1):
     told, tell = os.pipe()
     child = os.fork()
     if not child:
@@ -112,8 +113,13 @@ def start(trap=None, folder=folder):
                 if calls[0] == count: os.kill(os.getpid(), signal.SIGKILL)
                 return out
             setattr(owner, name, caught)
+        left = [most]
+        def watch(*_):
+            os.write(tell, b".")
+            left[0] -= 1
+            if not left[0]: signal.pause()
         try:
-            train(folder, pixels, recipe, labels, watch=lambda *_: os.write(tell, b"."))
+            train(folder, pixels, recipe, labels, watch=watch)
         except BaseException as error:
             print(repr(error), flush=True)
             os._exit(1)
@@ -128,7 +134,7 @@ def end(child, told):
 
 ends = [end(*start(folder=folder.with_name("undisturbed")))]
 for steps in plan["steps"]:
-    child, told = start()
+    child, told = start(most=steps + 2)
     seen = 0
     while seen < steps and os.read(told, 1):
         seen += 1
