@@ -33,7 +33,7 @@ def walk(folder: Path) -> list[str]:
     names, seen = [], set()
     for base, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(base))
-        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(Path(base, f)) not in seen]
+        folders[:] = sorted(f for f in folders if f[0] != "." and os.path.realpath(Path(base, f)) not in seen)
         names += [Path(base, f) for f in files if f[0] != "." and f.lower().endswith(SUFFIXES)]
     return sorted(path.relative_to(folder).as_posix() for path in names)
 

@@ -133,11 +133,12 @@ def _write(record: dict[str, dict[Kind, float]]) -> None:
     """Whole or not at all; without a writable cache the next start measures again."""
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path().parent, suffix=".tmp", delete=False) as out:
-            json.dump(record, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(out.name, path())
+        with tempfile.TemporaryDirectory(prefix=".", dir=path().parent) as folder:
+            with Path(folder, path().name).open("w") as out:
+                json.dump(record, out, indent=1)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(out.name, path())
     except OSError as error:
         log.info("the choice of an executor is not recorded: %s", error)
 
