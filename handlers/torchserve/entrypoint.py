@@ -146,9 +146,10 @@ class Server:
             stack.enter_context(metrics.serve(str(self.settings["host"]), self.metrics_port))
             with self.folder.joinpath("java.log").open("wb") as log:
                 errors = sys.stderr.buffer if self.log_to_stderr else log
-                self.java = process.start(self._command(), self._environment(), self.folder, log, errors)
-            # What Java itself does on SIGTERM is of no use: it drops its connections, then waits for seconds.
-            stack.callback(process.kill, self.java)
+                with process.signals_later():
+                    self.java = process.start(self._command(), self._environment(), self.folder, log, errors)
+                    # What Java itself does on SIGTERM is of no use: it drops its connections, then waits for seconds.
+                    stack.callback(process.kill, self.java)
             self._wait_until_ready()
             if self.auth:
                 stack.callback(self.token_file.unlink, missing_ok=True)

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -53,6 +54,21 @@ def start(
         stderr=stderr,
         start_new_session=True,
     )
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """What would end the program in the block ends it after the block: a child is there with what will end it."""
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda number, frame: came.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def kill(process: subprocess.Popen[bytes], timeout: float = 10) -> None:

@@ -74,6 +74,20 @@ def test_start_names_the_command_that_is_missing(tmp_path: Path) -> None:
     assert "FileNotFoundError" in (tmp_path / "out").read_text()
 
 
+def test_a_signal_in_the_midst_of_a_start_comes_after_it() -> None:
+    ended: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit), process.signals_later():
+            signal.raise_signal(signal.SIGTERM)
+            ended.append("started")
+        assert ended == ["started"]
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_child_dies_with_its_parent(number: int) -> None:
     parent = """
