@@ -34,7 +34,7 @@ from tests.cascade.test_engine import embeddings
 from tests.cascade.test_metrics import now
 from tests.handlers.test_keys import digest
 
-LIMITS = Limits(body=200_000, bodies=300_000, body_seconds=0.5, answer_seconds=10, images=8)
+LIMITS = Limits(body=200_000, bodies=300_000, images=8)
 Ask = Callable[..., httpx.Response]
 
 
@@ -59,6 +59,12 @@ def service(engine: Engine) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def guard(service: Service) -> Guard:
     return create_app(service)
+
+
+@pytest.fixture
+def impatient(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies have half a second to come in."""
+    monkeypatch.setattr(guard, "limits", replace(LIMITS, body_seconds=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +416,7 @@ def test_many_bodies_at_a_time_are_refused(guard: Guard, ask: Ask) -> None:
     assert error(ask("POST", "/v1/predict", content=bytes(100_000))) == (400, "bundle_missing")
 
 
-def test_bodies_that_do_not_come_keep_nobody_out(guard: Guard, files: list[bytes]) -> None:
+def test_bodies_that_do_not_come_keep_nobody_out(guard: Guard, files: list[bytes], impatient: None) -> None:
     """Announced is not sent."""
 
     async def silent() -> Any:
@@ -422,6 +428,7 @@ def test_bodies_that_do_not_come_keep_nobody_out(guard: Guard, files: list[bytes
             headers = {"X-Cascade-Bundle": "birds"}
             slow = [asyncio.create_task(http.post("/v1/predict", content=silent(), headers=headers)) for _ in range(9)]
             await asyncio.sleep(0.1)
+            guard.limits = LIMITS  # of the good one
             good = await http.post("/v1/predict", content=files[0], headers=headers)
             return [await each for each in slow], good
 
@@ -439,7 +446,7 @@ def ask_anyhow(guard: Guard, **options: Any) -> httpx.Response:
     return asyncio.run(go())
 
 
-def test_slow_body(ask: Ask) -> None:
+def test_slow_body(ask: Ask, impatient: None) -> None:
     asked = []
 
     async def slowly() -> Any:
