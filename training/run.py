@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from training import data, distributed, views
 from training.data import Images
 from training.loop import DONE, under
 from training.masking import MaskedModel, mask_backbone, select, to_mask
-from training.recipe import Recipe
+from training.recipe import ABOUT, Recipe
 
 CLUSTERS = "clusters.safetensors"
 CACHE_MARGIN = 1.15  # training images are kept a little larger than the network's input, for the crops
@@ -303,23 +303,37 @@ def watching() -> Iterator[Watch]:
         yield Watch(bar)
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says what is wrong with its options in one line, instead of listing all of them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help shows the options\n")
+
+
 def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParser:
     """Command-line options of a stage: ``--run``, and with ``recipe`` one option for each of the recipe's fields."""
-    out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.usage = "%(prog)s DATA [options]" if recipe else "%(prog)s [options]"
     out.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of the run (default %(default)s)")
-    for f in fields(Recipe) if recipe else ():
-        flag = f"--{f.name.replace('_', '-')}"
-        if f.name == "data":
-            out.add_argument("data", metavar="DATA", help=f"folder of images, or {', '.join(data.NAMES)}")
-        elif f.type is bool or isinstance(f.default, bool):
-            out.add_argument(flag, action="store_true", help=f"default {f.default!r}")
-        elif isinstance(f.default, tuple):
-            out.add_argument(flag, type=float, nargs=2, default=f.default, metavar=("LOW", "HIGH"))
-        else:
-            choices = get_args(f.type) if get_origin(f.type) is not None else None
-            out.add_argument(
-                flag, type=type(f.default), default=f.default, choices=choices, help=f"default {f.default!r}"
+    if not recipe:
+        return out
+    of = {f.name: f for f in fields(Recipe)}
+    for title, meanings in ABOUT.items():
+        group = out.add_argument_group(title)
+        for name, meaning in meanings.items():
+            flag, default = f"--{name.replace('_', '-')}", of[name].default
+            text = (
+                f"{meaning} (default {default:g})" if isinstance(default, float) else f"{meaning} (default {default!r})"
             )
+            if name == "data":
+                group.add_argument(name, metavar="DATA", help=f"{meaning}: {', '.join(data.NAMES)}")
+            elif isinstance(default, bool):
+                group.add_argument(flag, action="store_true", help=meaning)
+            elif isinstance(default, tuple):
+                group.add_argument(flag, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"), help=text)
+            else:
+                choices = get_args(of[name].type) or None
+                group.add_argument(flag, type=type(default), default=default, choices=choices, help=text)
     return out
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cascade.errors import CascadeError
 from training.pipeline import command
-from training.recipe import LITE0, Recipe, paper
+from training.recipe import ABOUT, LITE0, Recipe, paper
 from training.run import parser, recipe_of
 
 OTHER = {
@@ -135,10 +135,24 @@ def test_every_number_is_an_option(name: str) -> None:
     assert replace(got, **kept) == default
 
 
-def test_an_unknown_choice_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments, what", [(["--router", "oracle"], "'oracle'"), (["--mask-form", "0"], "--mask-form"), ([], "--out")]
+)
+def test_a_slip_in_the_options_is_one_line(arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as told:
-        command(["photos", "--out", "store/photos/1", "--router", "oracle"])
-    assert told.value.code == 2 and "'oracle'" in capsys.readouterr().err
+        command(["photos", *arguments, *(["--out", "store/photos/1"] if arguments else [])])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told.value.code == 2 and line.startswith("error: ") and what in line and line.endswith("shows the options")
+
+
+def test_help_says_what_every_option_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [name for meanings in ABOUT.values() for name in meanings if len(meanings[name]) < 8] == []
+    assert sorted(name for meanings in ABOUT.values() for name in meanings) == sorted(f.name for f in fields(Recipe))
+    with pytest.raises(SystemExit) as told:
+        command(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert told.value.code == 0 and "DATA --out BUNDLE" in shown
+    assert all(" ".join(each.split()[:3]) in shown for meanings in ABOUT.values() for each in meanings.values())
 
 
 def test_a_preset_is_where_the_options_start_from(tmp_path: Path) -> None:
