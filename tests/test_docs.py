@@ -1,0 +1,121 @@
+"""What the pages say exists: links and anchors, commands and their options, figures as the benchmarks left them."""
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from cascade.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tests" / "data" / "README.md"]
+FIGURES = (  # heading in docs/performance.md, and the JSON files whose figures its rows show, in this order
+    ("## ResNet-50", ("serving-resnet50", "serving-resnet50-executors", "serving-resnet50-identical")),
+    ("## EfficientNet", ("serving-tf_efficientnet_lite0",)),
+)
+CLI = get_command(app)
+
+
+def commands(start: str) -> set[tuple[str, ...]]:
+    """The words that follow a pattern in the code on the pages, up to a comment or what begins the next command."""
+    found = set()
+    for text in (page.read_text().replace("\\\n", " ") for page in PAGES):
+        lines = re.findall(r"^(?:    |\$ )(.+)", text, re.MULTILINE)  # indented, or what was typed in a fenced block
+        for code in (*lines, *re.findall(r"`([^`\n]+)`", text)):
+            pieces = [piece.strip() for piece in re.split(r"[|;&]", code.partition("#")[0])]
+            found |= {tuple(shlex.split(rest)) for piece in pieces for rest in re.findall(f"{start}(.+)", piece)}
+    return found
+
+
+def flags(arguments: tuple[str, ...]) -> set[str]:
+    return {each.partition("=")[0] for each in arguments if re.match(r"--?[a-z]", each)} - {"--help"}
+
+
+def text_of(module: str) -> Path:
+    """The file of a module of ours that ``python -m`` runs."""
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def options(module: str) -> set[str]:
+    """Every option that is spelled out in a module, in those beside it that it imports, and the recipe's fields."""
+    names = [module]
+    for node in ast.walk(ast.parse(text_of(module).read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("benchmarks", "training")):
+            names += [str(node.module), *(f"{node.module}.{each.name}" for each in node.names)]
+    texts = "".join(text_of(name).read_text() for name in names if text_of(name).exists())
+    recipe = (ROOT / "training" / "recipe.py").read_text() if "recipe=True" in texts else ""
+    fields = re.findall(r"^    (\w+): ", recipe, re.MULTILINE)
+    return {*re.findall(r'"(--[a-z-]+)"', texts), *(f"--{name.replace('_', '-')}" for name in fields)}
+
+
+def slugs(page: Path) -> Iterator[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if not name.startswith(("http:", "https:")):
+            target = (page.parent / name).resolve() if name else page
+            assert target.is_relative_to(ROOT) and target.exists(), link
+            assert not anchor or anchor in slugs(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Between backticks, from the root; ``*`` matches something."""
+    for name in re.findall(
+        r"`((?:cascade|handlers|training|tests|benchmarks|deploy|docs)/[\w./*-]+)`", page.read_text()
+    ):
+        assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_commands_of_cascade_take_the_options_shown() -> None:
+    shown = commands(r"^(?:[A-Z_]+=\S+ )?cascade (?!transport)")
+    assert {"train", "predict", "serve", "index", "inspect", "pack"} <= {each[0] for each in shown}
+    for name, *rest in shown:
+        command = CLI.commands[name]
+        if name == "index" and rest:
+            command = command.commands[rest[0]]
+        known = options("training.pipeline") if name == "train" else {o for p in command.params for o in p.opts}
+        assert flags(tuple(rest)) <= known, (name, *rest)
+
+
+def test_modules_that_are_run_exist_and_take_the_options_shown() -> None:
+    shown = {each for each in commands("(?:python -m|-m --) ") if re.fullmatch(r"[a-z_.]+[a-z]", each[0])}
+    assert len(shown) > 30
+    for module, *rest in shown - commands("python -m (?=pytest)"):
+        assert text_of(module).exists(), module
+        assert flags(tuple(rest)) <= options(module), (module, *rest)
+
+
+def test_targets_of_make_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = {each[0] for each in commands("^make ")}
+    assert {"demo", "test", "soak"} <= shown and shown <= targets
+
+
+@pytest.mark.parametrize("heading, names", FIGURES, ids=[heading for heading, _ in FIGURES])
+def test_figures_of_the_performance_page_are_those_of_the_json(heading: str, names: tuple[str, ...]) -> None:
+    section = (ROOT / "docs" / "performance.md").read_text().partition(f"\n{heading}")[2].partition("\n## ")[0]
+    shown = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]+) \|[^|]*\|([^|]*)\|$", section, re.MULTILINE)
+    left = []
+    for name in names:
+        figures = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["figures"]
+        left += [(figure, values) for figure, values in figures.items() if figure != "load_average_before"]
+    assert sorted(figure for figure, _, _ in shown) == sorted(figure for figure, _ in left)
+    for figure, text, met in shown:
+        at = next(i for i, (name, _) in enumerate(left) if name == figure)  # one that is there twice comes in order
+        _, values = left.pop(at)
+        value, (least, most) = values["value"], values["spread"]
+        assert text == (f"{value:.2f}" if least == most else f"{value:.2f} ({least:.2f}-{most:.2f})"), figure
+        assert met.strip() == {None: "", True: "yes", False: "**no**"}[values["met"]], figure
