@@ -79,6 +79,11 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert list(ROOT.glob(name.rstrip("/"))), name
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    linked = re.findall(r"\]\((docs/[^)#]+\.md)", (ROOT / "README.md").read_text())
+    assert set(linked) == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
 def test_commands_of_cascade_take_the_options_shown() -> None:
     shown = commands(r"^(?:[A-Z_]+=\S+ )?cascade (?!transport)")
     assert {"train", "predict", "serve", "index", "inspect", "pack"} <= {each[0] for each in shown}

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from cascade.errors import CascadeError
+from cascade.masks import density
 from training import clusters, dispatcher, distributed, evaluate, experts, pack, parallel
 from training.cost import Cost
 from training.recipe import paper
@@ -39,6 +40,11 @@ def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = Fal
         parallel.check()
     budget(run, controls)
     dispatcher.train(run)
+    if density(run.backbone, run.dispatcher) == 1 and not distributed.rank():
+        run.watch.say(
+            "[yellow]warning:[/] the dispatcher has switched no weight off, so it is the frozen backbone: train with"
+            " more --steps or a higher --lr"
+        )
     if controls:
         dispatcher.controls(run)
     with distributed.first():

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import distribution
 from pathlib import Path
+from shlex import quote
 from string import Template
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -354,7 +355,7 @@ def serve(
     with ExitStack() as stack:
         with console.status("starting TorchServe"):
             stack.enter_context(server)
-        token = f'-H "Authorization: Bearer $(cat {server.token_file})" ' if server.auth else ""
+        token = f'-H "Authorization: Bearer $(cat {quote(str(server.token_file))})" ' if server.auth else ""
         console.print(f"ready: curl -T IMAGE {token}{server.url}\nmetrics: {server.metrics_url}\nCtrl-C stops")
         server.wait()
 

@@ -112,6 +112,7 @@ def test_an_image_is_shown_with_its_answer(
     (tmp_path / "no.png").write_bytes(b"no image")
     page.choose(tmp_path / "no.png")
     assert "this is not a JPEG" in page.until("document.getElementById('error').textContent")
+    assert not any(page.text(id) for id in ("facts", "labels", "neighbours", "legend")), "the last answer is another's"
     assert page.complaints() == []
 
 

@@ -62,6 +62,17 @@ def recipe(folder: Path, **changes: object) -> Recipe:
     return Recipe(str(folder), **OPTIONS | changes)  # type: ignore[arg-type]
 
 
+class Ear(Watch):
+    """Keeps what is said to a person."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
 def train(root: Path, recipe: Recipe, **more: bool) -> Path:
     return pipeline.train(begin(root / "run", recipe, Watch(None)), root / "store" / "small" / "1", **more)
 
@@ -468,16 +479,17 @@ def test_cascade_train_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_budget_is_said_before_the_first_step(cifar_folder: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Ear(Watch):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    run = begin(tmp_path, replace(recipe(cifar_folder), expert_from="conv_head"), Ear(None))
+    run = begin(tmp_path, replace(recipe(cifar_folder), expert_from="conv_head"), ear := Ear())
     pipeline.budget(run, controls=True)
-    assert said == [
+    assert ear.said == [
         "240 images to train on, 60 to measure by",
         "dispatcher masked from blocks.3 on, experts from conv_head on",
         "36 steps of 32 images: dispatcher 6, 3 experts 12, equal-steps control 18",
     ]
+
+
+@pytest.mark.parametrize("rate, warned", [(1e-6, True), (2.0, False)])
+def test_a_mask_that_masks_nothing_is_said(rate: float, warned: bool, tmp_path: Path, cifar: list[Image.Image]) -> None:
+    settings = recipe(flat(cifar, tmp_path / "photos", 40), clusters=0, steps=5, lr=rate)
+    pipeline.train(begin(tmp_path / "run", settings, ear := Ear()), tmp_path / "store" / "small" / "1")
+    assert any("has switched no weight off" in line for line in ear.said) == warned
