@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -109,6 +110,23 @@ def test_targets_of_make_exist() -> None:
     assert {"demo", "test", "soak"} <= shown and shown <= targets
 
 
+def shown_as(figure: dict[str, Any]) -> str:
+    value, (least, most) = figure["value"], figure["spread"]
+    return f"{value:.2f}" if least == most else f"{value:.2f} ({least:.2f}-{most:.2f})"
+
+
+def test_figures_of_the_readme_are_those_of_the_json() -> None:
+    text = (ROOT / "README.md").read_text()
+    figures = json.loads((ROOT / "benchmarks" / "results" / "serving-resnet50.json").read_text())["figures"]
+    for name in ("mixed_uniform", "over_load_state_dict", "over_hooks", "over_torchserve_n_models"):
+        memory = figures[{"mixed_uniform": "mixed_uniform_memory_of_copies"}.get(name, f"{name}_memory")]["value"]
+        assert f" | {shown_as(figures[name])} | {memory:.{1 if memory > 1 else 2}f} |" in text, name
+    card = json.loads((ROOT / "model_store" / "demo" / "1" / "cascade.json").read_text())
+    for method, scores in card["accuracy"]["whitened"].items():
+        cells = [f"{100 * mean:.1f} ± {100 * deviation:.1f}" for mean, deviation in scores.values()]
+        assert f" | {' | '.join(cells)} |" in text, method
+
+
 @pytest.mark.parametrize("heading, names", FIGURES, ids=[heading for heading, _ in FIGURES])
 def test_figures_of_the_performance_page_are_those_of_the_json(heading: str, names: tuple[str, ...]) -> None:
     section = (ROOT / "docs" / "performance.md").read_text().partition(f"\n{heading}")[2].partition("\n## ")[0]
@@ -121,6 +139,5 @@ def test_figures_of_the_performance_page_are_those_of_the_json(heading: str, nam
     for figure, text, met in shown:
         at = next(i for i, (name, _) in enumerate(left) if name == figure)  # one that is there twice comes in order
         _, values = left.pop(at)
-        value, (least, most) = values["value"], values["spread"]
-        assert text == (f"{value:.2f}" if least == most else f"{value:.2f} ({least:.2f}-{most:.2f})"), figure
+        assert text == shown_as(values), figure
         assert met.strip() == {None: "", True: "yes", False: "**no**"}[values["met"]], figure
