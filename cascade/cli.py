@@ -268,7 +268,10 @@ def unpack(
 @app.command()
 def evaluate(
     bundle: BundlePath,
-    data: Annotated[str, typer.Argument(help="Folder with class folders, or cifar10, fashion-mnist, groceries.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="Folder with class folders, of which its held-out part counts, or a published data set."),
+    ],
     limit: Annotated[int | None, typer.Option(help="Images at most.", min=1)] = None,
     weights: Weights = None,
 ) -> None:

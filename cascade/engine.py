@@ -159,7 +159,12 @@ class Engine:
             images: encoded bytes, paths, PIL images, or preprocessed pixels float32 [3, H, W].
             options: for all of them, or one for each.
             decode: what decodes them, as ``map`` does it; a thread pool's ``map`` takes more than one core.
+
+        Raises:
+            CascadeError: one image instead of a list, or not as many options as images.
         """
+        if isinstance(images, str | bytes | bytearray | Path | Image.Image):
+            raise CascadeError("predict takes a list of images: give [image] for one")
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
         if len(wishes) != len(images):
             raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
@@ -342,4 +347,9 @@ def _wrong(pixels: Tensor, size: int) -> str | None:
 def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -> Image.Image:
     if isinstance(image, Image.Image):
         return convert(image, limits)
-    return read_image(Path(image), limits) if isinstance(image, str | Path) else decode_image(image, limits)
+    if isinstance(image, str | Path):
+        return read_image(Path(image), limits)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_image(image, limits)
+    kinds = "a file's bytes, a path, a PIL image (Image.fromarray makes one) or a float32 tensor [3, H, W]"
+    raise ImageError(400, "not_an_image", f"{type(image).__name__} is no kind of image: give {kinds}")

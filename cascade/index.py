@@ -99,8 +99,10 @@ def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu"
 
     from cascade.bundle import sync_folder
 
-    if out.exists() or not out.parent.is_dir():
-        raise CascadeError(f"{out} cannot be written: name a new folder in one that exists")
+    if out.exists():
+        raise CascadeError(f"{out} exists: name a new folder")
+    if not out.parent.is_dir():
+        raise CascadeError(f"{out} cannot be written: name a folder in one that exists")
     files = _files(predictions)
     metadata = [pq.read_schema(path).metadata or {} for path in files]
     made_by = {tuple(each.get(name.encode(), b"").decode() for name in _MADE_BY) for each in metadata}

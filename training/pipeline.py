@@ -10,6 +10,7 @@
 Stopped at any moment and started again with the same options it goes on where it was.
 """
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,10 +33,14 @@ def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = Fal
         ray: each expert as a Ray task.
 
     Raises:
-        CascadeError: ``out`` exists or there is no Ray (found before anything is trained), or a stage can't go on.
+        CascadeError: ``out`` exists or can't be written, or there is no Ray (found before anything is trained), or a
+            stage can't go on.
     """
     if out.exists():
         raise CascadeError(f"{out} exists; versions are never overwritten: choose the next number")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise CascadeError(f"{out} can't be written, {there} does not let you: choose another --out")
     if ray:
         parallel.check()
     budget(run, controls)

@@ -11,6 +11,7 @@ runs/<name>/recipe.json
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -47,6 +48,7 @@ from training.recipe import ABOUT, Recipe
 
 CLUSTERS = "clusters.safetensors"
 CACHE_MARGIN = 1.15  # training images are kept a little larger than the network's input, for the crops
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 FEWEST = 16  # images that a mask is trained on
 
 
@@ -349,3 +351,7 @@ def main(stage: Any) -> None:
             stage(watch)
     except CascadeError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        sys.exit(f"error: {error}: make room, or choose folders that can be written to")

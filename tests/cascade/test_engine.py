@@ -524,6 +524,22 @@ def test_one_wish_for_all_or_one_each(pair: tuple[Bundle, Bundle], cifar: list[I
     assert engine.predict([]) == [] and engine.predict([], []) == []
 
 
+@pytest.mark.parametrize(
+    "one", ["cat.png", Path("cat.png"), b"\x89PNG", Image.new("RGB", (8, 8))], ids=lambda x: type(x).__name__
+)
+def test_one_image_instead_of_a_list(one: Any, pair: tuple[Bundle, Bundle]) -> None:
+    with pytest.raises(CascadeError, match=r"takes a list of images: give \[image\] for one"):
+        engine_of(pair[0]).predict(one)
+
+
+def test_what_is_no_kind_of_image(pair: tuple[Bundle, Bundle], cifar: list[Image.Image]) -> None:
+    engine = engine_of(pair[0])
+    strange: list[Any] = [np.asarray(cifar[0]), 5, cifar[0]]
+    array, number, image = engine.predict(strange)
+    assert refused(array) == refused(number) == (400, "not_an_image") and good([image])
+    assert isinstance(array, ItemError) and "ndarray is no kind of image" in array.message
+
+
 def test_without_any_bundle(cifar: list[Image.Image]) -> None:
     (answer,) = Engine().predict(cifar[:1])
     assert refused(answer) == (400, "bundle_missing")

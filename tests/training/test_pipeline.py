@@ -421,6 +421,18 @@ def test_a_version_that_exists_is_found_before_anything_is_trained(
     assert not (tmp_path / "run" / "dispatcher").exists()
 
 
+def test_folders_that_cannot_be_written_are_found_before_anything_is_trained(
+    cifar_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for place in ("--out", "--run"):
+        line = command(
+            cifar_folder, "--run", tmp_path / "run", "--out", tmp_path / "a" / "1", place, tmp_path / "file/b"
+        )
+        assert "file" in line and ("choose another --out" in line or "choose folders that can be written to" in line)
+    assert not (tmp_path / "run" / "dispatcher").exists()
+
+
 def test_another_recipe_in_the_same_folder_is_refused(once: Path, cifar_folder: Path) -> None:
     run, done = once.parents[2] / "run", once.parents[2] / "run" / "dispatcher" / "done.safetensors"
     before = done.read_bytes()
