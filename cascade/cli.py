@@ -64,6 +64,15 @@ class EmbeddingKind(StrEnum):
     float32 = "float32"
 
 
+class LogLevel(StrEnum):
+    """From which level on ``cascade serve`` logs."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
 class Machines(StrEnum):
     """Where ``cascade predict`` computes."""
 
@@ -145,7 +154,8 @@ def predict(
         found = predict_files(engine, sources, out, options, embedding=embedding.value, progress=progress, **numbers)
     speed = f"{found.fresh} of them now, {found.images_per_second:.1f} images a second" if found.fresh else "all before"
     typer.echo(f"{found.rows} rows in {out}, {speed}")
-    typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.shares.items()))
+    if found.fresh:
+        typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.shares.items()))
     for cluster, share in found.clusters.items():
         typer.echo(f"  {100 * share:.1f} % in cluster {cluster}")
     for kind, number in found.errors.items():
@@ -184,7 +194,7 @@ def serve(
     index: Annotated[Path | None, typer.Option(help="asgi: of cascade index build, for POST /v1/search.")] = None,
     connections: Annotated[int, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = 4096,
     log_level: Annotated[
-        str | None, typer.Option(help="debug, info (a line a request), warning, error; torchserve: warning, else info.")
+        LogLevel | None, typer.Option(help="info has a line a request; left out: warning for torchserve, else info.")
     ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
@@ -208,19 +218,24 @@ def serve(
     if frontend is Frontend.ray:
         from handlers.ray.serve import serve as serve_ray
 
-        common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "log_level": log_level or "info"}
+        common |= {
+            "max_batch": max_batch,
+            "patience": patience,
+            "queue": queue,
+            "log_level": (log_level or LogLevel.info).value,
+        }
         serve_ray(model_store, replicas=workers, api_keys=api_keys, **common)
         return
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 
         common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "connections": connections}
-        serve_asgi(model_store, api_keys=api_keys, index=index, log_level=log_level or "info", **common)
+        serve_asgi(model_store, api_keys=api_keys, index=index, log_level=(log_level or LogLevel.info).value, **common)
         return
     from handlers.torchserve.entrypoint import serve as serve_torchserve
 
     ports = {"metrics_port": metrics_port, "management_port": management_port}
-    common |= {"auth": auth, "token_file": token_file, "log_level": log_level or "warning"}
+    common |= {"auth": auth, "token_file": token_file, "log_level": (log_level or LogLevel.warning).value}
     serve_torchserve(model_store, workers=workers, **common, **ports)
 
 

@@ -53,6 +53,9 @@ class Engine:
             environment variable CASCADE_EXECUTOR says goes before it.
         memory_bytes: for backbones and packed bundles together; None for no limit.
 
+    Raises:
+        CascadeError: there is no such device.
+
     Attributes:
         pins: version of a bundle, by its name, that answers where a request names none; else the latest does.
     """
@@ -66,6 +69,10 @@ class Engine:
         executor: Kind = "auto",
         memory_bytes: int | None = None,
     ) -> None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
+            raise CascadeError(f"there is no device {device} here: choose cpu, or cuda where there is a GPU") from None
         self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
         self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
         self.residency = Residency(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)

@@ -222,13 +222,11 @@ def check(path: Path, out: Path) -> None:
 
 def _sections(summary: "Summary", drawn: Sample, trained: Sequence[float]) -> Iterator[str]:
     bad = sum(summary.errors.values())
-    yield (
-        f"<p>Mode {html.escape(summary.mode)}. {summary.rows} rows, {bad} of them errors."
-        f" The last run: {summary.fresh} images in {summary.seconds:.1f} s, {summary.images_per_second:.1f} images a"
-        " second.</p>\n"
-    )
-    shares = [(name, f"{100 * share:.1f} %") for name, share in summary.shares.items()]
-    yield table(("time", "share of the run"), shares)
+    speed = f"{summary.fresh} images in {summary.seconds:.1f} s, {summary.images_per_second:.1f} images a second"
+    last = f"The last run: {speed}." if summary.fresh else "All were there before the last run."
+    yield f"<p>Mode {html.escape(summary.mode)}. {summary.rows} rows, {bad} of them errors. {last}</p>\n"
+    if summary.fresh:
+        yield table(("time", "share of the run"), [(n, f"{100 * share:.1f} %") for n, share in summary.shares.items()])
     yield "<h2>Clusters</h2>\n"
     rows = []
     for k in sorted({*drawn.clusters, *range(len(trained))}):

@@ -73,6 +73,11 @@ def test_without_a_command_there_is_help() -> None:
     assert "Usage" in run().output
 
 
+def test_an_unknown_log_level_is_refused_before_anything_starts() -> None:
+    result = run("serve", "--frontend", "asgi", "--log-level", "loud")
+    assert result.exit_code == 2 and "'debug', 'info', 'warning', 'error'" in " ".join(result.stderr.split())
+
+
 def test_inspect(bundle_path: Path) -> None:
     result = run("inspect", bundle_path)
     assert result.exit_code == 0, result.output

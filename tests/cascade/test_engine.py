@@ -540,6 +540,12 @@ def test_what_is_no_kind_of_image(pair: tuple[Bundle, Bundle], cifar: list[Image
     assert isinstance(array, ItemError) and "ndarray is no kind of image" in array.message
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:0x", "gpu"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(CascadeError, match=f"there is no device {device} here: choose cpu"):
+        Engine(device=device)
+
+
 def test_without_any_bundle(cifar: list[Image.Image]) -> None:
     (answer,) = Engine().predict(cifar[:1])
     assert refused(answer) == (400, "bundle_missing")

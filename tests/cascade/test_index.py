@@ -243,7 +243,9 @@ def test_report_by_the_command(bundle: Path, photos: Path, tmp_path: Path) -> No
     options: list[str | Path] = ["predict", photos, "--out", out, "--bundle", bundle, "--report"]
     text = invoke(*options, report)
     assert f"125 rows in {out}, 125 of them now" in text and f"report in {report}" in text
-    assert "125 rows" in invoke(*options, out / "_report.html")  # all done before, and a report all the same
+    again = invoke(*options, out / "_report.html")  # all done before, and a report all the same
+    assert "125 rows" in again and "time:" not in again
+    assert "All were there before the last run" in (out / "_report.html").read_text()
     assert len(pq.read_table(out)) == 125
     result = CliRunner().invoke(app, [*map(str, options), str(out / "report.html")])
     assert result.exit_code == 1 and "call it _report.html" in result.stderr

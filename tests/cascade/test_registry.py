@@ -227,9 +227,12 @@ def test_a_defect_while_loading_refuses_one_bundle(
 # --- versions
 
 
-def test_latest_pinned_and_back(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+def test_latest_pinned_and_back(
+    hand: Bundle, small: Path, cifar: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
     engine = Engine()
     registry = load_store(engine, small, pinned(["b@1"]))
+    assert "b is pinned to version 1, which is not there" in caplog.text
     for name, version in (("a", "9"), ("a", "10"), ("b", "1"), ("b", "2")):
         write(hand, small / name / version)
     registry.reload()
