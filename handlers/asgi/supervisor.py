@@ -56,7 +56,10 @@ class Supervisor:
             while not self.stopping:
                 worker, ready = self._start()
                 if ready and not was_ready:
-                    print(f"ready: POST images to {self.url}/v1/predict\nmetrics: {self.url}/metrics", flush=True)
+                    print(
+                        f"ready: curl -T IMAGE {self.url}/v1/predict\npage: {self.url}/ui\nmetrics: {self.url}/metrics",
+                        flush=True,
+                    )
                 worker.wait()
                 was_ready |= ready
                 pause = FIRST_PAUSE if ready else min(2 * pause, LONGEST_PAUSE)

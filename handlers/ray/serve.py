@@ -26,7 +26,7 @@ def serve(model_store: Path | str, **options: Any) -> None:
     with serving(model_store, **options) as url:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, stopped)  # only now: Ray sets its own when it starts
-        print(f"ready: POST images to {url}/v1/predict\nmetrics: {url}/metrics", flush=True)
+        print(f"ready: curl -T IMAGE {url}/v1/predict\npage: {url}/ui\nmetrics: {url}/metrics", flush=True)
         stop.wait()
 
 
