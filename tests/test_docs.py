@@ -141,3 +141,15 @@ def test_figures_of_the_performance_page_are_those_of_the_json(heading: str, nam
         _, values = left.pop(at)
         assert text == shown_as(values), figure
         assert met.strip() == {None: "", True: "yes", False: "**no**"}[values["met"]], figure
+
+
+@pytest.mark.parametrize(
+    "table", sorted((ROOT / "benchmarks" / "results" / "paper").glob("*.md")), ids=lambda p: p.stem
+)
+def test_tables_of_the_paper_page_are_those_of_the_runs(table: Path) -> None:
+    def rows(page: Path) -> set[str]:
+        cells = re.findall(r"^\|(?!-)(.*)\|$", page.read_text(), re.MULTILINE)
+        return {" ".join(row.replace("|", " ").split()) for row in cells}
+
+    found = rows(table)
+    assert len(found) > 3 and found <= rows(ROOT / "docs" / "paper.md")
