@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from cascade.cli import app
@@ -20,6 +21,7 @@ FIGURES = (  # heading in docs/performance.md, and the JSON files whose figures 
     ("## EfficientNet", ("serving-tf_efficientnet_lite0",)),
 )
 CLI = get_command(app)
+assert isinstance(CLI, TyperGroup)
 
 
 def commands(start: str) -> set[tuple[str, ...]]:
@@ -90,7 +92,7 @@ def test_commands_of_cascade_take_the_options_shown() -> None:
     assert {"train", "predict", "serve", "index", "inspect", "pack"} <= {each[0] for each in shown}
     for name, *rest in shown:
         command = CLI.commands[name]
-        if name == "index" and rest:
+        if isinstance(command, TyperGroup) and rest:
             command = command.commands[rest[0]]
         known = options("training.pipeline") if name == "train" else {o for p in command.params for o in p.opts}
         assert flags(tuple(rest)) <= known, (name, *rest)

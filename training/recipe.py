@@ -162,12 +162,17 @@ class Recipe:
         return tuple(crop for crop in both if crop[0])
 
     def save(self, run: Path) -> None:
-        """Write ``recipe.json``; a run that was begun with another recipe is not gone on with."""
+        """Write ``recipe.json``; a run that has trained something with another recipe is not gone on with."""
         run.mkdir(parents=True, exist_ok=True)
         path = run / "recipe.json"
         text = json.dumps(asdict(self), indent=2) + "\n"
         if path.exists() and json.loads(path.read_text()) != json.loads(text):
-            raise CascadeError(f"{path} was begun with other settings; choose another --run folder or delete that one")
+            if any(each.is_dir() for each in run.iterdir()):
+                raise CascadeError(
+                    f"{run} was begun with other settings; choose another --run folder or delete that one"
+                )
+            for split in ("train", "test"):  # a start that failed before its first step binds nobody
+                (run / f"{split}.json").unlink(missing_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(path)

@@ -78,8 +78,10 @@ class Run:
         r, clusters = self.recipe, self.recipe.clusters
         images = data.load(r.data, "train", r.limit or None, r.data_seed)
         if len(images) < FEWEST * max(1, clusters):
-            masks = f"{clusters} clusters of {FEWEST}" if clusters else f"a mask, which needs {FEWEST}"
-            raise CascadeError(f"{len(images)} training images are too few for {masks}: add some, or lower --clusters")
+            masks, less = f"a mask, which needs {FEWEST}", ""
+            if clusters:
+                masks, less = f"{clusters} clusters of {FEWEST}", ", or lower --clusters"
+            raise CascadeError(f"{len(images)} training images are too few for {masks}: add some{less}")
         if images.labels is not None and len(np.unique(images.labels)) < 2:
             only = images.classes[images.labels[0]]
             raise CascadeError(f"all training images are in the class folder {only}: add others, or drop the folders")

@@ -375,7 +375,7 @@ def one_test_image(root: Path, cifar: list[Image.Image]) -> Path:
         (empty, {}, "no train images in .*photos: put JPEG, PNG or WebP files there"),
         (nothing, {}, "photos is not a folder: name a folder of images"),
         (few, {}, "16 training images are too few for 3 clusters of 16: add some, or lower --clusters"),
-        (few, {"clusters": 0, "limit": 12}, "12 training images are too few for a mask, which needs 16"),
+        (few, {"clusters": 0, "limit": 12}, "12 training images are too few for a mask, which needs 16: add some$"),
         (all_broken, {}, "none of the 48 train images in .*photos can be read; .*png: "),
         (one_class, {}, "all training images are in the class folder cat"),
         (one_test_image, {}, "1 test image is too few to calibrate with"),

@@ -33,10 +33,18 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 def test_a_run_is_not_gone_on_with_under_another_recipe(tmp_path: Path) -> None:
     Recipe("photos").save(tmp_path)
+    (tmp_path / "dispatcher").mkdir()
     before = (tmp_path / "recipe.json").read_bytes()
     with pytest.raises(CascadeError, match="begun with other settings; choose another --run folder") as told:
         Recipe("photos", lr=0.5).save(tmp_path)
     assert "\n" not in str(told.value) and (tmp_path / "recipe.json").read_bytes() == before
+
+
+def test_a_start_that_failed_before_its_first_step_binds_nobody(tmp_path: Path) -> None:
+    Recipe("fotos").save(tmp_path)
+    (tmp_path / "train.json").write_text("{}")
+    Recipe("photos", lr=0.5).save(tmp_path)
+    assert Recipe.load(tmp_path) == Recipe("photos", lr=0.5) and not (tmp_path / "train.json").exists()
 
 
 def test_a_run_that_was_not_begun_says_how(tmp_path: Path) -> None:
