@@ -284,6 +284,7 @@ class Watch:
         if self.bar is None:
             return
         if name not in self.tasks:
+            self.bar.start()
             self.tasks[name] = self.bar.add_task(name, total=steps, loss=loss)
         self.bar.update(self.tasks[name], completed=step, loss=loss)
 
@@ -302,9 +303,14 @@ def watching() -> Iterator[Watch]:
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
     )
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar, warnings.catch_warnings():
+    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: bar.console.print(f"[yellow]warning:[/] {message}")
-        yield Watch(bar)
+        try:
+            yield Watch(bar)
+        finally:
+            if bar.tasks:  # it is started by the first one; an empty bar leaves an empty line
+                bar.stop()
 
 
 class Parser(argparse.ArgumentParser):

@@ -487,7 +487,7 @@ def test_cascade_train_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cascade.cli", "train", "photos", "--out", "store/a/1"]
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert [line for line in failed.stderr.splitlines() if line.strip()][-1].startswith("error: no train images in")
+    assert failed.stderr.startswith("error: no train images in") and failed.stderr.count("\n") == 1
 
 
 def test_the_budget_is_said_before_the_first_step(cifar_folder: Path, tmp_path: Path) -> None:
