@@ -234,7 +234,8 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
     except (OSError, RuntimeError, ValueError) as error:  # no network, no such weights
         what = "get weights for" if pretrained else "make"
         raise BackboneError(
-            f"timm can't {what} {name} ({first_line(error)}); give a checkpoint with --weights FILE, or another name"
+            f"timm can't {what} {name} ({first_line(error)}); give a checkpoint with --weights FILE (cascade train:"
+            " --source file:PATH), or another name"
         ) from error
 
 

@@ -40,7 +40,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         BackboneError: there is no such file, or no tensors in it.
     """
     if not path.is_file():
-        raise BackboneError(f"no weights at {path}; give the checkpoint with --weights FILE")
+        how = "give the checkpoint with --weights FILE (cascade train: --source file:PATH)"
+        raise BackboneError(f"no weights at {path}; {how}")
     state: Any
     try:
         if path.suffix == ".safetensors":

@@ -42,6 +42,11 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
+def is_pattern(name: str) -> bool:
+    """Whether a source that nothing is called stands for what it matches."""
+    return any(c in name for c in "*?[")
+
+
 def suffix(name: str) -> str:
     """Of a path or URL, as ``.png``: in lower case, without a URL's query."""
     return os.path.splitext(urlsplit(name).path if is_url(name) else name)[1].lower()
@@ -101,7 +106,7 @@ def find(source: str) -> Iterator[str]:
         yield from _elsewhere(source)
     elif os.path.isdir(source):
         yield from _images_in(source, set())
-    elif any(c in source for c in "*?[") and not os.path.lexists(source):
+    elif is_pattern(source) and not os.path.lexists(source):
         for match in sorted(set(glob.iglob(source, recursive=True)), key=Path):
             if os.path.lexists(match):  # "gone/**" matches "gone/" in some Pythons
                 yield from _images_in(match, set()) if os.path.isdir(match) else [match]

@@ -15,12 +15,13 @@ from typing import Literal
 
 from cascade.archives import cut_parquet, cut_tar, read_parquet, read_rows, read_tar
 from cascade.errors import CascadeError, brief
-from cascade.files import Load, fetch, find, is_url, open_file, suffix
+from cascade.files import SUFFIXES, Load, fetch, find, is_pattern, is_url, open_file, suffix
 from cascade.images import LIMITS, Limits, load
 
 ROWS = 4096  # images of a unit, where a source can be cut
 LINE = 8192  # bytes of a line in a list
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+KNOWN = {*SUFFIXES, ".tar", ".parquet", *map(suffix, PACKED)}
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,19 @@ def again(keys: Iterable[str], limits: Limits = LIMITS) -> Iterator[tuple[str, L
 def expand(source: str) -> Iterator[str]:
     """The files that a source means, as they come: images, tar shards, Parquet files.
 
-    A file stands for itself, there or not. A folder stands for the images in it, by suffix, to any depth, links
+    An image stands for itself, there or not. A folder stands for the images in it, by suffix, to any depth, links
     followed but no folder twice; one that cannot be listed stands for itself. A pattern (``*``, ``?``, ``[]``,
     ``**``) stands for what it matches, a text file (.txt) for the sources that it has, one a line. At a URL
     a folder ends in ``/`` and a pattern has a ``*``.
 
     Raises:
-        CascadeError: a list or a URL can't be read, an archive is compressed.
+        CascadeError: a list or a URL can't be read, an archive is compressed, or nothing is there by a name that is
+            no image's: a folder's, most likely, in which there is a slip.
     """
-    for line in _lines(source) if source.endswith(".txt") else [source]:
+    listed = source.endswith(".txt")
+    if not (listed or is_url(source) or is_pattern(source) or os.path.lexists(source) or suffix(source) in KNOWN):
+        raise CascadeError(f"{source} is not there: name images, folders, patterns, .tar or .parquet files, or URLs")
+    for line in _lines(source) if listed else [source]:
         for name in find(line):
             if name.lower().endswith(PACKED):
                 raise CascadeError(

@@ -42,6 +42,15 @@ def test_no_images_says_what_to_do(tmp_path: Path, source: str) -> None:
         list(plan([]))
 
 
+@pytest.mark.parametrize("name", ["fotos", "fotos/", "photos.old", ""])
+def test_a_slip_in_a_folders_name_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CascadeError, match=f"{name} is not there: name images, folders"):
+        list(plan([name]))
+    (tmp_path / "list.txt").write_text("fotos\n")
+    assert images(plan(["list.txt"])) == {"fotos": "unreadable"}, "a long list goes on"
+
+
 def test_units_are_of_bounded_size_and_names_survive(tmp_path: Path) -> None:
     odd = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9 \n.png"))
     copy(PHOTOS[0], odd)
