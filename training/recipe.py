@@ -152,6 +152,9 @@ class Recipe:
         for name in ("share", "select_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CascadeError(f"--{name.replace('_', '-')} is a share: give a number from 0 to 1")
+        for name in (f.name for f in fields(self) if f.type in (int, float) and f.name not in ("initial", "threshold")):
+            if getattr(self, name) < 0:
+                raise CascadeError(f"--{name.replace('_', '-')} can't be negative")
         if self.accumulate < 1 or self.batch < 1:
             raise CascadeError("--batch and --accumulate must be at least 1")
 

@@ -64,9 +64,20 @@ def test_weights_come_from_where_the_backbone_has_them() -> None:
     assert Recipe("photos", backbone="resnet50", source="random:0").source == "random:0"
 
 
-@pytest.mark.parametrize("wrong", [{"share": 1.5}, {"select_share": -0.1}, {"accumulate": 0}, {"batch": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"share": 1.5},
+        {"select_share": -0.1},
+        {"accumulate": 0},
+        {"batch": 0},
+        {"steps": -5},
+        {"clusters": -1},
+        {"lr": -1.0},
+    ],
+)
 def test_numbers_that_make_no_sense(wrong: dict[str, Any]) -> None:
-    with pytest.raises(CascadeError, match="is a share|must be at least 1"):
+    with pytest.raises(CascadeError, match="is a share|must be at least 1|can't be negative"):
         Recipe("photos", **wrong)
 
 
