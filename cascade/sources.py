@@ -21,7 +21,7 @@ from cascade.images import LIMITS, Limits, load
 ROWS = 4096  # images of a unit, where a source can be cut
 LINE = 8192  # bytes of a line in a list
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-KNOWN = {*SUFFIXES, ".tar", ".parquet", *map(suffix, PACKED)}
+KNOWN = {*SUFFIXES, ".tar", ".parquet", *(suffix(f"x{packed}") for packed in PACKED)}
 
 
 @dataclass(frozen=True)
