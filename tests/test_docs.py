@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from typer.core import TyperGroup
@@ -20,8 +20,7 @@ FIGURES = (  # heading in docs/performance.md, and the JSON files whose figures 
     ("## ResNet-50", ("serving-resnet50", "serving-resnet50-executors", "serving-resnet50-identical")),
     ("## EfficientNet", ("serving-tf_efficientnet_lite0",)),
 )
-CLI = get_command(app)
-assert isinstance(CLI, TyperGroup)
+CLI = cast(TyperGroup, get_command(app))
 
 
 def commands(start: str) -> set[tuple[str, ...]]:
