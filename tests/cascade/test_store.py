@@ -260,7 +260,7 @@ def test_a_store_that_goes_while_it_is_looked_at(folder: Path, monkeypatch: pyte
     with pytest.raises(StoreError, match="is it mounted"):
         Store(folder).look()
     folder.with_name("away").rename(folder)
-    monkeypatch.setattr(stores, "discover", meanwhile(lambda: [shutil.rmtree(path) for path in folder.glob("*/")]))
+    monkeypatch.setattr(stores, "discover", meanwhile(lambda: list(map(shutil.rmtree, folder.glob("*/")))))
     assert Store(folder).look() == {}, "no longer mounted, an empty folder: for the registry to judge"
 
 

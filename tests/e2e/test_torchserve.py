@@ -262,7 +262,7 @@ def lone(server: Running, engine: Engine, photo: bytes) -> float:
         return statistics.median(times[10:])
 
     headers = server.headers | {"Content-Type": "image/png", "X-Cascade-Bundle": "one", "X-Cascade-Mode": "dispatcher"}
-    added = []
+    added: list[float] = []
     while len(added) < 10 and min(added, default=1) >= 0.05:
         bare = median(lambda: engine.predict([photo], cascade.Options(mode="dispatcher")))
         over_http = median(lambda: CLIENT.post(server.url, content=photo, headers=headers).raise_for_status())
