@@ -33,30 +33,32 @@ def main() -> None:
     options.add_argument("--backbones", default=",".join(sets.BACKBONES), help="default %(default)s")
     options.add_argument("--sets", default=",".join(sets.SETS), help="default %(default)s")
     options.add_argument("--seeds", default="0,1,2", help="default %(default)s")
+    options.add_argument("--mask-from", default=sets.MASK_FROM, help="the first stage with masks; default %(default)s")
     options.add_argument("--explore", action="store_true", help="also what only the first seed is measured by")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--rounds", type=int, default=40, help="of the measurement of costs; 0 keeps what is there")
     options.add_argument("--report", action="store_true", help="train nothing; --rounds 0 measures no costs either")
     chosen = options.parse_args()
+    folder = chosen.folder / chosen.mask_from
     names, of_sets, seeds = (part.split(",") for part in (chosen.backbones, chosen.sets, chosen.seeds))
     for name in names:
         sets.load(name)  # before hours of training, whether the weights are there
     if not chosen.report:
         torch.set_num_threads(chosen.threads)
         for seed, name, of in product(seeds, names, of_sets):
-            measure(chosen.folder, name, of, int(seed), chosen.explore and seed == "0")
+            measure(folder, name, chosen.mask_from, of, int(seed), chosen.explore and seed == "0")
     rows = Rows("cost of serving, batch 8")
     for name in names:
-        path = chosen.folder / name / plane.COSTS
+        path = folder / name / plane.COSTS
         if chosen.rounds or not path.exists():  # without rounds there are operations, and no times
             sides = (sets.SIDE, 224) if chosen.rounds else ()
-            found = {side: cost.measure(name, side, chosen.rounds, rows) for side in sides}
+            found = {side: cost.measure(name, chosen.mask_from, side, chosen.rounds, rows) for side in sides}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, plane.costs(found, cost.operations(sets.load(name), 224)))
-    plane.report_all(chosen.folder, plane.collect(chosen.folder, names, of_sets, map(int, seeds)), rows)
+            write_json(path, plane.costs(found, cost.operations(sets.load(name), chosen.mask_from, 224)))
+    plane.report_all(folder, plane.collect(folder, names, of_sets, map(int, seeds)), rows)
 
 
-def measure(folder: Path, name: str, of: str, seed: int, explore: bool) -> None:
+def measure(folder: Path, name: str, mask_from: str, of: str, seed: int, explore: bool) -> None:
     """All methods of one backbone, data set and seed, as far as they are not there yet."""
     wanted = METHODS | (MORE if explore else {})
     own = folder / name / of / str(seed)
@@ -65,8 +67,8 @@ def measure(folder: Path, name: str, of: str, seed: int, explore: bool) -> None:
     if set(wanted) <= set(done):
         return
     backbone = sets.load(name)
-    data = sets.open_set(of, backbone, folder / "features")
-    study = Study(data, Tail(backbone, backbone.stage(sets.MASK_FROM)), seed, Budget(), own)
+    data = sets.open_set(of, backbone, folder / "features", mask_from)
+    study = Study(data, Tail(backbone, backbone.stage(mask_from)), seed, Budget(), own)
     for method in wanted:
         if method in done:
             continue

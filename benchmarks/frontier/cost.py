@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from benchmarks import made
-from benchmarks.frontier.sets import MASK_FROM
 from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
 from cascade.backbone import Backbone
@@ -23,10 +22,10 @@ WAYS: dict[str, tuple[int, Mode]] = {
 """Number of experts and mode. A second mask without routing is a bundle of one expert, served unconditionally."""
 
 
-def build(name: str, side: int, experts: int, mode: Mode) -> Callable[[int], object]:
+def build(name: str, side: int, mask_from: str, experts: int, mode: Mode) -> Callable[[int], object]:
     """Requests through the engine: router, expert passes, fusion."""
     backbone = _load(name, side)
-    stage = backbone.stage(MASK_FROM)
+    stage = backbone.stage(mask_from)
     bundle = (
         made.cascade(backbone, "cascade", experts, stage, stage)
         if experts
@@ -52,9 +51,10 @@ def plain(name: str, side: int) -> Callable[[int], object]:
     return lambda nth: executor.run(pixels[[(nth * BATCH + i) % 64 for i in range(BATCH)]]) is None
 
 
-def measure(name: str, side: int, count: int, rows: Rows) -> dict[str, Figure]:
+def measure(name: str, mask_from: str, side: int, count: int, rows: Rows) -> dict[str, Figure]:
     """Each way's time over that of a plain pass."""
-    with peers({"plain": (plain, name, side), **{w: (build, name, side, *p) for w, p in WAYS.items()}}) as running:
+    ways = {way: (build, name, side, mask_from, *parts) for way, parts in WAYS.items()}
+    with peers({"plain": (plain, name, side), **ways}) as running:
         seconds = rounds(running, range(count), warm=8)
     rows.add(f"{name}, {side} px, one plain pass", figure([1000 * s for s in seconds["plain"]]), f"ms for {BATCH}")
     found = {way: figure(ratios(seconds[way], seconds["plain"])) for way in WAYS}
@@ -63,10 +63,10 @@ def measure(name: str, side: int, count: int, rows: Rows) -> dict[str, Figure]:
     return found
 
 
-def operations(backbone: Backbone, side: int) -> float:
+def operations(backbone: Backbone, mask_from: str, side: int) -> float:
     """The masked stages' share of a pass, in multiplications of convolutions and linear layers."""
     counts: list[tuple[bool, int]] = []
-    prefixes = [p for stage in backbone.row[backbone.stage(MASK_FROM) :] for p in stage.prefixes]
+    prefixes = [p for stage in backbone.row[backbone.stage(mask_from) :] for p in stage.prefixes]
     last = {id(m) for p in prefixes for m in backbone.model.get_submodule(p).modules()}
 
     def count(module: nn.Module, x: object, y: torch.Tensor) -> None:

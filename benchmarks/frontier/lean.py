@@ -1,13 +1,17 @@
 """The masked tail of an EfficientNet on stored features, twice as fast as ``training.masking`` on a CPU.
 
-Maps of 2 x 2 are so small that a convolution is a matrix product (bfloat16 where the processor multiplies it) or, by
-channel, sixteen multiplications. Masks, losses and gradients are the trainer's, to the rounding of the products.
+Maps of 2 x 2 or 4 x 4 are so small that a convolution is a matrix product (bfloat16 where the processor multiplies it)
+or, by channel, a few multiplications a position. Masks, losses and gradients are the trainer's, to the rounding of the
+products.
 """
 
 from collections.abc import Mapping
+from functools import cache
+from math import isqrt
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from timm.models import EfficientNet
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
@@ -34,41 +38,36 @@ class _Masked(torch.autograd.Function):
 
 
 class _Depthwise(torch.autograd.Function):
-    """x [P, B, C] under taps [P, P, C]: ``y[p] = sum over q of x[q] * taps[p, q]``."""
+    """x [Q, B, C] under taps [P, Q, C]: ``y[p] = sum over q of x[q] * taps[p, q]``, of the pairs ``seen`` [P, Q]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, taps: Tensor, seen: Tensor) -> Tensor:
         ctx.save_for_backward(x, taps)
-        y = torch.zeros_like(x)
-        for p in range(len(x)):
-            for q in range(len(x)):
-                y[p].addcmul_(x[q], taps[p, q])
+        ctx.pairs = seen.nonzero().tolist()
+        y = x.new_zeros(len(taps), *x.shape[1:])
+        for p, q in ctx.pairs:
+            y[p].addcmul_(x[q], taps[p, q])
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (x, taps), g = ctx.saved_tensors, gradients[0]
-        gx, gt = torch.zeros_like(x), torch.empty_like(taps)
-        for p in range(len(x)):
-            for q in range(len(x)):
-                gx[q].addcmul_(g[p], taps[p, q])
-                gt[p, q] = (g[p] * x[q]).sum(dim=0)
-        return gx, gt
+        gx, gt = torch.zeros_like(x), torch.zeros_like(taps)
+        for p, q in ctx.pairs:
+            gx[q].addcmul_(g[p], taps[p, q])
+            gt[p, q] = (g[p] * x[q]).sum(dim=0)
+        return gx, gt, None
 
 
 class Tail:
-    """Scores on a backbone's last stages, and the pass through them.
+    """Scores on a backbone's last stages, and the pass through them."""
 
-    Args:
-        side: of the square maps that enter; the stages keep it.
-    """
-
-    def __init__(self, backbone: Backbone, start: int, side: int = 2) -> None:
+    def __init__(self, backbone: Backbone, start: int) -> None:
         model = backbone.model
         assert isinstance(model, EfficientNet)
         blocks: list[Any] = [b for s in backbone.row[start:-1] for b in model.get_submodule(s.name).children()]
-        assert all(type(b) is InvertedResidual and b.conv_dw.stride == (1, 1) for b in blocks), "only such blocks"
-        self.side, self.blocks = side, blocks
+        assert all(type(b) is InvertedResidual for b in blocks), "only such blocks"
+        self.blocks = blocks
         names = {id(p): n for n, p in model.named_parameters()}
         self.weights: dict[str, Tensor] = {}  # BatchNorm's scale folded in: one alpha a tensor goes through it
         self.shifts: dict[str, Tensor] = {}
@@ -100,11 +99,11 @@ class Tail:
         return {n: p.detach().clone() for n, p in self.scores.items()}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Features [B, F] of maps [B, P, C] (any float type)."""
+        """Features [B, F] of square maps [B, P, C] (any float type)."""
         x = x.transpose(0, 1).float()
         for block in self.blocks:
             y = block.bn1.act(self._pointwise(x, self._of[id(block.conv_pw)]))
-            y = block.bn2.act(self._depthwise(y, self._of[id(block.conv_dw)], block.conv_dw.kernel_size[0]))
+            y = block.bn2.act(self._depthwise(y, block.conv_dw))
             y = self._pointwise(y, self._of[id(block.conv_pwl)])
             x = x + y if block.has_skip else y
         out: Tensor = self.act(self._pointwise(x, self.head))
@@ -116,11 +115,20 @@ class Tail:
             return linear(x, weight, self.shifts[name])
         return linear(x.bfloat16(), weight.bfloat16()).float() + self.shifts[name]
 
-    def _depthwise(self, x: Tensor, name: str, kernel: int) -> Tensor:
+    def _depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        name, kernel = self._of[id(conv)], conv.kernel_size[0]
         weight = _Masked.apply(self.scores[name], self.weights[name]).flatten(1).T  # [kernel * kernel, C]
-        at = torch.arange(self.side**2)
-        rows, columns = at // self.side, at % self.side
-        down, right = (v[None, :] - v[:, None] + kernel // 2 for v in (rows, columns))  # from output p to input q
-        taps = weight[(down * kernel + right).clamp(0, kernel**2 - 1)]
-        seen = (down >= 0) & (down < kernel) & (right >= 0) & (right < kernel)
-        return _Depthwise.apply(x, taps * seen[..., None]) + self.shifts[name]
+        taps, seen = _taps(isqrt(len(x)), kernel, conv.stride[0], isinstance(conv, Conv2dSame))
+        return _Depthwise.apply(x, weight[taps] * seen[..., None], seen) + self.shifts[name]
+
+
+@cache
+def _taps(side: int, kernel: int, stride: int, same: bool) -> tuple[Tensor, Tensor]:
+    """For each output and input position of square maps: which tap joins them, and whether one does, [P, Q] each."""
+    out = -(-side // stride)
+    before = max((out - 1) * stride + kernel - side, 0) // 2 if same else kernel // 2
+    far = torch.arange(side)[None] - stride * torch.arange(out)[:, None] + before  # from an output row to an input row
+    down, right = far[:, None, :, None].expand(out, out, side, side), far[None, :, None].expand(out, out, side, side)
+    seen = (down >= 0) & (down < kernel) & (right >= 0) & (right < kernel)
+    taps = torch.where(seen, down * kernel + right, 0)
+    return taps.reshape(out**2, side**2), seen.reshape(out**2, side**2)

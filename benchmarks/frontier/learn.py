@@ -55,6 +55,7 @@ def swav(
     rows: np.ndarray | None = None,
     start: State | None = None,
     freeze_head: bool = False,
+    own_head: bool = False,
     lr: float = RECIPE.lr,
     others: float = 0.0,
     batch: int = RECIPE.batch,
@@ -64,11 +65,12 @@ def swav(
     Args:
         rows: images to train on, all by default; ``others``: share of each batch that comes from all the rest.
         start: scores, head and prototypes to begin with. freeze_head: keep head and prototypes as they are.
+        own_head: begin with a random head and random prototypes.
     """
     torch.manual_seed(seed)
     projector = Projector(tail.width, RECIPE.projection, RECIPE.prototypes)
     _begin(tail, start)
-    if start is not None:
+    if start is not None and not own_head:
         projector.load_state_dict({n: start[n] for n in projector.state_dict()})
     head = [] if freeze_head else list(projector.parameters())
     pick = _batches(data, rows, others, batch, seed)

@@ -230,6 +230,12 @@ MORE: dict[str, Method] = {
     "conditional, experts from a shared second mask": Method(
         ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, late(s)))
     ),
+    "conditional, a head and prototypes for each cluster": Method(
+        ROUTED,
+        "routed",
+        lambda b: b.cascade,
+        lambda s: s.fused(dispatcher(s), routed(s, experts(s, "own-head", own_head=True))),
+    ),
     "conditional, experts at lr 0.1": Method(
         ROUTED,
         "routed",

@@ -58,11 +58,11 @@ def load(name: str) -> Backbone:
     return backbones.load(name, BACKBONES[name])
 
 
-def open_set(name: str, backbone: Backbone, folder: Path) -> Set:
-    """A data set, or ``mixed``; features are kept in ``folder``."""
+def open_set(name: str, backbone: Backbone, folder: Path, mask_from: str = MASK_FROM) -> Set:
+    """A data set, or ``mixed``, before the stage ``mask_from``; features are kept in ``folder``."""
     if name != "mixed":
-        return _part(name, backbone, folder)
-    parts = [(_part(p, backbone, folder), *rows) for p, rows in MIXED.items()]
+        return _part(name, backbone, folder, mask_from)
+    parts = [(_part(p, backbone, folder, mask_from), *rows) for p, rows in MIXED.items()]
     views_each = min(p.augmented.shape[1] for p, _, _ in parts)
     first = np.cumsum([0, *(p.labels.max() + 1 for p, _, _ in parts)])
     return Set(
@@ -77,13 +77,13 @@ def open_set(name: str, backbone: Backbone, folder: Path) -> Set:
     )
 
 
-def _part(name: str, backbone: Backbone, folder: Path) -> Set:
+def _part(name: str, backbone: Backbone, folder: Path, mask_from: str) -> Set:
     train, held_out, draws = PARTS[name]
     images, others = data.load(name, "train", train), data.load(name, "test", held_out)
     # Shuffled, so that a cut of the rows has every class.
     images, others = (i.take(np.random.default_rng(0).permutation(len(i))) for i in (images, others))
     preprocessing = Preprocessing.of(backbone.config, SIDE)
-    executor, stage = TorchExecutor(backbone, Residency(2**34)), backbone.stage(MASK_FROM)
+    executor, stage = TorchExecutor(backbone, Residency(2**34)), backbone.stage(mask_from)
     path = folder / f"{name}-{backbone.name}"
     pixels = data.cache(images, round(SIDE * CACHE_MARGIN), folder / f"{name}-images.npy")
     crops = Recipe(name, local_crops=0).crops(SIDE)

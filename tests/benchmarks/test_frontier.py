@@ -37,16 +37,24 @@ def study(tail: Tail, data: Set, tmp_path: Path) -> Study:
     return Study(data, tail, 0, Budget(dispatcher=4, expert=2, experts=2, distil=2), tmp_path)
 
 
-def test_the_lean_tail_has_the_trainers_features_and_gradients() -> None:
-    backbone = backbones.load("tf_efficientnet_lite0", "random:0")
-    stage, draw = backbone.stage("blocks.6"), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize(
+    "name, first, width, side",
+    [
+        ("tf_efficientnet_lite0", "blocks.6", 192, 2),
+        ("tf_efficientnet_lite0", "blocks.5", 112, 4),
+        ("mobilenetv2_100", "blocks.4", 64, 4),
+    ],
+)
+def test_the_lean_tail_has_the_trainers_features_and_gradients(name: str, first: str, width: int, side: int) -> None:
+    backbone = backbones.load(name, "random:0")
+    stage, draw = backbone.stage(first), torch.Generator().manual_seed(1)
     lean, model = Tail(backbone, stage), mask_backbone(backbone, stage)
     lean.precise = True
     assert list(lean.scores) == list(model.scores)
     scores = {n: 1 + torch.randn(p.shape, generator=draw) for n, p in lean.scores.items()}
     lean.load(scores)
     model.load(scores, {})
-    x = torch.randn(8, 192, 2, 2, generator=draw)
+    x = torch.randn(8, width, side, side, generator=draw)
     ours, theirs = lean(x.flatten(2).transpose(1, 2)), model.tail(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     weights = torch.randn(ours.shape, generator=draw)
