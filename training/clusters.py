@@ -183,7 +183,7 @@ def _check_sizes(counts: list[int], run: Run) -> None:
             f"cluster {smallest} has {counts[smallest]} images, an expert needs {FEWEST}:"
             " train with fewer --clusters, more images, or another --router"
         )
-    if max(counts) > LARGEST * sum(counts):
+    if len(counts) > 1 and max(counts) > LARGEST * sum(counts):
         run.watch.say(
             f"[yellow]warning:[/] one cluster holds {max(counts) / sum(counts):.0%} of the images: {counts}; it is as"
             f" if there were {effective(counts):.1f}: train the dispatcher longer, or take fewer --clusters or another"

@@ -16,6 +16,7 @@ from training.run import FEWEST
 Kind = Literal["single", "routed", "unrouted", "ensemble"]
 ONE, TWO, ROUTED, SIX = "one mask", "two masks", "dispatcher and routed expert", "dispatcher and five experts"
 PLAIN = "plain pass"
+FAIR_TAIL, ROUTED_TAIL = "one tail, frozen or mask, by validation", "one tail, frozen or mask, for each cluster"
 NEIGHBOURS = 0.25  # of an expert's batches that come from the other clusters
 
 
@@ -74,6 +75,15 @@ def clustered(s: Study, count: int) -> list[str]:
     return experts(s, f"of-{count}", count, s.budget.second // count)
 
 
+def plain_experts(s: Study) -> Pair:
+    """Experts on clusters of the frozen features, from the dispatcher's mask on: the first pass is the plain one."""
+    choice, start = s.plain_route(s.budget.experts), s.dispatcher()
+    names = [f"plain-{k}" for k in range(s.budget.experts)]
+    for k, name in enumerate(names):
+        s.swav(name, s.budget.expert, rows=np.flatnonzero(choice[0] == k), start=start)
+    return s.pick(names, choice)
+
+
 def routed(s: Study, names: list[str]) -> Pair:
     """The routed expert's features of each image."""
     return s.pick(names, s.assigned(len(names)))
@@ -88,6 +98,21 @@ def single(s: Study, name: str, steps: int, **options: object) -> Pair:
     """A mask that sees everything."""
     s.swav(name, steps, **options)
     return s.features(name)
+
+
+def one_tail(s: Study, by_cluster: bool) -> Pair:
+    """Features under one tail an image, the frozen one or the mask of all steps: whichever validation labels say.
+
+    Args:
+        by_cluster: for each cluster of the trunk's maps apart; else one for all images.
+    """
+    mask = single(s, "equal-steps", s.budget.cascade)
+    everything = tuple(np.zeros(len(x), np.int64) for x in s.frozen)
+    best = s.better(s.frozen, mask, (everything[0], everything[1]), errors=0)
+    if not by_cluster:
+        return best
+    other = mask if torch.equal(best[0], s.frozen[0]) else s.frozen
+    return s.better(best, other, s.trunk_route(s.budget.experts), errors=2)
 
 
 def fifths(s: Study) -> list[Pair]:
@@ -162,6 +187,14 @@ METHODS: dict[str, Method] = {
         lambda b: b.cascade,
         lambda s: s.fused(dispatcher(s), single(s, "unrouted", s.budget.second, start=s.dispatcher())),
     ),
+    "frozen tail and a mask of all steps": Method(
+        TWO,
+        "unrouted",
+        lambda b: b.cascade,
+        lambda s: s.fused(s.frozen, single(s, "equal-steps", s.budget.cascade)),
+    ),
+    FAIR_TAIL: Method(ONE, "single", lambda b: b.cascade, lambda s: s.fused(one_tail(s, False))),
+    ROUTED_TAIL: Method(ONE, "routed", lambda b: b.cascade, lambda s: s.fused(one_tail(s, True))),
     "conditional, padded": Method(
         ROUTED,
         "routed",
@@ -170,6 +203,9 @@ METHODS: dict[str, Method] = {
     ),
     "conditional, one slot": Method(
         ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, experts(s)))
+    ),
+    "frozen tail and routed expert": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(s.frozen, plain_experts(s))
     ),
     "unconditional": Method(SIX, "ensemble", lambda b: b.cascade, teacher),
     "conditional, mapped to the unconditional": Method(
@@ -197,12 +233,6 @@ MORE: dict[str, Method] = {
         "unrouted",
         lambda b: b.distilled,
         lambda s: s.fused(dispatcher(s), single(s, "independent", s.budget.second + s.budget.distil)),
-    ),
-    "frozen tail and a mask of all steps": Method(
-        TWO,
-        "unrouted",
-        lambda b: b.cascade,
-        lambda s: s.fused(s.frozen, single(s, "equal-steps", s.budget.cascade)),
     ),
     "dispatcher, mapped to the unconditional": Method(ONE, "single", lambda b: b.cascade, lambda s: _mapped(s, None)),
     "distilled mask": Method(ONE, "single", lambda b: b.distilled, lambda s: s.fused(distilled(s))),

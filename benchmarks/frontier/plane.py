@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.frontier.methods import METHODS, MORE, PLAIN, Method
+from benchmarks.frontier.methods import FAIR_TAIL, METHODS, MORE, PLAIN, ROUTED_TAIL, Method
 from benchmarks.frontier.sets import SETS, SIDE
 from benchmarks.report import Figure, Rows, report, single
 from cascade.errors import CascadeError
@@ -96,6 +96,10 @@ def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], 
     for of in sorted({of for _, of, _ in results}):
         own = {k: v for k, v in results.items() if k[1] == of}
         out[f"routed_minus_control_{of}"] = _difference(own, routed, control, "probe")
+    out["routed_tail_minus_control"] = _difference(results, ROUTED_TAIL, FAIR_TAIL, "probe")
+    for of in sorted({of for _, of, _ in results}):
+        own = {k: v for k, v in results.items() if k[1] == of}
+        out[f"routed_tail_minus_control_{of}"] = _difference(own, ROUTED_TAIL, FAIR_TAIL, "probe")
     out["six_passes_minus_frozen"] = _difference(results, "unconditional", "frozen backbone", "probe")
     for n in ("dispatcher", "two masks, no routing", routed, "unconditional"):
         if (time := passes(METHODS[n], cost)) is not None:

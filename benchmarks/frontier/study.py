@@ -95,6 +95,37 @@ class Study:
         projector = {n: state[n] for n in ("head.weight", "head.bias", "prototypes")}
         return clusters.fit_prototypes(projector, self.features("dispatcher")[0].float().numpy(), count, self.seed)
 
+    def plain_route(self, count: int) -> Choice:
+        """Clusters by k-means of the frozen backbone's features: what is routed by needs no mask."""
+        return self._nearest(self.frozen, count)
+
+    def trunk_route(self, count: int) -> Choice:
+        """Clusters by k-means of the mean of the maps that enter the tails: known before any tail is run."""
+        return self._nearest((self.data.clean.float().mean(dim=1), self.data.held_out.float().mean(dim=1)), count)
+
+    def _nearest(self, features: Pair, count: int) -> Choice:
+        router = clusters.fit_centroids(features[0].float().numpy(), count, self.seed)
+        train, held_out = (router.probabilities(x).argmax(dim=1).numpy() for x in features)
+        return train, held_out
+
+    def better(self, first: Pair, second: Pair, choice: Choice, errors: float) -> Pair:
+        """Of two masks' features for each cluster those whose probe is right on more of its validation images.
+
+        The second's only where it is more by over ``errors`` standard errors of the difference; an image that both have
+        right, or both wrong, says nothing.
+        """
+        known = torch.from_numpy(self.data.labels)
+        right = [probe_all(self.fused(f), known) == self.data.held_out_labels for f in (first, second)]
+        out = first[0].clone(), first[1].clone()
+        for k in range(int(choice[0].max()) + 1):
+            asked = (choice[1] == k) & self.data.validation
+            won, lost = (int((a & ~b)[asked].sum()) for a, b in (right[::-1], right))
+            if won - lost > errors * (won + lost) ** 0.5:
+                for split in (0, 1):
+                    at = torch.from_numpy(choice[split] == k)
+                    out[split][at] = second[split][at]
+        return out
+
     def route_views(self, count: int) -> Tensor:
         """Cluster of each stored view, int64 [N, V]."""
         router, state = self._router(count), self.dispatcher()

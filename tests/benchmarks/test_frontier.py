@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.frontier import learn, plane
+from benchmarks.frontier import learn, plane, within
 from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.learn import Budget
-from benchmarks.frontier.methods import METHODS
+from benchmarks.frontier.methods import FAIR_TAIL, METHODS, ROUTED_TAIL
 from benchmarks.frontier.sets import Set
 from benchmarks.frontier.study import Study
 from cascade import backbone as backbones
@@ -108,6 +108,46 @@ def test_experts_trained_together_differ_where_their_views_do(study: Study) -> N
     assert study.route_views(2).shape == study.data.augmented.shape[:2]
 
 
+def test_a_head_of_its_own_begins_anew_and_the_scores_do_not(study: Study) -> None:
+    start = study.dispatcher()
+    own = learn.swav(study.tail, study.data, 1, 7, start=start, own_head=True, lr=0.0)
+    assert all(torch.equal(own[n], start[n]) for n in study.tail.scores)
+    assert not torch.allclose(own["prototypes"], start["prototypes"], atol=0.1)
+
+
+def test_a_cluster_takes_the_other_tail_only_where_it_is_surely_better(tail: Tail, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels = np.arange(240) % 4
+    domain = labels // 2
+    signs = torch.nn.functional.one_hot(torch.from_numpy(labels), 4).float()
+
+    def of(seen: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features that tell the labels of these domains apart, and no others."""
+        clear = torch.from_numpy(np.isin(domain, seen))[:, None]
+        pair = [torch.where(clear, signs, 0.5) + 0.05 * torch.randn(240, 4, generator=draw) for _ in range(2)]
+        return pair[0], pair[1]
+
+    maps = torch.zeros(240, 4, 192).half()
+    study = Study(Set("", maps[:, None], maps, maps, labels, labels, domain, domain), tail, 0, Budget(), tmp_path)
+    first, second = of((0,)), of((1,))
+    picked = study.better(first, second, (domain, domain), errors=2)
+    for split in (0, 1):
+        wanted = torch.where(torch.from_numpy(domain == 1)[:, None], second[split], first[split])
+        assert torch.equal(picked[split], wanted)
+    same = study.better(second, of((1,)), (domain, domain), errors=2)
+    assert torch.equal(same[1], second[1]), "as good is not better"
+
+
+def test_an_expert_is_compared_on_its_own_cluster(study: Study) -> None:
+    study.swav("unrouted", 2, start=study.dispatcher())
+    found = within.clusters(study, study.frozen)
+    routed = np.bincount(study.assigned(2)[1][~study.data.validation], minlength=2)
+    assert [n for n, _, _ in found] == [n for n in routed if n] and all(0 <= k <= 100 for _, k, _ in found)
+    assert within.average([(10, 50.0, 40.0), (30, 70.0, 80.0)]) == (65.0, 70.0)
+    scores = {"experts": [(9, 60.0, 50.0), (9, 60.0, 50.0)], "on everything": [(9, 50.0, 60.0), (9, 60.0, 40.0)]}
+    assert within.better([scores, scores]) == "2  2 of 4"
+
+
 def test_the_distance_of_distillation() -> None:
     draw = torch.Generator().manual_seed(0)
     wanted = torch.randn(16, 8, generator=draw)
@@ -152,6 +192,7 @@ def test_fusions_of_clusters_share_no_dimension(study: Study) -> None:
 def test_the_control_is_the_best_of_equal_cost_and_training_by_validation() -> None:
     def result(method: str, seed: int) -> dict[str, object]:
         served = {"conditional, one slot": 71.0 + seed, "two masks, no routing": 70.0, "unconditional": 74.0}
+        served |= {ROUTED_TAIL: 61.5, FAIR_TAIL: 61.0}
         tested = served.get(method, 60.0)
         value = {"knn": tested, "probe": tested}
         # On the validation images the dispatcher of all steps is the best control, whatever the test images say.
@@ -166,4 +207,5 @@ def test_the_control_is_the_best_of_equal_cost_and_training_by_validation() -> N
     assert found["gap_to_six_passes"].value == 0 and found["gap_to_six_passes"].met
     assert found["routed_minus_control"].value == pytest.approx(12.0)
     assert found["routed_minus_control"].spread == (11.0, 13.0)
+    assert found["routed_tail_minus_control"].value == found["routed_tail_minus_control_s"].value == 0.5
     assert found["routed_minus_control_sd"].value == pytest.approx(12.0)
