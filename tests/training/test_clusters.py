@@ -175,6 +175,7 @@ def test_a_cluster_too_small_stops_and_a_collapse_is_said(tmp_path: Path) -> Non
     with pytest.raises(CascadeError, match="cluster 1 has 15 images, an expert needs 16: .* fewer --clusters"):
         clusters._check_sizes([100, 15, 100], run)
     clusters._check_sizes([100, 16, 100], run)
+    clusters._check_sizes([1000], run)  # one cluster that was asked for is no collapse
     assert watch.lines == []
     clusters._check_sizes([1000, 16, 16], run)
     assert len(watch.lines) == 1 and "97% of the images" in watch.lines[0]
