@@ -78,12 +78,17 @@ def train(run: Run, features: Features) -> dict[str, Any]:
         write_json(run.folder / "evaluation.json", result)
         return result
     labels = torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
+    right: dict[str, np.ndarray] = {}
     for method, parts in methods(run, features):
         fusion = fuse.fit(parts[0], result["dim"], "scale", recipe.seed)
         whitened = fuse.embed(fusion, parts[0]), fuse.embed(fusion, parts[1])
         plain = joined(parts[0]), joined(parts[1])
         result.setdefault("whitened", {})[method] = measure(*whitened, *labels, recipe.neighbours)
         result.setdefault("plain", {})[method] = measure(*plain, *labels, recipe.neighbours)
+        if recipe.clusters > 1 and method in ("frozen backbone", recipe.mode):
+            right[method] = knn_right(*whitened, *labels, recipe.neighbours).numpy()
+    if right:
+        result["clusters"] = by_cluster(right["frozen backbone"], right[recipe.mode], features.routed, recipe.clusters)
     write_json(run.folder / "evaluation.json", result)
     return result
 
@@ -96,16 +101,39 @@ def measure(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int)
     }
 
 
+def by_cluster(frozen: np.ndarray, own: np.ndarray, routed: np.ndarray, clusters: int) -> list[dict[str, Any]]:
+    """Whether a cluster is worse off than with the frozen backbone: a gain in the mean can hide that.
+
+    Worse is what loses more images than it wins by over two standard errors of the difference; an image that both have
+    right, or both wrong, says nothing.
+
+    Args:
+        frozen, own: which held-out images are right, bool [N]. routed: their clusters, int64 [N].
+    """
+    out: list[dict[str, Any]] = []
+    for k in range(clusters):
+        a, b = frozen[routed == k], own[routed == k]
+        lost, won = int((a & ~b).sum()), int((b & ~a).sum())
+        shares = {name: round(float(x.mean()), 4) if len(x) else None for name, x in (("frozen", a), ("own", b))}
+        out.append({"held_out_images": len(a), **shares, "worse": lost - won > 2 * (lost + won) ** 0.5})
+    return out
+
+
 def knn(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> float:
     """Cosine k-NN, weights exp(similarity / 0.1) (method.md §4): accuracy in [0, 1]."""
+    return int(knn_right(bank, queries, known, truth, k).sum()) / len(queries)
+
+
+def knn_right(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> Tensor:
+    """Which queries that k-NN has right, bool [M]."""
     classes = int(max(known.max(), truth.max())) + 1
-    bank, right = normalize(bank), 0
+    bank, right = normalize(bank), []
     votes = one_hot(known, classes).float()
-    for begin in range(0, len(queries), 512):
-        similarity, rows = (normalize(queries[begin : begin + 512]) @ bank.T).topk(min(k, len(bank)), dim=1)
+    for part, wanted in zip(queries.split(512), truth.split(512), strict=True):
+        similarity, rows = (normalize(part) @ bank.T).topk(min(k, len(bank)), dim=1)
         weighted = (votes[rows] * (similarity / TEMPERATURE).exp()[..., None]).sum(dim=1)
-        right += int((weighted.argmax(dim=1) == truth[begin : begin + 512]).sum())
-    return right / len(queries)
+        right.append(weighted.argmax(dim=1) == wanted)
+    return torch.cat(right)
 
 
 def fit_probe(bank: Tensor, known: Tensor) -> LogisticRegression:
@@ -136,9 +164,10 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def verdict(result: dict[str, Any], mode: Mode) -> str:
-    """One line for a person: whether what was trained is better than the frozen backbone, and than its controls.
+    """For a person: whether what was trained is better than the frozen backbone, and than its controls.
 
-    By whitened k-NN accuracy on the held-out images, in points; without classes there is nothing to measure by.
+    A line more for each cluster that is worse off. By whitened k-NN accuracy on the held-out images, in points; without
+    classes there is nothing to measure by.
     """
     if "whitened" not in result:
         return "no class folders: whether this is better than the frozen backbone cannot be known from these images"
@@ -146,13 +175,23 @@ def verdict(result: dict[str, Any], mode: Mode) -> str:
     own, plain, long = table[mode], table["frozen backbone"], table.get("equal-steps dispatcher")
     n = result["held_out_images"]
     if own < plain:
-        return (
+        said = (
             f"[yellow]warning:[/] {mode} is worse than the frozen backbone: k-NN {own:.1f} % against {plain:.1f} % on"
             f" {n} images: serve the plain backbone, or train with a lower --lr, a later --mask-from or more images"
         )
-    said = f"{mode} over the frozen backbone: {own - plain:+.1f} points of k-NN on {n} images"
-    if long is not None and mode != "dispatcher" and own < long:
-        said += f"; one mask trained as long has {long - own:.1f} more for less: --clusters 0 --steps with all steps"
+    else:
+        said = f"{mode} over the frozen backbone: {own - plain:+.1f} points of k-NN on {n} images"
+        if long is not None and mode != "dispatcher" and own < long:
+            said += (
+                f"; one mask trained as long has {long - own:.1f} more for less: --clusters 0 --steps with all steps"
+            )
+    for k, found in enumerate(result.get("clusters", [])):
+        if found["worse"]:
+            shares = f"{100 * found['own']:.1f} % against {100 * found['frozen']:.1f} %"
+            said += (
+                f"\n[yellow]warning:[/] cluster {k} is worse off than with the frozen backbone: k-NN {shares} on"
+                f" {found['held_out_images']} images: give them a bundle of their own, or take a later --mask-from"
+            )
     return said
 
 

@@ -204,9 +204,6 @@ METHODS: dict[str, Method] = {
     "conditional, one slot": Method(
         ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(dispatcher(s), routed(s, experts(s)))
     ),
-    "frozen tail and routed expert": Method(
-        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(s.frozen, plain_experts(s))
-    ),
     "unconditional": Method(SIX, "ensemble", lambda b: b.cascade, teacher),
     "conditional, mapped to the unconditional": Method(
         ROUTED, "routed", lambda b: b.cascade, lambda s: _mapped(s, routed(s, experts(s)))
@@ -233,6 +230,9 @@ MORE: dict[str, Method] = {
         "unrouted",
         lambda b: b.distilled,
         lambda s: s.fused(dispatcher(s), single(s, "independent", s.budget.second + s.budget.distil)),
+    ),
+    "frozen tail and routed expert": Method(
+        ROUTED, "routed", lambda b: b.cascade, lambda s: s.fused(s.frozen, plain_experts(s))
     ),
     "dispatcher, mapped to the unconditional": Method(ONE, "single", lambda b: b.cascade, lambda s: _mapped(s, None)),
     "distilled mask": Method(ONE, "single", lambda b: b.distilled, lambda s: s.fused(distilled(s))),

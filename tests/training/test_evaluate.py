@@ -106,6 +106,35 @@ def test_the_verdict_names_what_is_better() -> None:
     assert "cannot be known" in evaluate.verdict({"held_out_images": 60}, "dispatcher")
 
 
+def test_a_gain_in_the_mean_does_not_hide_a_cluster_that_loses() -> None:
+    routed = np.repeat([0, 1, 2], [80, 20, 10])
+    frozen, own = np.zeros(110, bool), np.zeros(110, bool)
+    own[:60] = True  # cluster 0 wins 60
+    frozen[80:90] = True  # cluster 1 loses 10 and wins 1
+    own[90] = True
+    frozen[100:104] = own[102:105] = True  # cluster 2 loses 2, wins 1: nothing is sure
+    found = evaluate.by_cluster(frozen, own, routed, 4)
+    assert [c["worse"] for c in found] == [False, True, False, False]
+    assert found[1] == {"held_out_images": 20, "frozen": 0.5, "own": 0.05, "worse": True}
+    assert found[3] == {"held_out_images": 0, "frozen": None, "own": None, "worse": False}
+    table = {"frozen backbone": {"knn": 0.14}, "conditional": {"knn": 0.56}}
+    first, second = evaluate.verdict(
+        {"whitened": table, "held_out_images": 110, "clusters": found}, "conditional"
+    ).splitlines()
+    assert "+42.0 points" in first
+    assert "cluster 1 is worse off" in second and "k-NN 5.0 % against 50.0 % on 20 images" in second
+
+
+def test_clusters_are_measured_in_a_run(run: Run) -> None:
+    written = json.loads((run.folder / "evaluation.json").read_text())
+    features = evaluate.collect(run)
+    images = [c["held_out_images"] for c in written["clusters"]]
+    assert images == np.bincount(features.routed, minlength=run.recipe.clusters).tolist()
+    for name, method in (("frozen", "frozen backbone"), ("own", run.recipe.mode)):
+        mean = sum(n * c[name] for n, c in zip(images, written["clusters"], strict=True) if n) / sum(images)
+        assert mean == pytest.approx(written["whitened"][method]["knn"], abs=1e-3)
+
+
 def test_a_collapsed_embedding_is_measured() -> None:
     labels = torch.tensor([0, 0, 0, 1])
     assert probe(torch.ones(4, 3), torch.ones(4, 3), labels, labels) == 0.75
