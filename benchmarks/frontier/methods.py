@@ -112,7 +112,7 @@ def one_tail(s: Study, by_cluster: bool) -> Pair:
     if not by_cluster:
         return best
     other = mask if torch.equal(best[0], s.frozen[0]) else s.frozen
-    return s.better(best, other, s.trunk_route(s.budget.experts), errors=2)
+    return s.better(best, other, s.trunk_route(s.budget.experts), errors=3)  # five chances to err
 
 
 def fifths(s: Study) -> list[Pair]:
