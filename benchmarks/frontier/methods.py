@@ -13,7 +13,7 @@ from benchmarks.frontier.learn import Budget, State
 from benchmarks.frontier.study import Choice, Pair, Study
 from training.run import FEWEST
 
-Kind = Literal["single", "routed", "unrouted", "ensemble"]
+Kind = Literal["single", "routed", "unrouted", "ensemble", "chosen"]
 ONE, TWO, ROUTED, SIX = "one mask", "two masks", "dispatcher and routed expert", "dispatcher and five experts"
 PLAIN = "plain pass"
 FAIR_TAIL, ROUTED_TAIL = "one tail, frozen or mask, by validation", "one tail, frozen or mask, for each cluster"
@@ -25,7 +25,8 @@ class Method:
     """A point of the plane.
 
     Attributes:
-        served: its row of ``cost.WAYS``. kind: routed methods are compared with unrouted and single ones.
+        served: its row of ``cost.WAYS``. kind: routed methods are compared with unrouted and single ones; what labels
+            have chosen for one data set or cluster, only with what they have chosen, too.
         steps: optimiser steps of all that it needs. embed: its embedding of the training and held-out images.
     """
 
@@ -193,8 +194,8 @@ METHODS: dict[str, Method] = {
         lambda b: b.cascade,
         lambda s: s.fused(s.frozen, single(s, "equal-steps", s.budget.cascade)),
     ),
-    FAIR_TAIL: Method(ONE, "single", lambda b: b.cascade, lambda s: s.fused(one_tail(s, False))),
-    ROUTED_TAIL: Method(ONE, "routed", lambda b: b.cascade, lambda s: s.fused(one_tail(s, True))),
+    FAIR_TAIL: Method(ONE, "chosen", lambda b: b.cascade, lambda s: s.fused(one_tail(s, False))),
+    ROUTED_TAIL: Method(ONE, "chosen", lambda b: b.cascade, lambda s: s.fused(one_tail(s, True))),
     "conditional, padded": Method(
         ROUTED,
         "routed",

@@ -80,7 +80,7 @@ def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], 
     steps = {n: results[next(iter(results))][n]["steps"] for n in METHODS}
     work = {n: operations(m, cost) for n, m in METHODS.items()}
     at = {n: passes(m, cost) or work[n] for n, m in METHODS.items()}
-    cheap = best(results, [n for n in METHODS if at[n] <= MOST])
+    cheap = best(results, [n for n, m in METHODS.items() if m.kind != "chosen" and at[n] <= MOST])
     routed = best(results, [n for n, m in METHODS.items() if m.kind == "routed"])
     fair = [n for n, m in METHODS.items() if m.kind in ("single", "unrouted") and steps[n] <= steps[routed]]
     control = best(results, [n for n in fair if work[n] <= work[routed]])  # two masks are the routed one's operations
