@@ -102,18 +102,17 @@ def single(s: Study, name: str, steps: int, **options: object) -> Pair:
 
 
 def one_tail(s: Study, by_cluster: bool) -> Pair:
-    """Features under one tail an image, the frozen one or the mask of all steps: whichever validation labels say.
+    """Features under one tail an image, the frozen one or the mask of all steps, as the validation labels say.
 
     Args:
-        by_cluster: for each cluster of the trunk's maps apart; else one for all images.
+        by_cluster: may also be the mask but for those clusters of the trunk's maps that are worse off with it; else it
+            is one for all images.
     """
     mask = single(s, "equal-steps", s.budget.cascade)
-    everything = tuple(np.zeros(len(x), np.int64) for x in s.frozen)
-    best = s.better(s.frozen, mask, (everything[0], everything[1]), errors=0)
-    if not by_cluster:
-        return best
-    other = mask if torch.equal(best[0], s.frozen[0]) else s.frozen
-    return s.better(best, other, s.trunk_route(s.budget.experts), errors=3)  # five chances to err
+    choices = [s.frozen, mask]
+    if by_cluster:
+        choices.append(s.unharmed(mask, s.frozen, s.trunk_route(s.budget.experts)))
+    return max(choices, key=lambda features: s.judge(s.fused(features))["validation"]["probe"])
 
 
 def fifths(s: Study) -> list[Pair]:

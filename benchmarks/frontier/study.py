@@ -16,7 +16,7 @@ from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.learn import Budget, State
 from cascade.router import Router
 from training import clusters, fuse
-from training.evaluate import fit_probe, knn
+from training.evaluate import by_cluster, fit_probe, knn
 
 DIM = 128
 NEIGHBOURS = 20
@@ -108,19 +108,17 @@ class Study:
         train, held_out = (router.probabilities(x).argmax(dim=1).numpy() for x in features)
         return train, held_out
 
-    def better(self, first: Pair, second: Pair, choice: Choice, errors: float) -> Pair:
-        """Of two masks' features for each cluster those whose probe is right on more of its validation images.
+    def unharmed(self, first: Pair, second: Pair, choice: Choice) -> Pair:
+        """The first mask's features, but the second's for clusters that are worse off with the first.
 
-        The second's only where it is more by over ``errors`` standard errors of the difference; an image that both have
-        right, or both wrong, says nothing.
+        By the rule of ``training.evaluate``: the first's probe loses more of the cluster's validation images than it
+        wins, by over two standard errors.
         """
-        known = torch.from_numpy(self.data.labels)
-        right = [probe_all(self.fused(f), known) == self.data.held_out_labels for f in (first, second)]
+        known, count, asked = torch.from_numpy(self.data.labels), int(choice[0].max()) + 1, self.data.validation
+        right = [(probe_all(self.fused(f), known) == self.data.held_out_labels)[asked] for f in (second, first)]
         out = first[0].clone(), first[1].clone()
-        for k in range(int(choice[0].max()) + 1):
-            asked = (choice[1] == k) & self.data.validation
-            won, lost = (int((a & ~b)[asked].sum()) for a, b in (right[::-1], right))
-            if won - lost > errors * (won + lost) ** 0.5:
+        for k, found in enumerate(by_cluster(*right, choice[1][asked], count)):
+            if found["worse"]:
                 for split in (0, 1):
                     at = torch.from_numpy(choice[split] == k)
                     out[split][at] = second[split][at]
