@@ -7,9 +7,7 @@ another name is the same bytes. No pickle, no timestamps: same inputs, same byte
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cascade import backbone as backbones
+from cascade import whole
 from cascade.errors import CascadeError
 from cascade.fusion import MODES, Fusion, Mode
 from cascade.heads import Bank, Linear
@@ -228,22 +227,13 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     files[CARD] = (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
     sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
     files[SUMS] = sums.encode()
-    staging = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        staging.mkdir(parents=True)
-        for name, raw in files.items():
-            with open(staging / name, "xb") as out:
-                out.write(raw)
-                out.flush()
-                os.fsync(out.fileno())
-        sync_folder(staging)
-        read(staging)  # what could not be read back is not written
-        staging.rename(path)
-        sync_folder(path.parent)
+        with whole.folder(path) as beside:
+            for name, raw in files.items():
+                (beside / name).write_bytes(raw)
+            read(beside)  # what could not be read back is not written
     except OSError as error:
         raise BundleError(f"can't write {path}: {error.strerror}; make room or choose another folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return path
 
 
@@ -257,15 +247,6 @@ def digest(bundle: Bundle) -> str:
         if isinstance(tensor, Tensor):
             found.update(tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename inside ``path`` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _verified_files(path: Path) -> dict[str, bytes]:

@@ -9,8 +9,6 @@ An index that was built elsewhere is read by FAISS itself: take it from people w
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cascade import whole
 from cascade.errors import CascadeError
 from cascade.heads import faiss
-from cascade.parts import write_text, writing
+from cascade.parts import writing
 from cascade.prediction import ItemError, Options
 
 if TYPE_CHECKING:
@@ -97,8 +96,6 @@ def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu"
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cascade.bundle import sync_folder
-
     if out.exists():
         raise CascadeError(f"{out} exists: name a new folder")
     if not out.parent.is_dir():
@@ -118,26 +115,19 @@ def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu"
     vectors = _placed(_empty(kind, dim, rows), device)
     if not vectors.is_trained:
         vectors.train(_some(files, rows, TRAINING * _lists(rows)))
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    columns = pa.schema({"path": pa.string(), "cluster": pa.int64(), "ood": pa.float32()})
     try:
-        staging.mkdir()
-        columns = pa.schema({"path": pa.string(), "cluster": pa.int64(), "ood": pa.float32()})
-        with writing(staging / ROWS, columns) as append:
-            for embeddings, found in _embeddings(files):
-                vectors.add(embeddings)
-                append(found.cast(columns))
-        faiss().write_index(_back(vectors, device), str(staging / VECTORS))
-        with (staging / VECTORS).open("rb") as file:
-            os.fsync(file.fileno())
-        sums = {name: _sum(staging / name) for name in (VECTORS, ROWS)}
-        about = About(kind, bundle, version, digest, mode, dim, rows, sums)
-        write_text(staging / CARD, iter([json.dumps(asdict(about), indent=1) + "\n"]))
-        staging.rename(out)
-        sync_folder(out.parent)
+        with whole.folder(out) as beside:
+            with writing(beside / ROWS, columns) as append:
+                for embeddings, found in _embeddings(files):
+                    vectors.add(embeddings)
+                    append(found.cast(columns))
+            faiss().write_index(_back(vectors, device), str(beside / VECTORS))
+            sums = {name: _sum(beside / name) for name in (VECTORS, ROWS)}
+            about = About(kind, bundle, version, digest, mode, dim, rows, sums)
+            (beside / CARD).write_text(json.dumps(asdict(about), indent=1) + "\n")
     except (OSError, RuntimeError) as error:  # FAISS raises the latter where it can't write
         raise CascadeError(f"{out} could not be written ({error}): make room, or name another folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return about
 
 

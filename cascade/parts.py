@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cascade import whole
 from cascade.errors import CascadeError
 from cascade.sources import Unit, plan
 
@@ -153,9 +154,12 @@ def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], 
             writer.write_table(pa.concat_tables(waiting))
             waiting.clear()
 
-    with _replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        yield append
-        append(schema.empty_table(), least=1)
+    try:
+        with whole.file(path) as beside, pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+            yield append
+            append(schema.empty_table(), least=1)
+    except OSError as error:
+        raise whole.not_written(path, error) from error
 
 
 def join(folder: Path, out: Path) -> None:
@@ -171,43 +175,6 @@ def join(folder: Path, out: Path) -> None:
     shutil.rmtree(folder)
 
 
-def write_text(path: Path, lines: Iterator[str]) -> None:
-    """A text file that is whole or not there."""
-    write_bytes(path, (line.encode() for line in lines))
-
-
-def write_bytes(path: Path, blocks: Iterator[bytes]) -> None:
-    """A file that is whole or not there.
-
-    Raises:
-        CascadeError: it can't be written.
-    """
-    with _replacing(path) as temporary, temporary.open("wb") as file:
-        file.writelines(blocks)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name; what the block writes there takes ``path``'s place, synced, if it ends well.
-
-    Raises:
-        CascadeError: it can't be written.
-    """
-    from cascade.bundle import sync_folder
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise CascadeError(f"{path} could not be written ({error}): make room, or name another") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _begin(folder: Path, job: Job) -> None:
     for left in folder.glob(".*.tmp"):  # of a process that was killed: this one holds the lock
         left.unlink()
@@ -217,12 +184,12 @@ def _begin(folder: Path, job: Job) -> None:
         if others := sorted(path.name for path in folder.iterdir() if path.name != UNITS):
             raise CascadeError(f"{folder} holds {others[0]} and no job of ours: name an empty folder") from None
         try:
-            write_text(folder / UNITS, (f"{unit.to_json()}\n" for unit in plan(job.sources, job.rows)))
+            whole.write_text(folder / UNITS, (f"{unit.to_json()}\n" for unit in plan(job.sources, job.rows)))
         except CascadeError:
             with suppress(OSError):
                 folder.rmdir()
             raise
-        write_text(folder / JOB, iter([json.dumps(asdict(job), indent=1) + "\n"]))
+        whole.write_text(folder / JOB, [json.dumps(asdict(job), indent=1) + "\n"])
         return
     except (OSError, ValueError) as error:
         raise CascadeError(f"{folder / JOB} can't be read ({error}): name another folder") from error

@@ -13,8 +13,9 @@ import numpy as np
 
 from cascade.errors import CascadeError
 from cascade.images import ImageError, decode
-from cascade.parts import write_text, writing
+from cascade.parts import writing
 from cascade.sources import again
+from cascade.whole import write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -184,7 +185,7 @@ def write_table(found: "pa.Table", path: Path) -> None:
     rows = csv.writer(text)
     rows.writerow(found.column_names)
     rows.writerows(zip(*(column.to_pylist() for column in found.columns), strict=True))
-    write_text(path, iter([text.getvalue()]))
+    write_text(path, [text.getvalue()])
 
 
 def duplicates_page(found: "pa.Table", threshold: float, path: Path) -> None:

@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cascade.bundle import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read, sync_folder
+from cascade.bundle import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read
 from cascade.errors import CascadeError, brief
+from cascade.whole import sync
 
 T = TypeVar("T")
 Identity = tuple[str, str]
@@ -246,11 +247,11 @@ def _read(path: Path) -> tuple[Bundle, str]:
 
 def _replace(here: Path, copy: Path) -> None:
     """Put a whole copy in its place; a worker beside us may have put the same one there."""
-    sync_folder(here)
+    sync(here)
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(copy, ignore_errors=True)
     here.rename(copy)
-    sync_folder(copy.parent)
+    sync(copy.parent)
 
 
 def _within(do: Callable[[], T], advice: str) -> T:

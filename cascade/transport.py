@@ -19,7 +19,7 @@ from cascade import bundle as bundles
 from cascade import coder, masks
 from cascade.bundle import BundleError, Card, MaskCard
 from cascade.errors import CascadeError
-from cascade.parts import write_bytes
+from cascade.whole import write_bytes
 
 FORMAT = "cascade transport 1"
 
@@ -42,7 +42,7 @@ def pack(folder: Path, file: Path) -> Path:
     for mask in bundle.card.masks:
         del tensors[_plain(mask)]
     try:
-        write_bytes(file, iter([safetensors.torch.save(tensors, about)]))
+        write_bytes(file, [safetensors.torch.save(tensors, about)])
     except CascadeError as error:
         raise BundleError(f"can't write the packed bundle: {error}") from error
     return file

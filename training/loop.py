@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from cascade.bundle import sync_folder
+from cascade import whole
 from cascade.errors import CascadeError
 from training import distributed
 from training.data import batches
@@ -259,7 +259,7 @@ def _store(
     scaler: torch.amp.GradScaler,
     step: int,
 ) -> None:
-    """All state as one safetensors file, written beside, synced and renamed."""
+    """All state as one safetensors file."""
     tensors = {f"{model.learns}.{n}": t.detach() for n, t in model.learned.items()}
     tensors |= {f"norms.{n}": t for n, t in model.norms.items()}
     tensors |= {f"objective.{n}": t for n, t in objective.module.state_dict().items()}
@@ -267,12 +267,8 @@ def _store(
     for i, optimizer in enumerate(optimizers):
         for key, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}.{n}": t for n, t in state.items() if t is not None}
-    temporary = path.with_suffix(".tmp")
-    save_file({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, temporary, {"step": str(step)})
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    with whole.file(path, alone=True) as beside:
+        save_file({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, beside, {"step": str(step)})
 
 
 def _restore(
@@ -309,7 +305,6 @@ def _keep_curve(path: Path, begin: int) -> Path:
     """Drop the lines of steps that will be made again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < begin))
-        temporary.replace(path)
+        with whole.file(path, alone=True) as beside:
+            beside.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < begin))
     return path

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cascade import whole
 from cascade.errors import CascadeError
 from training.augment import Crop
 
@@ -176,9 +177,8 @@ class Recipe:
                 )
             for split in ("train", "test"):  # a start that failed before its first step binds nobody
                 (run / f"{split}.json").unlink(missing_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        with whole.file(path) as beside:
+            beside.write_text(text)
 
     @classmethod
     def load(cls, run: Path) -> "Recipe":

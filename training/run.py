@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascade import backbone as backbones
+from cascade import whole
 from cascade.backbone import Backbone
-from cascade.bundle import sync_folder
 from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
 from cascade.images import Preprocessing
@@ -244,17 +244,11 @@ def device() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside, sync, rename; of several processes the first one does."""
+    """A file that is whole or not there; of several processes the first one writes it."""
     if distributed.rank():
         return
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as out:
-        json.dump(value, out, indent=2)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    with whole.file(path, alone=True) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -263,15 +257,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write beside, sync, rename; of several processes the first one does."""
+    """A file that is whole or not there; of several processes the first one writes it."""
     if distributed.rank():
         return
-    temporary = path.with_suffix(".tmp")
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    with whole.file(path, alone=True) as beside:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside)
 
 
 class Watch:

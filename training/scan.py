@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 import cascade
+from cascade import whole
 from cascade.images import LIMITS, ImageError, read
 from training.sources import root
 
@@ -72,16 +73,11 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _remember(file: Path, memo: dict[str, list]) -> None:
-    tmp = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "w") as out:
-            json.dump(memo, out)
-            out.flush()
-            os.fsync(out.fileno())
-        tmp.replace(file)
+        with whole.file(file) as beside:
+            beside.write_text(json.dumps(memo))
     except OSError as error:
-        tmp.unlink(missing_ok=True)
         log.warning("cannot write %s (%s): the next start reads every image again", file, error.strerror)
 
 

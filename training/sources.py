@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from cascade import whole
 from cascade.errors import CascadeError
 
 Arrays = dict[str, np.ndarray]  # "train-images", "train-labels", "test-images", "test-labels"
@@ -137,23 +137,14 @@ def _reason(error: Exception) -> str:
 
 
 def _keep(data: Arrays, folder: Path) -> None:
-    """Write the arrays beside `folder`, then rename: it is there complete or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """Write the arrays as files of `folder`, which is there complete or not at all."""
     try:
-        for name, array in data.items():
-            with open(tmp / f"{name}.npy", "wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        tmp.chmod(0o755)
-        try:
-            tmp.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # if it is, another process was faster: its files are as good as ours
-                raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        with whole.folder(folder) as beside:
+            for name, array in data.items():
+                np.save(beside / f"{name}.npy", array, allow_pickle=False)
+    except OSError:
+        if not folder.is_dir():  # if it is, another process was faster: its files are as good as ours
+            raise
 
 
 def _torchvision(dataset: str, folder: Path, download: bool) -> Arrays:

@@ -4,13 +4,13 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
+from cascade import whole
 from cascade.backbone import Backbone
 from cascade.errors import CascadeError
 from cascade.executors import Executor
@@ -133,12 +133,8 @@ def _write(record: dict[str, dict[Kind, float]]) -> None:
     """Whole or not at all; without a writable cache the next start measures again."""
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path().parent) as folder:
-            with Path(folder, path().name).open("w") as out:
-                json.dump(record, out, indent=1)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(out.name, path())
+        with whole.file(path()) as beside:
+            beside.write_text(json.dumps(record, indent=1))
     except OSError as error:
         log.info("the choice of an executor is not recorded: %s", error)
 

@@ -21,9 +21,10 @@ from cascade.bundle import digest
 from cascade.engine import Engine
 from cascade.errors import CascadeError
 from cascade.executors.choice import Kind
-from cascade.parts import Job, extent, part_path, todo, write_bytes
+from cascade.parts import Job, extent, part_path, todo
 from cascade.prediction import ItemError
 from cascade.sources import Unit
+from cascade.whole import write_bytes
 from handlers.ray.cluster import RayError, running
 
 BLOCKS = 2000  # of the list of units, at most: Ray Data moves whole blocks
@@ -112,7 +113,7 @@ def _run(
         )
         try:
             for each in made.iter_rows():
-                write_bytes(part_path(folder, each["number"]), iter([each["part"]]))
+                write_bytes(part_path(folder, each["number"]), [each["part"]])
                 fresh += int(each["rows"])
                 progress(done + fresh, total)
         except ray.exceptions.RayError as error:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import httpx
 
+from cascade import whole
 from cascade.errors import CascadeError
 
 KEY_FILE = "key_file.json"
@@ -37,14 +38,12 @@ def hand_out(folder: Path, file: Path) -> None:
     Raises:
         TokenError: the file cannot be written.
     """
-    staging = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        staging.unlink(missing_ok=True)
-        with open(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(_key(folder, "inference") + "\n")
-        staging.replace(file)
+        with whole.file(file) as beside:
+            beside.unlink(missing_ok=True)  # of a process that had our number
+            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+                out.write(_key(folder, "inference") + "\n")
     except OSError as error:
-        staging.unlink(missing_ok=True)
         raise TokenError(f"cannot write the token to {file} ({error.strerror}): choose another --token-file") from None
 
 

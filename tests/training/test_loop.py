@@ -151,7 +151,7 @@ print(json.dumps(ends))
 @pytest.mark.parametrize(
     ("settings", "steps", "traps", "supervised"),
     [
-        ({"optimizer": "adam"}, [4, 2, 5], [["os", "fsync", 1, True], ["Path", "replace", 1, False]], False),
+        ({"optimizer": "adam"}, [4, 2, 5], [["os", "fsync", 3, True], ["Path", "replace", 1, False]], False),
         ({"optimizer": "sgd", "lr": 50.0}, [1, 4], [["Path", "replace", 2, True], ["Path", "unlink", 1, True]], False),
         (
             {"optimizer": "sgd", "lr": 50.0, "train_norms": False, "amp": "fp16"},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cascade import whole
 from cascade.errors import CascadeError
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
@@ -69,16 +70,15 @@ class Table:
 
 
 def write(path: Path, tables: Sequence[Table], about: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """``path``.md and ``path``.json, each written beside and renamed; returns the Markdown."""
+    """``path``.md and ``path``.json, each whole or not there; returns the Markdown."""
     settings = ", ".join(f"{k} {v}" for k, v in about.items() if not isinstance(v, dict))
     parts = [t.markdown() for t in tables] + [f"{settings}\n"] + [f"- {note}\n" for note in notes]
     text = "\n".join(parts)
     body = {**about, "tables": [t.json() for t in tables], "notes": list(notes)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".md", text), (".json", json.dumps(body, indent=1) + "\n")):
-        temporary = path.with_name(f"{path.name}{suffix}.tmp")
-        temporary.write_text(content)
-        temporary.replace(path.with_name(path.name + suffix))
+        with whole.file(path.with_name(path.name + suffix)) as beside:
+            beside.write_text(content)
     return text
 
 
@@ -107,10 +107,9 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], x: str, y: str, 
 
 
 def save(figure: Any, path: Path) -> None:
-    """The figure as PNG, written beside and renamed."""
+    """The figure as PNG; it is closed then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
+    with whole.file(path) as beside:
+        figure.savefig(beside, format="png", dpi=110)
     plots().close(figure)
-    temporary.replace(path)
