@@ -9,20 +9,15 @@ perhaps elsewhere, and goes on from its checkpoint.
 """
 
 import json
-import logging
 import os
-import secrets
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cascade import masks
+from cascade import masks, rays
 from cascade.errors import CascadeError, brief
 from training import distributed, experts
 from training.loop import CURVE, DONE
@@ -50,7 +45,8 @@ def train(run: Run) -> None:
     _ = run.clusters, run.pixels, run.views  # what is decoded and stored, is so once
     masks.apply(run.backbone, run.dispatcher)  # the kernel, when it first runs, sets PyTorch's number of threads, too
     threads = torch.get_num_threads()
-    with _ray() as ray:
+    cpus = len(os.sched_getaffinity(0))
+    with rays.running(cpus, OBJECT_STORE, log_to_driver=False) as ray:
         task = ray.remote(max_retries=RETRIES, **_needs(ray, len(missing), threads, run.watch))(_one)
         where = str(Path.cwd()), str(run.folder.resolve())
         running = {task.options(name=f"expert-{k}").remote(*where, k): k for k in missing}
@@ -124,38 +120,3 @@ def _result(ray: Any, task: Any, k: int) -> None:
         if isinstance(cause, CascadeError):
             raise CascadeError(str(cause)) from error
         raise CascadeError(f"expert {k} was not trained ({brief(cause)}): started again it goes on") from error
-
-
-@contextmanager
-def _ray() -> Iterator[Any]:
-    """Ray until the block ends. One that is started here takes a random token, for it listens on every address."""
-    here = "RAY_ADDRESS" not in os.environ
-    ours = {"RAY_USAGE_STATS_ENABLED": "0"}
-    if here:
-        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    before = {name: os.environ.pop(name, None) for name in ours}
-    os.environ |= ours  # before Ray is imported: that is when it looks
-    try:
-        import ray
-
-        # Short: sockets lie in it, whose names may have 107 bytes.
-        with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-            options: dict[str, Any] = {
-                "num_cpus": len(os.sched_getaffinity(0)),
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE,
-                "_temp_dir": folder,
-            }
-            try:
-                ray.init(logging_level=logging.ERROR, log_to_driver=False, **(options if here else {}))
-            except Exception as error:
-                place = os.environ.get("RAY_ADDRESS", "this machine")
-                raise CascadeError(f"Ray does not start on {place} ({brief(error)}): see ray status") from error
-            try:
-                yield ray
-            finally:
-                ray.shutdown()
-    finally:
-        for name in ours:
-            del os.environ[name]
-        os.environ |= {name: value for name, value in before.items() if value is not None}

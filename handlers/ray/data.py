@@ -23,9 +23,10 @@ from cascade.errors import CascadeError
 from cascade.executors.choice import Kind
 from cascade.parts import Job, extent, part_path, todo
 from cascade.prediction import ItemError
+from cascade.rays import RayError
 from cascade.sources import Unit
 from cascade.whole import write_bytes
-from handlers.ray.cluster import RayError, running
+from handlers.ray.cluster import running
 
 BLOCKS = 2000  # of the list of units, at most: Ray Data moves whole blocks
 Rows = dict[str, np.ndarray]
@@ -67,7 +68,7 @@ def on_ray(
     weights: Path | None = None,
     executor: Kind = "auto",
     actors: int | None = None,
-    cluster: Callable[[int], AbstractContextManager[None]] = running,
+    cluster: Callable[[int], AbstractContextManager[Any]] = running,
 ) -> Run:
     """What makes the parts of a job on Ray, for ``cascade.batch.predict_files``.
 
@@ -84,7 +85,7 @@ def _run(
     weights: Path | None,
     executor: Kind,
     actors: int | None,
-    cluster: Callable[[int], AbstractContextManager[None]],
+    cluster: Callable[[int], AbstractContextManager[Any]],
     engine: Engine,
     job: Job,
     folder: Path,

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from handlers.ray.cluster import RayError, running
+from cascade.rays import RayError
+from handlers.ray.cluster import running
 
 NAME = "cascade"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Serve itself; replicas write a line a request
