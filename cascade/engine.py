@@ -204,12 +204,6 @@ class Engine:
                 metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
         return answers
 
-    def warm_up(self) -> None:
-        """One blank image through every bundle, so that no first request pays for compiling and indexing."""
-        for held in self._bundles.values():
-            for bundle in held.values():
-                self._try(bundle)
-
     def stats(self) -> dict[str, int]:
         """Bytes held (backbones, packed bundles, materialised weights) and what the residency did."""
         r = self.residency

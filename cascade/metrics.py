@@ -182,12 +182,6 @@ def prepare_folder(path: Path) -> None:
             file.unlink()
 
 
-def forget(pid: int) -> None:
-    """Drop the gauges of a process that died. Scraping does so by itself for those it finds dead."""
-    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        mark_process_dead(pid, folder)
-
-
 def scrape() -> bytes:
     """All metrics in Prometheus' text format, of all processes where there is a multiprocess folder."""
     return generate_latest(_registry())

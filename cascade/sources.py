@@ -112,7 +112,7 @@ def read(unit: Unit, limits: Limits = LIMITS) -> Iterator[tuple[str, Load]]:
             yield from read_parquet(unit.where, unit.start, unit.stop, unit.row, unit.count or 0)
 
 
-def again(keys: Iterable[str], limits: Limits = LIMITS) -> Iterator[tuple[str, Load]]:
+def again(keys: Iterable[str]) -> Iterator[tuple[str, Load]]:
     """The images behind keys that ``read`` gave, in any order, each once, for a look at a few of them.
 
     Archives elsewhere would have to be read from the beginning: what lies in one is left out, and so is what is gone.
@@ -121,12 +121,12 @@ def again(keys: Iterable[str], limits: Limits = LIMITS) -> Iterator[tuple[str, L
     for key in dict.fromkeys(keys):
         where, name = _parted(key)
         if name is None:
-            yield from read(Unit("files", 1, (key,)), limits)
+            yield from read(Unit("files", 1, (key,)))
         elif os.path.isfile(where):
             inside.setdefault(where, set()).add(name)
     for where, names in inside.items():
         if suffix(where) == ".tar":
-            images = read_tar(where, 0, None, limits)
+            images = read_tar(where, 0, None, LIMITS)
         else:
             images = read_rows(where, {int(name) for name in names if name.isdecimal()})
         for key, image in images:

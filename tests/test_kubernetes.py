@@ -16,7 +16,6 @@ from tests.conftest import DATA, need
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES = "1.33"
-PODS = ("Deployment", "RayService")
 
 
 def documents(name: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from cascade.stages import stage_of, stages
 
 # They would merge a unit's weights with other constants.
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]
+PROVIDERS = ["CPUExecutionProvider"]
 BINDINGS = 64  # that a session keeps; some ten kB each
 _ROWS = 13  # bits of a probe bias that count rows; the others count units, and float32 holds 24 exactly
 
@@ -44,18 +45,17 @@ class OnnxExecutor(FlatExecutor):
 
     Args:
         backbone: the model. residency: materialised weights.
-        provider: ``CPUExecutionProvider`` or ``CUDAExecutionProvider``, which must fit the backbone's device.
 
     Raises:
         OnnxError: a library is missing, or the graph can't be bound.
     """
 
-    def __init__(self, backbone: Backbone, residency: Residency, provider: str = "CPUExecutionProvider") -> None:
-        self.backbone, self.residency, self.provider = backbone, residency, provider
+    def __init__(self, backbone: Backbone, residency: Residency) -> None:
+        self.backbone, self.residency = backbone, residency
         folded = Folded(backbone)
         self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
         x = torch.zeros(2, *backbone.config["input_size"], device=backbone.flat.device)
-        graph = _graph(folded, x, 0, None, provider)
+        graph = _graph(folded, x, 0, None)
         self.flat = Flat(folded, graph.orders)
         self.plain = self.flat.pristine
         self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
@@ -75,7 +75,7 @@ class OnnxExecutor(FlatExecutor):
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
         if key not in self._sessions:
-            self._sessions[key] = _Session(_graph(self.flat.folded, x, start, stop, self.provider), self)
+            self._sessions[key] = _Session(_graph(self.flat.folded, x, start, stop), self)
         return self._sessions[key].run(x)
 
 
@@ -103,7 +103,7 @@ class _Session:
                 raise OnnxError(f"{executor.backbone.name}: ONNX Runtime orders a layer's weights in two ways")
         level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised already
         options = session_options(onnxruntime, level)
-        self._session = onnxruntime.InferenceSession(graph.model, options, providers=[executor.provider])
+        self._session = onnxruntime.InferenceSession(graph.model, options, providers=PROVIDERS)
         self._shapes, self._executor = graph.shapes, executor
         self._bindings: OrderedDict[Hashable, Any] = OrderedDict()
 
@@ -161,7 +161,7 @@ class _Pointwise(nn.Module):
         return conv2d(flat, self.weight, self.bias).permute(0, 2, 3, 1).reshape(*shape[:-1], self.weight.shape[0])
 
 
-def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: str) -> _Graph:
+def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
     """The optimised graph of a range of stages, for inputs of this shape and any number of them."""
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
     last = len(folded.backbone.row) if stop is None else stop
@@ -171,7 +171,7 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, provider: st
     try:
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = f"/proc/self/fd/{optimised}"
-        onnxruntime.InferenceSession(exported, options, providers=[provider], disabled_optimizers=_KEEP_APART)
+        onnxruntime.InferenceSession(exported, options, providers=PROVIDERS, disabled_optimizers=_KEEP_APART)
         with open(optimised, "rb", closefd=False) as file:
             model = onnx.load_model_from_string(file.read())
     except Exception as error:  # theirs have no common base; no memory is one of them

@@ -28,8 +28,8 @@ class Part(Store):
         listing: everything that lay there at the last look.
     """
 
-    def __init__(self, where: str | Path, cache: Path | None = None) -> None:
-        super().__init__(where, cache)
+    def __init__(self, where: str | Path) -> None:
+        super().__init__(where)
         self.names: frozenset[str] | None = None
         self.listing: dict[Identity, str] = {}
 

@@ -269,19 +269,6 @@ def test_workers_add_up_and_gauges_of_the_killed_drop(worker: Callable[[str], su
         assert [value(again, name) for name in gauges] == [2, 200, 20, 100, 8]
 
 
-def test_forget_drops_the_gauges_of_one_process(worker: Callable[[str], subprocess.Popen[str]]) -> None:
-    process = worker("0")
-    assert value(parsed(metrics.scrape()), "backbones") == 1
-    metrics.forget(process.pid)
-    assert value(parsed(metrics.scrape()), "backbones") == 0
-    assert value(parsed(metrics.scrape()), "mask_hits_total") == 3
-
-
-def test_forget_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    metrics.forget(os.getpid())
-
-
 def test_prepare_folder_empties_it_of_metrics_only(
     worker: Callable[[str], subprocess.Popen[str]], folder: Path
 ) -> None:

@@ -28,7 +28,6 @@ from training.cost import Cost
 from training.data import Images
 from training.experiments import report
 from training.experiments.report import Table
-from training.loop import DONE
 from training.recipe import Recipe, paper
 from training.run import Run, Watch, begin, watching
 
@@ -272,8 +271,3 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _name(source: str) -> str:
     return Path(source).name  # a name, never a path of the machine
-
-
-def finished(run: Run, name: str = "dispatcher") -> bool:
-    """Whether a mask was trained before."""
-    return (run.folder / name / DONE).exists()
