@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cascade import backbone as backbones
 from cascade.backbone import Backbone
-from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard
+from cascade.bundle import Bundle
+from cascade.card import BackboneCard, Card, MaskCard, RouterCard
 from cascade.engine import Engine, Options
 from cascade.executors.choice import Kind, make
 from cascade.forward import Item

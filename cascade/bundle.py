@@ -8,7 +8,7 @@ another name is the same bytes. No pickle, no timestamps: same inputs, same byte
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,82 +16,30 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from cascade import backbone as backbones
 from cascade import whole
+from cascade.card import FORMAT, Card, MaskCard, Versioned
 from cascade.errors import CascadeError
 from cascade.fusion import MODES, Fusion, Mode
 from cascade.heads import Bank, Linear
 from cascade.images import Preprocessing
 from cascade.masks import Mask
+from cascade.misfits import misfits
 from cascade.ood import OutOfDomain
-from cascade.router import KINDS, Calibration, Prototypes, Router, tensors
+from cascade.router import KINDS, Calibration, Router, tensors
 from cascade.thumbnails import Thumbnails
 
 T = TypeVar("T")
-FORMAT = 1
 CARD, SUMS = "cascade.json", "SHA256SUMS"
 MAX_BYTES = 2**31  # of one file; a bundle is megabytes
-MAX_WEIGHTS = 2**32  # of one mask: half a gigabyte of bits
 
 
 class BundleError(CascadeError):
     """A bundle can't be read, was changed since it was written, or does not fit its backbone."""
-
-
-class BackboneCard(BaseModel):
-    """Which backbone the masks are for."""
-
-    name: str
-    source: str
-    fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
-    features: int = Field(gt=0)
-    stages: list[str]
-    maskable: int = Field(gt=0, le=MAX_WEIGHTS)
-
-
-class MaskCard(BaseModel):
-    """One mask: its first stage, the weights that it covers and how many of them it keeps."""
-
-    name: str
-    start: int = Field(ge=0)
-    weights: int = Field(ge=0, le=MAX_WEIGHTS)
-    density: float = Field(ge=0, le=1)
-    differs_from_dispatcher: float = Field(default=0.0, ge=0, le=1)
-
-
-class RouterCard(BaseModel):
-    """The router's kind, the shares of its clusters in training, and its calibration."""
-
-    kind: str
-    shares: list[float]
-    slope: float = 1.0
-    intercept: float = 0.0
-
-
-class Versioned(BaseModel):
-    """What every format's card has: which one it is."""
-
-    format: int
-
-
-class Card(Versioned):
-    """``cascade.json``: what a person, and the loader, must know."""
-
-    model_config = ConfigDict(extra="forbid")
-    backbone: BackboneCard
-    preprocessing: dict[str, Any]
-    masks: list[MaskCard] = Field(min_length=1)
-    router: RouterCard | None = None
-    mode: Mode
-    dim: int = Field(gt=0)
-    classes: list[str] = []
-    training: dict[str, Any] = {}
-    accuracy: dict[str, Any] = {}
-    bytes: dict[str, int] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +125,7 @@ def read(path: Path) -> Bundle:
         bundle = assemble(path, card, parts)
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
         raise BundleError(f"{path}: its parts do not fit together ({error!r}); write the bundle again") from None
-    for what in _misfits(bundle):
+    for what in misfits(bundle):
         raise BundleError(f"{path}: {what}; write the bundle again")
     return bundle
 
@@ -330,62 +278,6 @@ def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) 
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
         thumbnails=Thumbnails(**_under(pictures, "thumbnails.")) if pictures else None,
     )
-
-
-def _misfits(bundle: Bundle) -> Iterator[str]:
-    """What does not fit of the parts among each other; what must fit the backbone is in ``check``."""
-    card, k = bundle.card, len(bundle.experts)
-    names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
-    if [m.name for m in bundle.masks] != names:
-        yield f"its masks should be {' '.join(names)}"
-    if any(m.start >= len(card.backbone.stages) for m in bundle.masks):
-        yield "a mask starts after the last stage"
-    if any(m.start < bundle.dispatcher.start for m in bundle.experts):
-        yield "an expert starts before the dispatcher"
-    if len({m.start for m in bundle.experts}) > 1:
-        yield "experts start at different stages"
-    if (bundle.router is None) != (k == 0):
-        yield "experts need a router, and a router experts"
-    if card.router is not None and len(card.router.shares) != k:
-        yield "one share for each expert"
-    if card.mode not in bundle.fusions:
-        yield f"no fusion for its default mode {card.mode}"
-    sizes = {"F": card.backbone.features, "K": k, "dim": card.dim, "classes": len(card.classes), "1": 1}
-    for what, part in (("router", bundle.router), ("ood", bundle.ood)):
-        yield from _misshapen(what, part, sizes)
-    if isinstance(r := bundle.router, Prototypes) and (
-        int(r.clusters) != k or not set(r.cluster.tolist()) <= {*range(k)}
-    ):
-        yield "router: its prototypes are not of one cluster for each expert"
-    if bundle.ood is not None and len(bundle.ood.quantiles) < 2:
-        yield "ood: a percentile needs two quantiles or more"
-    slots = {"dispatcher": {1}, "conditional": {2, k + 1}, "unconditional": {k + 1}}
-    for mode in MODES:
-        yield from _misshapen(f"fusion {mode}", bundle.fusions.get(mode), sizes)
-        yield from _misshapen(f"head {mode}", bundle.linear.get(mode), sizes)
-        if (fusion := bundle.fusions.get(mode)) and len(fusion.weight) not in slots[mode]:
-            yield f"fusion {mode} has {len(fusion.weight)} slots"
-        if bank := bundle.banks.get(mode):
-            yield from _misshapen(f"bank {mode}", bank, sizes | {"rows": len(bank.names)})
-            if len(bank.labels) not in (0, len(bank.names)):
-                yield f"bank {mode} has {len(bank.names)} names and {len(bank.labels)} labels"
-    if bundle.thumbnails is not None:
-        rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
-        wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
-        yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.misfits())
-
-
-def _misshapen(
-    what: str, part: Router | OutOfDomain | Fusion | Linear | Bank | Thumbnails | None, sizes: dict[str, int]
-) -> Iterator[str]:
-    """Tensors that are not as the part's layout says; an axis that ``sizes`` lacks has the length that comes first."""
-    sizes = dict(sizes)
-    for name, layout in part.layout.items() if part else ():
-        found, (dtype, *axes) = getattr(part, name), layout.split()
-        shape = list(found.shape)
-        fits = len(axes) == len(shape) and [sizes.setdefault(a, n) for a, n in zip(axes, shape, strict=True)] == shape
-        if found.dtype != getattr(torch, dtype) or not fits:
-            yield f"{what}: {name} is {str(found.dtype).removeprefix('torch.')} {shape}, should be {layout}"
 
 
 def _mask(stored: Mapping[str, Tensor], card: MaskCard) -> Mask:

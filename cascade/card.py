@@ -1,73 +1,62 @@
-"""A bundle's card for a person: ``cascade inspect``."""
+"""The card of a bundle, as ``cascade.json`` holds it (docs/bundle-format.md)."""
 
-from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from pydantic import BaseModel, ConfigDict, Field
 
-from cascade.bundle import Bundle, Card
+from cascade.fusion import Mode
 
-
-def show(bundle: Bundle, console: Console | None = None) -> None:
-    """Print what the bundle adapts, its masks and clusters, its measured accuracies and its bytes."""
-    console, card = console or Console(markup=False), bundle.card  # a bundle's words are no markup
-    console.print(f"{bundle.name}/{bundle.version} · {card.mode} · {card.dim}-d embedding", style="bold")
-    back = card.backbone
-    console.print(f"backbone {back.name} from {back.source} · fingerprint {back.fingerprint[:12]}")
-    size, crop = card.preprocessing["size"], card.preprocessing["crop_pct"]
-    console.print(f"input {size} px, crop {crop:g}, {card.preprocessing['interpolation']}")
-    trained = card.training
-    if {"recipe", "images", "data"} <= trained.keys():
-        how = "with their labels" if trained["recipe"].get("labels") else "without labels"
-        console.print(f"trained on {trained['images']} images of {trained['data']}, {how}")
-    for table in (_masks(card), *_accuracies(card.accuracy), _bytes(card)):
-        console.print(table)
-    if trained.get("calibration_error") is not None:
-        console.print(f"expected calibration error of the routing confidence: {trained['calibration_error']:.3f}")
-    if "ood_auroc" in card.accuracy:
-        for other, found in card.accuracy["ood_auroc"].items():
-            console.print(
-                f"out-of-domain score against {other}: AUROC {found['ood']:.3f}"
-                f" (1 - confidence: {found['one_minus_confidence']:.3f})"
-            )
+FORMAT = 1
+MAX_WEIGHTS = 2**32  # of one mask: half a gigabyte of bits
 
 
-def _masks(card: Card) -> Table:
-    table = Table("mask", "from stage", "weights", "active", "differs", "share of images", title="masks")
-    for k, mask in enumerate(card.masks):
-        share = f"{card.router.shares[k - 1]:.1%}" if k and card.router else ""
-        differs = f"{mask.differs_from_dispatcher:.2%}" if k else ""
-        stage = card.backbone.stages[mask.start]
-        table.add_row(mask.name, stage, f"{mask.weights:,}", f"{mask.density:.2%}", differs, share)
-    return table
+class BackboneCard(BaseModel):
+    """Which backbone the masks are for."""
+
+    name: str
+    source: str
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
+    features: int = Field(gt=0)
+    stages: list[str]
+    maskable: int = Field(gt=0, le=MAX_WEIGHTS)
 
 
-def _accuracies(accuracy: dict[str, Any]) -> Iterator[Table]:
-    if not {"whitened", "plain", "held_out_images", "k", "dim"} <= accuracy.keys():
-        return  # some other trainer's own
-    seeds = f", {accuracy['seeds']} seeds (mean ± standard deviation)" if "seeds" in accuracy else ""
-    title = (
-        f"accuracy in %, {accuracy['held_out_images']} held-out images, k = {accuracy['k']},"
-        f" whitened to {accuracy['dim']}{seeds}"
-    )
-    table = Table("method", "k-NN", "probe", "k-NN, not whitened", "probe, not whitened", title=title)
-    for method, whitened in accuracy["whitened"].items():
-        plain = accuracy["plain"][method]
-        table.add_row(method, *(percent(t[m]) for t in (whitened, plain) for m in ("knn", "probe")))
-    yield table
+class MaskCard(BaseModel):
+    """One mask: its first stage, the weights that it covers and how many of them it keeps."""
+
+    name: str
+    start: int = Field(ge=0)
+    weights: int = Field(ge=0, le=MAX_WEIGHTS)
+    density: float = Field(ge=0, le=1)
+    differs_from_dispatcher: float = Field(default=0.0, ge=0, le=1)
 
 
-def _bytes(card: Card) -> Table:
-    table = Table("file", "bytes", title="size")
-    for name, size in card.bytes.items():
-        table.add_row(name, f"{size:,}")
-    table.add_row("together", f"{sum(card.bytes.values()):,}")
-    return table
+class RouterCard(BaseModel):
+    """The router's kind, the shares of its clusters in training, and its calibration."""
+
+    kind: str
+    shares: list[float]
+    slope: float = 1.0
+    intercept: float = 0.0
 
 
-def percent(share: float | list[float]) -> str:
-    """An accuracy, or its [mean, standard deviation] over seeds, in %."""
-    if isinstance(share, list):
-        return f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
-    return f"{100 * share:.1f}"
+class Versioned(BaseModel):
+    """What every format's card has: which one it is."""
+
+    format: int
+
+
+class Card(Versioned):
+    """``cascade.json``: what a person, and the loader, must know."""
+
+    model_config = ConfigDict(extra="forbid")
+    backbone: BackboneCard
+    preprocessing: dict[str, Any]
+    masks: list[MaskCard] = Field(min_length=1)
+    router: RouterCard | None = None
+    mode: Mode
+    dim: int = Field(gt=0)
+    classes: list[str] = []
+    training: dict[str, Any] = {}
+    accuracy: dict[str, Any] = {}
+    bytes: dict[str, int] = {}

@@ -243,7 +243,7 @@ def serve(
 def inspect(bundle: BundlePath) -> None:
     """Show a bundle's card: what it adapts, on what it was trained, and what it is worth."""
     from cascade.bundle import read
-    from cascade.card import show
+    from cascade.show import show
 
     show(read(bundle))
 

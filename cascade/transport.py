@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cascade import bundle as bundles
 from cascade import coder, masks
-from cascade.bundle import BundleError, Card, MaskCard
+from cascade.bundle import BundleError
+from cascade.card import Card, MaskCard
 from cascade.errors import CascadeError
 from cascade.whole import write_bytes
 

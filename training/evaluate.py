@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from cascade.card import percent
 from cascade.fusion import Fusion, Mode
 from cascade.masks import difference
+from cascade.show import percent
 from training import embed, fuse
 from training.run import Run, Watch, main, parser, resume, write_json
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard, write
+from cascade.bundle import Bundle, write
+from cascade.card import BackboneCard, Card, MaskCard, RouterCard
 from cascade.fusion import Mode
 from cascade.heads import Bank, Linear
 from cascade.masks import Mask, density, difference

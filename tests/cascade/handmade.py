@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from cascade import backbone as backbones
 from cascade.backbone import Backbone
-from cascade.bundle import BackboneCard, Bundle, Card, MaskCard, RouterCard
+from cascade.bundle import Bundle
+from cascade.card import BackboneCard, Card, MaskCard, RouterCard
 from cascade.fusion import Fusion, Mode
 from cascade.heads import Bank, Linear
 from cascade.images import Preprocessing

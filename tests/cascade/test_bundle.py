@@ -26,7 +26,8 @@ from torch import Tensor
 from cascade import backbone as backbones
 from cascade import thumbnails
 from cascade.backbone import Backbone
-from cascade.bundle import BackboneCard, Bundle, BundleError, Card, MaskCard, RouterCard, check, read, write
+from cascade.bundle import Bundle, BundleError, check, read, write
+from cascade.card import BackboneCard, Card, MaskCard, RouterCard
 from cascade.fusion import Fusion
 from cascade.heads import Bank, Linear
 from cascade.images import Preprocessing

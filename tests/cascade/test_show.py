@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from cascade.bundle import Bundle
-from cascade.card import percent, show
+from cascade.show import percent, show
 
 from .handmade import handmade
 

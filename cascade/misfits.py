@@ -1,0 +1,71 @@
+"""Whether the parts of a bundle fit each other: names, counts, and every tensor's dtype and shape."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from cascade.fusion import MODES, Fusion
+from cascade.heads import Bank, Linear
+from cascade.ood import OutOfDomain
+from cascade.router import Prototypes, Router
+from cascade.thumbnails import Thumbnails
+
+if TYPE_CHECKING:
+    from cascade.bundle import Bundle
+
+
+def misfits(bundle: "Bundle") -> Iterator[str]:
+    """What does not fit of the parts among each other; what must fit the backbone is in ``cascade.bundle.check``."""
+    card, k = bundle.card, len(bundle.experts)
+    names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
+    if [m.name for m in bundle.masks] != names:
+        yield f"its masks should be {' '.join(names)}"
+    if any(m.start >= len(card.backbone.stages) for m in bundle.masks):
+        yield "a mask starts after the last stage"
+    if any(m.start < bundle.dispatcher.start for m in bundle.experts):
+        yield "an expert starts before the dispatcher"
+    if len({m.start for m in bundle.experts}) > 1:
+        yield "experts start at different stages"
+    if (bundle.router is None) != (k == 0):
+        yield "experts need a router, and a router experts"
+    if card.router is not None and len(card.router.shares) != k:
+        yield "one share for each expert"
+    if card.mode not in bundle.fusions:
+        yield f"no fusion for its default mode {card.mode}"
+    sizes = {"F": card.backbone.features, "K": k, "dim": card.dim, "classes": len(card.classes), "1": 1}
+    for what, part in (("router", bundle.router), ("ood", bundle.ood)):
+        yield from _misshapen(what, part, sizes)
+    if isinstance(r := bundle.router, Prototypes) and (
+        int(r.clusters) != k or not set(r.cluster.tolist()) <= {*range(k)}
+    ):
+        yield "router: its prototypes are not of one cluster for each expert"
+    if bundle.ood is not None and len(bundle.ood.quantiles) < 2:
+        yield "ood: a percentile needs two quantiles or more"
+    slots = {"dispatcher": {1}, "conditional": {2, k + 1}, "unconditional": {k + 1}}
+    for mode in MODES:
+        yield from _misshapen(f"fusion {mode}", bundle.fusions.get(mode), sizes)
+        yield from _misshapen(f"head {mode}", bundle.linear.get(mode), sizes)
+        if (fusion := bundle.fusions.get(mode)) and len(fusion.weight) not in slots[mode]:
+            yield f"fusion {mode} has {len(fusion.weight)} slots"
+        if bank := bundle.banks.get(mode):
+            yield from _misshapen(f"bank {mode}", bank, sizes | {"rows": len(bank.names)})
+            if len(bank.labels) not in (0, len(bank.names)):
+                yield f"bank {mode} has {len(bank.names)} names and {len(bank.labels)} labels"
+    if bundle.thumbnails is not None:
+        rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
+        wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
+        yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.misfits())
+
+
+def _misshapen(
+    what: str, part: Router | OutOfDomain | Fusion | Linear | Bank | Thumbnails | None, sizes: dict[str, int]
+) -> Iterator[str]:
+    """Tensors that are not as the part's layout says; an axis that ``sizes`` lacks has the length that comes first."""
+    sizes = dict(sizes)
+    for name, layout in part.layout.items() if part else ():
+        found, (dtype, *axes) = getattr(part, name), layout.split()
+        shape = list(found.shape)
+        fits = len(axes) == len(shape) and [sizes.setdefault(a, n) for a, n in zip(axes, shape, strict=True)] == shape
+        if found.dtype != getattr(torch, dtype) or not fits:
+            yield f"{what}: {name} is {str(found.dtype).removeprefix('torch.')} {shape}, should be {layout}"
