@@ -17,9 +17,10 @@ from cascade.ood import OutOfDomain
 from cascade.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
 from training import embed
 from training.augment import crop_flip
+from training.command import Watch, main, parser
 from training.data import cache
 from training.loop import under
-from training.run import CLUSTERS, FEWEST, Run, Watch, main, parser, resume, write_json, write_tensors
+from training.run import CLUSTERS, FEWEST, Run, resume, write_json, write_tensors
 
 SUMMARY = "clusters.json"
 LARGEST = 0.8  # of the images, in one cluster: the router hardly divides them

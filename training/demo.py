@@ -17,10 +17,11 @@ from sklearn.metrics import roc_auc_score
 
 from cascade.router import Calibration, route
 from training import clusters, data, dispatcher, embed, evaluate, experts, pack
+from training.command import Watch, main, parser
 from training.evaluate import Features
 from training.pack import ood_of, router_of
 from training.recipe import Recipe
-from training.run import Run, Watch, begin, main, parser, read_json
+from training.run import Run, begin, read_json
 
 SEEDS = (0, 1, 2)
 STRANGERS = "fashion-mnist"

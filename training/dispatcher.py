@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from cascade.errors import CascadeError
+from training.command import Watch, main, parser, recipe_of
 from training.loop import fit, seed_everything, under
 from training.masking import MaskedModel
 from training.objectives import Objective, SelfSupervised, Supervised
-from training.run import Run, Watch, begin, device, main, parser, recipe_of, trained
+from training.run import Run, begin, device, trained
 
 ZERO_STEPS = 20  # with BatchNorm in eval mode nothing but the scores could move, so these show as much as all
 

@@ -19,7 +19,8 @@ from cascade.fusion import Fusion, Mode
 from cascade.masks import difference
 from cascade.show import percent
 from training import embed, fuse
-from training.run import Run, Watch, main, parser, resume, write_json
+from training.command import Watch, main, parser
+from training.run import Run, resume, write_json
 
 TEMPERATURE = 0.1
 PROBE_L2 = 0.01  # over N, as in the authors' code

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from cascade.errors import CascadeError
+from training.command import Watch, main, parser
 from training.dispatcher import objective
 from training.loop import fit, under
-from training.run import Run, Watch, main, parser, resume
+from training.run import Run, resume
 
 
 def train(run: Run, only: Sequence[int] = ()) -> None:

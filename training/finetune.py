@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from cascade.backbone import Backbone
 from cascade.stages import stage_of, stages
 from training import dispatcher
+from training.command import Watch, main, parser, recipe_of
 from training.loop import under
 from training.masking import Amp, MaskedModel, write
-from training.run import Run, Watch, begin, main, parser, recipe_of
+from training.run import Run, begin
 
 
 class TunedModel(MaskedModel):

@@ -21,9 +21,10 @@ from cascade.ood import OutOfDomain
 from cascade.router import KINDS, Calibration, Router
 from cascade.thumbnails import make
 from training.clusters import SUMMARY
+from training.command import Watch, main, parser
 from training.evaluate import Features, collect, fit_probe, fusions
 from training.loop import under
-from training.run import Run, Watch, main, parser, read_json, resume
+from training.run import Run, read_json, resume
 
 THUMBNAILS = "put small pictures of the neighbours' images into the bundle, for all who may use it"
 

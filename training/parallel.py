@@ -20,8 +20,9 @@ import torch
 from cascade import masks, rays
 from cascade.errors import CascadeError, brief
 from training import distributed, experts
+from training.command import Watch
 from training.loop import CURVE, DONE
-from training.run import Run, Watch, resume
+from training.run import Run, resume
 
 RETRIES = 3  # of a task that dies
 LOOK = 1.0  # seconds between two looks at the curves

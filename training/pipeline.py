@@ -21,9 +21,10 @@ from rich.console import Console
 from cascade.errors import CascadeError
 from cascade.masks import density
 from training import clusters, dispatcher, distributed, evaluate, experts, pack, parallel
+from training.command import Watch, main, parser, recipe_of
 from training.cost import Cost
 from training.recipe import paper
-from training.run import Run, Watch, begin, main, parser, recipe_of
+from training.run import Run, begin
 
 
 def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = False, ray: bool = False) -> Path:

@@ -10,25 +10,16 @@ runs/<name>/recipe.json
             evaluation.json
 """
 
-import argparse
-import errno
 import hashlib
 import json
 import os
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,14 +32,14 @@ from cascade.images import Preprocessing
 from cascade.masks import Mask
 from cascade.residency import Residency
 from training import data, distributed, views
+from training.command import Watch
 from training.data import Images
 from training.loop import DONE, under
 from training.masking import MaskedModel, mask_backbone, select, to_mask
-from training.recipe import ABOUT, Recipe
+from training.recipe import Recipe
 
 CLUSTERS = "clusters.safetensors"
 CACHE_MARGIN = 1.15  # training images are kept a little larger than the network's input, for the crops
-NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 FEWEST = 16  # images that a mask is trained on
 
 
@@ -58,7 +49,7 @@ class Run:
 
     folder: Path
     recipe: Recipe
-    watch: "Watch"
+    watch: Watch
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -222,7 +213,7 @@ def trained(folder: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def begin(folder: Path, recipe: Recipe, watch: "Watch") -> Run:
+def begin(folder: Path, recipe: Recipe, watch: Watch) -> Run:
     """Start a run, or go on with it where the recipe is the same."""
     with distributed.first():
         recipe.save(folder)
@@ -233,7 +224,7 @@ def begin(folder: Path, recipe: Recipe, watch: "Watch") -> Run:
     return run
 
 
-def resume(folder: Path, watch: "Watch") -> Run:
+def resume(folder: Path, watch: Watch) -> Run:
     """A run that another stage has begun."""
     return Run(folder, Recipe.load(folder), watch)
 
@@ -262,94 +253,3 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         return
     with whole.file(path, alone=True) as beside:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside)
-
-
-class Watch:
-    """Progress bars, one a mask."""
-
-    def __init__(self, bar: Bar | None) -> None:
-        self.bar, self.tasks = bar, dict[str, TaskID]()
-
-    def __call__(self, name: str, step: int, steps: int, loss: float) -> None:
-        if self.bar is None:
-            return
-        if name not in self.tasks:
-            self.bar.start()
-            self.tasks[name] = self.bar.add_task(name, total=steps, loss=loss)
-        self.bar.update(self.tasks[name], completed=step, loss=loss)
-
-    def say(self, text: str) -> None:
-        """A line for a person."""
-        if self.bar is not None:
-            self.bar.console.print(text)
-
-
-@contextmanager
-def watching() -> Iterator[Watch]:
-    """Progress bars on the terminal; warnings are printed above them."""
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
-    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: bar.console.print(f"[yellow]warning:[/] {message}")
-        try:
-            yield Watch(bar)
-        finally:
-            if bar.tasks:  # it is started by the first one; an empty bar leaves an empty line
-                bar.stop()
-
-
-class Parser(argparse.ArgumentParser):
-    """One that says what is wrong with its options in one line, instead of listing all of them."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help shows the options\n")
-
-
-def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParser:
-    """Command-line options of a stage: ``--run``, and with ``recipe`` one option for each of the recipe's fields."""
-    out = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.usage = "%(prog)s DATA [options]" if recipe else "%(prog)s [options]"
-    out.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of the run (default %(default)s)")
-    if not recipe:
-        return out
-    of = {f.name: f for f in fields(Recipe)}
-    for title, meanings in ABOUT.items():
-        group = out.add_argument_group(title)
-        for name, meaning in meanings.items():
-            flag, default = f"--{name.replace('_', '-')}", of[name].default
-            text = (
-                f"{meaning} (default {default:g})" if isinstance(default, float) else f"{meaning} (default {default!r})"
-            )
-            if name == "data":
-                group.add_argument(name, metavar="DATA", help=f"{meaning}: {', '.join(data.NAMES)}")
-            elif isinstance(default, bool):
-                group.add_argument(flag, action="store_true", help=meaning)
-            elif isinstance(default, tuple):
-                group.add_argument(flag, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"), help=text)
-            else:
-                choices = get_args(of[name].type) or None
-                group.add_argument(flag, type=type(default), default=default, choices=choices, help=text)
-    return out
-
-
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that the options of ``parser(recipe=True)`` give."""
-    return Recipe.from_json(vars(arguments))
-
-
-def main(stage: Any) -> None:
-    """Run a stage; an error meant for a person is one line and exit status 1."""
-    try:
-        with watching() as watch, distributed.together():
-            stage(watch)
-    except CascadeError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in NO_PLACE:
-            raise
-        sys.exit(f"error: {error}: make room, or choose folders that can be written to")

@@ -19,9 +19,10 @@ from tests.conftest import need
 from tests.e2e.conftest import ROOT
 from tests.e2e.trouble import until
 from training import clusters, dispatcher, experts
+from training.command import Watch
 from training.loop import CHECKPOINT, CURVE, DONE
 from training.recipe import Recipe
-from training.run import Watch, begin, resume
+from training.run import begin, resume
 
 pytestmark = pytest.mark.e2e
 CLUSTERS, STEPS, EVERY = 2, 150, 50  # a checkpoint after 50 steps, the loop's default

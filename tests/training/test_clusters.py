@@ -21,8 +21,9 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.router import Prototypes, Router
 from training import clusters, experts
+from training.command import Watch
 from training.recipe import Recipe
-from training.run import CLUSTERS, Run, Watch, resume
+from training.run import CLUSTERS, Run, resume
 from training.swav import Projector
 
 K = 4

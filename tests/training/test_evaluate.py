@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cascade.masks import difference
 from training import evaluate
+from training.command import Watch
 from training.evaluate import knn, probe
-from training.run import Run, Watch, resume
+from training.run import Run, resume
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from sklearn.decomposition import PCA
 
 from cascade.errors import CascadeError
 from training import evaluate, fuse
+from training.command import Watch
 from training.recipe import Recipe
-from training.run import Watch, resume
+from training.run import resume
 
 
 @pytest.fixture(scope="module")

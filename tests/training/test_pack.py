@@ -13,8 +13,9 @@ from cascade import masks
 from cascade.bundle import Bundle, read
 from cascade.heads import Linear
 from training import evaluate, fuse, pack
+from training.command import Watch
 from training.loop import DONE
-from training.run import Run, Watch, resume
+from training.run import Run, resume
 
 
 @pytest.fixture(scope="module")

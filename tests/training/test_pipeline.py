@@ -24,11 +24,12 @@ from cascade.errors import CascadeError
 from cascade.fusion import MODES
 from cascade.prediction import Prediction
 from training import clusters, dispatcher, evaluate, experts, fuse, pack, pipeline
+from training.command import Watch
 from training.loop import under
 from training.masking import MaskedModel
 from training.objectives import SelfSupervised
 from training.recipe import Recipe
-from training.run import CLUSTERS, Run, Watch, begin, resume
+from training.run import CLUSTERS, Run, begin, resume
 
 LITE0 = {"backbone": "tf_efficientnet_lite0", "source": "", "mask_from": "blocks.6"}
 OPTIONS = {

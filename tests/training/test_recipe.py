@@ -1,26 +1,14 @@
-"""A run's numbers: saved once, never gone on with under others, and every one of them an option."""
+"""A run's numbers: saved once, and never gone on with under others."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cascade.errors import CascadeError
-from training.pipeline import command
-from training.recipe import ABOUT, LITE0, Recipe, paper
-from training.run import parser, recipe_of
-
-OTHER = {
-    "all": "random",
-    "off": "bf16",
-    "adam": "rms-sgd",
-    "prototypes": "gmm",
-    "one": "padded",
-    "scale": "none",
-    "conditional": "dispatcher",
-}
+from training.recipe import LITE0, Recipe, paper
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -122,68 +110,3 @@ def test_the_papers_setting() -> None:
     }
     assert {name: getattr(recipe, name) for name in published} == published
     assert recipe.steps == recipe.expert_steps == 150 * 50_000 // 64
-
-
-@pytest.mark.parametrize("name", [f.name for f in fields(Recipe)])
-def test_every_number_is_an_option(name: str) -> None:
-    default = Recipe("photos")
-    assert recipe_of(parser("", recipe=True).parse_args(["photos"])) == default
-    value = getattr(default, name)
-    flag = f"--{name.replace('_', '-')}"
-    if name == "data":
-        assert recipe_of(parser("", recipe=True).parse_args(["pets"])).data == "pets"
-        return
-    if isinstance(value, bool):
-        arguments, expected = [flag], True
-    elif isinstance(value, tuple):
-        arguments, expected = [flag, "0.3", "0.7"], (0.3, 0.7)  # type: ignore[assignment]
-    elif isinstance(value, str):
-        expected = OTHER.get(value, "7")  # type: ignore[assignment]
-        arguments = [flag, str(expected)]
-    else:
-        shares = ("share", "select_share", "warmup")
-        expected = 0.25 if name in shares else type(value)(value + 2)  # type: ignore[assignment]
-        arguments = [flag, str(expected)]
-    if name == "source":
-        expected = "random:1"  # type: ignore[assignment]
-        arguments = [flag, "random:1"]
-    got = recipe_of(parser("", recipe=True).parse_args(["photos", *arguments]))
-    assert getattr(got, name) == expected != value
-    unchanged = {"clusters"} if name == "labels" else {"source"} if name == "backbone" else set()
-    kept = {f.name: getattr(default, f.name) for f in fields(Recipe) if f.name in unchanged | {name}}
-    assert replace(got, **kept) == default
-
-
-@pytest.mark.parametrize(
-    "arguments, what", [(["--router", "oracle"], "'oracle'"), (["--mask-form", "0"], "--mask-form"), ([], "--out")]
-)
-def test_a_slip_in_the_options_is_one_line(arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as told:
-        command(["photos", *arguments, *(["--out", "store/photos/1"] if arguments else [])])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert told.value.code == 2 and line.startswith("error: ") and what in line and line.endswith("shows the options")
-
-
-def test_help_says_what_every_option_means(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [name for meanings in ABOUT.values() for name in meanings if len(meanings[name]) < 8] == []
-    assert sorted(name for meanings in ABOUT.values() for name in meanings) == sorted(f.name for f in fields(Recipe))
-    with pytest.raises(SystemExit) as told:
-        command(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert told.value.code == 0 and "DATA --out BUNDLE" in shown
-    assert all(" ".join(each.split()[:3]) in shown for meanings in ABOUT.values() for each in meanings.values())
-
-
-def test_a_preset_is_where_the_options_start_from(tmp_path: Path) -> None:
-    """It stops at the missing folder, after the recipe was saved."""
-    run = tmp_path / "run"
-    with pytest.raises(SystemExit, match="is not a folder"):
-        command(
-            [
-                *(str(tmp_path / "none"), "--preset", "paper", "--steps", "9", "--seed", "3"),
-                *("--backbone", "test_resnet", "--source", "random:0"),
-                *("--run", str(run), "--out", str(tmp_path / "store" / "a" / "1")),
-            ]
-        )
-    expected = replace(paper(str(tmp_path / "none")), steps=9, seed=3, backbone="test_resnet", source="random:0")
-    assert Recipe.load(run) == expected

@@ -24,12 +24,13 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.masks import Mask
 from training import data, dispatcher, embed, evaluate, fuse
+from training.command import Watch, watching
 from training.cost import Cost
 from training.data import Images
 from training.experiments import report
 from training.experiments.report import Table
 from training.recipe import Recipe, paper
-from training.run import Run, Watch, begin, watching
+from training.run import Run, begin
 
 Pair = tuple[np.ndarray, np.ndarray]  # features of the training and of the held-out images, float32 [N, F], [M, F]
 SWAV = "swav_800ep_pretrain.pth.tar"

@@ -1,0 +1,85 @@
+"""The command line of a stage: every one of the recipe's numbers is an option, and says what it means."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from training.command import parser, recipe_of
+from training.pipeline import command
+from training.recipe import ABOUT, Recipe, paper
+
+OTHER = {
+    "all": "random",
+    "off": "bf16",
+    "adam": "rms-sgd",
+    "prototypes": "gmm",
+    "one": "padded",
+    "scale": "none",
+    "conditional": "dispatcher",
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Recipe)])
+def test_every_number_is_an_option(name: str) -> None:
+    default = Recipe("photos")
+    assert recipe_of(parser("", recipe=True).parse_args(["photos"])) == default
+    value = getattr(default, name)
+    flag = f"--{name.replace('_', '-')}"
+    if name == "data":
+        assert recipe_of(parser("", recipe=True).parse_args(["pets"])).data == "pets"
+        return
+    if isinstance(value, bool):
+        arguments, expected = [flag], True
+    elif isinstance(value, tuple):
+        arguments, expected = [flag, "0.3", "0.7"], (0.3, 0.7)  # type: ignore[assignment]
+    elif isinstance(value, str):
+        expected = OTHER.get(value, "7")  # type: ignore[assignment]
+        arguments = [flag, str(expected)]
+    else:
+        shares = ("share", "select_share", "warmup")
+        expected = 0.25 if name in shares else type(value)(value + 2)  # type: ignore[assignment]
+        arguments = [flag, str(expected)]
+    if name == "source":
+        expected = "random:1"  # type: ignore[assignment]
+        arguments = [flag, "random:1"]
+    got = recipe_of(parser("", recipe=True).parse_args(["photos", *arguments]))
+    assert getattr(got, name) == expected != value
+    unchanged = {"clusters"} if name == "labels" else {"source"} if name == "backbone" else set()
+    kept = {f.name: getattr(default, f.name) for f in fields(Recipe) if f.name in unchanged | {name}}
+    assert replace(got, **kept) == default
+
+
+@pytest.mark.parametrize(
+    "arguments, what", [(["--router", "oracle"], "'oracle'"), (["--mask-form", "0"], "--mask-form"), ([], "--out")]
+)
+def test_a_slip_in_the_options_is_one_line(arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as told:
+        command(["photos", *arguments, *(["--out", "store/photos/1"] if arguments else [])])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told.value.code == 2 and line.startswith("error: ") and what in line and line.endswith("shows the options")
+
+
+def test_help_says_what_every_option_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [name for meanings in ABOUT.values() for name in meanings if len(meanings[name]) < 8] == []
+    assert sorted(name for meanings in ABOUT.values() for name in meanings) == sorted(f.name for f in fields(Recipe))
+    with pytest.raises(SystemExit) as told:
+        command(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert told.value.code == 0 and "DATA --out BUNDLE" in shown
+    assert all(" ".join(each.split()[:3]) in shown for meanings in ABOUT.values() for each in meanings.values())
+
+
+def test_a_preset_is_where_the_options_start_from(tmp_path: Path) -> None:
+    """It stops at the missing folder, after the recipe was saved."""
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match="is not a folder"):
+        command(
+            [
+                *(str(tmp_path / "none"), "--preset", "paper", "--steps", "9", "--seed", "3"),
+                *("--backbone", "test_resnet", "--source", "random:0"),
+                *("--run", str(run), "--out", str(tmp_path / "store" / "a" / "1")),
+            ]
+        )
+    expected = replace(paper(str(tmp_path / "none")), steps=9, seed=3, backbone="test_resnet", source="random:0")
+    assert Recipe.load(run) == expected
