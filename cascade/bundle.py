@@ -261,7 +261,7 @@ def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) 
         kind = next((k for k in KINDS if k.kind == card.router.kind), None)
         if kind is None:
             raise ValueError(f"unknown router {card.router.kind}")
-        router = kind(**_under(routing, "router."))
+        router = kind(**under(routing, "router."))
     labels = _lines(heads["bank.labels"]) if "bank.labels" in heads else ()
     return Bundle(
         name=path.resolve().parent.name,
@@ -272,11 +272,11 @@ def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) 
         experts=tuple(masks[1:]),
         router=router,
         calibration=Calibration(card.router.slope, card.router.intercept) if card.router else Calibration(),
-        ood=OutOfDomain(**_under(routing, "ood.")) if "ood.mean" in routing else None,
-        fusions={m: Fusion(**_under(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
-        linear={m: Linear(**_under(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
+        ood=OutOfDomain(**under(routing, "ood.")) if "ood.mean" in routing else None,
+        fusions={m: Fusion(**under(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
+        linear={m: Linear(**under(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
-        thumbnails=Thumbnails(**_under(pictures, "thumbnails.")) if pictures else None,
+        thumbnails=Thumbnails(**under(pictures, "thumbnails.")) if pictures else None,
     )
 
 
@@ -286,7 +286,7 @@ def _mask(stored: Mapping[str, Tensor], card: MaskCard) -> Mask:
     bits = stored[f"{card.name}.bits"] if packed is None else _unzstd(packed, size)
     if bits.dtype != torch.uint8 or bits.shape != (size,):
         raise ValueError(f"mask {card.name} has {bits.numel()} bytes, not {size}")
-    return Mask(card.name, card.start, bits, _under(stored, f"{card.name}.norms."))
+    return Mask(card.name, card.start, bits, under(stored, f"{card.name}.norms."))
 
 
 def _moved(part: T, device: str) -> T:
@@ -300,8 +300,9 @@ def _moved(part: T, device: str) -> T:
     return type(part)(**move)
 
 
-def _under(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose name begins with ``prefix``, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _zstd(bits: Tensor) -> Tensor:

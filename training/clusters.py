@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture as Mixture
 from sklearn.preprocessing import normalize
 
+from cascade.bundle import under
 from cascade.errors import CascadeError
 from cascade.ood import OutOfDomain
 from cascade.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
@@ -19,7 +20,6 @@ from training import embed
 from training.augment import crop_flip
 from training.command import Watch, main, parser
 from training.data import cache
-from training.loop import under
 from training.run import CLUSTERS, FEWEST, Run, resume, write_json, write_tensors
 
 SUMMARY = "clusters.json"

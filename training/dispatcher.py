@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cascade.bundle import under
 from cascade.errors import CascadeError
 from training.command import Watch, main, parser, recipe_of
-from training.loop import fit, seed_everything, under
+from training.loop import fit, seed_everything
 from training.masking import MaskedModel
 from training.objectives import Objective, SelfSupervised, Supervised
 from training.run import Run, begin, device, trained

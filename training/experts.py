@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cascade.bundle import under
 from cascade.errors import CascadeError
 from training.command import Watch, main, parser
 from training.dispatcher import objective
-from training.loop import fit, under
+from training.loop import fit
 from training.run import Run, resume
 
 

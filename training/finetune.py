@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cascade.backbone import Backbone
+from cascade.bundle import under
 from cascade.stages import stage_of, stages
 from training import dispatcher
 from training.command import Watch, main, parser, recipe_of
-from training.loop import under
 from training.masking import Amp, MaskedModel, write
 from training.run import Run, begin
 

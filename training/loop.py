@@ -16,20 +16,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from cascade import whole
 from cascade.errors import CascadeError
 from training import distributed
+from training.checkpoint import CHECKPOINT, CURVE, DONE, keep_curve, restore, store
 from training.data import batches
 from training.masking import MaskedModel
 from training.objectives import PIECE, Batch, Objective
 from training.recipe import Recipe
 
-CHECKPOINT, DONE, CURVE = "checkpoint.safetensors", "done.safetensors", "curve.jsonl"
 SPARSE = 0.05  # a tensor with less active than this is on its way to being off
 COLLAPSED = 0.05  # share of the prototypes that images are nearest to where an embedding has lost its directions
 CROWDED = 0.8  # share of a batch nearest to one prototype: the same
@@ -74,13 +71,13 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / DONE).exists():
-        _restore(folder / DONE, model, objective, [], scaler)
+        restore(folder / DONE, model, objective, [], scaler)
         return
     begin = 0
     if (folder / CHECKPOINT).exists():
-        begin = _restore(folder / CHECKPOINT, model, objective, optimizers, scaler)
+        begin = restore(folder / CHECKPOINT, model, objective, optimizers, scaler)
     leads = distributed.rank() == 0
-    curve = _keep_curve(folder / CURVE, begin) if leads else Path(os.devnull)
+    curve = keep_curve(folder / CURVE, begin) if leads else Path(os.devnull)
     order = batches(len(rows), recipe.batch, seed=recipe.seed, start_step=begin)
     learned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     warned: set[str] = set()
@@ -132,10 +129,10 @@ def fit(
             if not _finite(model, objective):
                 raise _diverged(f"{name} is not finite any more after step {step}", rate, folder)
             if step + 1 < steps and leads:
-                _store(folder / CHECKPOINT, model, objective, optimizers, scaler, step + 1)
+                store(folder / CHECKPOINT, model, objective, optimizers, scaler, step + 1)
             clock, counted = time.perf_counter(), step + 1
     if leads:
-        _store(folder / DONE, model, objective, [], scaler, steps)
+        store(folder / DONE, model, objective, [], scaler, steps)
         (folder / CHECKPOINT).unlink(missing_ok=True)
     distributed.wait()
 
@@ -249,62 +246,3 @@ def _optimizers(model: MaskedModel, objective: Objective, recipe: Recipe, lr: fl
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return both
-
-
-def _store(
-    path: Path,
-    model: MaskedModel,
-    objective: Objective,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    step: int,
-) -> None:
-    """All state as one safetensors file."""
-    tensors = {f"{model.learns}.{n}": t.detach() for n, t in model.learned.items()}
-    tensors |= {f"norms.{n}": t for n, t in model.norms.items()}
-    tensors |= {f"objective.{n}": t for n, t in objective.module.state_dict().items()}
-    tensors |= {f"scaler.{n}": torch.tensor(float(v)) for n, v in scaler.state_dict().items()}
-    for i, optimizer in enumerate(optimizers):
-        for key, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}.{n}": t for n, t in state.items() if t is not None}
-    with whole.file(path, alone=True) as beside:
-        save_file({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, beside, {"step": str(step)})
-
-
-def _restore(
-    path: Path,
-    model: MaskedModel,
-    objective: Objective,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-) -> int:
-    """The inverse of ``_store``; returns the step."""
-    with safe_open(path, "pt") as handle:
-        step = int(handle.metadata()["step"])
-    tensors = load_file(path)
-    model.load(under(tensors, f"{model.learns}."), under(tensors, "norms."))
-    objective.module.load_state_dict(under(tensors, "objective."))
-    if scale := {n: t.item() for n, t in under(tensors, "scaler.").items()}:
-        scaler.load_state_dict(scale | {"growth_interval": int(scale["growth_interval"])})
-    for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in under(tensors, f"optimizer.{i}.").items():
-            key, _, field = name.partition(".")
-            state.setdefault(int(key), {})[field] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return step
-
-
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose name begins with ``prefix``, without it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _keep_curve(path: Path, begin: int) -> Path:
-    """Drop the lines of steps that will be made again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        with whole.file(path, alone=True) as beside:
-            beside.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < begin))
-    return path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade.bundle import Bundle, write
+from cascade.bundle import Bundle, under, write
 from cascade.card import BackboneCard, Card, MaskCard, RouterCard
 from cascade.fusion import Mode
 from cascade.heads import Bank, Linear
@@ -23,7 +23,6 @@ from cascade.thumbnails import make
 from training.clusters import SUMMARY
 from training.command import Watch, main, parser
 from training.evaluate import Features, collect, fit_probe, fusions
-from training.loop import under
 from training.run import Run, read_json, resume
 
 THUMBNAILS = "put small pictures of the neighbours' images into the bundle, for all who may use it"

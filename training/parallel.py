@@ -20,8 +20,8 @@ import torch
 from cascade import masks, rays
 from cascade.errors import CascadeError, brief
 from training import distributed, experts
+from training.checkpoint import CURVE, DONE
 from training.command import Watch
-from training.loop import CURVE, DONE
 from training.run import Run, resume
 
 RETRIES = 3  # of a task that dies

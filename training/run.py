@@ -26,15 +26,16 @@ from torch import Tensor
 from cascade import backbone as backbones
 from cascade import whole
 from cascade.backbone import Backbone
+from cascade.bundle import under
 from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
 from cascade.images import Preprocessing
 from cascade.masks import Mask
 from cascade.residency import Residency
 from training import data, distributed, views
+from training.checkpoint import DONE
 from training.command import Watch
 from training.data import Images
-from training.loop import DONE, under
 from training.masking import MaskedModel, mask_backbone, select, to_mask
 from training.recipe import Recipe
 

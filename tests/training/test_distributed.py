@@ -19,7 +19,8 @@ from cascade import backbone as backbones
 from cascade.bundle import read
 from cascade.errors import CascadeError
 from cascade.images import Preprocessing
-from training.loop import CURVE, DONE, fit, seed_everything
+from training.checkpoint import CURVE, DONE
+from training.loop import fit, seed_everything
 from training.masking import mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe

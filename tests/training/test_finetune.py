@@ -9,8 +9,9 @@ from PIL import Image
 
 from cascade import backbone as backbones
 from cascade.images import Preprocessing
+from training.checkpoint import DONE
 from training.finetune import TunedModel, features, tune_backbone
-from training.loop import DONE, fit, schedule, seed_everything
+from training.loop import fit, schedule, seed_everything
 from training.objectives import Supervised
 from training.recipe import Recipe
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from cascade import backbone as backbones
 from cascade.errors import CascadeError
 from cascade.images import Preprocessing
-from training.loop import CHECKPOINT, CURVE, DONE, _wrong, fit, generator, seed_everything
+from training.checkpoint import CHECKPOINT, CURVE, DONE
+from training.loop import _wrong, fit, generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe

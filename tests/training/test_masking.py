@@ -18,7 +18,8 @@ from cascade.executors.torch import TorchExecutor
 from cascade.images import Preprocessing
 from cascade.masks import Mask
 from cascade.residency import Residency
-from training.loop import CURVE, fit, seed_everything
+from training.checkpoint import CURVE
+from training.loop import fit, seed_everything
 from training.masking import MaskedModel, ThresholdMask, active, mask_backbone, select, to_mask
 from training.objectives import SelfSupervised
 from training.recipe import Recipe

@@ -13,8 +13,8 @@ from cascade import masks
 from cascade.bundle import Bundle, read
 from cascade.heads import Linear
 from training import evaluate, fuse, pack
+from training.checkpoint import DONE
 from training.command import Watch
-from training.loop import DONE
 from training.run import Run, resume
 
 

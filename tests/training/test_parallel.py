@@ -12,8 +12,8 @@ import pytest
 from cascade.errors import CascadeError
 from tests.conftest import need
 from training import distributed, parallel, pipeline
+from training.checkpoint import CURVE, DONE
 from training.command import Watch
-from training.loop import CURVE, DONE
 from training.recipe import Recipe
 from training.run import Run
 

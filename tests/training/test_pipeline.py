@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cascade import masks
-from cascade.bundle import Bundle, check, read
+from cascade.bundle import Bundle, check, read, under
 from cascade.cli import app
 from cascade.engine import Engine, Options
 from cascade.errors import CascadeError
@@ -25,7 +25,6 @@ from cascade.fusion import MODES
 from cascade.prediction import Prediction
 from training import clusters, dispatcher, evaluate, experts, fuse, pack, pipeline
 from training.command import Watch
-from training.loop import under
 from training.masking import MaskedModel
 from training.objectives import SelfSupervised
 from training.recipe import Recipe

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from cascade import masks
+from training.checkpoint import CURVE
 from training.experiments import report
 from training.experiments.lab import DEEP, Lab, main
 from training.experiments.report import Table
 from training.experiments.supervised import SGD
-from training.loop import CURVE
 
 SMALL = DEEP | {"steps": 40, "optimizer": "sgd", "lr": 50.0, "seeds": 1}
 PAPER = {"data": ("cifar10",), "epochs": 150}
