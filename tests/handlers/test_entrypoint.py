@@ -1,10 +1,7 @@
 """What can be said before TorchServe is started; tests/e2e starts it."""
 
 import json
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -96,28 +93,3 @@ def test_temporary_folder_too_deep_for_a_socket(store: Path, tmp_path: Path, mon
     with pytest.raises(ServerError, match="set TMPDIR to a shorter"), Server(store):
         pass
     assert list(deep.iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_end_in_order_and_once(number: int) -> None:
-    program = """
-import signal, time
-from handlers.torchserve.entrypoint import exit_on_signals
-for number in (signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)  # nohup, and a shell's background, have them ignored
-exit_on_signals()
-try:
-    print("up", flush=True)
-    time.sleep(60)
-finally:
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGINT)
-    print("cleaned up", flush=True)
-"""
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "up\n"
-        child.send_signal(number)
-        assert child.stdout.readline() == "cleaned up\n"
-    assert child.returncode == 0
