@@ -18,7 +18,7 @@ import torch
 from cascade import coder, masks
 from cascade.errors import CascadeError
 from training import clusters, experts, finetune
-from training.experiments.lab import DEEP, Lab, main
+from training.experiments.lab import DEEP, Lab, main, name_of
 from training.experiments.report import Table
 from training.run import Run
 
@@ -58,7 +58,7 @@ def experiment(lab: Lab) -> list[Table]:
     """For each data set: masks beside weights, experts, coders."""
     tables = []
     for name in lab.sets():
-        short = name.rpartition("/")[2]
+        short = name_of(name)
         reduced = {
             codec: {"mask reduction %": mask, "weights reduction %": weights}
             for codec, (mask, weights) in REDUCED.get(short, {}).items()

@@ -11,7 +11,7 @@ from sklearn.metrics import silhouette_score
 
 from training import clusters, evaluate, experts, fuse
 from training.experiments import report
-from training.experiments.lab import Lab, labels, main, pair
+from training.experiments.lab import Lab, labels, main, name_of, pair
 from training.experiments.main import SMALL as CASCADE
 from training.experiments.report import Table
 
@@ -43,9 +43,7 @@ def experiment(lab: Lab) -> list[Table]:
             for title, (bank, queries) in parts.items():
                 dim = fuse.dimension(run.recipe, run.backbone.features, len(run.images))
                 embedded = fuse.embed(fuse.fit(bank, dim, "scale", seed), queries[:, first]).numpy()
-                apart.add(
-                    title, {name.rpartition("/")[2]: silhouette_score(embedded, truth[first].numpy(), metric="cosine")}
-                )
+                apart.add(title, {name_of(name): silhouette_score(embedded, truth[first].numpy(), metric="cosine")})
                 if seed == lab.seeds[0]:
                     perplexity = min(30, len(first) // 4)
                     planes[title] = TSNE(metric="cosine", perplexity=perplexity, random_state=seed).fit_transform(
@@ -54,7 +52,7 @@ def experiment(lab: Lab) -> list[Table]:
             shares = common_classes(known.numpy(), features.assigned)
             for k, share in enumerate(shares):
                 common.add(
-                    f"{name.rpartition('/')[2]}, cluster {k}",
+                    f"{name_of(name)}, cluster {k}",
                     {f"top {t}": share[t - 1] for t in TOP if t <= len(share)},
                 )
             if planes:

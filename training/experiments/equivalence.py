@@ -14,7 +14,7 @@ import numpy as np
 from cascade import masks
 from training.checkpoint import CURVE
 from training.experiments import report
-from training.experiments.lab import DEEP, Lab, main
+from training.experiments.lab import DEEP, Lab, main, name_of
 from training.experiments.report import Table
 from training.experiments.supervised import SGD
 
@@ -58,7 +58,7 @@ def experiment(lab: Lab) -> list[Table]:
                     drawn[title] = smooth(loss)
         curves = list(drawn.items())
         panels = {"equivalent": dict(curves[:SAME]), "one change alone": dict([curves[0], *curves[SAME:]])}
-        report.draw(lab.path(f"equivalence.{name.rpartition('/')[2]}.png"), panels, "step", "loss")
+        report.draw(lab.path(f"equivalence.{name_of(name)}.png"), panels, "step", "loss")
     return [table]
 
 

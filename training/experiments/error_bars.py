@@ -3,7 +3,7 @@
 python -m training.experiments.error_bars
 """
 
-from training.experiments.lab import Lab, knn, main, pair
+from training.experiments.lab import Lab, knn, main, name_of, pair
 from training.experiments.report import Table
 
 SMALL = {"seeds": 5}
@@ -20,7 +20,7 @@ def experiment(lab: Lab) -> list[Table]:
         for seed in lab.seeds:
             run = lab.trained(name, seed)
             for measure, value in knn(run, pair(run, run.dispatcher)).items():
-                table.add(f"{run.recipe.data.rpartition('/')[2]} {measure}", {f"R{seed + 1}": value, "all": value})
+                table.add(f"{name_of(run.recipe.data)} {measure}", {f"R{seed + 1}": value, "all": value})
         lab.baselines(table_of_controls := Table("Their controls; accuracy in %"), name, run)
     return [table, table_of_controls]
 

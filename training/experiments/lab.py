@@ -115,12 +115,12 @@ class Lab:
         """
         recipe = replace(self.recipe, data=name or self.data[0], seed=seed, **changes)
         if self.epochs:
-            wanted = epochs or FEWER_EPOCHS.get(_name(recipe.data)) or self.epochs
+            wanted = epochs or FEWER_EPOCHS.get(name_of(recipe.data)) or self.epochs
             images = len(data.load(recipe.data, "train", recipe.limit or None, recipe.data_seed))
             steps = max(1, round(min(self.epochs, wanted) * images / recipe.batch))
             recipe = replace(recipe, steps=steps, expert_steps=steps)
         key = hashlib.sha256(json.dumps([asdict(recipe), variant]).encode()).hexdigest()[:12]
-        return begin(self.folder / "runs" / f"{Path(recipe.data).name}-{key}", recipe, self.watch)
+        return begin(self.folder / "runs" / f"{name_of(recipe.data)}-{key}", recipe, self.watch)
 
     def trained(self, name: str = "", seed: int = 0, **changes: Any) -> Run:
         """The same, with its dispatcher mask trained."""
@@ -135,7 +135,7 @@ class Lab:
 
     def columns(self, name: str, values: Mapping[str, float]) -> dict[str, float]:
         """Columns with the data set's name before them."""
-        return {f"{_name(name)} {c}": v for c, v in values.items()}
+        return {f"{name_of(name)} {c}": v for c, v in values.items()}
 
     def baselines(self, table: Table, name: str, run: Run) -> None:
         """What every mask has to be compared with: frozen backbone, learning rate zero, and pixels."""
@@ -215,7 +215,7 @@ def main(
             "experiment": name,
             "preset": lab.preset,
             "seeds": len(lab.seeds),
-            "data": " ".join(map(_name, lab.data)),
+            "data": " ".join(map(name_of, lab.data)),
         }
         recipe = {k: v for k, v in asdict(lab.recipe).items() if k not in ("data", "source", "seed")}
         print(report.write(lab.path(name), tables, facts | cost.facts() | {"recipe": recipe}, lab.notes))
@@ -270,5 +270,6 @@ def _setting(text: str) -> tuple[str, Any]:
         raise CascadeError(f"--set {text}: {value} is no {kind.__name__}") from None
 
 
-def _name(source: str) -> str:
-    return Path(source).name  # a name, never a path of the machine
+def name_of(source: str) -> str:
+    """The name of a data set, without where it lies on this machine."""
+    return Path(source).name

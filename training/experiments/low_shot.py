@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training import data, dispatcher, embed, evaluate, finetune, fuse
 from training.experiments import report
-from training.experiments.lab import Lab, Pair, labels, main, pair
+from training.experiments.lab import Lab, Pair, labels, main, name_of, pair
 from training.experiments.report import Table
 from training.experiments.supervised import HEAD_FIRST, MASK, TUNED, accuracy
 from training.run import Run
@@ -28,7 +28,7 @@ def experiment(lab: Lab) -> list[Table]:
     """k-NN and probe on few labels; the whitening is fitted on all images, as it needs no label."""
     tables = []
     for name in lab.sets():
-        short = name.rpartition("/")[2]
+        short = name_of(name)
         table = Table(f"Main figure 3, {short}: accuracy in % by share of the labels")
         for seed in lab.seeds:
             run = lab.trained(name, seed)

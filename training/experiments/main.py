@@ -7,7 +7,7 @@ that was trained for all the steps of the cascade.
 """
 
 from training import clusters, dispatcher, evaluate, experts
-from training.experiments.lab import Lab, knn, main, pixels, probe
+from training.experiments.lab import Lab, knn, main, name_of, pixels, probe
 from training.experiments.report import Table
 
 SMALL = {"data": ("cifar10", "fashion-mnist"), "seeds": 2}
@@ -28,7 +28,7 @@ def experiment(lab: Lab) -> list[Table]:
     """One table a data set: k-NN plain, whitened and by the paper's wording, linear probe."""
     tables = []
     for name in lab.sets():
-        short = name.rpartition("/")[2]
+        short = name_of(name)
         published = {
             row: {c.removeprefix(f"{short} "): v for c, v in cells.items() if c.startswith(short)}
             for row, cells in PUBLISHED.items()

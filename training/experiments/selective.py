@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from training.experiments import report
-from training.experiments.lab import DEEP, Lab, knn, main, pair
+from training.experiments.lab import DEEP, Lab, knn, main, name_of, pair
 from training.experiments.report import Table
 from training.run import Run
 
@@ -22,7 +22,7 @@ def experiment(lab: Lab) -> list[Table]:
     """Accuracy against the number of trainable masks and the bytes that they take."""
     tables = []
     for name in lab.sets():
-        short = name.rpartition("/")[2]
+        short = name_of(name)
         table = Table(f"Figures 4 and 5, {short}: accuracy in % by what may be masked")
         for seed in lab.seeds:
             for way, changes in ways(lab, name).items():

@@ -11,7 +11,7 @@ import torch
 from cascade import masks
 from training.experiments import report
 from training.experiments.initialisation import CLIP, missing
-from training.experiments.lab import DEEP, SWAV, Lab, main
+from training.experiments.lab import DEEP, SWAV, Lab, main, name_of
 from training.experiments.report import Table
 from training.experiments.supervised import SGD
 from training.run import Run
@@ -54,7 +54,7 @@ def experiment(lab: Lab) -> list[Table]:
     whole = Table("Table 4: % of the weights that are active", published=PUBLISHED, digits=2)
     parts: dict[tuple[str, str], Table] = {}
     for name in lab.sets():
-        short = name.rpartition("/")[2]
+        short = name_of(name)
         for title, changes in MODELS[lab.preset].items():
             if lack := missing(str(changes.get("source", ""))):
                 lab.notes.append(f"not run: {title}: {lack}")
