@@ -96,14 +96,7 @@ def _bundle(backbone: Backbone, name: str, masks: list[Mask], dim: int) -> Bundl
     preprocessing = Preprocessing.of(backbone.config)
     card: dict[str, Any] = {
         "format": 1,
-        "backbone": BackboneCard(
-            name=backbone.name,
-            source=backbone.source,
-            fingerprint=backbone.fingerprint,
-            features=backbone.features,
-            stages=[stage.name for stage in backbone.row],
-            maskable=backbone.flat.numel(),
-        ),
+        "backbone": BackboneCard.of(backbone),
         "preprocessing": preprocessing.to_json(),
         "masks": [
             MaskCard(

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cascade.backbone import Backbone
 from cascade.fusion import Mode
 
 FORMAT = 1
@@ -19,6 +20,18 @@ class BackboneCard(BaseModel):
     features: int = Field(gt=0)
     stages: list[str]
     maskable: int = Field(gt=0, le=MAX_WEIGHTS)
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "BackboneCard":
+        """The card of a backbone that is loaded."""
+        return cls(
+            name=backbone.name,
+            source=backbone.source,
+            fingerprint=backbone.fingerprint,
+            features=backbone.features,
+            stages=[stage.name for stage in backbone.row],
+            maskable=backbone.flat.numel(),
+        )
 
 
 class MaskCard(BaseModel):

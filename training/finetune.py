@@ -3,7 +3,7 @@
 python -m training.finetune photos/ --run runs/photos --labels --lr 0.01 --optimizer sgd --weight-decay 1e-6
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -35,14 +35,6 @@ class TunedModel(MaskedModel):
 
     def sparse(self, below: float) -> Iterator[tuple[str, float]]:
         return iter(())
-
-    def load(self, scores: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Take over weights and statistics by name."""
-        with torch.no_grad():
-            for name, parameter in self.learned.items():
-                parameter.copy_(scores[name])
-            for name, buffer in self.norms.items():
-                buffer.copy_(norms.get(name, self.backbone.norms[name]))
 
 
 def tune_backbone(backbone: Backbone, start: int, *, train_norms: bool = True, amp: Amp = "off") -> TunedModel:

@@ -203,11 +203,11 @@ class MaskedModel:
             if share < below:
                 yield name, share
 
-    def load(self, scores: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Take over scores and statistics by name; names that are not masked here are passed over."""
+    def load(self, learned: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """Take over what was learned, and statistics, by name; names that are not learned here are passed over."""
         with torch.no_grad():
-            for name, parameter in self.scores.items():
-                parameter.copy_(scores[name])
+            for name, parameter in self.learned.items():
+                parameter.copy_(learned[name])
             for name, buffer in self.norms.items():
                 buffer.copy_(norms.get(name, self.backbone.norms[name]))
 

@@ -71,14 +71,7 @@ def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], 
     kept = {k: v for k, v in asdict(recipe).items() if k not in ("data", "source")}
     return Card(
         format=1,
-        backbone=BackboneCard(
-            name=backbone.name,
-            source=backbone.source,
-            fingerprint=backbone.fingerprint,
-            features=backbone.features,
-            stages=[stage.name for stage in backbone.row],
-            maskable=backbone.flat.numel(),
-        ),
+        backbone=BackboneCard.of(backbone),
         preprocessing=run.preprocessing.to_json(),
         masks=[
             MaskCard(

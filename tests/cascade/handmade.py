@@ -92,14 +92,7 @@ def handmade(
         version=version,
         card=Card(
             format=1,
-            backbone=BackboneCard(
-                name=backbone,
-                source=source,
-                fingerprint=bare.fingerprint,
-                features=bare.features,
-                stages=[stage.name for stage in bare.row],
-                maskable=bare.flat.numel(),
-            ),
+            backbone=BackboneCard.of(bare),
             preprocessing=preprocessing.to_json(),
             masks=[
                 MaskCard(
