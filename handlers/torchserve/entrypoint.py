@@ -108,6 +108,7 @@ class Server:
         if not remote and not any(Path(model_store).glob("*/*/cascade.json")):
             raise ServerError(f"no bundle in {model_store}: it has to hold <name>/<version>/cascade.json")
         inside = [(LOOPBACK, each) for each in (management_port, 0, 0)]
+        self.threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
         ports = claim_ports((host, port), (host, metrics_port), *inside)
         self.settings = dict(zip(PORTS, ports, strict=True)) | {
             "host": host,
@@ -119,7 +120,7 @@ class Server:
             "poll": poll,
             "log_level": log_level,
             "device": device,
-            "threads": threads or max(1, len(os.sched_getaffinity(0)) // workers),
+            "threads": self.threads,
             "no_auth": "false" if auth else "true",
             "startup_timeout": round(start_timeout),
             "max_request_size": LIMITS.max_bytes * 4 // 3 + 2**16,  # base64, and the JSON around it
@@ -143,7 +144,7 @@ class Server:
             os.environ[METRICS_FOLDER] = str(self.folder / "metrics")  # the workers inherit it
             stack.callback(os.environ.pop, METRICS_FOLDER)
             stack.enter_context(metrics.serve(str(self.settings["host"]), self.metrics_port))
-            environment = java.environment(self.folder, int(self.settings["threads"]))
+            environment = java.environment(self.folder, self.threads)
             with self.folder.joinpath("java.log").open("wb") as log:
                 errors = sys.stderr.buffer if self.log_to_stderr else log
                 with process.signals_later():
