@@ -115,9 +115,9 @@ class Study:
         wins, by over two standard errors.
         """
         known, count, asked = torch.from_numpy(self.data.labels), int(choice[0].max()) + 1, self.data.validation
-        right = [(probe_all(self.fused(f), known) == self.data.held_out_labels)[asked] for f in (second, first)]
+        own, other = ((probe_all(self.fused(f), known) == self.data.held_out_labels)[asked] for f in (first, second))
         out = first[0].clone(), first[1].clone()
-        for k, found in enumerate(by_cluster(*right, choice[1][asked], count)):
+        for k, found in enumerate(by_cluster(other, own, choice[1][asked], count)):
             if found["worse"]:
                 for split in (0, 1):
                     at = torch.from_numpy(choice[split] == k)

@@ -76,9 +76,9 @@ def clusters(study: Study, features: Pair) -> list[tuple[int, float, float]]:
         known, truth = torch.from_numpy(data.labels[rows]), data.held_out_labels[asked]
         if len(asked) == 0 or len(set(data.labels[rows])) < 2:
             continue  # nothing to tell apart
-        embeddings = study.fused((features[0][rows], features[1][asked]))
-        near = knn(*(e.float() for e in embeddings), known, torch.from_numpy(truth), NEIGHBOURS)
-        out.append((len(asked), 100 * near, 100 * float((probe_all(embeddings, known) == truth).mean())))
+        bank, queries = study.fused((features[0][rows], features[1][asked]))
+        near = knn(bank.float(), queries.float(), known, torch.from_numpy(truth), NEIGHBOURS)
+        out.append((len(asked), 100 * near, 100 * float((probe_all((bank, queries), known) == truth).mean())))
     return out
 
 
