@@ -41,5 +41,5 @@ def stored(
                 out.write(one.tobytes())
             out.flush()
             os.fsync(out.fileno())
-        part.replace(file)
+            part.replace(file)  # before the lock goes, or who waited for it would find neither
     return np.load(file, mmap_mode="r", allow_pickle=False)

@@ -1,5 +1,6 @@
 """Stored trunk features stand for the live crops, and an interrupted store ends with the same bytes."""
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -171,3 +172,19 @@ def test_of_many_that_want_it_one_stores(tmp_path: Path) -> None:
         for array in pool.map(lambda _: stored(tmp_path / "a.npy", (4, 3), np.dtype("<f4"), rows), range(4)):
             np.testing.assert_array_equal(array, np.arange(12).reshape(4, 3))
     assert made == [0] and [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_who_waits_does_not_come_before_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, held = Path.replace, []
+
+    def watched(part: Path, file: Path) -> Path:
+        with open(part, "ab") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(part.name)
+        return replace(part, file)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    stored(tmp_path / "a.npy", (2, 3), np.dtype("<f4"), lambda done: np.zeros((2, 3), np.float32)[done:])
+    assert held == ["a.part"]
