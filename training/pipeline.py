@@ -46,7 +46,7 @@ def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = Fal
         parallel.check()
     budget(run, controls)
     dispatcher.train(run)
-    if density(run.backbone, run.dispatcher) == 1 and not distributed.rank():
+    if run.recipe.steps and density(run.backbone, run.dispatcher) == 1 and not distributed.rank():
         run.watch.say(
             "[yellow]warning:[/] the dispatcher has switched no weight off, so it is the frozen backbone: train with"
             " more --steps or a higher --lr"

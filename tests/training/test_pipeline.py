@@ -500,8 +500,10 @@ def test_the_budget_is_said_before_the_first_step(cifar_folder: Path, tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("rate, warned", [(1e-6, True), (2.0, False)])
-def test_a_mask_that_masks_nothing_is_said(rate: float, warned: bool, tmp_path: Path, cifar: list[Image.Image]) -> None:
-    settings = recipe(flat(cifar, tmp_path / "photos", 40), clusters=0, steps=5, lr=rate)
+@pytest.mark.parametrize("steps, rate, warned", [(5, 1e-6, True), (5, 2.0, False), (0, 2.0, False)])
+def test_a_mask_that_masks_nothing_is_said_unless_that_was_asked_for(
+    steps: int, rate: float, warned: bool, tmp_path: Path, cifar: list[Image.Image]
+) -> None:
+    settings = recipe(flat(cifar, tmp_path / "photos", 40), clusters=0, steps=steps, lr=rate)
     pipeline.train(begin(tmp_path / "run", settings, ear := Ear()), tmp_path / "store" / "small" / "1")
     assert any("has switched no weight off" in line for line in ear.said) == warned
