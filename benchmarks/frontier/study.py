@@ -114,8 +114,8 @@ class Study:
         By the rule of ``training.evaluate``: the first's probe loses more of the cluster's validation images than it
         wins, by over two standard errors.
         """
-        known, count, asked = torch.from_numpy(self.data.labels), int(choice[0].max()) + 1, self.data.validation
-        own, other = ((probe_all(self.fused(f), known) == self.data.held_out_labels)[asked] for f in (first, second))
+        count, asked = int(choice[0].max()) + 1, self.data.validation
+        own, other = (self.right(self.fused(features))[asked] for features in (first, second))
         out = first[0].clone(), first[1].clone()
         for k, found in enumerate(by_cluster(other, own, choice[1][asked], count)):
             if found["worse"]:
@@ -200,11 +200,22 @@ class Study:
         for split, at in (("validation", self.data.validation), ("test", ~self.data.validation)):
             queries, truth = embeddings[1][at].float(), torch.from_numpy(self.data.held_out_labels[at])
             out[split] = {"knn": 100 * knn(embeddings[0].float(), queries, known, truth, NEIGHBOURS)}
-        fitted = probe_all(embeddings, known)
-        right = fitted == self.data.held_out_labels
+        right = self.right(embeddings)
         for split, at in (("validation", self.data.validation), ("test", ~self.data.validation)):
             out[split]["probe"] = 100 * float(right[at].mean())
         return out
+
+    def right(self, embeddings: Pair) -> np.ndarray:
+        """Which held-out images the probe has right, bool [M]."""
+        found: np.ndarray = probe_all(embeddings, torch.from_numpy(self.data.labels)) == self.data.held_out_labels
+        return found
+
+
+def open_study(name: str, of: str, seed: int, mask_from: str, features: Path, own: Path) -> Study:
+    """The study of a backbone, a data set and a seed: stored ``features`` are shared, masks are kept in ``own``."""
+    backbone = sets.load(name)
+    data = sets.open_set(of, backbone, features, mask_from)
+    return Study(data, Tail(backbone, backbone.stage(mask_from)), seed, Budget(), own)
 
 
 def probe_all(embeddings: Pair, known: Tensor) -> np.ndarray:

@@ -8,7 +8,6 @@ Bank and queries are the training and the test images of one cluster alone, so t
 experts' spaces agree, nor how blocks are fused. Means over the clusters, weighed by their test images.
 """
 
-import argparse
 import sys
 from itertools import product
 from pathlib import Path
@@ -20,10 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.frontier import sets
-from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.learn import Budget
 from benchmarks.frontier.methods import dispatcher, experts, routed, single
-from benchmarks.frontier.study import NEIGHBOURS, Pair, Study, probe_all
+from benchmarks.frontier.study import NEIGHBOURS, Pair, Study, open_study, probe_all
 from cascade.errors import CascadeError
 from training.evaluate import knn
 
@@ -32,21 +30,15 @@ Scores = dict[str, list[tuple[int, float, float]]]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--folder", type=Path, default=Path("runs/frontier"), help="default %(default)s")
-    options.add_argument("--backbones", default=",".join(sets.BACKBONES), help="default %(default)s")
-    options.add_argument("--sets", default=",".join(sets.SETS), help="default %(default)s")
-    options.add_argument("--seeds", default="0,1,2", help="default %(default)s")
+    options = sets.options(__doc__)
     options.add_argument("--second", type=int, default=Budget().second, help="steps of the mask on everything")
     options.add_argument("--each", type=int, default=1, help="times the mask's steps that all experts have together")
-    options.add_argument("--threads", type=int, default=1)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
-    names, of_sets, seeds = (part.split(",") for part in (chosen.backbones, chosen.sets, chosen.seeds))
     steps = f"{chosen.second} steps, experts {chosen.second * chosen.each // Budget().experts} each"
     table = Table("backbone", "data", "frozen", "dispatcher", "on everything", "experts", "better experts", title=steps)
-    for name, of in product(names, of_sets):
-        found = [measure(chosen.folder, name, of, int(seed), chosen.second, chosen.each) for seed in seeds]
+    for name, of in product(chosen.backbones, chosen.sets):
+        found = [measure(chosen.folder, name, of, int(seed), chosen.second, chosen.each) for seed in chosen.seeds]
         table.add_row(name, of, *(cell([average(f[m]) for f in found]) for m in found[0]), better(found))
         print(name, of, flush=True)
     Console().print(table)
@@ -56,14 +48,13 @@ def measure(folder: Path, name: str, of: str, seed: int, second: int, each: int)
     """All clusters of one backbone, data set and seed."""
     usual = Budget()
     own = folder / (sets.MASK_FROM if (second, each) == (usual.second, 1) else f"second-{second}")
-    backbone = sets.load(name)
-    data = sets.open_set(of, backbone, folder / sets.MASK_FROM / "features")
-    study = Study(data, Tail(backbone, backbone.stage(sets.MASK_FROM)), seed, usual, own / name / of / str(seed))
+    features = folder / sets.MASK_FROM / "features"
+    study = open_study(name, of, seed, sets.MASK_FROM, features, own / name / of / str(seed))
     first = dispatcher(study)
     shared = single(study, "unrouted", second, start=study.dispatcher())
     names = experts(study, "expert" if each == 1 else f"expert-{each}", steps=second * each // usual.experts)
     masks = {"frozen": study.frozen, "dispatcher": first, "on everything": shared, "experts": routed(study, names)}
-    return {mask: clusters(study, features) for mask, features in masks.items()}
+    return {mask: clusters(study, pair) for mask, pair in masks.items()}
 
 
 def clusters(study: Study, features: Pair) -> list[tuple[int, float, float]]:
