@@ -79,27 +79,29 @@ def train(run: Run, features: Features) -> dict[str, Any]:
         write_json(run.folder / "evaluation.json", result)
         return result
     labels = torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
-    right: dict[str, np.ndarray] = {}
+    right: dict[str, Tensor] = {}
     for method, parts in methods(run, features):
         fusion = fuse.fit(parts[0], result["dim"], "scale", recipe.seed)
         whitened = fuse.embed(fusion, parts[0]), fuse.embed(fusion, parts[1])
         plain = joined(parts[0]), joined(parts[1])
-        result.setdefault("whitened", {})[method] = measure(*whitened, *labels, recipe.neighbours)
-        result.setdefault("plain", {})[method] = measure(*plain, *labels, recipe.neighbours)
-        if recipe.clusters > 1 and method in ("frozen backbone", recipe.mode):
-            right[method] = knn_right(*whitened, *labels, recipe.neighbours).numpy()
-    if right:
-        result["clusters"] = by_cluster(right["frozen backbone"], right[recipe.mode], features.routed, recipe.clusters)
+        result.setdefault("whitened", {})[method], right[method] = measure(*whitened, *labels, recipe.neighbours)
+        result.setdefault("plain", {})[method], _ = measure(*plain, *labels, recipe.neighbours)
+    if recipe.clusters > 1:
+        frozen, own = (right[method].numpy() for method in ("frozen backbone", recipe.mode))
+        result["clusters"] = by_cluster(frozen, own, features.routed, recipe.clusters)
     write_json(run.folder / "evaluation.json", result)
     return result
 
 
-def measure(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> dict[str, float]:
-    """k-NN and probe accuracy of embeddings: bank [N, D] with labels known [N], queries [M, D], truth [M]."""
-    return {
-        "knn": round(knn(bank, queries, known, truth, k), 4),
-        "probe": round(probe(bank, queries, known, truth), 4),
-    }
+def measure(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> tuple[dict[str, float], Tensor]:
+    """k-NN and probe accuracy of embeddings, and which queries k-NN has right, bool [M].
+
+    Args:
+        bank: [N, D], with labels known [N]. queries: [M, D], with labels truth [M].
+    """
+    right = knn_right(bank, queries, known, truth, k)
+    shares = {"knn": int(right.sum()) / len(right), "probe": probe(bank, queries, known, truth)}
+    return {name: round(share, 4) for name, share in shares.items()}, right
 
 
 def by_cluster(frozen: np.ndarray, own: np.ndarray, routed: np.ndarray, clusters: int) -> list[dict[str, Any]]:
