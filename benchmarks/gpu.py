@@ -26,13 +26,13 @@ from benchmarks.serving.cascades import CASES, EXPERTS
 from benchmarks.serving.mixed import BATCH, HELD, uniform, zipf
 from benchmarks.serving.scale import PATIENCE, QUEUED
 from benchmarks.serving.ways import copy_of
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.batcher import Batcher
 from cascade.bundle import Bundle
 from cascade.engine import Engine
 from cascade.executors.cuda import CudaExecutor
 from cascade.forward import Item
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
 from cascade.residency import Residency
 
 DEVICE = "cuda"

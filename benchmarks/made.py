@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.bundle import Bundle
 from cascade.card import BackboneCard, Card, MaskCard, RouterCard
 from cascade.engine import Engine, Options
 from cascade.executors.choice import Kind, make
 from cascade.forward import Item
-from cascade.fusion import Fusion, Mode
-from cascade.images import Preprocessing
-from cascade.masks import Mask
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.fusion import Fusion, Mode
+from cascade.model.masks import Mask
+from cascade.model.preprocessing import Preprocessing
+from cascade.model.router import Calibration
 from cascade.residency import Residency
-from cascade.router import Calibration
 from training.clusters import fit_centroids
 
 DENSITY = 15 / 16  # active weights; the paper's on CIFAR-100 is 0.925

@@ -21,8 +21,8 @@ from rich.progress import track
 
 from benchmarks.peers import Work, peers, ratios, resident_bytes
 from benchmarks.report import Rows, figure, report, single
-from cascade import backbone as backbones
-from cascade.images import Preprocessing
+from cascade.model import backbone as backbones
+from cascade.model.preprocessing import Preprocessing
 from training.cost import peak_bytes
 from training.finetune import tune_backbone
 from training.loop import fit, seed_everything

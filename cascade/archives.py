@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING
 
 from cascade.errors import CascadeError, brief
 from cascade.files import SUFFIXES, Held, Load, is_url, open_file, suffix
-from cascade.images import LIMITS, ImageError, Limits, too_large
+from cascade.model.preprocessing import LIMITS, ImageError, Limits, too_large
 
 if TYPE_CHECKING:
     import pyarrow as pa

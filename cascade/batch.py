@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cascade import metrics
 from cascade.errors import CascadeError
 from cascade.files import Held, Load, is_url
-from cascade.images import ImageError
+from cascade.model.preprocessing import ImageError
 from cascade.parts import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
 from cascade.prediction import ItemError, Options
 from cascade.rows import Answer, count, rows_of, schema

@@ -20,17 +20,17 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cascade import backbone as backbones
 from cascade import whole
 from cascade.card import FORMAT, Card, MaskCard, Versioned
 from cascade.errors import CascadeError
-from cascade.fusion import MODES, Fusion, Mode
-from cascade.heads import Bank, Linear
-from cascade.images import Preprocessing
-from cascade.masks import Mask
 from cascade.misfits import misfits
-from cascade.ood import OutOfDomain
-from cascade.router import KINDS, Calibration, Router, tensors
+from cascade.model import backbone as backbones
+from cascade.model.fusion import MODES, Fusion, Mode
+from cascade.model.heads import Bank, Linear
+from cascade.model.masks import Mask
+from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.preprocessing import Preprocessing
+from cascade.model.router import KINDS, Calibration, Router, tensors
 from cascade.thumbnails import Thumbnails
 
 T = TypeVar("T")

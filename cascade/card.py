@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cascade.backbone import Backbone
-from cascade.fusion import Mode
+from cascade.model.backbone import Backbone
+from cascade.model.fusion import Mode
 
 FORMAT = 1
 MAX_WEIGHTS = 2**32  # of one mask: half a gigabyte of bits

@@ -251,8 +251,8 @@ def inspect(bundle: BundlePath) -> None:
 @app.command()
 def verify(bundle: BundlePath, weights: Weights = None) -> None:
     """Check a bundle to the last byte, and against its backbone: format, checksums, fingerprint, shapes."""
-    from cascade import backbone
     from cascade.bundle import check, read
+    from cascade.model import backbone
 
     found = read(bundle)
     want = found.card.backbone

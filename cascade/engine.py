@@ -18,18 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade import backbone as backbones
 from cascade import metrics
 from cascade.bundle import Bundle, check, read
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.choice import Kind, choose
 from cascade.forward import Item, forward
-from cascade.fusion import MODES
-from cascade.images import LIMITS, ImageError, Limits, Preprocessing, convert
-from cascade.images import decode as decode_image
-from cascade.images import read as read_image
-from cascade.masks import Mask
+from cascade.model import backbone as backbones
+from cascade.model.fusion import MODES
+from cascade.model.masks import Mask
+from cascade.model.preprocessing import LIMITS, ImageError, Limits, Preprocessing, convert
+from cascade.model.preprocessing import decode as decode_image
+from cascade.model.preprocessing import read as read_image
 from cascade.prediction import ItemError, Options, Prediction
 from cascade.residency import Residency
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from cascade.errors import CascadeError, brief
-from cascade.images import LIMITS, ImageError, Limits
+from cascade.model.preprocessing import LIMITS, ImageError, Limits
 
 Load = Callable[[], bytes]
 """Gives the bytes of one image file, in any thread; raises ImageError where they can't be had."""

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.fold import Folded
-from cascade.masks import Mask, cut, pack, unpack
+from cascade.model.folding import Folded
+from cascade.model.masks import Mask, cut, pack, unpack
 
 ALIGN = 16  # weights: each unit begins at a whole word of bits, and at a cache line
 

@@ -11,11 +11,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cascade import metrics, router
+from cascade import metrics
 from cascade.bundle import Bundle
 from cascade.executors import Distinct, Executor
-from cascade.fusion import Fusion, Mode
-from cascade.masks import Mask
+from cascade.model import router
+from cascade.model.fusion import Fusion, Mode
+from cascade.model.masks import Mask
 from cascade.prediction import Label, Neighbour, Options, Prediction
 from cascade.residency import Residency
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from cascade import whole
 from cascade.errors import CascadeError
-from cascade.heads import faiss
+from cascade.model.heads import faiss
 from cascade.parts import writing
 from cascade.prediction import ItemError, Options
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cascade.fusion import MODES, Fusion
-from cascade.heads import Bank, Linear
-from cascade.ood import OutOfDomain
-from cascade.router import Prototypes, Router
+from cascade.model.fusion import MODES, Fusion
+from cascade.model.heads import Bank, Linear
+from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.router import Prototypes, Router
 from cascade.thumbnails import Thumbnails
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cascade.errors import CascadeError
-from cascade.images import ImageError, decode
+from cascade.model.preprocessing import ImageError, decode
 from cascade.parts import writing
 from cascade.sources import again
 from cascade.whole import write_text

@@ -16,7 +16,7 @@ from typing import Literal
 from cascade.archives import cut_parquet, cut_tar, read_parquet, read_rows, read_tar
 from cascade.errors import CascadeError, brief
 from cascade.files import SUFFIXES, Load, fetch, find, is_pattern, is_url, open_file, suffix
-from cascade.images import LIMITS, Limits, load
+from cascade.model.preprocessing import LIMITS, Limits, load
 
 ROWS = 4096  # images of a unit, where a source can be cut
 LINE = 8192  # bytes of a line in a list

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade import bundle as bundles
-from cascade import coder, masks
+from cascade import coder
 from cascade.bundle import BundleError
 from cascade.card import Card, MaskCard
 from cascade.errors import CascadeError
+from cascade.model import masks
 from cascade.whole import write_bytes
 
 FORMAT = "cascade transport 1"

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 import cascade
 from cascade import Engine, Options, Prediction
 from cascade.bundle import Bundle, read
-from cascade.images import decode
+from cascade.model.preprocessing import decode
 from tests.conftest import DATA, sheet
 
 DEMO = Path(__file__).parents[1] / "model_store" / "demo" / "1"

@@ -14,8 +14,8 @@ from sklearn.preprocessing import normalize
 
 from cascade.bundle import under
 from cascade.errors import CascadeError
-from cascade.ood import OutOfDomain
-from cascade.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
+from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
 from training import embed
 from training.augment import crop_flip
 from training.command import Watch, main, parser

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cascade.errors import CascadeError
-from cascade.images import read
+from cascade.model.preprocessing import read
 from training import published, sources
 from training.scan import digest, scan, threaded, walk
 from training.stored import stored

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from cascade.router import Calibration, route
+from cascade.model.router import Calibration, route
 from training import clusters, data, dispatcher, embed, evaluate, experts, pack
 from training.command import Watch, main, parser
 from training.evaluate import Features

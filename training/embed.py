@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cascade.executors.torch import TorchExecutor
-from cascade.images import Preprocessing
-from cascade.masks import Mask
+from cascade.model.masks import Mask
+from cascade.model.preprocessing import Preprocessing
 from training.data import Images
 
 

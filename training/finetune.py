@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cascade.backbone import Backbone
 from cascade.bundle import under
-from cascade.stages import stage_of, stages
+from cascade.model.backbone import Backbone
+from cascade.model.stages import stage_of, stages
 from training import dispatcher
 from training.command import Watch, main, parser, recipe_of
 from training.masking import Amp, MaskedModel, write

@@ -6,7 +6,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from cascade.errors import CascadeError
-from cascade.fusion import Fusion, Mode, fold
+from cascade.model.fusion import Fusion, Mode, fold
 from training.recipe import Recipe
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cascade import masks
-from cascade.backbone import Backbone, Segment
-from cascade.masks import Mask
-from cascade.stages import Stage, stage_of, stages
+from cascade.model import masks
+from cascade.model.backbone import Backbone, Segment
+from cascade.model.masks import Mask
+from cascade.model.stages import Stage, stage_of, stages
 
 Amp = Literal["off", "bf16", "fp16"]
 TIE = 1e-3  # of the initial score: what the largest weight is ahead where only the order of the scores counts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cascade.images import Preprocessing
+from cascade.model.preprocessing import Preprocessing
 from training import distributed
 from training.augment import crop_flip, multi_crop
 from training.masking import MaskedModel

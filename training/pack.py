@@ -14,11 +14,11 @@ from torch.nn.functional import normalize
 
 from cascade.bundle import Bundle, under, write
 from cascade.card import BackboneCard, Card, MaskCard, RouterCard
-from cascade.fusion import Mode
-from cascade.heads import Bank, Linear
-from cascade.masks import Mask, density, difference
-from cascade.ood import OutOfDomain
-from cascade.router import KINDS, Calibration, Router
+from cascade.model.fusion import Mode
+from cascade.model.heads import Bank, Linear
+from cascade.model.masks import Mask, density, difference
+from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.router import KINDS, Calibration, Router
 from cascade.thumbnails import make
 from training.clusters import SUMMARY
 from training.command import Watch, main, parser

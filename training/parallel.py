@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from cascade import masks, rays
+from cascade import rays
 from cascade.errors import CascadeError, brief
+from cascade.model import masks
 from training import distributed, experts
 from training.checkpoint import CURVE, DONE
 from training.command import Watch

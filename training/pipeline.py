@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from cascade.errors import CascadeError
-from cascade.masks import density
+from cascade.model.masks import density
 from training import clusters, dispatcher, distributed, evaluate, experts, pack, parallel
 from training.command import Watch, main, parser, recipe_of
 from training.cost import Cost

@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cascade import backbone as backbones
 from cascade import whole
-from cascade.backbone import Backbone
 from cascade.bundle import under
 from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
-from cascade.images import Preprocessing
-from cascade.masks import Mask
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
+from cascade.model.preprocessing import Preprocessing
 from cascade.residency import Residency
 from training import data, distributed, views
 from training.checkpoint import DONE

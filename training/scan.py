@@ -16,7 +16,7 @@ from rich.progress import track
 
 import cascade
 from cascade import whole
-from cascade.images import LIMITS, ImageError, read
+from cascade.model.preprocessing import LIMITS, ImageError, read
 from training.sources import root
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import torch
 
 from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
-from cascade.images import Preprocessing
+from cascade.model.preprocessing import Preprocessing
 from training.augment import SIGMA_SIDE, Crop, multi_crop
 from training.loop import generator
 from training.stored import stored

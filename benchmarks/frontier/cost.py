@@ -8,8 +8,8 @@ from torch import nn
 from benchmarks import made
 from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
-from cascade.backbone import Backbone
-from cascade.fusion import Mode
+from cascade.model.backbone import Backbone
+from cascade.model.fusion import Mode
 from cascade.residency import Residency
 
 BATCH = 8

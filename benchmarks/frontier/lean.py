@@ -17,7 +17,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from cascade.backbone import Backbone
+from cascade.model.backbone import Backbone
 
 
 class _Masked(torch.autograd.Function):

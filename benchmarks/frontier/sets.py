@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.executors.torch import TorchExecutor
-from cascade.images import Preprocessing
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.preprocessing import Preprocessing
 from cascade.residency import Residency
 from training import data, embed, views
 from training.recipe import LITE0, Recipe

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.frontier import learn, sets
 from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.learn import Budget, State
-from cascade.router import Router
+from cascade.model.router import Router
 from training import clusters, fuse
 from training.evaluate import by_cluster, fit_probe, knn
 

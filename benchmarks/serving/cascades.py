@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks import made
 from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
-from cascade.fusion import Mode
+from cascade.model.fusion import Mode
 from cascade.residency import Residency
 
 BATCH, EXPERTS = 8, 5

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import made
-from cascade.images import Preprocessing, decode
+from cascade.model.preprocessing import Preprocessing, decode
 
 
 class CopyHandler:

@@ -9,10 +9,10 @@ import torch
 from benchmarks import made
 from benchmarks.peers import peers, ratios
 from benchmarks.report import Figure, Rows, figure
-from cascade import masks
 from cascade.executors.choice import choose
 from cascade.flat import Packed
-from cascade.masks import Mask
+from cascade.model import masks
+from cascade.model.masks import Mask
 from cascade.residency import Residency
 
 OFF = (0.075, 0.25, 0.5)

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import made
-from cascade import masks
-from cascade.backbone import Backbone
 from cascade.executors.choice import Kind, choose
 from cascade.executors.onnx import export, library, session_options
 from cascade.flat import Flat, Order
-from cascade.fold import Folded
-from cascade.masks import Mask
+from cascade.model import masks
+from cascade.model.backbone import Backbone
+from cascade.model.folding import Folded
+from cascade.model.masks import Mask
 from cascade.residency import Residency
 
 Batch = list[int]  # the model of each image

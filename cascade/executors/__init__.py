@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from cascade.backbone import Backbone
-from cascade.masks import Mask
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
 from cascade.residency import Residency
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade.backbone import Backbone
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.torch import TorchExecutor
-from cascade.masks import Mask, pack
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask, pack
 from cascade.residency import Residency
 
 EXACT, ROUNDED = 1e-3, 0.1

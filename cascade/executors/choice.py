@@ -11,11 +11,11 @@ from typing import Literal, get_args
 import torch
 
 from cascade import whole
-from cascade.backbone import Backbone
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.check import Reference, check
 from cascade.executors.torch import TorchExecutor
+from cascade.model.backbone import Backbone
 from cascade.residency import Residency
 
 Kind = Literal["auto", "plain", "folded", "bf16", "onnx"]

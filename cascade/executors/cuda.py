@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.backbone import Backbone
 from cascade.executors.folded import FoldedExecutor
 from cascade.flat import Packed
 from cascade.kernels.distinct import Masks
-from cascade.masks import Mask
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
+from cascade.model.stages import stages
 from cascade.residency import Residency
-from cascade.stages import stages
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 """Images that a graph takes; smaller batches are filled up, larger ones cut."""

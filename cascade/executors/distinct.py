@@ -9,9 +9,9 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from cascade.flat import Flat
-from cascade.fold import Unit
 from cascade.kernels import distinct
 from cascade.kernels.distinct import Layer, Masks
+from cascade.model.folding import Unit
 
 
 @dataclass
@@ -50,7 +50,7 @@ def distinct_model(flat: Flat, bound: Bound) -> nn.Module | None:
     """A copy of the folded model with every unit replaced; all else is shared.
 
     None where a mask changes more than the units' weights and biases, or where the way through the model is not known
-    (``cascade.stages``): there a layer's weight may be read past the layer.
+    (``cascade.model.stages``): there a layer's weight may be read past the layer.
     """
     folded = flat.folded
     if folded.loose or len(folded.backbone.row) == 1:

@@ -4,9 +4,9 @@ from functools import cached_property
 
 from torch import Tensor
 
-from cascade.backbone import Backbone
 from cascade.flat import Flat, Packed
-from cascade.masks import Mask
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
 from cascade.residency import Residency
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.backbone import Backbone
 from cascade.errors import CascadeError
 from cascade.executors.flat import FlatExecutor
 from cascade.flat import Flat, Order, Packed
-from cascade.fold import Folded, Unit
-from cascade.masks import Mask
+from cascade.model.backbone import Backbone
+from cascade.model.folding import Folded, Unit
+from cascade.model.masks import Mask
+from cascade.model.stages import stages
 from cascade.residency import Residency
-from cascade.stages import stages
 
 
 class FoldedExecutor(FlatExecutor):

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from cascade.backbone import Backbone
 from cascade.errors import CascadeError
 from cascade.executors.flat import FlatExecutor
 from cascade.flat import Flat, Order
-from cascade.fold import Folded, Unit
+from cascade.model.backbone import Backbone
+from cascade.model.folding import Folded, Unit
+from cascade.model.stages import stage_of, stages
 from cascade.residency import Residency
-from cascade.stages import stage_of, stages
 
 # They would merge a unit's weights with other constants.
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cascade import masks
-from cascade.backbone import Backbone
-from cascade.masks import Mask
+from cascade.model import masks
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
 from cascade.residency import Residency
 
 

@@ -1,7 +1,7 @@
 """The swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass over memory.
 
 Numba compiles the loops when they are first used, and keeps them beside this file, or in the user's cache. The plain
-references are in ``cascade.masks`` (``apply_plain``) and ``cascade.flat`` (``reorder_plain``).
+references are in ``cascade.model.masks`` (``apply_plain``) and ``cascade.flat`` (``reorder_plain``).
 """
 
 import threading

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from cascade.flat import Packed
-from cascade.masks import unpack
+from cascade.model.masks import unpack
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cascade.masks import cut
+from cascade.model.masks import cut
 
 WORD = 16
 """Weights that share a word of bits; each unit of a flat buffer begins with one."""

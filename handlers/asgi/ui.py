@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cascade.heads import Bank
+from cascade.model.heads import Bank
 
 HERE = Path(__file__).parent
 POLICY = (  # the pages load nothing from elsewhere and send nothing there

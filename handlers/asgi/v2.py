@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cascade.bundle import Bundle
-from cascade.fusion import MODES
+from cascade.model.fusion import MODES
 from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from cascade.prediction import ItemError, Prediction
 from handlers.asgi.guard import Refusal

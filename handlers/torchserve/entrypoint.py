@@ -28,8 +28,8 @@ from rich.console import Console
 
 from cascade import metrics
 from cascade.errors import CascadeError
-from cascade.images import LIMITS
 from cascade.logs import say
+from cascade.model.preprocessing import LIMITS
 from cascade.store import is_url
 from handlers.signals import exit_on_signals
 from handlers.torchserve import java, process, tokens

@@ -12,7 +12,7 @@ from benchmarks.frontier.learn import Budget
 from benchmarks.frontier.methods import FAIR_TAIL, METHODS, ROUTED_TAIL
 from benchmarks.frontier.sets import Set
 from benchmarks.frontier.study import Study
-from cascade import backbone as backbones
+from cascade.model import backbone as backbones
 from training.masking import mask_backbone
 
 

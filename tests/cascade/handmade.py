@@ -9,16 +9,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.bundle import Bundle
 from cascade.card import BackboneCard, Card, MaskCard, RouterCard
-from cascade.fusion import Fusion, Mode
-from cascade.heads import Bank, Linear
-from cascade.images import Preprocessing
-from cascade.masks import Mask, apply, density, difference, pack
-from cascade.router import Calibration, Router
-from cascade.stages import stage_of
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.fusion import Fusion, Mode
+from cascade.model.heads import Bank, Linear
+from cascade.model.masks import Mask, apply, density, difference, pack
+from cascade.model.preprocessing import Preprocessing
+from cascade.model.router import Calibration, Router
+from cascade.model.stages import stage_of
 from training.clusters import fit_centroids, fit_gmm, fit_ood, fit_prototypes
 
 CLASSES = ("cat", "dog", "ship")

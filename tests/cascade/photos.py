@@ -9,7 +9,7 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from cascade.images import LIMITS, ImageError, Limits
+from cascade.model.preprocessing import LIMITS, ImageError, Limits
 from cascade.sources import Unit, read
 from tests.conftest import DATA
 

@@ -12,7 +12,7 @@ import pytest
 
 from cascade import archives
 from cascade.errors import CascadeError
-from cascade.images import ImageError, decode
+from cascade.model.preprocessing import ImageError, decode
 from cascade.sources import plan
 
 from .photos import BYTES, images, tar

@@ -300,6 +300,6 @@ def test_bar_shows_count_and_rate(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_import_stays_light() -> None:
     heavy = ["torch", "timm", "pyarrow", "rich", "faiss"]
-    code = f"import sys, cascade.batch, cascade.images; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, cascade.batch, cascade.model.preprocessing; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr

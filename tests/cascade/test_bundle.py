@@ -23,17 +23,17 @@ import zstandard
 from PIL import Image
 from torch import Tensor
 
-from cascade import backbone as backbones
 from cascade import thumbnails
-from cascade.backbone import Backbone
 from cascade.bundle import Bundle, BundleError, check, read, write
 from cascade.card import BackboneCard, Card, MaskCard, RouterCard
-from cascade.fusion import Fusion
-from cascade.heads import Bank, Linear
-from cascade.images import Preprocessing
-from cascade.masks import Mask, density, difference, pack, unpack
-from cascade.ood import OutOfDomain
-from cascade.router import KINDS, Calibration
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.fusion import Fusion
+from cascade.model.heads import Bank, Linear
+from cascade.model.masks import Mask, density, difference, pack, unpack
+from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.preprocessing import Preprocessing
+from cascade.model.router import KINDS, Calibration
 from cascade.store import discover
 from cascade.thumbnails import Thumbnails
 

@@ -13,9 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import cascade
-from cascade import backbone
 from cascade.bundle import write
 from cascade.cli import app
+from cascade.model import backbone
 
 from .handmade import handmade
 

@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import cascade
-from cascade import Engine, ItemError, Options, Prediction, masks
-from cascade import backbone as backbones
+from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle import Bundle, BundleError, read
 from cascade.errors import CascadeError
 from cascade.executors.choice import Kind
 from cascade.executors.torch import TorchExecutor
 from cascade.flat import Flat, Packed
-from cascade.fusion import MODES
-from cascade.masks import Mask, apply
+from cascade.model import backbone as backbones
+from cascade.model import masks
+from cascade.model.fusion import MODES
+from cascade.model.masks import Mask, apply
 
 from .handmade import handmade, named
 

@@ -11,7 +11,7 @@ import pytest
 
 from cascade import files
 from cascade.files import fetch, find
-from cascade.images import ImageError, Limits
+from cascade.model.preprocessing import ImageError, Limits
 from cascade.sources import plan
 
 from .photos import BAD, BYTES, PHOTOS, images, serving

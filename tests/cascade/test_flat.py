@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.flat import Flat, Order
-from cascade.fold import Folded, Unit
-from cascade.masks import apply
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.folding import Folded, Unit
+from cascade.model.masks import apply
 from tests.cascade.handmade import random_mask
 
 

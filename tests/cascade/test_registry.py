@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction, metrics
-from cascade import backbone as backbones
 from cascade import registry as registries
 from cascade.bundle import Bundle, write
 from cascade.errors import CascadeError
 from cascade.forward import Item
+from cascade.model import backbone as backbones
 from cascade.registry import Registry, State, load_store, pinned
 
 from .handmade import handmade, named

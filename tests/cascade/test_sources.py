@@ -16,7 +16,7 @@ import pytest
 
 from cascade.errors import CascadeError
 from cascade.files import fetch
-from cascade.images import ImageError, Limits, decode
+from cascade.model.preprocessing import ImageError, Limits, decode
 from cascade.sources import again, expand, plan
 
 from .photos import BYTES, PHOTOS, images, serving, tar

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.images import decode
+from cascade.model.preprocessing import decode
 from cascade.thumbnails import LIMITS, SIDE, make, media_type
 
 

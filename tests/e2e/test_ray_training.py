@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from cascade.masks import Mask, apply, pack
+from cascade.model.masks import Mask, apply, pack
 from tests.conftest import need
 from tests.e2e.conftest import ROOT
 from tests.e2e.trouble import until

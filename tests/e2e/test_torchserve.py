@@ -23,7 +23,7 @@ from PIL import Image
 
 import cascade
 from cascade.engine import Engine, Prediction
-from cascade.images import LIMITS
+from cascade.model.preprocessing import LIMITS
 from tests.e2e.conftest import CLIENT, NotStarted, Running, serving
 
 pytestmark = pytest.mark.e2e

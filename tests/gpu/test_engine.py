@@ -7,7 +7,7 @@ from PIL import Image
 from cascade import Engine, Options
 from cascade.executors.choice import Kind
 from cascade.executors.cuda import CudaExecutor
-from cascade.fusion import MODES
+from cascade.model.fusion import MODES
 from tests.cascade.handmade import handmade
 from tests.cascade.test_engine import SHAPES, answers, embeddings, good, mixture, reference, same
 

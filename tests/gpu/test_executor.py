@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.executors.choice import choose
 from cascade.executors.cuda import CudaExecutor
 from cascade.executors.torch import TorchExecutor
 from cascade.flat import Packed
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
 from cascade.residency import Residency
 from tests.cascade.executors.test_cuda import NETWORKS, images, masks_of
 from tests.cascade.executors.test_executors import calibrated, features

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cascade import backbone as backbones
 from cascade.flat import Flat, Packed
-from cascade.fold import Folded
 from cascade.kernels import distinct
+from cascade.model import backbone as backbones
+from cascade.model.folding import Folded
 from tests.cascade.handmade import random_mask
 
 # The same checks as in the interpreter, with this folder's device.

@@ -19,7 +19,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from cascade.errors import CascadeError
-from cascade.router import Prototypes, Router
+from cascade.model.router import Prototypes, Router
 from training import clusters, experts
 from training.command import Watch
 from training.recipe import Recipe

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade import backbone as backbones
 from cascade.bundle import read
 from cascade.errors import CascadeError
-from cascade.images import Preprocessing
+from cascade.model import backbone as backbones
+from cascade.model.preprocessing import Preprocessing
 from training.checkpoint import CURVE, DONE
 from training.loop import fit, seed_everything
 from training.masking import mask_backbone

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from cascade.masks import difference
+from cascade.model.masks import difference
 from training import evaluate
 from training.command import Watch
 from training.evaluate import knn, probe

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade import backbone as backbones
-from cascade.images import Preprocessing
+from cascade.model import backbone as backbones
+from cascade.model.preprocessing import Preprocessing
 from training.checkpoint import DONE
 from training.finetune import TunedModel, features, tune_backbone
 from training.loop import fit, schedule, seed_everything

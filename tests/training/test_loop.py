@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade import backbone as backbones
 from cascade.errors import CascadeError
-from cascade.images import Preprocessing
+from cascade.model import backbone as backbones
+from cascade.model.preprocessing import Preprocessing
 from training.checkpoint import CHECKPOINT, CURVE, DONE
 from training.loop import _wrong, fit, generator, seed_everything
 from training.masking import MaskedModel, mask_backbone

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade import backbone as backbones
-from cascade import masks
-from cascade.backbone import Backbone
 from cascade.executors.torch import TorchExecutor
-from cascade.images import Preprocessing
-from cascade.masks import Mask
+from cascade.model import backbone as backbones
+from cascade.model import masks
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
+from cascade.model.preprocessing import Preprocessing
 from cascade.residency import Residency
 from training.checkpoint import CURVE
 from training.loop import fit, seed_everything

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from cascade import masks
 from cascade.bundle import Bundle, read
-from cascade.heads import Linear
+from cascade.model import masks
+from cascade.model.heads import Linear
 from training import evaluate, fuse, pack
 from training.checkpoint import DONE
 from training.command import Watch

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cascade import masks
 from cascade.bundle import Bundle, check, read, under
 from cascade.cli import app
 from cascade.engine import Engine, Options
 from cascade.errors import CascadeError
-from cascade.fusion import MODES
+from cascade.model import masks
+from cascade.model.fusion import MODES
 from cascade.prediction import Prediction
 from training import clusters, dispatcher, evaluate, experts, fuse, pack, pipeline
 from training.command import Watch

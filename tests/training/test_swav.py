@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade import backbone as backbones
-from cascade.images import Preprocessing
+from cascade.model import backbone as backbones
+from cascade.model.preprocessing import Preprocessing
 from training import objectives
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel, mask_backbone

@@ -8,7 +8,7 @@ import pytest
 
 from cascade.bundle import read, write
 from cascade.errors import CascadeError
-from cascade.images import read as read_image
+from cascade.model.preprocessing import read as read_image
 from cascade.thumbnails import make
 from training import data
 from training.thumbnails import illustrated, main

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade import backbone as backbones
-from cascade import masks
 from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
-from cascade.images import Preprocessing
-from cascade.masks import Mask
+from cascade.model import backbone as backbones
+from cascade.model import masks
+from cascade.model.masks import Mask
+from cascade.model.preprocessing import Preprocessing
 from cascade.residency import Residency
 from training import views
 from training.augment import Crop, multi_crop

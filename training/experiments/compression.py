@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cascade import coder, masks
+from cascade import coder
 from cascade.errors import CascadeError
+from cascade.model import masks
 from training import clusters, experts, finetune
 from training.experiments.lab import DEEP, Lab, main, name_of
 from training.experiments.report import Table

@@ -5,7 +5,7 @@ python -m training.experiments.frozen
 
 from torch import nn
 
-from cascade import backbone as backbones
+from cascade.model import backbone as backbones
 from training import dispatcher
 from training.experiments.lab import DEEP, Lab, knn, main, pair
 from training.experiments.report import Table

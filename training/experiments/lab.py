@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cascade.errors import CascadeError
-from cascade.masks import Mask
+from cascade.model.masks import Mask
 from training import data, dispatcher, embed, evaluate, fuse
 from training.command import Watch, watching
 from training.cost import Cost

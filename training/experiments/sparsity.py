@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cascade import masks
+from cascade.model import masks
 from training.experiments import report
 from training.experiments.initialisation import CLIP, missing
 from training.experiments.lab import DEEP, SWAV, Lab, main, name_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cascade import masks
+from cascade.model import masks
 from training import dispatcher, embed, finetune
 from training.experiments.lab import DEEP, Lab, Pair, knn, labels, main, pair, probe
 from training.experiments.report import Table

@@ -5,7 +5,7 @@ python -m training.experiments.topk
 
 from typing import Any
 
-from cascade import masks
+from cascade.model import masks
 from training.experiments.lab import Lab, knn, main, pair, probe
 from training.experiments.report import Table
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from cascade import backbone as backbones
 from cascade.errors import CascadeError
 from cascade.executors import choice
 from cascade.executors.choice import choose
 from cascade.executors.folded import FoldedExecutor
 from cascade.executors.onnx import OnnxError, OnnxExecutor
 from cascade.executors.torch import TorchExecutor
+from cascade.model import backbone as backbones
 from cascade.residency import Residency
 
 KINDS = {"plain": TorchExecutor, "folded": FoldedExecutor, "onnx": OnnxExecutor}

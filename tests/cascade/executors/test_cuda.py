@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cascade.backbone import Backbone
 from cascade.errors import CascadeError
 from cascade.executors import cuda
 from cascade.executors.cuda import CudaExecutor, Graph
 from cascade.executors.torch import TorchExecutor
 from cascade.flat import Packed
-from cascade.masks import Mask
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
 from cascade.residency import Residency
 from tests.cascade.executors.test_executors import calibrated, features
 from tests.cascade.handmade import random_mask

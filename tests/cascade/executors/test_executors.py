@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.bundle import read
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.choice import Kind, make
 from cascade.executors.onnx import OnnxError
 from cascade.executors.torch import TorchExecutor
-from cascade.masks import Mask
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
 from cascade.residency import Residency
 from tests.cascade.handmade import random_mask
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from cascade import backbone as backbones
 from cascade.executors.onnx import OnnxError, OnnxExecutor, _order, library
 from cascade.flat import Order
-from cascade.fold import Unit
+from cascade.model import backbone as backbones
+from cascade.model.folding import Unit
 from cascade.residency import Residency
 
 ROOT = Path(__file__).parents[3]

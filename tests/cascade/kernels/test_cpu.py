@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone
 from cascade.kernels import cpu
-from cascade.masks import Mask, apply, apply_plain, pack, unpack
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask, apply, apply_plain, pack, unpack
 
 ROOT = Path(__file__).parents[3]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cascade.flat import Packed
 from cascade.kernels.distinct import Layer, Masks, masked_conv, masked_conv_plain, masked_linear, masked_linear_plain
-from cascade.masks import pack
+from cascade.model.masks import pack
 from tests.cascade.kernels.test_triton import device as device
 
 PLACE, ROW = 48, 5  # something lies before the layer

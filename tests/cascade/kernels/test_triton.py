@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import backbone as backbones
 from cascade.flat import Flat
-from cascade.fold import Folded
 from cascade.kernels import triton
+from cascade.model import backbone as backbones
+from cascade.model.folding import Folded
 from tests.cascade.handmade import random_mask
 from tests.cascade.test_flat import shuffled
 

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from cascade import backbone as backbones
-from cascade.backbone import Backbone, maskable
-from cascade.masks import Mask, alpha, apply, density, difference, pack, split, unpack
+from cascade.model import backbone as backbones
+from cascade.model.backbone import Backbone, maskable
+from cascade.model.masks import Mask, alpha, apply, density, difference, pack, split, unpack
 
 from .handmade import random_mask
 

@@ -2,7 +2,7 @@
 
 Images come from strangers: size and format are checked before a pixel is decoded, and whatever is wrong with
 one is an ``ImageError`` that says what to do. docs/inputs.md has the table of outcomes, and
-tests/cascade/test_images.py a test for each row.
+tests/cascade/model/test_preprocessing.py a test for each row.
 """
 
 from __future__ import annotations

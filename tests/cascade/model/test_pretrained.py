@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cascade.backbone import load, wrap
-from cascade.checkpoint import BackboneError, fit, read_checkpoint
+from cascade.model.backbone import load, wrap
+from cascade.model.pretrained import BackboneError, fit, read_checkpoint
 
 CLIP = "vit_base_patch32_clip_quickgelu_224"
 

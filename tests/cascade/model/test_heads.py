@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
 from cascade.errors import CascadeError
-from cascade.heads import Bank, Linear
+from cascade.model.heads import Bank, Linear
 
 from .conftest import Seen
 

@@ -17,8 +17,8 @@ import torch
 from timm.models import ResNet, VisionTransformer
 from torch import Tensor, nn
 
-from cascade.checkpoint import BackboneError, first_line, fit, read_checkpoint
-from cascade.stages import Stage, stage_of, stages
+from cascade.model.pretrained import BackboneError, first_line, fit, read_checkpoint
+from cascade.model.stages import Stage, stage_of, stages
 
 _VIT_LINEAR = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
 
@@ -135,7 +135,7 @@ def load(
     Args:
         name: timm's model name.
         source: ``package:PACKAGE/PATH`` (a file inside an installed Python package), ``timm`` (timm's own
-            download), ``file:PATH`` (in any layout of ``cascade.checkpoint``; remembered as ``file:NAME``:
+            download), ``file:PATH`` (in any layout of ``cascade.model.pretrained``; remembered as ``file:NAME``:
             elsewhere ``weights`` gives it, or it lies in the working folder), ``random:SEED`` (for tests and
             speed figures).
         weights: a checkpoint to read instead of looking where ``source`` says.

@@ -21,7 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from sklearn.datasets import load_sample_image
 
 from cascade.errors import CascadeError
-from cascade.images import LIMITS, UPRIGHT, ImageError, Limits, Preprocessing, convert, decode, read
+from cascade.model.preprocessing import LIMITS, UPRIGHT, ImageError, Limits, Preprocessing, convert, decode, read
 
 ORIENTATION = 0x0112
 

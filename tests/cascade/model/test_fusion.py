@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.fusion import Fusion, fold
+from cascade.model.fusion import Fusion, fold
 
 F, DIM, K = 6, 4, 3
 

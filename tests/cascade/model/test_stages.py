@@ -7,8 +7,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import resize, to_tensor
 
-from cascade.backbone import Backbone, wrap
-from cascade.stages import stage_of, stages
+from cascade.model.backbone import Backbone, wrap
+from cascade.model.stages import stage_of, stages
 
 STAGES = {
     "resnet18": 5,

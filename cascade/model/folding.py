@@ -18,9 +18,9 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from cascade.backbone import Backbone
 from cascade.errors import CascadeError
-from cascade.masks import Mask
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask
 
 PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
 """Layers that use their weight as it stands; a subclass may standardise it first."""

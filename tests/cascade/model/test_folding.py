@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from cascade import backbone as backbones
-from cascade.fold import Folded
+from cascade.model import backbone as backbones
+from cascade.model.folding import Folded
 from tests.cascade.handmade import random_mask
 
 

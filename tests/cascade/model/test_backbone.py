@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade.backbone import Backbone, fingerprint, load, wrap
-from cascade.checkpoint import BackboneError, read_checkpoint
+from cascade.model.backbone import Backbone, fingerprint, load, wrap
+from cascade.model.pretrained import BackboneError, read_checkpoint
 from tests.conftest import need
 
 LITE0 = "tf_efficientnet_lite0"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.backbone import Backbone, Segment
+from cascade.model.backbone import Backbone, Segment
 
 _SHIFTS = torch.arange(8, dtype=torch.uint8)
 

@@ -11,8 +11,8 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from cascade.bundle import Bundle
-from cascade.ood import OutOfDomain
-from cascade.router import route
+from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.router import route
 from training.clusters import OOD_DIM, fit_ood
 
 from .conftest import Seen

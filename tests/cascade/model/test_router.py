@@ -10,7 +10,7 @@ from sklearn.mixture import GaussianMixture as Mixture
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
-from cascade.router import Calibration, Prototypes, Router, log_odds, route, tensors
+from cascade.model.router import Calibration, Prototypes, Router, log_odds, route, tensors
 from training.clusters import fit_centroids, fit_gmm, fit_prototypes
 
 from .conftest import Seen

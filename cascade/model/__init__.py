@@ -1,0 +1,1 @@
+"""What is computed: backbones, masks, routers, fusion and heads."""
