@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.executors.folded import FoldedExecutor
 from cascade.flat import Packed
-from cascade.kernels.distinct import Masks
+from cascade.kernels.per_image import Masks
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.stages import stages

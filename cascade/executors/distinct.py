@@ -9,8 +9,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from cascade.flat import Flat
-from cascade.kernels import distinct
-from cascade.kernels.distinct import Layer, Masks
+from cascade.kernels import per_image
+from cascade.kernels.per_image import Layer, Masks
 from cascade.model.folding import Unit
 
 
@@ -39,10 +39,10 @@ class Distinct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, masks = self.bound.weights, self.bound.masks
         if self.bound.kernels:
-            kernel = distinct.masked_linear if self.linear else distinct.masked_conv
+            kernel = per_image.masked_linear if self.linear else per_image.masked_conv
             return kernel(x, weights, self.layer, self.bound.table)
         assert masks is not None
-        plain = distinct.masked_linear_plain if self.linear else distinct.masked_conv_plain
+        plain = per_image.masked_linear_plain if self.linear else per_image.masked_conv_plain
         return plain(x, weights, self.layer, masks)
 
 

@@ -5,13 +5,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cascade.flat import Flat, Packed
-from cascade.kernels import distinct
+from cascade.kernels import per_image
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
 from tests.cascade.handmade import random_mask
 
 # The same checks as in the interpreter, with this folder's device.
-from tests.cascade.kernels.test_distinct import (  # noqa: F401
+from tests.cascade.kernels.test_per_image import (
     test_convolution_equals_plain,
     test_images_do_not_see_each_others_masks,
     test_images_that_are_cut_into_windows,
@@ -43,16 +43,16 @@ def test_a_swap_is_one_launch(dtype: torch.dtype, device: str) -> None:
 
 def test_products_follow_pytorchs_switch(device: str) -> None:
     """By default as exact as float32; who sets the switch gets TF32."""
-    layer = distinct.Layer(0, 0, (64, 1024, 1, 1))
+    layer = per_image.Layer(0, 0, (64, 1024, 1, 1))
     draw = torch.Generator().manual_seed(0)
     weights, x = torch.randn(64 * 1024, generator=draw), torch.randn(1, 64, 1024, generator=draw)
     bits = torch.full((64 * 128,), 255, dtype=torch.uint8, device=device)
     mask = Packed("m", 0, bits, scales=torch.ones(64, device=device), shifts=torch.zeros(64, device=device))
-    table = distinct.Masks([mask], [0], [0]).table
+    table = per_image.Masks([mask], [0], [0]).table
     want = x.double() @ weights.view(64, 1024).double().T
 
     def error() -> float:
-        got = distinct.masked_linear(x.to(device), weights.to(device), layer, table)
+        got = per_image.masked_linear(x.to(device), weights.to(device), layer, table)
         return float((got.cpu() - want).abs().max() / want.abs().max())
 
     before = torch.get_float32_matmul_precision()

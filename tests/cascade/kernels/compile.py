@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cascade.kernels import distinct
+from cascade.kernels import per_image
 from cascade.kernels import triton as swap
 
 
@@ -29,18 +29,18 @@ def main() -> None:
         found[f"swap, {dtype}"] = ptx(swap._masked, types, "bits weights table scales out", {"TILE": swap.TILE})
         types = {"x": f"*{dtype}", "weights": f"*{dtype}", "table": "*i64", "out": f"*{dtype}"}
         aligned = "x weights table out place rows"
-        found[f"depthwise, {dtype}"] = ptx(distinct._depthwise, types, aligned, {"PIXELS": 32, "ROWS": 64})
+        found[f"depthwise, {dtype}"] = ptx(per_image._depthwise, types, aligned, {"PIXELS": 32, "ROWS": 64})
         for words in (True, False):
             sizes = {"PIXELS": 64, "ROWS": 64, "DEEP": 32, "PRECISION": "tf32x3", "WIDEN": False}
             more = f"{aligned} channels columns" if words else aligned
             constants = {**sizes, "ONE_TAP": words, "WORDS": words}
             name = f"product, {dtype}{'' if words else ', odd'}"
-            found[name] = ptx(distinct._product, types, more, constants)
+            found[name] = ptx(per_image._product, types, more, constants)
         ones = dict.fromkeys(
             ["groups", "width", "width_out", "across", "stride_y", "stride_x", "apart_y", "apart_x"], 1
         )
         sizes |= {"ONE_TAP": True, "WORDS": True, **ones}  # Triton compiles arguments of 1 as constants
-        found[f"linear, {dtype}"] = ptx(distinct._product, types, f"{aligned} channels columns", sizes)
+        found[f"linear, {dtype}"] = ptx(per_image._product, types, f"{aligned} channels columns", sizes)
     print(json.dumps(found))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cascade.flat import Packed
-from cascade.kernels.distinct import Layer, Masks, masked_conv, masked_conv_plain, masked_linear, masked_linear_plain
+from cascade.kernels.per_image import Layer, Masks, masked_conv, masked_conv_plain, masked_linear, masked_linear_plain
 from cascade.model.masks import pack
 from tests.cascade.kernels.test_triton import device as device
 
