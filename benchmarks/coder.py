@@ -15,8 +15,8 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.report import Figure, figure, report, single
-from cascade import bundle as bundles
-from cascade.transport import tail
+from cascade.bundle import format as bundles
+from cascade.bundle.archive import tail
 from training.experiments.compression import beside_lzma
 
 

@@ -27,7 +27,7 @@ from benchmarks.serving.mixed import BATCH, HELD, uniform, zipf
 from benchmarks.serving.scale import PATIENCE, QUEUED
 from benchmarks.serving.ways import copy_of
 from cascade.batcher import Batcher
-from cascade.bundle import Bundle
+from cascade.bundle.format import Bundle
 from cascade.engine import Engine
 from cascade.executors.cuda import CudaExecutor
 from cascade.forward import Item

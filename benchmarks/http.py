@@ -36,7 +36,7 @@ from rich.table import Table
 from benchmarks.made import single
 from benchmarks.report import Figure, figure, report
 from cascade import load
-from cascade.bundle import read, write
+from cascade.bundle.format import read, write
 from cascade.model import backbone as backbones
 from handlers.signals import exit_on_signals
 from handlers.torchserve.entrypoint import Server

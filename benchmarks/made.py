@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.bundle import Bundle
-from cascade.card import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle.format import Bundle
+from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
 from cascade.engine import Engine, Options
 from cascade.executors.choice import Kind, make
 from cascade.forward import Item

@@ -21,7 +21,7 @@ if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from cascade.bundle import Bundle
+    from cascade.bundle.format import Bundle
     from cascade.client import Client
     from cascade.engine import Engine, ItemError, Options, Prediction, load
 
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 __all__ = ["Bundle", "CascadeError", "Client", "Engine", "ItemError", "Options", "Prediction", "load"]
 
 _HOMES = {
-    "Bundle": "cascade.bundle",
+    "Bundle": "cascade.bundle.format",
     "Client": "cascade.client",
     "Engine": "cascade.engine",
     "ItemError": "cascade.engine",

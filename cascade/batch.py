@@ -136,7 +136,7 @@ def settle(
     Raises:
         CascadeError: an unknown bundle, version or mode.
     """
-    from cascade.bundle import digest
+    from cascade.bundle.format import digest
 
     bundle = engine.find(options.bundle, options.version)
     if isinstance(bundle, ItemError):

@@ -242,8 +242,8 @@ def serve(
 @app.command()
 def inspect(bundle: BundlePath) -> None:
     """Show a bundle's card: what it adapts, on what it was trained, and what it is worth."""
-    from cascade.bundle import read
-    from cascade.show import show
+    from cascade.bundle.format import read
+    from cascade.bundle.inspect import show
 
     show(read(bundle))
 
@@ -251,7 +251,7 @@ def inspect(bundle: BundlePath) -> None:
 @app.command()
 def verify(bundle: BundlePath, weights: Weights = None) -> None:
     """Check a bundle to the last byte, and against its backbone: format, checksums, fingerprint, shapes."""
-    from cascade.bundle import check, read
+    from cascade.bundle.format import check, read
     from cascade.model import backbone
 
     found = read(bundle)
@@ -263,9 +263,9 @@ def verify(bundle: BundlePath, weights: Weights = None) -> None:
 @app.command()
 def pack(bundle: BundlePath, file: Annotated[Path, typer.Argument(help="File to write, e.g. demo-1.cascade.")]) -> None:
     """Write a bundle as one small file, to send it: [bold]cascade pack model_store/demo/1 demo-1.cascade[/]"""
-    from cascade import transport
+    from cascade.bundle import archive
 
-    written = transport.pack(bundle, file)
+    written = archive.pack(bundle, file)
     typer.echo(f"{written}: {written.stat().st_size / 1e6:.2f} MB; cascade unpack {written.name} makes a bundle of it")
 
 
@@ -275,9 +275,9 @@ def unpack(
     bundle: Annotated[Path, typer.Argument(help="Folder <store>/<name>/<version> to make; must not exist.")],
 ) -> None:
     """Make a bundle of a packed one: [bold]cascade unpack demo-1.cascade model_store/demo/2[/]"""
-    from cascade import transport
+    from cascade.bundle import archive
 
-    typer.echo(f"wrote {transport.unpack(file, bundle)}")
+    typer.echo(f"wrote {archive.unpack(file, bundle)}")
 
 
 @app.command()

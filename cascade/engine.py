@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import metrics
-from cascade.bundle import Bundle, check, read
+from cascade.bundle.format import Bundle, check, read
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.choice import Kind, choose

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cascade import metrics
-from cascade.bundle import Bundle
+from cascade.bundle.format import Bundle
 from cascade.executors import Distinct, Executor
 from cascade.model import router
 from cascade.model.fusion import Fusion, Mode

@@ -178,7 +178,7 @@ def search(index: Index, engine: "Engine", images: Sequence["Source"], k: int = 
 
 def fits(index: Index, engine: "Engine") -> None:
     """Raise CascadeError where the engine does not hold the bundle that the index was made with."""
-    from cascade.bundle import digest
+    from cascade.bundle.format import digest
 
     bundle = engine.find(index.about.bundle, index.about.version)
     name = f"{index.about.bundle}/{index.about.version}"

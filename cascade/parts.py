@@ -37,7 +37,7 @@ class Job:
     Attributes:
         sources: as ``cascade.sources.plan`` takes them.
         folder: which relative ones are relative to; empty where none is.
-        bundle, version, digest: the last as ``cascade.bundle.digest`` gives it.
+        bundle, version, digest: the last as ``cascade.bundle.format.digest`` gives it.
         mode: settled.
         dim: of the embedding.
         embedding: how it is stored, if at all.

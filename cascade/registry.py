@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cascade import metrics
-from cascade.bundle import BundleError
+from cascade.bundle.format import BundleError
+from cascade.bundle.store import Identity, Store, StoreError
 from cascade.engine import Engine, number
 from cascade.errors import CascadeError
-from cascade.store import Identity, Store, StoreError
 
 log = logging.getLogger(__name__)
 RETRY = 60.0
@@ -207,7 +207,7 @@ def load_store(
     """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
 
     Args:
-        where, cache: as of :class:`cascade.store.Store`.
+        where, cache: as of :class:`cascade.bundle.store.Store`.
 
     Raises:
         CascadeError: no bundle at all could be loaded.

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 import cascade
 from cascade import Engine, Options, Prediction
-from cascade.bundle import Bundle, read
+from cascade.bundle.format import Bundle, read
 from cascade.model.preprocessing import decode
 from tests.conftest import DATA, sheet
 

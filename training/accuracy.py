@@ -6,7 +6,7 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from cascade.bundle import read
+from cascade.bundle.format import read
 from cascade.engine import Engine, Options
 from cascade.errors import CascadeError
 from cascade.prediction import Prediction

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cascade import whole
-from cascade.bundle import under
+from cascade.bundle.format import under
 from training.masking import MaskedModel
 from training.objectives import Objective
 

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture as Mixture
 from sklearn.preprocessing import normalize
 
-from cascade.bundle import under
+from cascade.bundle.format import under
 from cascade.errors import CascadeError
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cascade.bundle import under
+from cascade.bundle.format import under
 from cascade.errors import CascadeError
 from training.command import Watch, main, parser, recipe_of
 from training.loop import fit, seed_everything

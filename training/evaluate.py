@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from cascade.bundle.inspect import percent
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.masks import difference
-from cascade.show import percent
 from training import embed, fuse
 from training.command import Watch, main, parser
 from training.run import Run, resume, write_json

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cascade.bundle import under
+from cascade.bundle.format import under
 from cascade.errors import CascadeError
 from training.command import Watch, main, parser
 from training.dispatcher import objective

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cascade.bundle import under
+from cascade.bundle.format import under
 from cascade.model.backbone import Backbone
 from cascade.model.stages import stage_of, stages
 from training import dispatcher

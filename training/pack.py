@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade.bundle import Bundle, under, write
-from cascade.card import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle.format import Bundle, under, write
+from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle.thumbnails import make
 from cascade.model.fusion import Mode
 from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import KINDS, Calibration, Router
-from cascade.thumbnails import make
 from training.clusters import SUMMARY
 from training.command import Watch, main, parser
 from training.evaluate import Features, collect, fit_probe, fusions

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascade import whole
-from cascade.bundle import under
+from cascade.bundle.format import under
 from cascade.errors import CascadeError
 from cascade.executors.torch import TorchExecutor
 from cascade.model import backbone as backbones

@@ -8,9 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cascade.bundle import Bundle, read, write
+from cascade.bundle.format import Bundle, read, write
+from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
-from cascade.thumbnails import make
 from training import data
 from training.data import Images
 from training.pack import one_line

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import made
 from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
-from cascade.bundle import read, write
+from cascade.bundle.format import read, write
 
 
 def build(name: str, count: int) -> Callable[[tuple[int, int]], object]:

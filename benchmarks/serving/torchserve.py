@@ -22,7 +22,7 @@ from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure, single
 from benchmarks.serving.mixed import HELD
 from benchmarks.serving.ways import copy_of
-from cascade.bundle import write
+from cascade.bundle.format import write
 from handlers.torchserve.entrypoint import Server
 
 CONCURRENCY, REQUESTS = 8, 48

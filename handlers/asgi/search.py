@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI, Request
 
-from cascade.bundle import Bundle, digest
+from cascade.bundle.format import Bundle, digest
 from cascade.index import Index, found
 from cascade.prediction import ItemError
 from handlers.asgi.guard import Refusal

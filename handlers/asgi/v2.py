@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from cascade.bundle import Bundle
+from cascade.bundle.format import Bundle
 from cascade.model.fusion import MODES
 from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from cascade.prediction import ItemError, Prediction

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cascade.batch import Advance, Run, make_part
-from cascade.bundle import digest
+from cascade.bundle.format import digest
 from cascade.engine import Engine
 from cascade.errors import CascadeError
 from cascade.executors.choice import Kind

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ray import serve
 
+from cascade.bundle.store import Identity, Store
 from cascade.engine import FULL
 from cascade.errors import CascadeError
 from cascade.registry import Registry, State
-from cascade.store import Identity, Store
 
 LEAVE = 60.0
 """Seconds that a bundle which has to leave waits for the requests that use it; their answers take 30 at most."""

@@ -27,10 +27,10 @@ import httpx
 from rich.console import Console
 
 from cascade import metrics
+from cascade.bundle.store import is_url
 from cascade.errors import CascadeError
 from cascade.logs import say
 from cascade.model.preprocessing import LIMITS
-from cascade.store import is_url
 from handlers.signals import exit_on_signals
 from handlers.torchserve import java, process, tokens
 from handlers.torchserve.tokens import TokenError

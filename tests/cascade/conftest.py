@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import cascade
-from cascade.bundle import Bundle, read
+from cascade.bundle.format import Bundle, read
 from tests.conftest import sheet
 
 from .photos import PHOTOS

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade.bundle import Bundle
-from cascade.card import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle.format import Bundle
+from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Fusion, Mode

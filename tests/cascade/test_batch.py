@@ -18,7 +18,7 @@ from PIL import Image
 
 from cascade import batch
 from cascade.batch import predict_files, settle, table
-from cascade.bundle import write
+from cascade.bundle.format import write
 from cascade.engine import Engine
 from cascade.errors import CascadeError
 from cascade.parts import files_of

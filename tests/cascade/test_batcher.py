@@ -11,7 +11,7 @@ from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.batcher import Answer, Batcher
-from cascade.bundle import Bundle
+from cascade.bundle.format import Bundle
 from cascade.errors import CascadeError
 from cascade.forward import Item
 

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import cascade
-from cascade.bundle import write
+from cascade.bundle.format import write
 from cascade.cli import app
 from cascade.model import backbone
 

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import cascade
 from cascade import Engine, ItemError, Options, Prediction
-from cascade.bundle import Bundle, BundleError, read
+from cascade.bundle.format import Bundle, BundleError, read
 from cascade.errors import CascadeError
 from cascade.executors.choice import Kind
 from cascade.executors.torch import TorchExecutor

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import cascade
 from cascade import index as indices
 from cascade.batch import Summary, predict_files
-from cascade.bundle import write
+from cascade.bundle.format import write
 from cascade.cli import app
 from cascade.engine import Engine
 from cascade.errors import CascadeError

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction, metrics
 from cascade import registry as registries
-from cascade.bundle import Bundle, write
+from cascade.bundle.format import Bundle, write
 from cascade.errors import CascadeError
 from cascade.forward import Item
 from cascade.model import backbone as backbones

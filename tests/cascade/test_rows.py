@@ -11,7 +11,7 @@ import pytest
 
 import cascade
 from cascade.batch import predict_files
-from cascade.bundle import Bundle, digest
+from cascade.bundle.format import Bundle, digest
 from cascade.engine import Engine
 from cascade.parts import Embedding, files_of
 from cascade.prediction import Options, Prediction

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 import cascade
-from cascade.bundle import write
+from cascade.bundle.format import write
 from tests.cascade.handmade import handmade
 from tests.e2e.asgi_server import Asgi, serving_asgi
 from tests.e2e.conftest import CLIENT, EXECUTOR, NO_TLS

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from cascade.bundle import read, write
+from cascade.bundle.format import read, write
 from tests.e2e.conftest import CLIENT, NO_TLS, Running, serving
 from tests.e2e.test_asgi_survival import bomb, mutated
 from tests.e2e.test_torchserve import encoded

@@ -21,9 +21,9 @@ from PIL import Image
 
 from cascade import Engine, Options, Prediction
 from cascade.batcher import Answer, Batcher
+from cascade.bundle.thumbnails import make
 from cascade.logs import JsonLines
 from cascade.oip import LENGTH_HEADER, packed, unpacked
-from cascade.thumbnails import make
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys

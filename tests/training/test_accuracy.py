@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cascade.bundle import read
+from cascade.bundle.format import read
 from cascade.cli import app
 from cascade.engine import Engine, Options
 from cascade.errors import CascadeError

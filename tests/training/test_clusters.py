@@ -132,7 +132,7 @@ def test_more_clusters_than_prototypes_is_a_clear_error(features: np.ndarray, pr
 def test_experts_are_trained_on_the_images_that_the_shipped_router_sends_to_them(
     trained: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cascade.bundle import read
+    from cascade.bundle.format import read
     from training import evaluate
 
     shipped = read(trained.folder.parent / "store" / "small" / "1").router

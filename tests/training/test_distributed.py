@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade.bundle import read
+from cascade.bundle.format import read
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing

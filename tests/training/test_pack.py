@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from cascade.bundle import Bundle, read
+from cascade.bundle.format import Bundle, read
 from cascade.model import masks
 from cascade.model.heads import Linear
 from training import evaluate, fuse, pack

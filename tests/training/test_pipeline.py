@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cascade.bundle import Bundle, check, read, under
+from cascade.bundle.format import Bundle, check, read, under
 from cascade.cli import app
 from cascade.engine import Engine, Options
 from cascade.errors import CascadeError

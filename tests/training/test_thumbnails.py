@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cascade.bundle import read, write
+from cascade.bundle.format import read, write
+from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import read as read_image
-from cascade.thumbnails import make
 from training import data
 from training.thumbnails import illustrated, main
 

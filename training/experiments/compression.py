@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cascade import coder
+from cascade.bundle import coder
 from cascade.errors import CascadeError
 from cascade.model import masks
 from training import clusters, experts, finetune

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade.bundle import read
+from cascade.bundle.format import read
 from cascade.errors import CascadeError
 from cascade.executors import Executor
 from cascade.executors.choice import Kind, make

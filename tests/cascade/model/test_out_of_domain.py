@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
-from cascade.bundle import Bundle
+from cascade.bundle.format import Bundle
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import route
 from training.clusters import OOD_DIM, fit_ood

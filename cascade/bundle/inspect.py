@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cascade.bundle import Bundle
-from cascade.card import Card
+from cascade.bundle.format import Bundle
+from cascade.bundle.schema import Card
 
 
 def show(bundle: Bundle, console: Console | None = None) -> None:

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cascade.bundle import Bundle
-from cascade.show import percent, show
+from cascade.bundle.format import Bundle
+from cascade.bundle.inspect import percent, show
 
 from .handmade import handmade
 

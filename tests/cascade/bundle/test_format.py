@@ -23,9 +23,11 @@ import zstandard
 from PIL import Image
 from torch import Tensor
 
-from cascade import thumbnails
-from cascade.bundle import Bundle, BundleError, check, read, write
-from cascade.card import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle import thumbnails
+from cascade.bundle.format import Bundle, BundleError, check, read, write
+from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle.store import discover
+from cascade.bundle.thumbnails import Thumbnails
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Fusion
@@ -34,8 +36,6 @@ from cascade.model.masks import Mask, density, difference, pack, unpack
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import KINDS, Calibration
-from cascade.store import discover
-from cascade.thumbnails import Thumbnails
 
 from .handmade import handmade
 

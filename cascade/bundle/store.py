@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cascade.bundle import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read
+from cascade.bundle.format import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read
 from cascade.errors import CascadeError, brief
 from cascade.whole import sync
 

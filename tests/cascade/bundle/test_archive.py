@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from cascade import transport
-from cascade.bundle import BundleError, read, write
+from cascade.bundle import archive
+from cascade.bundle.format import BundleError, read, write
 
 from .handmade import handmade
 
@@ -23,8 +23,8 @@ def bundle(request: pytest.FixtureRequest, cifar: list[Image.Image], tmp_path_fa
 
 
 def test_it_comes_back_to_the_last_byte(bundle: Path, tmp_path: Path) -> None:
-    file = transport.pack(bundle, tmp_path / "hand.cascade")
-    again = transport.unpack(file, tmp_path / "hand" / "2")
+    file = archive.pack(bundle, tmp_path / "hand.cascade")
+    again = archive.unpack(file, tmp_path / "hand" / "2")
     assert contents(again) == contents(bundle)
     sent, kept = (
         sum(t.numel() for n, t in load_file(f).items() if ".bits." in n) for f in (file, bundle / "masks.safetensors")
@@ -34,27 +34,27 @@ def test_it_comes_back_to_the_last_byte(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_damage_is_noticed(bundle: Path, tmp_path: Path) -> None:
-    raw = transport.pack(bundle, tmp_path / "good").read_bytes()
+    raw = archive.pack(bundle, tmp_path / "good").read_bytes()
     bad = tmp_path / "bad"
     for at in range(8, len(raw), len(raw) // 40):
         bad.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         with pytest.raises(BundleError):
-            transport.unpack(bad, tmp_path / "hand" / "3")
+            archive.unpack(bad, tmp_path / "hand" / "3")
     for wrong in (b"", raw[:100], raw[:-1], (bundle / "masks.safetensors").read_bytes()):
         bad.write_bytes(wrong)
         with pytest.raises(BundleError, match="not a packed bundle"):
-            transport.unpack(bad, tmp_path / "hand" / "3")
+            archive.unpack(bad, tmp_path / "hand" / "3")
     assert not (tmp_path / "hand").exists()
 
 
 def test_nothing_is_written_over(bundle: Path, tmp_path: Path) -> None:
-    file = transport.pack(bundle, tmp_path / "hand.cascade")
+    file = archive.pack(bundle, tmp_path / "hand.cascade")
     with pytest.raises(BundleError, match="exists"):
-        transport.pack(bundle, file)
+        archive.pack(bundle, file)
     with pytest.raises(BundleError, match="exists"):
-        transport.unpack(file, bundle)
+        archive.unpack(file, bundle)
     with pytest.raises(BundleError, match="can't read"):
-        transport.unpack(tmp_path / "none", tmp_path / "hand" / "4")
+        archive.unpack(tmp_path / "none", tmp_path / "hand" / "4")
     with pytest.raises(BundleError, match="can't write"):
-        transport.pack(bundle, tmp_path / "no folder" / "file")
+        archive.pack(bundle, tmp_path / "no folder" / "file")
     assert read(bundle).masks

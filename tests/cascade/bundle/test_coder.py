@@ -6,8 +6,8 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from cascade import coder
-from cascade.coder import CoderError
+from cascade.bundle import coder
+from cascade.bundle.coder import CoderError
 
 
 def drawn(share: np.ndarray | float, size: int, seed: int) -> np.ndarray:

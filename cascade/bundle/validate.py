@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cascade.bundle.thumbnails import Thumbnails
 from cascade.model.fusion import MODES, Fusion
 from cascade.model.heads import Bank, Linear
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Prototypes, Router
-from cascade.thumbnails import Thumbnails
 
 if TYPE_CHECKING:
-    from cascade.bundle import Bundle
+    from cascade.bundle.format import Bundle
 
 
 def misfits(bundle: "Bundle") -> Iterator[str]:
-    """What does not fit of the parts among each other; what must fit the backbone is in ``cascade.bundle.check``."""
+    """What does not fit of the parts among each other; what must fit the backbone is in ``cascade.bundle.format.check``."""
     card, k = bundle.card, len(bundle.experts)
     names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
     if [m.name for m in bundle.masks] != names:

@@ -16,9 +16,9 @@ import fsspec
 import pytest
 from PIL import Image
 
-from cascade import store as stores
-from cascade.bundle import Bundle, BundleError, write
-from cascade.store import Store, StoreError
+from cascade.bundle import store as stores
+from cascade.bundle.format import Bundle, BundleError, write
+from cascade.bundle.store import Store, StoreError
 
 from .handmade import handmade
 

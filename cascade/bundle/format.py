@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cascade import whole
-from cascade.card import FORMAT, Card, MaskCard, Versioned
+from cascade.bundle.schema import FORMAT, Card, MaskCard, Versioned
+from cascade.bundle.thumbnails import Thumbnails
+from cascade.bundle.validate import misfits
 from cascade.errors import CascadeError
-from cascade.misfits import misfits
 from cascade.model import backbone as backbones
 from cascade.model.fusion import MODES, Fusion, Mode
 from cascade.model.heads import Bank, Linear
@@ -31,7 +32,6 @@ from cascade.model.masks import Mask
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import KINDS, Calibration, Router, tensors
-from cascade.thumbnails import Thumbnails
 
 T = TypeVar("T")
 CARD, SUMS = "cascade.json", "SHA256SUMS"

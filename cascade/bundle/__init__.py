@@ -1,0 +1,1 @@
+"""The artifact on disk: format, schema, validation, archive and store."""
