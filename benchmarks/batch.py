@@ -28,9 +28,9 @@ from benchmarks.made import cascade, engine_of, load, mask_bytes, single
 from benchmarks.report import Rows, figure, report
 from benchmarks.report import single as once
 from cascade.batch import BATCH, predict_files, prepare, settle
-from cascade.engine import Engine
-from cascade.forward import Item
-from cascade.prediction import Options
+from cascade.engine.engine import Engine
+from cascade.engine.forward import Item
+from cascade.engine.results import Options
 from cascade.sources import plan, read
 from tests.conftest import sheet
 

@@ -26,14 +26,14 @@ from benchmarks.serving.cascades import CASES, EXPERTS
 from benchmarks.serving.mixed import BATCH, HELD, uniform, zipf
 from benchmarks.serving.scale import PATIENCE, QUEUED
 from benchmarks.serving.ways import copy_of
-from cascade.batcher import Batcher
 from cascade.bundle.format import Bundle
-from cascade.engine import Engine
-from cascade.executors.cuda import CudaExecutor
-from cascade.forward import Item
+from cascade.engine.batcher import Batcher
+from cascade.engine.engine import Engine
+from cascade.engine.executors.cuda import CudaExecutor
+from cascade.engine.forward import Item
+from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
-from cascade.residency import Residency
 
 DEVICE = "cuda"
 BYTES = 1 << 28

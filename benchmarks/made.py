@@ -9,16 +9,16 @@ from torch import Tensor
 
 from cascade.bundle.format import Bundle
 from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
-from cascade.engine import Engine, Options
-from cascade.executors.choice import Kind, make
-from cascade.forward import Item
+from cascade.engine.engine import Engine, Options
+from cascade.engine.executors.selection import Kind, make
+from cascade.engine.forward import Item
+from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Calibration
-from cascade.residency import Residency
 from training.clusters import fit_centroids
 
 DENSITY = 15 / 16  # active weights; the paper's on CIFAR-100 is 0.925

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cascade.executors.choice import processor
+from cascade.engine.executors.selection import processor
 
 
 @dataclass(frozen=True)

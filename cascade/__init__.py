@@ -23,7 +23,7 @@ if "torch" not in sys.modules:
 if TYPE_CHECKING:
     from cascade.bundle.format import Bundle
     from cascade.client import Client
-    from cascade.engine import Engine, ItemError, Options, Prediction, load
+    from cascade.engine.engine import Engine, ItemError, Options, Prediction, load
 
 __version__ = "0.1.0"
 __all__ = ["Bundle", "CascadeError", "Client", "Engine", "ItemError", "Options", "Prediction", "load"]
@@ -31,11 +31,11 @@ __all__ = ["Bundle", "CascadeError", "Client", "Engine", "ItemError", "Options",
 _HOMES = {
     "Bundle": "cascade.bundle.format",
     "Client": "cascade.client",
-    "Engine": "cascade.engine",
-    "ItemError": "cascade.engine",
-    "Options": "cascade.engine",
-    "Prediction": "cascade.engine",
-    "load": "cascade.engine",
+    "Engine": "cascade.engine.engine",
+    "ItemError": "cascade.engine.engine",
+    "Options": "cascade.engine.engine",
+    "Prediction": "cascade.engine.engine",
+    "load": "cascade.engine.engine",
 }
 
 

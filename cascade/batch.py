@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cascade import metrics
+from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
 from cascade.files import Held, Load, is_url
 from cascade.model.preprocessing import ImageError
 from cascade.parts import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
-from cascade.prediction import ItemError, Options
 from cascade.rows import Answer, count, rows_of, schema
 from cascade.sources import ROWS, Unit, read
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from cascade.engine import Engine
-    from cascade.forward import Item
+    from cascade.engine.engine import Engine
+    from cascade.engine.forward import Item
 
 T = TypeVar("T")
 Advance = Callable[[int, int | None], object]

@@ -47,7 +47,7 @@ class Frontend(StrEnum):
 
 
 class ExecutorKind(StrEnum):
-    """What may run the backbone, see ``cascade.executors``."""
+    """What may run the backbone, see ``cascade.engine.executors``."""
 
     auto = "auto"
     plain = "plain"
@@ -137,7 +137,7 @@ def predict(
     [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
     """
     from cascade.batch import bar, predict_files
-    from cascade.engine import Options, load
+    from cascade.engine.engine import Options, load
     from cascade.parts import files_of
     from cascade.report import check, write
 
@@ -210,7 +210,7 @@ def serve(
         os.environ["CASCADE_EXECUTOR"] = executor.value  # the processes that hold engines inherit it
     pins: dict[str, str] = {}
     if pin:
-        from cascade.registry import pinned  # which loads torch: the process that supervises does without
+        from cascade.engine.registry import pinned  # which loads torch: the process that supervises does without
 
         pins = pinned(pin)
     common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
@@ -309,7 +309,7 @@ def bench(
     """Time one pass in each mode against the plain backbone, and a swap, on this machine."""
     from rich.console import Console
 
-    from cascade.bench import table
+    from cascade.engine.bench import table
 
     Console().print(table(bundle, batch, rounds, weights, executor.value))
 

@@ -55,9 +55,9 @@ def index_search(
     weights: Weights = None,
 ) -> None:
     """Images that look like one: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
-    from cascade.engine import load
+    from cascade.engine.engine import load
+    from cascade.engine.results import ItemError
     from cascade.index import read, search
-    from cascade.prediction import ItemError
 
     found = read(folder, device.value)
     failed = False

@@ -14,9 +14,9 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 
+from cascade.engine.results import ItemError, Options, Prediction
 from cascade.errors import CascadeError
 from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
-from cascade.prediction import ItemError, Options, Prediction
 
 T = TypeVar("T")
 Image = bytes | str | Path

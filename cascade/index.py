@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cascade import whole
+from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
 from cascade.model.heads import faiss
 from cascade.parts import writing
-from cascade.prediction import ItemError, Options
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from cascade.engine import Engine, Source
+    from cascade.engine.engine import Engine, Source
 
 Kind = Literal["flat", "ivf", "hnsw"]
 CARD, VECTORS, ROWS = "index.json", "index.faiss", "rows.parquet"

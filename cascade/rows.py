@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cascade import __version__
+from cascade.engine.results import ItemError, Prediction
 from cascade.parts import Job
-from cascade.prediction import ItemError, Prediction
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cascade.prediction import ItemError, Options, Prediction
+from cascade.engine.results import ItemError, Options, Prediction
 
 PREFIX = "x-cascade-"
 OPTIONS = ("bundle", "version", "mode", "fields")

@@ -7,9 +7,9 @@ from rich.progress import track
 from rich.table import Table
 
 from cascade.bundle.format import read
-from cascade.engine import Engine, Options
+from cascade.engine.engine import Engine, Options
+from cascade.engine.results import Prediction
 from cascade.errors import CascadeError
-from cascade.prediction import Prediction
 from training import data
 
 BATCH = 64

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.executors.torch import TorchExecutor
+from cascade.engine.executors.plain import TorchExecutor
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
 from training.data import Images

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from cascade import whole
 from cascade.bundle.format import under
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors.torch import TorchExecutor
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from cascade.residency import Residency
 from training import data, distributed, views
 from training.checkpoint import DONE
 from training.command import Watch

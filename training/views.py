@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cascade.engine.executors.plain import TorchExecutor
 from cascade.errors import CascadeError
-from cascade.executors.torch import TorchExecutor
 from cascade.model.preprocessing import Preprocessing
 from training.augment import SIGMA_SIDE, Crop, multi_crop
 from training.loop import generator

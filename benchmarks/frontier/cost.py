@@ -8,9 +8,9 @@ from torch import nn
 from benchmarks import made
 from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
+from cascade.engine.weight_cache import Residency
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Mode
-from cascade.residency import Residency
 
 BATCH = 8
 WAYS: dict[str, tuple[int, Mode]] = {
@@ -43,7 +43,7 @@ def build(name: str, side: int, mask_from: str, experts: int, mode: Mode) -> Cal
 
 def plain(name: str, side: int) -> Callable[[int], object]:
     """The unmasked backbone in the executor that the engine takes."""
-    from cascade.executors.choice import choose
+    from cascade.engine.executors.selection import choose
 
     backbone = _load(name, side)
     pixels = made.noise(backbone, 64)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.executors.torch import TorchExecutor
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.preprocessing import Preprocessing
-from cascade.residency import Residency
 from training import data, embed, views
 from training.recipe import LITE0, Recipe
 from training.run import CACHE_MARGIN

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from benchmarks import made
 from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
+from cascade.engine.weight_cache import Residency
 from cascade.model.fusion import Mode
-from cascade.residency import Residency
 
 BATCH, EXPERTS = 8, 5
 CASES: dict[str, tuple[int, Mode, str]] = {
@@ -34,7 +34,7 @@ def build(name: str, expert_from: int, mode: Mode) -> Callable[[int], set[int]]:
 
 def plain(name: str) -> Callable[[int], object]:
     """The unmasked backbone in the executor that the engine takes."""
-    from cascade.executors.choice import choose
+    from cascade.engine.executors.selection import choose
 
     backbone = made.load(name)
     pixels = made.noise(backbone, 64)

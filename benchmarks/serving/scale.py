@@ -11,7 +11,7 @@ from benchmarks import made
 from benchmarks.peers import peers, ratios, resident_bytes, rounds
 from benchmarks.report import Figure, Rows, figure, single
 from benchmarks.serving.mixed import BATCH, HELD, zipf
-from cascade.batcher import Batcher
+from cascade.engine.batcher import Batcher
 
 QUEUED = 256
 PATIENCE = 20.0

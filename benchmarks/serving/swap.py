@@ -9,11 +9,11 @@ import torch
 from benchmarks import made
 from benchmarks.peers import peers, ratios
 from benchmarks.report import Figure, Rows, figure
-from cascade.executors.choice import choose
-from cascade.flat import Packed
+from cascade.engine.executors.selection import choose
+from cascade.engine.executors.weight_layout import Packed
+from cascade.engine.weight_cache import Residency
 from cascade.model import masks
 from cascade.model.masks import Mask
-from cascade.residency import Residency
 
 OFF = (0.075, 0.25, 0.5)
 """Shares of weights that are off."""

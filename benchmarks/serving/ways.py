@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import made
-from cascade.executors.choice import Kind, choose
-from cascade.executors.onnx import export, library, session_options
-from cascade.flat import Flat, Order
+from cascade.engine.executors.onnx import export, library, session_options
+from cascade.engine.executors.selection import Kind, choose
+from cascade.engine.executors.weight_layout import Flat, Order
+from cascade.engine.weight_cache import Residency
 from cascade.model import masks
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded
 from cascade.model.masks import Mask
-from cascade.residency import Residency
 
 Batch = list[int]  # the model of each image
 Answer = Callable[[Batch], object]

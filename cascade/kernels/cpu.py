@@ -1,7 +1,7 @@
 """The swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass over memory.
 
 Numba compiles the loops when they are first used, and keeps them beside this file, or in the user's cache. The plain
-references are in ``cascade.model.masks`` (``apply_plain``) and ``cascade.flat`` (``reorder_plain``).
+references are in ``cascade.model.masks`` (``apply_plain``) and ``cascade.engine.executors.weight_layout`` (``reorder_plain``).
 """
 
 import threading
@@ -51,7 +51,7 @@ def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
-    """Bits from the order of ``Backbone.flat`` to an executor's, see ``cascade.flat.Order``.
+    """Bits from the order of ``Backbone.flat`` to an executor's, see ``cascade.engine.executors.weight_layout.Order``.
 
     Args:
         bits: uint8, as in a ``Mask``.

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from cascade.flat import Packed
+from cascade.engine.executors.weight_layout import Packed
 from cascade.model.masks import unpack
 
 

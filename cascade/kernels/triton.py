@@ -36,7 +36,7 @@ def tiles(begin: Numbers, rows: Numbers, pieces: Numbers, blocks: Numbers) -> Te
         begin: where each unit begins, multiples of WORD, and the end of the last; counted from the first.
         rows: index of each unit's first scale.
         pieces: weights of one row of each unit, or of one block of rows.
-        blocks: rows of a block, see ``cascade.flat.Order``.
+        blocks: rows of a block, see ``cascade.engine.executors.weight_layout.Order``.
     """
     assert max(pieces, default=0) <= LONGEST and begin[-1] < 1 << 31, "indices are 32 bits"
     edges, row, piece, block = (np.asarray(values, np.int64) for values in (begin, rows, pieces, blocks))

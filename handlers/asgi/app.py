@@ -15,13 +15,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from cascade import __version__, metrics
-from cascade.batcher import STOPPING
 from cascade.bundle.format import Bundle
 from cascade.bundle.thumbnails import media_type
+from cascade.engine.batcher import STOPPING
+from cascade.engine.registry import State
+from cascade.engine.results import ItemError, Options
 from cascade.index import Index
 from cascade.oip import LENGTH_HEADER
-from cascade.prediction import ItemError, Options
-from cascade.registry import State
 from handlers.asgi import search, ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service

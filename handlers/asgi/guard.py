@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from cascade import metrics
-from cascade.prediction import ItemError
+from cascade.engine.results import ItemError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from cascade.engine.results import ItemError
 from cascade.errors import CascadeError
-from cascade.prediction import ItemError
 
 log = logging.getLogger(__name__)
 EVERY = "*"

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 from fastapi import FastAPI, Request
 
 from cascade.bundle.format import Bundle, digest
+from cascade.engine.results import ItemError
 from cascade.index import Index, found
-from cascade.prediction import ItemError
 from handlers.asgi.guard import Refusal
 from handlers.asgi.service import Service
 from handlers.wire import parse

@@ -13,15 +13,15 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from cascade import metrics
-from cascade.batcher import DEADLINE, OVERLOADED, STOPPING, Answer, Batcher
-from cascade.prediction import ItemError, Options
-from cascade.registry import State
+from cascade.engine.batcher import DEADLINE, OVERLOADED, STOPPING, Answer, Batcher
+from cascade.engine.registry import State
+from cascade.engine.results import ItemError, Options
 from handlers.asgi.guard import LIMITS, Limits, Refusal
 from handlers.asgi.keys import EVERY, FORBIDDEN, Keys
 
 
 class States(Protocol):
-    """Knows what there is in the store: a ``cascade.registry.Registry``, or what stands in for one."""
+    """Knows what there is in the store: a ``cascade.engine.registry.Registry``, or what stands in for one."""
 
     def states(self, name: str | None = None) -> list[State]: ...
 

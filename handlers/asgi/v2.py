@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
+from cascade.engine.results import ItemError, Prediction
 from cascade.model.fusion import MODES
 from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
-from cascade.prediction import ItemError, Prediction
 from handlers.asgi.guard import Refusal
 from handlers.wire import NOT_FINITE
 

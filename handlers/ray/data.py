@@ -18,11 +18,11 @@ import numpy as np
 
 from cascade.batch import Advance, Run, make_part
 from cascade.bundle.format import digest
-from cascade.engine import Engine
+from cascade.engine.engine import Engine
+from cascade.engine.executors.selection import Kind
+from cascade.engine.results import ItemError
 from cascade.errors import CascadeError
-from cascade.executors.choice import Kind
 from cascade.parts import Job, extent, part_path, todo
-from cascade.prediction import ItemError
 from cascade.rays import RayError
 from cascade.sources import Unit
 from cascade.whole import write_bytes
@@ -40,7 +40,7 @@ class Actor:
     """
 
     def __init__(self, job: Job, bundle: Path, weights: Path | None, executor: Kind, batch: int, threads: int) -> None:
-        from cascade.engine import load
+        from cascade.engine.engine import load
 
         # Ray gives OpenMP as many threads as the actor has CPUs; numba would give it one a core of the machine.
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
@@ -73,7 +73,7 @@ def on_ray(
     """What makes the parts of a job on Ray, for ``cascade.batch.predict_files``.
 
     Args:
-        bundle, weights, executor: as ``cascade.engine.load`` takes them, the same on every node.
+        bundle, weights, executor: as ``cascade.engine.engine.load`` takes them, the same on every node.
         actors: at most, a CPU each; None for as many as the cluster has CPUs.
         cluster: Ray for as long as a block runs, given the CPUs of one on this machine.
     """

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ray import serve
 from ray.serve import Application, Deployment
 
-from cascade.batcher import Batcher
-from cascade.engine import Engine
+from cascade.engine.batcher import Batcher
+from cascade.engine.engine import Engine
+from cascade.engine.registry import load_store
+from cascade.engine.results import ItemError
 from cascade.logs import JsonLines
-from cascade.prediction import ItemError
-from cascade.registry import load_store
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard
 from handlers.asgi.keys import EVERY, Watched

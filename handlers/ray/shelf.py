@@ -13,9 +13,9 @@ from pathlib import Path
 from ray import serve
 
 from cascade.bundle.store import Identity, Store
-from cascade.engine import FULL
+from cascade.engine.engine import FULL
+from cascade.engine.registry import Registry, State
 from cascade.errors import CascadeError
-from cascade.registry import Registry, State
 
 LEAVE = 60.0
 """Seconds that a bundle which has to leave waits for the requests that use it; their answers take 30 at most."""

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from cascade import metrics
-from cascade.engine import Engine, ItemError, Options, Prediction
+from cascade.engine.engine import Engine, ItemError, Options, Prediction
+from cascade.engine.registry import load_store
 from cascade.logs import JsonLines
 from cascade.memory import Resident
-from cascade.registry import load_store
 from handlers import wire
 
 log = logging.getLogger("cascade.torchserve")

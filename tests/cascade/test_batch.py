@@ -19,10 +19,10 @@ from PIL import Image
 from cascade import batch
 from cascade.batch import predict_files, settle, table
 from cascade.bundle.format import write
-from cascade.engine import Engine
+from cascade.engine.engine import Engine
+from cascade.engine.results import Options, Prediction
 from cascade.errors import CascadeError
 from cascade.parts import files_of
-from cascade.prediction import Options, Prediction
 from cascade.sources import expand, plan, read
 
 from .handmade import handmade

@@ -13,8 +13,8 @@ import pytest
 
 from cascade import Client, ItemError, Options, Prediction
 from cascade.client import ClientError
+from cascade.engine.results import Label, Neighbour
 from cascade.oip import packed, unpacked
-from cascade.prediction import Label, Neighbour
 
 GOOD = Prediction(
     "birds",

@@ -16,11 +16,11 @@ from cascade import index as indices
 from cascade.batch import Summary, predict_files
 from cascade.bundle.format import write
 from cascade.cli import app
-from cascade.engine import Engine
+from cascade.engine.engine import Engine
+from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
 from cascade.index import Index, Kind, build, duplicates, outliers, read, search, unit
 from cascade.parts import files_of
-from cascade.prediction import ItemError, Options
 from cascade.report import flat, sample
 from cascade.report import write as write_report
 

@@ -7,9 +7,9 @@ import pytest
 
 from cascade import parts
 from cascade.batch import predict_files
-from cascade.engine import Engine
+from cascade.engine.engine import Engine
+from cascade.engine.results import Options
 from cascade.errors import CascadeError
-from cascade.prediction import Options
 
 from .photos import PHOTOS
 

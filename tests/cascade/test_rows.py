@@ -12,9 +12,9 @@ import pytest
 import cascade
 from cascade.batch import predict_files
 from cascade.bundle.format import Bundle, digest
-from cascade.engine import Engine
+from cascade.engine.engine import Engine
+from cascade.engine.results import Options, Prediction
 from cascade.parts import Embedding, files_of
-from cascade.prediction import Options, Prediction
 
 from .photos import BAD, PHOTOS
 

@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import cascade
 from cascade.batch import predict_files
 from cascade.bundle.format import read, write
-from cascade.engine import Engine
-from cascade.executors.choice import Kind
+from cascade.engine.engine import Engine
+from cascade.engine.executors.selection import Kind
 from cascade.index import build
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 

@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 import cascade
-from cascade.engine import Engine
-from cascade.prediction import ItemError, Prediction
+from cascade.engine.engine import Engine
+from cascade.engine.results import ItemError, Prediction
 from handlers.ray.serve import NAME, QUIET, serving
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 import cascade
-from cascade.engine import Engine, Prediction
+from cascade.engine.engine import Engine, Prediction
 from cascade.model.preprocessing import LIMITS
 from tests.e2e.conftest import CLIENT, NotStarted, Running, serving
 

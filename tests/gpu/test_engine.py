@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from cascade import Engine, Options
-from cascade.executors.choice import Kind
-from cascade.executors.cuda import CudaExecutor
+from cascade.engine.executors.cuda import CudaExecutor
+from cascade.engine.executors.selection import Kind
 from cascade.model.fusion import MODES
+from tests.cascade.engine.test_engine import SHAPES, answers, embeddings, good, mixture, reference, same
 from tests.cascade.handmade import handmade
-from tests.cascade.test_engine import SHAPES, answers, embeddings, good, mixture, reference, same
 
 
 def engine(device: str, *bundles: object, budget: int | None = None, executor: Kind = "auto") -> Engine:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.executors.choice import choose
-from cascade.executors.cuda import CudaExecutor
-from cascade.executors.torch import TorchExecutor
-from cascade.flat import Packed
+from cascade.engine.executors.cuda import CudaExecutor
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.selection import choose
+from cascade.engine.executors.weight_layout import Packed
+from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
-from cascade.residency import Residency
-from tests.cascade.executors.test_cuda import NETWORKS, images, masks_of
-from tests.cascade.executors.test_executors import calibrated, features
+from tests.cascade.engine.executors.test_cuda import NETWORKS, images, masks_of
+from tests.cascade.engine.executors.test_executors import calibrated, features
 
 
 @pytest.fixture(scope="module", params=NETWORKS)

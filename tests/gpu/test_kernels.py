@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cascade.flat import Flat, Packed
+from cascade.engine.executors.weight_layout import Flat, Packed
 from cascade.kernels import per_image
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
+from tests.cascade.engine.executors.test_weight_layout import shuffled
 from tests.cascade.handmade import random_mask
 
 # The same checks as in the interpreter, with this folder's device.
@@ -23,7 +24,6 @@ from tests.cascade.kernels.test_triton import (  # noqa: F401
     test_rows_of_any_length,
     test_swap_equals_plain,
 )
-from tests.cascade.test_flat import shuffled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

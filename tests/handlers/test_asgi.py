@@ -20,17 +20,17 @@ import torch
 from PIL import Image
 
 from cascade import Engine, Options, Prediction
-from cascade.batcher import Answer, Batcher
 from cascade.bundle.thumbnails import make
+from cascade.engine.batcher import Answer, Batcher
 from cascade.logs import JsonLines
 from cascade.oip import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys
 from handlers.asgi.service import Service
+from tests.cascade.engine.test_batcher import Held, busy
+from tests.cascade.engine.test_engine import embeddings
 from tests.cascade.handmade import handmade, named
-from tests.cascade.test_batcher import Held, busy
-from tests.cascade.test_engine import embeddings
 from tests.cascade.test_metrics import now
 from tests.handlers.test_keys import digest
 

@@ -16,7 +16,7 @@ import pytest
 from ts.context import Context, RequestProcessor
 from ts.utils.util import list_classes_from_module
 
-from cascade.engine import ItemError, Options, Prediction
+from cascade.engine.engine import ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from cascade.memory import Resident
 from handlers.torchserve import handler

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from cascade.batch import predict_files
-from cascade.batcher import Batcher
-from cascade.engine import Engine
+from cascade.engine.batcher import Batcher
+from cascade.engine.engine import Engine
+from cascade.engine.results import Options
 from cascade.index import Index, build, read
-from cascade.prediction import Options
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys

@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from cascade import Engine
-from cascade.batcher import Batcher
+from cascade.engine.batcher import Batcher
 from cascade.memory import resident
 from handlers.asgi import worker
 from handlers.asgi.app import create_app

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from cascade.bundle.format import read
 from cascade.cli import app
-from cascade.engine import Engine, Options
+from cascade.engine.engine import Engine, Options
+from cascade.engine.results import Neighbour, Prediction
 from cascade.errors import CascadeError
-from cascade.prediction import Neighbour, Prediction
 from training import accuracy
 
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.executors.torch import TorchExecutor
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model import masks
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from cascade.residency import Residency
 from training.checkpoint import CURVE
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel, ThresholdMask, active, mask_backbone, select, to_mask

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from cascade.bundle.format import Bundle, check, read, under
 from cascade.cli import app
-from cascade.engine import Engine, Options
+from cascade.engine.engine import Engine, Options
+from cascade.engine.results import Prediction
 from cascade.errors import CascadeError
 from cascade.model import masks
 from cascade.model.fusion import MODES
-from cascade.prediction import Prediction
 from training import clusters, dispatcher, evaluate, experts, fuse, pack, pipeline
 from training.command import Watch
 from training.masking import MaskedModel

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors.torch import TorchExecutor
 from cascade.model import backbone as backbones
 from cascade.model import masks
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from cascade.residency import Residency
 from training import views
 from training.augment import Crop, multi_crop
 from training.loop import generator, seed_everything

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.flat import Packed
+from cascade.engine.executors.weight_layout import Packed
 from cascade.kernels.per_image import Layer, Masks, masked_conv, masked_conv_plain, masked_linear, masked_linear_plain
 from cascade.model.masks import pack
 from tests.cascade.kernels.test_triton import device as device

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from cascade.flat import Flat
+from cascade.engine.executors.weight_layout import Flat
 from cascade.kernels import triton
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
+from tests.cascade.engine.executors.test_weight_layout import shuffled
 from tests.cascade.handmade import random_mask
-from tests.cascade.test_flat import shuffled
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cascade.engine.executors import Executor
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors import Executor
-from cascade.executors.torch import TorchExecutor
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask, pack
-from cascade.residency import Residency
 
 EXACT, ROUNDED = 1e-3, 0.1
 """Relative errors that pass; a right executor's are below 2e-6 in float32 and 2e-2 in bfloat16."""

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from cascade.engine import ItemError, Options, load
-from cascade.executors.choice import Kind
+from cascade.engine.engine import ItemError, Options, load
+from cascade.engine.executors.selection import Kind
 
 
 def table(path: Path, batch: int, rounds: int, weights: Path | None = None, kind: Kind = "auto") -> Table:

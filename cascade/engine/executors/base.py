@@ -4,10 +4,10 @@ from functools import cached_property
 
 from torch import Tensor
 
-from cascade.flat import Flat, Packed
+from cascade.engine.executors.weight_layout import Flat, Packed
+from cascade.engine.weight_cache import Residency
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
-from cascade.residency import Residency
 
 
 class FlatExecutor:

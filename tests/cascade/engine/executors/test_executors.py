@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from cascade.bundle.format import read
+from cascade.engine.executors import Executor
+from cascade.engine.executors.onnx import OnnxError
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.selection import Kind, make
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors import Executor
-from cascade.executors.choice import Kind, make
-from cascade.executors.onnx import OnnxError
-from cascade.executors.torch import TorchExecutor
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
-from cascade.residency import Residency
 from tests.cascade.handmade import random_mask
 
 OTHERS: tuple[Kind, ...] = ("folded", "onnx")
@@ -132,7 +132,7 @@ def test_bfloat16() -> None:
 @pytest.mark.parametrize("kind", OTHERS)
 def test_the_backbones_weights_are_given_up(kind: Kind) -> None:
     """One copy of the weights stays, and everything still runs."""
-    from cascade.executors.choice import choose
+    from cascade.engine.executors.selection import choose
 
     backbone = calibrated("test_resnet")
     x = torch.randn(2, *backbone.config["input_size"], generator=torch.Generator().manual_seed(0))

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
+from cascade.engine.executors import selection
+from cascade.engine.executors.folded import FoldedExecutor
+from cascade.engine.executors.onnx import OnnxError, OnnxExecutor
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.selection import choose
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors import choice
-from cascade.executors.choice import choose
-from cascade.executors.folded import FoldedExecutor
-from cascade.executors.onnx import OnnxError, OnnxExecutor
-from cascade.executors.torch import TorchExecutor
 from cascade.model import backbone as backbones
-from cascade.residency import Residency
 
 KINDS = {"plain": TorchExecutor, "folded": FoldedExecutor, "onnx": OnnxExecutor}
 
@@ -78,7 +78,7 @@ def test_the_record_decides(fast: str, cache: Path, monkeypatch: pytest.MonkeyPa
     for seconds in record.values():
         seconds[fast] = 1e-9
     cache.write_text(json.dumps(record))
-    monkeypatch.setattr(choice, "_write", lambda record: pytest.fail("it measured again"))
+    monkeypatch.setattr(selection, "_write", lambda record: pytest.fail("it measured again"))
     assert type(chosen(size=64)) is KINDS[fast]
 
 
@@ -86,7 +86,7 @@ def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch, cache: Path) -> N
     def missing(name: str) -> Any:
         raise OnnxError(f"{name} is missing")
 
-    monkeypatch.setattr("cascade.executors.onnx.library", missing)
+    monkeypatch.setattr("cascade.engine.executors.onnx.library", missing)
     assert type(chosen()) is FoldedExecutor
     with pytest.raises(CascadeError, match="is missing"):
         chosen("onnx")
@@ -102,7 +102,7 @@ def test_what_was_recorded_is_gone(
     def missing(name: str) -> Any:
         raise OnnxError(f"{name} is missing")
 
-    monkeypatch.setattr("cascade.executors.onnx.library", missing)
+    monkeypatch.setattr("cascade.engine.executors.onnx.library", missing)
     with caplog.at_level(logging.WARNING):
         assert type(chosen(size=64)) is FoldedExecutor
     assert "executor onnx can't be used any more: onnx is missing" in caplog.text

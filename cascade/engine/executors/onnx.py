@@ -2,7 +2,7 @@
 
 ONNX Runtime's fast convolutions want weights in blocks of 8 or 16 output channels, and only weights that are constants
 of the graph are brought into that order. So the graph is optimised once with constants whose values are their own
-positions: where each value ends up is the order (``cascade.flat.Order``). Then the constants are made inputs of the
+positions: where each value ends up is the order (``cascade.engine.executors.weight_layout.Order``). Then the constants are made inputs of the
 optimised graph, and every mask's weights are written in that order from the start. Identical outputs, no constant
 left that a mask would have to change; sessions take milliseconds to make.
 """
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from cascade.engine.executors.base import FlatExecutor
+from cascade.engine.executors.weight_layout import Flat, Order
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors.flat import FlatExecutor
-from cascade.flat import Flat, Order
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.stages import stage_of, stages
-from cascade.residency import Residency
 
 # They would merge a unit's weights with other constants.
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]

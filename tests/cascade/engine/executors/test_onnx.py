@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cascade.executors.onnx import OnnxError, OnnxExecutor, _order, library
-from cascade.flat import Order
+from cascade.engine.executors.onnx import OnnxError, OnnxExecutor, _order, library
+from cascade.engine.executors.weight_layout import Order
+from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model.folding import Unit
-from cascade.residency import Residency
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,7 +51,7 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     """ONNX Runtime's own telemetry would leave an identifier in the temporary folder, and send it."""
-    program = "from cascade.executors.onnx import library; library('onnxruntime').SessionOptions()"
+    program = "from cascade.engine.executors.onnx import library; library('onnxruntime').SessionOptions()"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("ORT_")}
     subprocess.run([sys.executable, "-c", program], env=kept | {"TMPDIR": str(tmp_path)}, cwd=ROOT, check=True)
     assert not list(tmp_path.iterdir())

@@ -11,12 +11,12 @@ from typing import Literal, get_args
 import torch
 
 from cascade import whole
+from cascade.engine.executors import Executor
+from cascade.engine.executors.check import Reference, check
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors import Executor
-from cascade.executors.check import Reference, check
-from cascade.executors.torch import TorchExecutor
 from cascade.model.backbone import Backbone
-from cascade.residency import Residency
 
 Kind = Literal["auto", "plain", "folded", "bf16", "onnx"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -64,15 +64,15 @@ def make(backbone: Backbone, residency: Residency, kind: Kind) -> Executor:
     if kind == "plain":
         return TorchExecutor(backbone, residency)
     if kind == "onnx":
-        from cascade.executors.onnx import OnnxExecutor
+        from cascade.engine.executors.onnx import OnnxExecutor
 
         return OnnxExecutor(backbone, residency)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     if backbone.flat.is_cuda:
-        from cascade.executors.cuda import CudaExecutor
+        from cascade.engine.executors.cuda import CudaExecutor
 
         return CudaExecutor(backbone, residency, dtype)
-    from cascade.executors.folded import FoldedExecutor
+    from cascade.engine.executors.folded import FoldedExecutor
 
     return FoldedExecutor(backbone, residency, dtype)
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cascade.engine.weight_cache import Residency
 from cascade.model import masks
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
-from cascade.residency import Residency
 
 
 class TorchExecutor:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cascade import metrics
 from cascade.bundle.format import Bundle
-from cascade.executors import Distinct, Executor
+from cascade.engine.executors import Distinct, Executor
+from cascade.engine.results import Label, Neighbour, Options, Prediction
+from cascade.engine.weight_cache import Residency
 from cascade.model import router
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.masks import Mask
-from cascade.prediction import Label, Neighbour, Options, Prediction
-from cascade.residency import Residency
 
 FEW = 4  # images a mask, below which a pass with a mask for each image is taken where the executor has one
 CHUNK = 32  # images that an executor gets at a time: what a larger batch saves is swaps, at no more memory for layers

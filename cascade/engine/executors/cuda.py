@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.executors.folded import FoldedExecutor
-from cascade.flat import Packed
+from cascade.engine.executors.folded import FoldedExecutor
+from cascade.engine.executors.weight_layout import Packed
+from cascade.engine.weight_cache import Residency
 from cascade.kernels.per_image import Masks
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.stages import stages
-from cascade.residency import Residency
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 """Images that a graph takes; smaller batches are filled up, larger ones cut."""
@@ -76,7 +76,7 @@ class CudaExecutor(FoldedExecutor):
 
     def __init__(self, backbone: Backbone, residency: Residency, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(backbone, residency, dtype)
-        from cascade.executors.distinct import Bound, distinct_model  # triton takes a moment to come up
+        from cascade.engine.executors.per_image import Bound, distinct_model  # triton takes a moment to come up
 
         self.flat.loose = {name: t.to(dtype) for name, t in self.flat.loose.items()}
         self._shifts = self.flat.shifts.clone()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.residency import Residency
 
 Make = Callable[[Tensor | None], Tensor]
 

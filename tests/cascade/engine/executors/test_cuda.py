@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from cascade.engine.executors import cuda
+from cascade.engine.executors.cuda import CudaExecutor, Graph
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.weight_layout import Packed
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors import cuda
-from cascade.executors.cuda import CudaExecutor, Graph
-from cascade.executors.torch import TorchExecutor
-from cascade.flat import Packed
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
-from cascade.residency import Residency
-from tests.cascade.executors.test_executors import calibrated, features
+from tests.cascade.engine.executors.test_executors import calibrated, features
 from tests.cascade.handmade import random_mask
 from tests.cascade.kernels.test_triton import device as device
 
@@ -182,7 +182,7 @@ def test_batches_of_any_size(count: int) -> None:
 
 def FoldedOf(backbone: Backbone, mask: Packed) -> CudaExecutor:
     """An executor of its own under a mask."""
-    from cascade.executors.folded import FoldedExecutor
+    from cascade.engine.executors.folded import FoldedExecutor
 
     executor = FoldedExecutor(backbone, Residency(2**30))
     executor.swap(mask)

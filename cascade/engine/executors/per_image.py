@@ -8,7 +8,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from cascade.flat import Flat
+from cascade.engine.executors.weight_layout import Flat
 from cascade.kernels import per_image
 from cascade.kernels.per_image import Layer, Masks
 from cascade.model.folding import Unit

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction, metrics
-from cascade import registry as registries
 from cascade.bundle.format import Bundle, write
+from cascade.engine import registry as registries
+from cascade.engine.forward import Item
+from cascade.engine.registry import Registry, State, load_store, pinned
 from cascade.errors import CascadeError
-from cascade.forward import Item
 from cascade.model import backbone as backbones
-from cascade.registry import Registry, State, load_store, pinned
 
 from .handmade import handmade, named
 
@@ -80,7 +80,7 @@ def ask(engine: Engine, image: Image.Image, **wish: str) -> str:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    found = [r.getMessage() for r in caplog.records if r.name == "cascade.registry" and r.levelno > logging.INFO]
+    found = [r.getMessage() for r in caplog.records if r.name == "cascade.engine.registry" and r.levelno > logging.INFO]
     caplog.clear()
     return found
 

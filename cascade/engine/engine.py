@@ -1,6 +1,6 @@
 """The engine: bundles over resident backbones, images in, answers out.
 
-Decoding is any thread's (``prepare``); passes take turns (``run``, see ``cascade.forward``). What is loaded changes
+Decoding is any thread's (``prepare``); passes take turns (``run``, see ``cascade.engine.forward``). What is loaded changes
 beside them.
 """
 
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from cascade import metrics
 from cascade.bundle.format import Bundle, check, read
+from cascade.engine.executors import Executor
+from cascade.engine.executors.selection import Kind, choose
+from cascade.engine.forward import Item, forward
+from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors import Executor
-from cascade.executors.choice import Kind, choose
-from cascade.forward import Item, forward
 from cascade.model import backbone as backbones
 from cascade.model.fusion import MODES
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import LIMITS, ImageError, Limits, Preprocessing, convert
 from cascade.model.preprocessing import decode as decode_image
 from cascade.model.preprocessing import read as read_image
-from cascade.prediction import ItemError, Options, Prediction
-from cascade.residency import Residency
 
 DEFAULT_BUDGET = 2**30
 FULL = "bytes of memory"
@@ -49,7 +49,7 @@ class Engine:
         device: where the backbones live.
         limits: of the images.
         weights: a checkpoint that takes the place of the bundles' own weight source.
-        executor: what runs the backbones, see ``cascade.executors``; ``auto`` is the fastest here, and what the
+        executor: what runs the backbones, see ``cascade.engine.executors``; ``auto`` is the fastest here, and what the
             environment variable CASCADE_EXECUTOR says goes before it.
         memory_bytes: for backbones and packed bundles together; None for no limit.
 

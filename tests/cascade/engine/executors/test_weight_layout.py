@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cascade.flat import Flat, Order
+from cascade.engine.executors.weight_layout import Flat, Order
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit

@@ -13,9 +13,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from cascade.engine.weight_cache import Residency
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
-from cascade.residency import Residency
 
 
 class Executor(Protocol):

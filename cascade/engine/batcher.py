@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from cascade import metrics
-from cascade.engine import Engine, Source
+from cascade.engine.engine import Engine, Source
+from cascade.engine.forward import Item, trunk
+from cascade.engine.results import ItemError, Options, Prediction
 from cascade.errors import CascadeError
-from cascade.forward import Item, trunk
-from cascade.prediction import ItemError, Options, Prediction
 
 Answer = Prediction | ItemError
 log = logging.getLogger(__name__)

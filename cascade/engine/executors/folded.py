@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cascade.engine.executors.base import FlatExecutor
+from cascade.engine.executors.weight_layout import Flat, Order, Packed
+from cascade.engine.weight_cache import Residency
 from cascade.errors import CascadeError
-from cascade.executors.flat import FlatExecutor
-from cascade.flat import Flat, Order, Packed
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.masks import Mask
 from cascade.model.stages import stages
-from cascade.residency import Residency
 
 
 class FoldedExecutor(FlatExecutor):

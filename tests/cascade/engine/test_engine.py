@@ -21,10 +21,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import cascade
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle, BundleError, read
+from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.selection import Kind
+from cascade.engine.executors.weight_layout import Flat, Packed
 from cascade.errors import CascadeError
-from cascade.executors.choice import Kind
-from cascade.executors.torch import TorchExecutor
-from cascade.flat import Flat, Packed
 from cascade.model import backbone as backbones
 from cascade.model import masks
 from cascade.model.fusion import MODES
@@ -222,7 +222,7 @@ def test_a_mask_for_each_image(
     pair: tuple[Bundle, Bundle], cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the executor can, many masks with few images each run at once; here on the CPU, without its kernels."""
-    from cascade.executors.cuda import CudaExecutor
+    from cascade.engine.executors.cuda import CudaExecutor
 
     calls: list[int] = []
     run_each = CudaExecutor.run_each
@@ -232,7 +232,9 @@ def test_a_mask_for_each_image(
         return run_each(self, x, masks, start, stop)
 
     monkeypatch.setattr(CudaExecutor, "run_each", spy)
-    monkeypatch.setattr("cascade.engine.choose", lambda backbone, residency, *_: CudaExecutor(backbone, residency))
+    monkeypatch.setattr(
+        "cascade.engine.engine.choose", lambda backbone, residency, *_: CudaExecutor(backbone, residency)
+    )
     single = handmade(cifar[:40], name="single", experts=0, mask_from=2, norms=True)
     engine = engine_of(*pair, single)
     wishes = [*mixture("a", "b", count=6), Options(bundle="single", embedding=True)]

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from cascade import metrics
 from cascade.bundle.format import BundleError
 from cascade.bundle.store import Identity, Store, StoreError
-from cascade.engine import Engine, number
+from cascade.engine.engine import Engine, number
 from cascade.errors import CascadeError
 
 log = logging.getLogger(__name__)

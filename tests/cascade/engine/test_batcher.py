@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction
-from cascade.batcher import Answer, Batcher
 from cascade.bundle.format import Bundle
+from cascade.engine.batcher import Answer, Batcher
+from cascade.engine.forward import Item
 from cascade.errors import CascadeError
-from cascade.forward import Item
 
 from .handmade import handmade, named
 from .test_metrics import now
@@ -299,7 +299,7 @@ def test_a_scheduler_that_dies_leaves_nobody_waiting(
     batcher = Batcher(held)
     busy(batcher, cifar[0])
     second = batcher.submit(cifar[0], Options("a"))
-    monkeypatch.setattr("cascade.batcher.choose", None)
+    monkeypatch.setattr("cascade.engine.batcher.choose", None)
     held.go.release()
     assert kind(second) == (503, "stopping")
     batcher._thread.join(30)

@@ -1,0 +1,1 @@
+"""The engine: one pass over resident backbones, and what it loads."""
