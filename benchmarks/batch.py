@@ -27,11 +27,11 @@ from benchmarks.http import files
 from benchmarks.made import cascade, engine_of, load, mask_bytes, single
 from benchmarks.report import Rows, figure, report
 from benchmarks.report import single as once
-from cascade.batch import BATCH, predict_files, prepare, settle
 from cascade.engine.engine import Engine
 from cascade.engine.forward import Item
 from cascade.engine.results import Options
-from cascade.sources import plan, read
+from cascade.offline.predict import BATCH, predict_files, prepare, settle
+from cascade.offline.sources import plan, read
 from tests.conftest import sheet
 
 FEW = 1000

@@ -136,10 +136,10 @@ def predict(
 
     [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
     """
-    from cascade.batch import bar, predict_files
     from cascade.engine.engine import Options, load
-    from cascade.parts import files_of
-    from cascade.report import check, write
+    from cascade.offline.job import files_of
+    from cascade.offline.predict import bar, predict_files
+    from cascade.offline.report import check, write
 
     if report is not None:
         check(report, out)

@@ -39,7 +39,7 @@ def index_build(
     device: Device = Placed.cpu,
 ) -> None:
     """Index the embeddings: [bold]cascade index build predictions --out photos.index[/]"""
-    from cascade.index import build
+    from cascade.offline.index import build
 
     about = build(predictions, out, kind.value, device.value)
     typer.echo(f"{about.rows} rows in {out}, {about.kind}, {about.dim} numbers each")
@@ -57,7 +57,7 @@ def index_search(
     """Images that look like one: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
     from cascade.engine.engine import load
     from cascade.engine.results import ItemError
-    from cascade.index import read, search
+    from cascade.offline.index import read, search
 
     found = read(folder, device.value)
     failed = False
@@ -81,8 +81,8 @@ def index_duplicates(
     html: Pages = None,
 ) -> None:
     """Groups that look alike: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
-    from cascade.index import duplicates, read
-    from cascade.report import duplicates_page, write_table
+    from cascade.offline.index import duplicates, read
+    from cascade.offline.report import duplicates_page, write_table
 
     found = duplicates(read(folder), threshold)
     write_table(found, out)
@@ -100,8 +100,8 @@ def index_outliers(
     html: Pages = None,
 ) -> None:
     """What lies farthest from all else: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
-    from cascade.index import outliers, read
-    from cascade.report import outliers_page, write_table
+    from cascade.offline.index import outliers, read
+    from cascade.offline.report import outliers_page, write_table
 
     found = outliers(read(folder), top, k)
     write_table(found, out)

@@ -20,7 +20,7 @@ from cascade.bundle.thumbnails import media_type
 from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
-from cascade.index import Index
+from cascade.offline.index import Index
 from cascade.oip import LENGTH_HEADER
 from handlers.asgi import search, ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal

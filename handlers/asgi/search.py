@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 
 from cascade.bundle.format import Bundle, digest
 from cascade.engine.results import ItemError
-from cascade.index import Index, found
+from cascade.offline.index import Index, found
 from handlers.asgi.guard import Refusal
 from handlers.asgi.service import Service
 from handlers.wire import parse

@@ -26,9 +26,9 @@ from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
 from cascade.errors import CascadeError
-from cascade.index import read as read_index
 from cascade.logs import JsonLines
 from cascade.memory import Resident
+from cascade.offline.index import read as read_index
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
 from handlers.asgi.guard import Guard

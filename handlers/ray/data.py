@@ -1,6 +1,6 @@
 """``cascade predict --engine ray``: the units of an offline job, done by the actors of a Ray cluster.
 
-The job is that of ``cascade.batch``: the same folder, the same units, the same rows. An actor makes the part of a unit
+The job is that of ``cascade.offline.predict``: the same folder, the same units, the same rows. An actor makes the part of a unit
 and sends it whole; this process alone writes. What was lost with an actor or a node another one does again. A job that
 was killed goes on when it is started again, with Ray or without.
 """
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from cascade.batch import Advance, Run, make_part
 from cascade.bundle.format import digest
 from cascade.engine.engine import Engine
 from cascade.engine.executors.selection import Kind
 from cascade.engine.results import ItemError
 from cascade.errors import CascadeError
-from cascade.parts import Job, extent, part_path, todo
+from cascade.offline.job import Job, extent, part_path, todo
+from cascade.offline.predict import Advance, Run, make_part
+from cascade.offline.sources import Unit
 from cascade.rays import RayError
-from cascade.sources import Unit
 from cascade.whole import write_bytes
 from handlers.ray.cluster import running
 
@@ -70,7 +70,7 @@ def on_ray(
     actors: int | None = None,
     cluster: Callable[[int], AbstractContextManager[Any]] = running,
 ) -> Run:
-    """What makes the parts of a job on Ray, for ``cascade.batch.predict_files``.
+    """What makes the parts of a job on Ray, for ``cascade.offline.predict.predict_files``.
 
     Args:
         bundle, weights, executor: as ``cascade.engine.engine.load`` takes them, the same on every node.

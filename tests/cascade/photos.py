@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from cascade.model.preprocessing import LIMITS, ImageError, Limits
-from cascade.sources import Unit, read
+from cascade.offline.sources import Unit, read
 from tests.conftest import DATA
 
 PHOTOS = sorted((DATA / "photos").glob("*.png"))

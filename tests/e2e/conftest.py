@@ -20,11 +20,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import cascade
-from cascade.batch import predict_files
 from cascade.bundle.format import read, write
 from cascade.engine.engine import Engine
 from cascade.engine.executors.selection import Kind
-from cascade.index import build
+from cascade.offline.index import build
+from cascade.offline.predict import predict_files
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 import cascade
-from cascade.batch import Summary, predict_files
+from cascade.offline.predict import Summary, predict_files
 from handlers.ray.data import on_ray
 
 STORE = 80 * 2**20  # bytes of a node's object store

@@ -12,11 +12,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from cascade.batch import predict_files
 from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.results import Options
-from cascade.index import Index, build, read
+from cascade.offline.index import Index, build, read
+from cascade.offline.predict import predict_files
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys

@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cascade import batch
-from cascade.batch import predict_files, settle, table
 from cascade.bundle.format import write
 from cascade.engine.engine import Engine
 from cascade.engine.results import Options, Prediction
 from cascade.errors import CascadeError
-from cascade.parts import files_of
-from cascade.sources import expand, plan, read
+from cascade.offline import predict
+from cascade.offline.job import files_of
+from cascade.offline.predict import predict_files, settle, table
+from cascade.offline.sources import expand, plan, read
 
 from .handmade import handmade
 from .photos import BAD, PHOTOS
@@ -133,7 +133,7 @@ from cascade import batch, parts
 
 bundle, images, out, log = map(Path, sys.argv[1:])
 engine = cascade.load(bundle)
-prepare, replace = batch.prepare, Path.replace
+prepare, replace = predict.prepare, Path.replace
 
 
 def die(*_):
@@ -166,7 +166,7 @@ def renaming(how):
     return lambda: setattr(Path, "replace", how)
 
 
-batch.prepare = logged
+predict.prepare = logged
 ends = [at(0.1), at(0.3), renaming(before), at(0.2), renaming(after), lambda: None]
 for run, end in enumerate(ends):
     done = sorted(path.name for path in out.glob("part-*"))
@@ -175,7 +175,7 @@ for run, end in enumerate(ends):
     child = os.fork()  # loading costs seconds, and no thread runs yet
     if child == 0:
         end()
-        batch.predict_files(engine, [images], out, embedding="float16", batch=4, threads=2, rows=8)
+        predict.predict_files(engine, [images], out, embedding="float16", batch=4, threads=2, rows=8)
         os._exit(0)
     print(os.waitpid(child, 0)[1])
 """
@@ -266,7 +266,7 @@ def test_numbers_must_be_positive(engine: Engine, tmp_path: Path, numbers: dict[
 
 def test_look_ahead_is_bounded(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a batch is being written no more than three others are taken up: passed, in a pass, decoded."""
-    prepare, started, written = batch.prepare, count(1), [0]
+    prepare, started, written = predict.prepare, count(1), [0]
     ahead: list[int] = []
 
     def counted(*arguments: Any) -> Any:
@@ -277,7 +277,7 @@ def test_look_ahead_is_bounded(engine: Engine, tmp_path: Path, monkeypatch: pyte
         written[0] = done
         time.sleep(0.05)
 
-    monkeypatch.setattr(batch, "prepare", counted)
+    monkeypatch.setattr(predict, "prepare", counted)
     predict_files(engine, PHOTOS, tmp_path / "out.parquet", batch=1, threads=2, progress=slow)
     assert len(ahead) == len(PHOTOS)
     assert 2 <= max(ahead) <= 5
@@ -291,7 +291,7 @@ def test_progress_counts_up_to_the_total(engine: Engine, folder: Path, tmp_path:
 
 
 def test_bar_shows_count_and_rate(capfd: pytest.CaptureFixture[str]) -> None:
-    with batch.bar("predict") as advance:
+    with predict.bar("predict") as advance:
         advance(0, 20)
         advance(20, 20)
     shown = capfd.readouterr().err
@@ -300,6 +300,6 @@ def test_bar_shows_count_and_rate(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_import_stays_light() -> None:
     heavy = ["torch", "timm", "pyarrow", "rich", "faiss"]
-    code = f"import sys, cascade.batch, cascade.model.preprocessing; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, cascade.offline.predict, cascade.model.preprocessing; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import cascade
-from cascade.batch import predict_files
 from cascade.bundle.format import Bundle, digest
 from cascade.engine.engine import Engine
 from cascade.engine.results import Options, Prediction
-from cascade.parts import Embedding, files_of
+from cascade.offline.job import Embedding, files_of
+from cascade.offline.predict import predict_files
 
 from .photos import BAD, PHOTOS
 

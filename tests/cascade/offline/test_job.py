@@ -5,17 +5,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cascade import parts
-from cascade.batch import predict_files
 from cascade.engine.engine import Engine
 from cascade.engine.results import Options
 from cascade.errors import CascadeError
+from cascade.offline import job
+from cascade.offline.predict import predict_files
 
 from .photos import PHOTOS
 
 
 def test_rows_stream_out_in_groups(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "ROW_GROUP", 4)
+    monkeypatch.setattr(job, "ROW_GROUP", 4)
     predict_files(engine, PHOTOS, tmp_path / "out.parquet", batch=2)
     file = pq.ParquetFile(tmp_path / "out.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4, 4, 2]

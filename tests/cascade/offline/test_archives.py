@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cascade import archives
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError, decode
-from cascade.sources import plan
+from cascade.offline import archives
+from cascade.offline.sources import plan
 
 from .photos import BYTES, images, tar
 

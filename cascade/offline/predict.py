@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, TypeVar
 from cascade import metrics
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
-from cascade.files import Held, Load, is_url
 from cascade.model.preprocessing import ImageError
-from cascade.parts import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
-from cascade.rows import Answer, count, rows_of, schema
-from cascade.sources import ROWS, Unit, read
+from cascade.offline.files import Held, Load, is_url
+from cascade.offline.job import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
+from cascade.offline.schema import Answer, count, rows_of, schema
+from cascade.offline.sources import ROWS, Unit, read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,13 +86,13 @@ def predict_files(
 ) -> Summary:
     """Predict every image of ``sources`` and write a folder of Parquet files, or one.
 
-    Killed at any moment and called again it goes on with what has no part yet (see ``cascade.parts``).
+    Killed at any moment and called again it goes on with what has no part yet (see ``cascade.offline.job``).
 
     Args:
         engine: holds the bundle.
-        sources: see ``cascade.sources.expand``.
+        sources: see ``cascade.offline.sources.expand``.
         out: a folder, or a file where it ends in ``.parquet``: then the parts lie in ``OUT.parts`` until they are
-            joined, and an older file is replaced at the end. Columns are those of ``cascade.rows.schema``.
+            joined, and an older file is replaced at the end. Columns are those of ``cascade.offline.schema.schema``.
         options: for all images, their ``embedding`` aside. The bundle's version is settled at the start.
         embedding: how it is stored, if at all.
         batch: images of a pass at most.
@@ -162,11 +162,11 @@ def settle(
 
 
 def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa.Table":
-    """The rows of a few images, see ``cascade.rows``, in their order: load, decode, one pass, no thread of its own.
+    """The rows of a few images, see ``cascade.offline.schema``, in their order: load, decode, one pass, no thread of its own.
 
     Args:
         engine: holds the job's bundle.
-        images: key and what loads the bytes, as ``cascade.sources.read`` gives them.
+        images: key and what loads the bytes, as ``cascade.offline.sources.read`` gives them.
     """
     keys, loads = zip(*images, strict=True) if (images := list(images)) else ((), ())
     return rows_of(job, keys, answer(engine, [prepare(engine, job, load) for load in loads]))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from cascade import files
-from cascade.files import fetch, find
 from cascade.model.preprocessing import ImageError, Limits
-from cascade.sources import plan
+from cascade.offline import files
+from cascade.offline.files import fetch, find
+from cascade.offline.sources import plan
 
 from .photos import BAD, BYTES, PHOTOS, images, serving
 

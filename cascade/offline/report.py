@@ -13,14 +13,14 @@ import numpy as np
 
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError, decode
-from cascade.parts import writing
-from cascade.sources import again
+from cascade.offline.job import writing
+from cascade.offline.sources import again
 from cascade.whole import write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from cascade.batch import Summary
+    from cascade.offline.predict import Summary
 
 PICTURES, SIDE = 12, 96  # of a cluster; pixels of the longer side
 POINTS = 2000  # of the map
@@ -189,7 +189,7 @@ def write_table(found: "pa.Table", path: Path) -> None:
 
 
 def duplicates_page(found: "pa.Table", threshold: float, path: Path) -> None:
-    """Groups of duplicates with their pictures, the largest first; see ``cascade.index.duplicates``."""
+    """Groups of duplicates with their pictures, the largest first; see ``cascade.offline.index.duplicates``."""
     groups: dict[int, dict[str, str]] = {}
     sizes: Counter[int] = Counter(found["group"].to_pylist())
     for row in found.to_pylist():
@@ -204,7 +204,7 @@ def duplicates_page(found: "pa.Table", threshold: float, path: Path) -> None:
 
 
 def outliers_page(found: "pa.Table", path: Path) -> None:
-    """Outliers with their pictures, the farthest first; see ``cascade.index.outliers``."""
+    """Outliers with their pictures, the farthest first; see ``cascade.offline.index.outliers``."""
     rows = found.slice(0, GROUPS).to_pylist()
     captions = {row["path"]: f"{row['distance']:.3f} {Path(row['path']).name}" for row in rows}
     about = f"<p>Mean cosine distance to the nearest others. The first {GROUPS} at most.</p>\n"

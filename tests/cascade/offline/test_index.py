@@ -12,17 +12,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import cascade
-from cascade import index as indices
-from cascade.batch import Summary, predict_files
 from cascade.bundle.format import write
 from cascade.cli import app
 from cascade.engine.engine import Engine
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
-from cascade.index import Index, Kind, build, duplicates, outliers, read, search, unit
-from cascade.parts import files_of
-from cascade.report import flat, sample
-from cascade.report import write as write_report
+from cascade.offline import index as indices
+from cascade.offline.index import Index, Kind, build, duplicates, outliers, read, search, unit
+from cascade.offline.job import files_of
+from cascade.offline.predict import Summary, predict_files
+from cascade.offline.report import flat, sample
+from cascade.offline.report import write as write_report
 
 from .handmade import handmade
 
@@ -252,7 +252,7 @@ def test_report_by_the_command(bundle: Path, photos: Path, tmp_path: Path) -> No
 
 
 def test_a_sample_is_bounded_and_fair(predicted: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cascade.report.POINTS", 20)
+    monkeypatch.setattr("cascade.offline.report.POINTS", 20)
     drawn = [sample(files_of(predicted[0]), seed) for seed in range(30)]
     assert all(each.points is not None and each.points.shape == (20, 8) for each in drawn)
     assert all(len(paths) <= 12 for each in drawn for paths in each.paths.values())

@@ -10,7 +10,7 @@ import numpy as np
 
 from cascade import __version__
 from cascade.engine.results import ItemError, Prediction
-from cascade.parts import Job
+from cascade.offline.job import Job
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from cascade.archives import cut_parquet, cut_tar, read_parquet, read_rows, read_tar
 from cascade.errors import CascadeError, brief
-from cascade.files import SUFFIXES, Load, fetch, find, is_pattern, is_url, open_file, suffix
 from cascade.model.preprocessing import LIMITS, Limits, load
+from cascade.offline.archives import cut_parquet, cut_tar, read_parquet, read_rows, read_tar
+from cascade.offline.files import SUFFIXES, Load, fetch, find, is_pattern, is_url, open_file, suffix
 
 ROWS = 4096  # images of a unit, where a source can be cut
 LINE = 8192  # bytes of a line in a list

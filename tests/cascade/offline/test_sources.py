@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cascade.errors import CascadeError
-from cascade.files import fetch
 from cascade.model.preprocessing import ImageError, Limits, decode
-from cascade.sources import again, expand, plan
+from cascade.offline.files import fetch
+from cascade.offline.sources import again, expand, plan
 
 from .photos import BYTES, PHOTOS, images, serving, tar
 

@@ -9,8 +9,8 @@ from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from cascade.errors import CascadeError, brief
-from cascade.files import SUFFIXES, Held, Load, is_url, open_file, suffix
 from cascade.model.preprocessing import LIMITS, ImageError, Limits, too_large
+from cascade.offline.files import SUFFIXES, Held, Load, is_url, open_file, suffix
 
 if TYPE_CHECKING:
     import pyarrow as pa

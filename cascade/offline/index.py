@@ -20,7 +20,7 @@ from cascade import whole
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
 from cascade.model.heads import faiss
-from cascade.parts import writing
+from cascade.offline.job import writing
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,7 +1,7 @@
 """An offline job's folder: what was begun, its units of work, and a Parquet file for each that is done.
 
     _job.json            the settings; other ones are refused
-    _units.jsonl         the plan: line n is unit n, see ``cascade.sources.Unit``
+    _units.jsonl         the plan: line n is unit n, see ``cascade.offline.sources.Unit``
     part-00000.parquet   the rows of unit 0, there when it is done, and whole
 
 Parquet readers pass over names that begin with an underscore. A part is written beside, synced and renamed: so the job
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cascade import whole
 from cascade.errors import CascadeError
-from cascade.sources import Unit, plan
+from cascade.offline.sources import Unit, plan
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,7 @@ class Job:
     """What was asked for; all that decides what the rows are.
 
     Attributes:
-        sources: as ``cascade.sources.plan`` takes them.
+        sources: as ``cascade.offline.sources.plan`` takes them.
         folder: which relative ones are relative to; empty where none is.
         bundle, version, digest: the last as ``cascade.bundle.format.digest`` gives it.
         mode: settled.

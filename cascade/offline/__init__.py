@@ -1,0 +1,1 @@
+"""Batch prediction: sources, jobs, reports and the index."""
