@@ -158,7 +158,7 @@ def over_http(url: str, root: int, images: list[bytes], concurrency: int, count:
 @contextmanager
 def asgi(store: Path) -> Iterator[tuple[str, int]]:
     """The ASGI front end as its command starts it: where to post, and the supervisor's pid."""
-    command = [sys.executable, "-m", "cascade.cli", "serve", "--frontend", "asgi", "--port", "0"]
+    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--frontend", "asgi", "--port", "0"]
     options = ["--model-store", str(store), "--log-level", "warning"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -11,7 +11,7 @@ import yaml
 from kubernetes_validate import ValidationError, validate  # type: ignore[import-untyped]
 from typer.testing import CliRunner
 
-from cascade import cli
+from cascade.cli import main
 from tests.conftest import DATA, need
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_the_front_end_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(supervisor, "serve", lambda store, **options: asked.update(options, store=store))
     spec = PLAIN["Deployment"]["spec"]["template"]["spec"]
     (container,) = spec["containers"]
-    done = CliRunner().invoke(cli.app, ["serve", *container["args"]])
+    done = CliRunner().invoke(main.app, ["serve", *container["args"]])
     assert done.exit_code == 0, done.output
     assert asked["port"] == container["ports"][0]["containerPort"]
     assert asked["store"] in [mount["mountPath"] for mount in container["volumeMounts"]]

@@ -93,7 +93,7 @@ runpy.run_path({str(command)!r}, run_name="__main__")
 
 
 def test_everything_comes_from_the_wheel(environment: Path) -> None:
-    program = "import cascade.cli as c, handlers as h, training as t; print(c.__file__, h.__file__, t.__file__)"
+    program = "import cascade.cli.main as c, handlers as h, training as t; print(c.__file__, h.__file__, t.__file__)"
     files = run(environment / "bin" / "python", "-c", program, cwd=environment).split()
     installed = [Path(file).parent for file in files]
     assert all(folder.is_relative_to(environment) for folder in installed)

@@ -57,7 +57,7 @@ def serving_asgi(
     """
     (port,) = claim_ports((host, 0))
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir=place))
-    command = [sys.executable, "-m", "cascade.cli", "serve", "--frontend", "asgi", "--model-store", str(store)]
+    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--frontend", "asgi", "--model-store", str(store)]
     with (folder / "stderr").open("w") as stderr:
         process = subprocess.Popen(
             [*command, "--host", host, "--port", str(port), *options],

@@ -53,7 +53,7 @@ def test_a_node_and_an_actor_die_and_the_output_is_that_of_the_local_job(
     need(find_spec("ray"), "Ray is not installed")
     local, out, resumed = (tmp_path / name for name in ("local", "out", "resumed"))
     options = ("--bundle", bundle_path, "--rows", 10, "--batch", 4, "--threads", 1)
-    run("cascade.cli", "predict", cifar_folder, "nowhere.png", "--out", local, *options)
+    run("cascade.cli.main", "predict", cifar_folder, "nowhere.png", "--out", local, *options)
     shutil.copytree(local, resumed)
     for number in (3, 30):
         (resumed / f"part-{number:05d}.parquet").unlink()

@@ -258,7 +258,7 @@ def test_replicas_come_and_go_with_the_load(url: str, roll_out: Callable[..., No
 def test_the_command_ends_in_order(many: Path, photos: list[bytes]) -> None:
     """Beside the server of this module it would take too long for every run."""
     (port,) = claim_ports((LOOPBACK, 0))
-    command = [sys.executable, "-m", "cascade.cli", "serve", "--frontend", "ray", "--model-store", str(many)]
+    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--frontend", "ray", "--model-store", str(many)]
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))  # short: Ray's sockets lie in it
     environment = os.environ | {"CASCADE_EXECUTOR": EXECUTOR, "TMPDIR": str(folder)}
     process = subprocess.Popen(

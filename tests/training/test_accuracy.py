@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cascade.bundle.format import read
-from cascade.cli import app
+from cascade.cli.main import app
 from cascade.engine.engine import Engine, Options
 from cascade.engine.results import Neighbour, Prediction
 from cascade.errors import CascadeError

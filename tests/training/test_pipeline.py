@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cascade.bundle.format import Bundle, check, read, under
-from cascade.cli import app
+from cascade.cli.main import app
 from cascade.engine.engine import Engine, Options
 from cascade.engine.results import Prediction
 from cascade.errors import CascadeError
@@ -484,7 +484,7 @@ def test_cascade_train_has_the_pipelines_options() -> None:
 
 def test_cascade_train_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    command = [sys.executable, "-m", "cascade.cli", "train", "photos", "--out", "store/a/1"]
+    command = [sys.executable, "-m", "cascade.cli.main", "train", "photos", "--out", "store/a/1"]
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert failed.stderr.startswith("error: no train images in") and failed.stderr.count("\n") == 1

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import cascade
 from cascade.bundle.format import write
-from cascade.cli import app
+from cascade.cli.main import app
 from cascade.engine.engine import Engine
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError

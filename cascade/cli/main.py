@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from cascade import CascadeError, __version__
-from cascade.cli_index import Weights, index
+from cascade.cli.index import Weights, index
 
 
 class OneLine(TyperGroup):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import cascade
 from cascade.bundle.format import write
-from cascade.cli import app
+from cascade.cli.main import app
 from cascade.model import backbone
 
 from .handmade import handmade
@@ -181,7 +181,7 @@ def test_wrong_use_is_explained() -> None:
 
 def test_as_a_process(tmp_path: Path) -> None:
     """What a shell sees: exit status 1, one line, no traceback."""
-    command = [sys.executable, "-m", "cascade.cli", "verify", str(tmp_path)]
+    command = [sys.executable, "-m", "cascade.cli.main", "verify", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (

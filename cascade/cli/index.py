@@ -1,4 +1,4 @@
-"""``cascade index build | search | duplicates | outliers``; imports as ``cascade.cli``."""
+"""``cascade index build | search | duplicates | outliers``; imports as ``cascade.cli.main``."""
 
 from enum import StrEnum
 from pathlib import Path
