@@ -16,7 +16,7 @@ import numpy as np
 
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.errors import CascadeError
-from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
+from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 
 T = TypeVar("T")
 Image = bytes | str | Path
@@ -80,7 +80,7 @@ class Client:
 
         Args:
             images: files, or float32 [N, 3, H, W], preprocessed.
-            outputs: some of ``cascade.oip.OUTPUTS``.
+            outputs: some of ``cascade.open_inference.OUTPUTS``.
 
         Returns:
             Each output by name: an array with a row an image, or a list of texts; and the ``version`` that made them.

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cascade.room import TROUBLE as TROUBLE  # first: prometheus_client looks at the environment when it is imported
+from cascade.metrics_files import (
+    TROUBLE as TROUBLE,  # first: prometheus_client looks at the environment when it is imported
+)
 
 # isort: split
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cascade import whole
+from cascade import atomic
 from cascade.bundle.format import under
 from training.masking import MaskedModel
 from training.objectives import Objective
@@ -32,7 +32,7 @@ def store(
     for i, optimizer in enumerate(optimizers):
         for key, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}.{n}": t for n, t in state.items() if t is not None}
-    with whole.file(path, alone=True) as beside:
+    with atomic.file(path, alone=True) as beside:
         save_file({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, beside, {"step": str(step)})
 
 
@@ -65,6 +65,6 @@ def keep_curve(path: Path, begin: int) -> Path:
     """Drop the lines of steps that will be made again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        with whole.file(path, alone=True) as beside:
+        with atomic.file(path, alone=True) as beside:
             beside.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < begin))
     return path

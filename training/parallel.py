@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cascade import rays
+from cascade import ray_session
 from cascade.errors import CascadeError, brief
 from cascade.model import masks
 from training import distributed, experts
@@ -48,7 +48,7 @@ def train(run: Run) -> None:
     masks.apply(run.backbone, run.dispatcher)  # the kernel, when it first runs, sets PyTorch's number of threads, too
     threads = torch.get_num_threads()
     cpus = len(os.sched_getaffinity(0))
-    with rays.running(cpus, OBJECT_STORE, log_to_driver=False) as ray:
+    with ray_session.running(cpus, OBJECT_STORE, log_to_driver=False) as ray:
         task = ray.remote(max_retries=RETRIES, **_needs(ray, len(missing), threads, run.watch))(_one)
         where = str(Path.cwd()), str(run.folder.resolve())
         running = {task.options(name=f"expert-{k}").remote(*where, k): k for k in missing}

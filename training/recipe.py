@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cascade import whole
+from cascade import atomic
 from cascade.errors import CascadeError
 from training.augment import Crop
 
@@ -177,7 +177,7 @@ class Recipe:
                 )
             for split in ("train", "test"):  # a start that failed before its first step binds nobody
                 (run / f"{split}.json").unlink(missing_ok=True)
-        with whole.file(path) as beside:
+        with atomic.file(path) as beside:
             beside.write_text(text)
 
     @classmethod

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cascade import whole
+from cascade import atomic
 from cascade.bundle.format import under
 from cascade.engine.executors.plain import TorchExecutor
 from cascade.engine.weight_cache import Residency
@@ -239,7 +239,7 @@ def write_json(path: Path, value: Any) -> None:
     """A file that is whole or not there; of several processes the first one writes it."""
     if distributed.rank():
         return
-    with whole.file(path, alone=True) as beside:
+    with atomic.file(path, alone=True) as beside:
         beside.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -252,5 +252,5 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A file that is whole or not there; of several processes the first one writes it."""
     if distributed.rank():
         return
-    with whole.file(path, alone=True) as beside:
+    with atomic.file(path, alone=True) as beside:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 import cascade
-from cascade import whole
+from cascade import atomic
 from cascade.model.preprocessing import LIMITS, ImageError, read
 from training.sources import root
 
@@ -75,7 +75,7 @@ def _stamp(path: Path) -> list[int]:
 def _remember(file: Path, memo: dict[str, list]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole.file(file) as beside:
+        with atomic.file(file) as beside:
             beside.write_text(json.dumps(memo))
     except OSError as error:
         log.warning("cannot write %s (%s): the next start reads every image again", file, error.strerror)

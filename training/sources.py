@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from cascade import whole
+from cascade import atomic
 from cascade.errors import CascadeError
 
 Arrays = dict[str, np.ndarray]  # "train-images", "train-labels", "test-images", "test-labels"
@@ -139,7 +139,7 @@ def _reason(error: Exception) -> str:
 def _keep(data: Arrays, folder: Path) -> None:
     """Write the arrays as files of `folder`, which is there complete or not at all."""
     try:
-        with whole.folder(folder) as beside:
+        with atomic.folder(folder) as beside:
             for name, array in data.items():
                 np.save(beside / f"{name}.npy", array, allow_pickle=False)
     except OSError:

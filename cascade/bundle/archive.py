@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cascade.atomic import write_bytes
 from cascade.bundle import coder
 from cascade.bundle import format as bundles
 from cascade.bundle.format import BundleError
 from cascade.bundle.schema import Card, MaskCard
 from cascade.errors import CascadeError
 from cascade.model import masks
-from cascade.whole import write_bytes
 
 FORMAT = "cascade transport 1"
 

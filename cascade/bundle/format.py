@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cascade import whole
+from cascade import atomic
 from cascade.bundle.schema import FORMAT, Card, MaskCard, Versioned
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.bundle.validate import misfits
@@ -176,7 +176,7 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
     files[SUMS] = sums.encode()
     try:
-        with whole.folder(path) as beside:
+        with atomic.folder(path) as beside:
             for name, raw in files.items():
                 (beside / name).write_bytes(raw)
             read(beside)  # what could not be read back is not written

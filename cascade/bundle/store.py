@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from cascade.atomic import sync
 from cascade.bundle.format import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read
 from cascade.errors import CascadeError, brief
-from cascade.whole import sync
 
 T = TypeVar("T")
 Identity = tuple[str, str]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cascade import whole
+from cascade import atomic
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
 from cascade.model.heads import faiss
@@ -117,7 +117,7 @@ def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu"
         vectors.train(_some(files, rows, TRAINING * _lists(rows)))
     columns = pa.schema({"path": pa.string(), "cluster": pa.int64(), "ood": pa.float32()})
     try:
-        with whole.folder(out) as beside:
+        with atomic.folder(out) as beside:
             with writing(beside / ROWS, columns) as append:
                 for embeddings, found in _embeddings(files):
                     vectors.add(embeddings)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cascade import whole
+from cascade import atomic
 from cascade.errors import CascadeError
 from cascade.offline.sources import Unit, plan
 
@@ -155,11 +155,11 @@ def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], 
             waiting.clear()
 
     try:
-        with whole.file(path) as beside, pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+        with atomic.file(path) as beside, pq.ParquetWriter(beside, schema, compression="zstd") as writer:
             yield append
             append(schema.empty_table(), least=1)
     except OSError as error:
-        raise whole.not_written(path, error) from error
+        raise atomic.not_written(path, error) from error
 
 
 def join(folder: Path, out: Path) -> None:
@@ -184,12 +184,12 @@ def _begin(folder: Path, job: Job) -> None:
         if others := sorted(path.name for path in folder.iterdir() if path.name != UNITS):
             raise CascadeError(f"{folder} holds {others[0]} and no job of ours: name an empty folder") from None
         try:
-            whole.write_text(folder / UNITS, (f"{unit.to_json()}\n" for unit in plan(job.sources, job.rows)))
+            atomic.write_text(folder / UNITS, (f"{unit.to_json()}\n" for unit in plan(job.sources, job.rows)))
         except CascadeError:
             with suppress(OSError):
                 folder.rmdir()
             raise
-        whole.write_text(folder / JOB, [json.dumps(asdict(job), indent=1) + "\n"])
+        atomic.write_text(folder / JOB, [json.dumps(asdict(job), indent=1) + "\n"])
         return
     except (OSError, ValueError) as error:
         raise CascadeError(f"{folder / JOB} can't be read ({error}): name another folder") from error

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cascade.atomic import write_text
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError, decode
 from cascade.offline.job import writing
 from cascade.offline.sources import again
-from cascade.whole import write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa

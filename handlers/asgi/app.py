@@ -21,7 +21,7 @@ from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
 from cascade.offline.index import Index
-from cascade.oip import LENGTH_HEADER
+from cascade.open_inference import LENGTH_HEADER
 from handlers.asgi import search, ui, v2
 from handlers.asgi.guard import FAILED, Guard, Refusal
 from handlers.asgi.service import Service

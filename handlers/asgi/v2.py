@@ -19,7 +19,7 @@ from torch import Tensor
 from cascade.bundle.format import Bundle
 from cascade.engine.results import ItemError, Prediction
 from cascade.model.fusion import MODES
-from cascade.oip import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
+from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from handlers.asgi.guard import Refusal
 from handlers.wire import NOT_FINITE
 

@@ -27,7 +27,7 @@ from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
 from cascade.errors import CascadeError
 from cascade.logs import JsonLines
-from cascade.memory import Resident
+from cascade.malloc_trim import Resident
 from cascade.offline.index import read as read_index
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection

@@ -1,11 +1,11 @@
-"""Ray with what our servers and actors want of it, see ``cascade.rays``."""
+"""Ray with what our servers and actors want of it, see ``cascade.ray_session``."""
 
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from cascade import rays
+from cascade import ray_session
 from handlers.ray.proxy import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -19,4 +19,4 @@ def running(cpus: int) -> AbstractContextManager[Any]:
         RayError: it is not installed, does not start, or RAY_ADDRESS leads nowhere.
     """
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return rays.running(cpus, OBJECT_STORE, {"PYTHONPATH": search, "OMP_WAIT_POLICY": "passive", **ENVIRONMENT})
+    return ray_session.running(cpus, OBJECT_STORE, {"PYTHONPATH": search, "OMP_WAIT_POLICY": "passive", **ENVIRONMENT})

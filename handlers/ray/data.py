@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cascade.atomic import write_bytes
 from cascade.bundle.format import digest
 from cascade.engine.engine import Engine
 from cascade.engine.executors.selection import Kind
@@ -24,8 +25,7 @@ from cascade.errors import CascadeError
 from cascade.offline.job import Job, extent, part_path, todo
 from cascade.offline.predict import Advance, Run, make_part
 from cascade.offline.sources import Unit
-from cascade.rays import RayError
-from cascade.whole import write_bytes
+from cascade.ray_session import RayError
 from handlers.ray.cluster import running
 
 BLOCKS = 2000  # of the list of units, at most: Ray Data moves whole blocks

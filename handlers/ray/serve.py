@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cascade.rays import RayError
+from cascade.ray_session import RayError
 from handlers.ray.cluster import running
 
 NAME = "cascade"

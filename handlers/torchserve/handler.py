@@ -23,7 +23,7 @@ from cascade import metrics
 from cascade.engine.engine import Engine, ItemError, Options, Prediction
 from cascade.engine.registry import load_store
 from cascade.logs import JsonLines
-from cascade.memory import Resident
+from cascade.malloc_trim import Resident
 from handlers import wire
 
 log = logging.getLogger("cascade.torchserve")

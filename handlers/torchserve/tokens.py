@@ -12,7 +12,7 @@ from typing import Literal
 
 import httpx
 
-from cascade import whole
+from cascade import atomic
 from cascade.errors import CascadeError
 
 KEY_FILE = "key_file.json"
@@ -39,7 +39,7 @@ def hand_out(folder: Path, file: Path) -> None:
         TokenError: the file cannot be written.
     """
     try:
-        with whole.file(file) as beside:
+        with atomic.file(file) as beside:
             beside.unlink(missing_ok=True)  # of a process that had our number
             with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
                 out.write(_key(folder, "inference") + "\n")

@@ -14,7 +14,7 @@ import pytest
 from cascade import Client, ItemError, Options, Prediction
 from cascade.client import ClientError
 from cascade.engine.results import Label, Neighbour
-from cascade.oip import packed, unpacked
+from cascade.open_inference import packed, unpacked
 
 GOOD = Prediction(
     "birds",

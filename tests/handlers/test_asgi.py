@@ -23,7 +23,7 @@ from cascade import Engine, Options, Prediction
 from cascade.bundle.thumbnails import make
 from cascade.engine.batcher import Answer, Batcher
 from cascade.logs import JsonLines
-from cascade.oip import LENGTH_HEADER, packed, unpacked
+from cascade.open_inference import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
 from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys

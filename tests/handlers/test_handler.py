@@ -18,7 +18,7 @@ from ts.utils.util import list_classes_from_module
 
 from cascade.engine.engine import ItemError, Options, Prediction
 from cascade.logs import JsonLines
-from cascade.memory import Resident
+from cascade.malloc_trim import Resident
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
 from handlers.wire import parse

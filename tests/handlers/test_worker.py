@@ -12,7 +12,7 @@ import uvicorn
 
 from cascade import Engine
 from cascade.engine.batcher import Batcher
-from cascade.memory import resident
+from cascade.malloc_trim import resident
 from handlers.asgi import worker
 from handlers.asgi.app import create_app
 from handlers.asgi.keys import Watched

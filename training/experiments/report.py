@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cascade import whole
+from cascade import atomic
 from cascade.errors import CascadeError
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
@@ -77,7 +77,7 @@ def write(path: Path, tables: Sequence[Table], about: Mapping[str, Any], notes: 
     body = {**about, "tables": [t.json() for t in tables], "notes": list(notes)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".md", text), (".json", json.dumps(body, indent=1) + "\n")):
-        with whole.file(path.with_name(path.name + suffix)) as beside:
+        with atomic.file(path.with_name(path.name + suffix)) as beside:
             beside.write_text(content)
     return text
 
@@ -110,6 +110,6 @@ def save(figure: Any, path: Path) -> None:
     """The figure as PNG; it is closed then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    with whole.file(path) as beside:
+    with atomic.file(path) as beside:
         figure.savefig(beside, format="png", dpi=110)
     plots().close(figure)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from cascade import whole
+from cascade import atomic
 from cascade.engine.executors import Executor
 from cascade.engine.executors.check import Reference, check
 from cascade.engine.executors.plain import TorchExecutor
@@ -133,7 +133,7 @@ def _write(record: dict[str, dict[Kind, float]]) -> None:
     """Whole or not at all; without a writable cache the next start measures again."""
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        with whole.file(path()) as beside:
+        with atomic.file(path()) as beside:
             beside.write_text(json.dumps(record, indent=1))
     except OSError as error:
         log.info("the choice of an executor is not recorded: %s", error)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade import whole
+from cascade import atomic
 from cascade.errors import CascadeError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -17,10 +17,10 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def test_the_new_one_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with whole.file(path) as beside:
+    with atomic.file(path) as beside:
         beside.write_text("new")
         assert path.read_text() == "old"
-    with whole.folder(tmp_path / "deep" / "b") as beside:
+    with atomic.folder(tmp_path / "deep" / "b") as beside:
         (beside / "c").write_text("c")
         assert not (tmp_path / "deep" / "b").exists()
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["a.txt", "deep", "deep/b", "deep/b/c"]
@@ -40,7 +40,7 @@ def test_what_fails_leaves_nothing(
     with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
         if step != "block":
             patch.setattr(os if step == "fsync" else Path, step if step == "fsync" else name, fail)
-        with getattr(whole, kind)(tmp_path / "a") as beside:
+        with getattr(atomic, kind)(tmp_path / "a") as beside:
             (beside if kind == "file" else beside / "b").write_text("half")
             if step == "block":
                 fail()
@@ -56,22 +56,22 @@ def test_an_error_for_who_named_the_file(tmp_path: Path) -> None:
 
     for path in (tmp_path / "gone" / "a", tmp_path):
         with pytest.raises(CascadeError, match=f"^{path} could not be written .*: make room, or name another$"):
-            whole.write_bytes(path, [b"new"])
+            atomic.write_bytes(path, [b"new"])
     with pytest.raises(CascadeError, match="No space left on device"):
-        whole.write_text(tmp_path / "a", lines())
+        atomic.write_text(tmp_path / "a", lines())
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
-    whole.write_text(tmp_path / "a", ["é", "\n"])
+    atomic.write_text(tmp_path / "a", ["é", "\n"])
     assert (tmp_path / "a").read_bytes() == b"\xc3\xa9\n"
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / "a"
     if not (child := os.fork()):
-        with whole.file(path, alone=True) as beside:
+        with atomic.file(path, alone=True) as beside:
             beside.write_text("a first try, which was longer")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert not path.exists() and len(list(tmp_path.iterdir())) == 1
-    with whole.file(path, alone=True) as beside:
+    with atomic.file(path, alone=True) as beside:
         beside.write_text("a second one")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_text() == "a second one"

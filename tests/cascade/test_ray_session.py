@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cascade.rays import RayError, running
+from cascade.ray_session import RayError, running
 
 
 def test_without_ray_one_line_says_so_and_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
