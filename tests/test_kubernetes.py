@@ -131,7 +131,7 @@ def test_the_front_end_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_probes_and_scrapes_are_routes_of_the_application() -> None:
     from handlers.asgi.app import create_app
-    from handlers.asgi.guard import LIMITS
+    from handlers.asgi.middleware import LIMITS
 
     class Nothing:
         limits = LIMITS

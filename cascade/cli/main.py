@@ -147,7 +147,7 @@ def predict(
     options = Options(mode=mode, labels=labels, neighbours=neighbours)
     numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
     if machines is Machines.ray:
-        from handlers.ray.data import on_ray
+        from handlers.ray.batch_predict import on_ray
 
         numbers |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, actors)}
     with bar("predicting") as progress:

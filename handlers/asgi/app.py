@@ -22,10 +22,10 @@ from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
-from handlers.asgi import search, ui, v2
-from handlers.asgi.guard import FAILED, Guard, Refusal
+from handlers.asgi import open_inference, search, ui
+from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
-from handlers.wire import NOT_FINITE, encode, parse, wants_bytes
+from handlers.requests import NOT_FINITE, encode, parse, wants_bytes
 
 ROW = re.compile(r"[0-9]{1,9}")
 PICTURE = {"type": "string", "format": "binary"}
@@ -81,7 +81,7 @@ def create_app(service: Service, index: Index | None = None) -> Guard:
     @cache
     def described() -> dict[str, Any]:
         """FastAPI's description, and the body of /infer, which FastAPI does not read itself."""
-        schema = v2.InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema = open_inference.InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         whole = get_openapi(title=app.title, version=app.version, routes=app.routes)
         whole["components"]["schemas"] |= schema.pop("$defs") | {"InferRequest": schema}
         return whole
@@ -148,7 +148,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata", openapi_extra=VERSION)
     async def model_metadata(request: Request, model: str) -> dict[str, Any]:
         bundle = found(request, model)
-        return v2.metadata(bundle) | _versions(service.states(request, model).get(model, []))
+        return open_inference.metadata(bundle) | _versions(service.states(request, model).get(model, []))
 
     @app.get("/v2/models/{model}/ready", summary="Bundle readiness")
     @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness", openapi_extra=VERSION)
@@ -170,7 +170,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         found(request, model)  # before the body is read
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
-        asked = await asyncio.to_thread(v2.parse, body, request.headers.get(LENGTH_HEADER), most)
+        asked = await asyncio.to_thread(open_inference.parse, body, request.headers.get(LENGTH_HEADER), most)
         for _ in range(AGAIN):
             bundle = found(request, model)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
@@ -184,7 +184,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
         if len(errors) == len(answers) and errors[0].status >= 500:
             raise Refusal(errors[0])
-        content, length = await asyncio.to_thread(v2.response, asked, bundle, answers)
+        content, length = await asyncio.to_thread(open_inference.response, asked, bundle, answers)
         if length is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")

@@ -7,7 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from handlers.asgi.guard import Message, Receive, Send
+from handlers.asgi.middleware import Message, Receive, Send
 
 MAX_HEAD = 16 * 2**10  # bytes of the request line and all headers
 HEAD_SECONDS = 10.0  # from a connection, or a head's first byte, to the head's end

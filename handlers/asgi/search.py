@@ -11,9 +11,9 @@ from fastapi import FastAPI, Request
 from cascade.bundle.format import Bundle, digest
 from cascade.engine.results import ItemError
 from cascade.offline.index import Index, found
-from handlers.asgi.guard import Refusal
+from handlers.asgi.middleware import Refusal
 from handlers.asgi.service import Service
-from handlers.wire import parse
+from handlers.requests import parse
 
 MOST = 100  # results
 K = {"name": "k", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MOST, "default": 10}}

@@ -16,8 +16,8 @@ from cascade import metrics
 from cascade.engine.batcher import DEADLINE, OVERLOADED, STOPPING, Answer, Batcher
 from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
-from handlers.asgi.guard import LIMITS, Limits, Refusal
 from handlers.asgi.keys import EVERY, FORBIDDEN, Keys
+from handlers.asgi.middleware import LIMITS, Limits, Refusal
 
 
 class States(Protocol):

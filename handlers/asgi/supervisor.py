@@ -19,7 +19,7 @@ from typing import Any
 
 from cascade.errors import CascadeError
 from cascade.logs import say
-from handlers.torchserve import process
+from handlers import process
 
 BACKLOG = 1024
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between a death and the next start; doubles while none gets ready

@@ -31,8 +31,8 @@ from cascade.malloc_trim import Resident
 from cascade.offline.index import read as read_index
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
-from handlers.asgi.guard import Guard
 from handlers.asgi.keys import Watched
+from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
 
 READY = b"ready\n"

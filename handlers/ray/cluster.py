@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade import ray_session
-from handlers.ray.proxy import ENVIRONMENT
+from handlers.ray.middleware import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 OBJECT_STORE = 128 * 2**20  # bytes; requests go past it, and parts of a job are a few MB

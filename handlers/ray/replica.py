@@ -23,12 +23,12 @@ from cascade.engine.registry import load_store
 from cascade.engine.results import ItemError
 from cascade.logs import JsonLines
 from handlers.asgi.app import create_app
-from handlers.asgi.guard import Guard
 from handlers.asgi.keys import EVERY, Watched
+from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
 from handlers.asgi.worker import HUNG
-from handlers.ray.proxy import App, Receive, Send, bundle_of
-from handlers.ray.shelf import Part, Shelf
+from handlers.ray.middleware import App, Receive, Send, bundle_of
+from handlers.ray.multiplexing import Part, Shelf
 
 TARGET = 16
 """Requests in progress of a replica, above which another one is started."""

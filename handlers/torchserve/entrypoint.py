@@ -31,8 +31,9 @@ from cascade.bundle.store import is_url
 from cascade.errors import CascadeError
 from cascade.logs import say
 from cascade.model.preprocessing import LIMITS
+from handlers import process
 from handlers.signals import exit_on_signals
-from handlers.torchserve import java, process, tokens
+from handlers.torchserve import java, tokens
 from handlers.torchserve.tokens import TokenError
 
 HERE = Path(__file__).parent

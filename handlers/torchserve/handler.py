@@ -24,7 +24,7 @@ from cascade.engine.engine import Engine, ItemError, Options, Prediction
 from cascade.engine.registry import load_store
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
-from handlers import wire
+from handlers import requests
 
 log = logging.getLogger("cascade.torchserve")
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
@@ -71,14 +71,14 @@ class CascadeHandler:
         else:
             with gate:
                 fcntl.flock(gate, fcntl.LOCK_SH)
-                answers = self.predict([wire.parse(*each) for each in zip(data, headers, strict=True)])
+                answers = self.predict([requests.parse(*each) for each in zip(data, headers, strict=True)])
         bodies = []
         for i, answer in enumerate(answers):
             try:
-                body, kind, named = wire.encode(answer, wire.wants_bytes(headers[i]))
+                body, kind, named = requests.encode(answer, requests.wants_bytes(headers[i]))
             except ValueError:
-                answer = wire.NOT_FINITE
-                body, kind, named = wire.encode(answer, False)
+                answer = requests.NOT_FINITE
+                body, kind, named = requests.encode(answer, False)
             bodies.append(body)
             context.set_response_content_type(i, kind)
             for name, value in named.items():

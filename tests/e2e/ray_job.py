@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 import cascade
 from cascade.offline.predict import Summary, predict_files
-from handlers.ray.data import on_ray
+from handlers.ray.batch_predict import on_ray
 
 STORE = 80 * 2**20  # bytes of a node's object store
 ROWS, BATCH = 10, 4

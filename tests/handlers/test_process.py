@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.torchserve import process
+from handlers import process
 
 # A shell whose grandchildren ignore SIGTERM, as a worker in a long native call does.
 TREE = ["/bin/sh", "-c", "trap '' TERM; sleep 1000 & (sleep 1000; :) & echo started; wait"]

@@ -18,8 +18,8 @@ from cascade.engine.results import Options
 from cascade.offline.index import Index, build, read
 from cascade.offline.predict import predict_files
 from handlers.asgi.app import create_app
-from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys
+from handlers.asgi.middleware import Guard, Limits
 from handlers.asgi.service import Service
 from tests.cascade.handmade import handmade, named
 

@@ -25,14 +25,14 @@ from cascade.engine.batcher import Answer, Batcher
 from cascade.logs import JsonLines
 from cascade.open_inference import LENGTH_HEADER, packed, unpacked
 from handlers.asgi.app import create_app
-from handlers.asgi.guard import Guard, Limits
 from handlers.asgi.keys import Keys
+from handlers.asgi.middleware import Guard, Limits
 from handlers.asgi.service import Service
 from tests.cascade.engine.test_batcher import Held, busy
 from tests.cascade.engine.test_engine import embeddings
 from tests.cascade.handmade import handmade, named
 from tests.cascade.test_metrics import now
-from tests.handlers.test_keys import digest
+from tests.handlers.asgi.test_keys import digest
 
 LIMITS = Limits(body=200_000, bodies=300_000, images=8)
 Ask = Callable[..., httpx.Response]

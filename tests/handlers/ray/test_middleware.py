@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from handlers.ray.proxy import MODEL_ID, Door, Message, Receive, Send, bundle_of
+from handlers.ray.middleware import MODEL_ID, Door, Message, Receive, Send, bundle_of
 
 Headers = list[tuple[bytes, bytes]]
 GUARDED = (b"server-timing", b"total;dur=1.0")

@@ -18,11 +18,11 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
 
-ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "handlers.ray.proxy:middlewares"}
+ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "handlers.ray.middleware:middlewares"}
 MODEL_ID = b"serve_multiplexed_model_id"
 """Serve sends a request with this header to a replica that holds what it names, where there is one."""
 OURS = b"server-timing"
-"""Every answer of a replica has this header (handlers.asgi.guard); one without it was made by Serve."""
+"""Every answer of a replica has this header (handlers.asgi.middleware); one without it was made by Serve."""
 BUNDLE = b"x-cascade-bundle"
 PATH = re.compile(rb"/v2/models/([^/]+)|/v1/map/([^/]+)")
 log = logging.getLogger("cascade.proxy")

@@ -20,8 +20,8 @@ from cascade.bundle.format import Bundle
 from cascade.engine.results import ItemError, Prediction
 from cascade.model.fusion import MODES
 from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
-from handlers.asgi.guard import Refusal
-from handlers.wire import NOT_FINITE
+from handlers.asgi.middleware import Refusal
+from handlers.requests import NOT_FINITE
 
 
 class TensorParameters(BaseModel):

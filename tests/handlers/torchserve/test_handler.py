@@ -19,9 +19,9 @@ from ts.utils.util import list_classes_from_module
 from cascade.engine.engine import ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
+from handlers.requests import parse
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
-from handlers.wire import parse
 
 PHOTO = Path(__file__).parents[1].joinpath("data/photos/cat-0000.png").read_bytes()
 
