@@ -10,7 +10,7 @@ from cascade.bundle.format import read
 from cascade.engine.engine import Engine, Options
 from cascade.engine.results import Prediction
 from cascade.errors import CascadeError
-from training import data
+from training.data import dataset
 
 BATCH = 64
 
@@ -22,7 +22,7 @@ def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path |
         CascadeError: the images have no class folders, or classes that the bundle does not know.
     """
     bundle = read(path)
-    images = data.load(source, "test", limit)
+    images = dataset.load(source, "test", limit)
     if images.labels is None or not set(images.classes) <= set(bundle.card.classes):
         known = ", ".join(bundle.card.classes) or "none, it was trained without class folders"
         raise CascadeError(f"{source} must have class folders that the bundle knows: {known}")

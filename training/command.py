@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from cascade.errors import CascadeError
-from training import data, distributed
+from training import distributed
+from training.data import dataset
 from training.recipe import ABOUT, Recipe
 
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
@@ -83,7 +84,7 @@ def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParse
                 f"{meaning} (default {default:g})" if isinstance(default, float) else f"{meaning} (default {default!r})"
             )
             if name == "data":
-                group.add_argument(name, metavar="DATA", help=f"{meaning}: {', '.join(data.NAMES)}")
+                group.add_argument(name, metavar="DATA", help=f"{meaning}: {', '.join(dataset.NAMES)}")
             elif isinstance(default, bool):
                 group.add_argument(flag, action="store_true", help=meaning)
             elif isinstance(default, tuple):

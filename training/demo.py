@@ -16,8 +16,9 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from cascade.model.router import Calibration, route
-from training import clusters, data, dispatcher, embed, evaluate, experts, pack
+from training import clusters, dispatcher, embed, evaluate, experts, pack
 from training.command import Watch, main, parser
+from training.data import dataset
 from training.evaluate import Features
 from training.pack import ood_of, router_of
 from training.recipe import Recipe
@@ -95,7 +96,7 @@ def separation(run: Run, features: Features, limit: int = 2_000) -> dict[str, fl
 
     The own images are the held-out ones that its percentiles were not taken from.
     """
-    strangers = data.load(STRANGERS, "test", limit)
+    strangers = dataset.load(STRANGERS, "test", limit)
     other = embed.blocks(run.executor, [run.dispatcher], embed.batches(strangers, run.preprocessing))[0]
     both = [torch.from_numpy(features.test[0][1::2]), torch.from_numpy(other)]
     truth = np.repeat([0, 1], [len(x) for x in both])

@@ -9,7 +9,7 @@ from torch import Tensor
 from cascade.engine.executors.plain import TorchExecutor
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from training.data import Images
+from training.data.dataset import Images
 
 
 def batches(images: Images, preprocessing: Preprocessing, size: int = 128) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from cascade.errors import CascadeError
 from training import distributed
 from training.checkpoint import CHECKPOINT, CURVE, DONE, keep_curve, restore, store
-from training.data import batches
+from training.data.dataset import batches
 from training.masking import MaskedModel
 from training.objectives import PIECE, Batch, Objective
 from training.recipe import Recipe

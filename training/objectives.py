@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from cascade.model.preprocessing import Preprocessing
 from training import distributed
-from training.augment import crop_flip, multi_crop
+from training.data.augment import crop_flip, multi_crop
 from training.masking import MaskedModel
 from training.recipe import Recipe
 from training.swav import Projector, push, sinkhorn, swapped_loss
@@ -73,7 +73,7 @@ class SelfSupervised:
     """SwAV with multi-crop and queue (paper §3.2; method.md §2).
 
     Args:
-        views: stored trunk features to train on instead of the pixels, see ``training.views``.
+        views: stored trunk features to train on instead of the pixels, see ``training.data.feature_cache``.
     """
 
     def __init__(

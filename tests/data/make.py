@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.sources import CLASSES, arrays
+from training.data.downloads import CLASSES, arrays
 
 HERE = Path(__file__).parent
 COLUMNS, ROWS = 20, 15

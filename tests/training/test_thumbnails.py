@@ -10,7 +10,7 @@ from cascade.bundle.format import read, write
 from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import read as read_image
-from training import data
+from training.data import dataset
 from training.thumbnails import illustrated, main
 
 
@@ -43,6 +43,6 @@ def test_pictures_are_those_of_the_banks_images(bundle_path: Path, cifar_folder:
 def test_other_images_are_refused(bundle_path: Path, cifar_folder: Path) -> None:
     bundle = read(bundle_path)
     with pytest.raises(CascadeError, match="100 of 100 images are not there, .*: give the data of its training"):
-        illustrated(bundle, data.load(cifar_folder, "test"))
+        illustrated(bundle, dataset.load(cifar_folder, "test"))
     with pytest.raises(CascadeError, match="has no neighbour bank"):
-        illustrated(replace(bundle, banks={}), data.load(cifar_folder, "train"))
+        illustrated(replace(bundle, banks={}), dataset.load(cifar_folder, "train"))

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.model.masks import Mask
-from training import data, dispatcher, embed, evaluate, fuse
+from training import dispatcher, embed, evaluate, fuse
 from training.command import Watch, watching
 from training.cost import Cost
-from training.data import Images
+from training.data import dataset
+from training.data.dataset import Images
 from training.experiments import report
 from training.experiments.report import Table
 from training.recipe import Recipe, paper
@@ -99,7 +100,7 @@ class Lab:
         found = False
         for name in self.data:
             try:
-                data.load(name, "test", 1)
+                dataset.load(name, "test", 1)
             except (CascadeError, OSError) as error:
                 self.notes.append(f"not run: {error}")
                 continue
@@ -116,7 +117,7 @@ class Lab:
         recipe = replace(self.recipe, data=name or self.data[0], seed=seed, **changes)
         if self.epochs:
             wanted = epochs or FEWER_EPOCHS.get(name_of(recipe.data)) or self.epochs
-            images = len(data.load(recipe.data, "train", recipe.limit or None, recipe.data_seed))
+            images = len(dataset.load(recipe.data, "train", recipe.limit or None, recipe.data_seed))
             steps = max(1, round(min(self.epochs, wanted) * images / recipe.batch))
             recipe = replace(recipe, steps=steps, expert_steps=steps)
         key = hashlib.sha256(json.dumps([asdict(recipe), variant]).encode()).hexdigest()[:12]
@@ -190,7 +191,7 @@ def _fused(features: Pair, dim: int, way: str, seed: int) -> tuple[Tensor, Tenso
 
 def pixels(images: Images, side: int = 8) -> np.ndarray:
     """The images themselves, shrunk to ``side`` px: the embedding that everything else should beat."""
-    return data.cache(images, side).reshape(len(images), -1).astype(np.float32) / 255
+    return dataset.cache(images, side).reshape(len(images), -1).astype(np.float32) / 255
 
 
 def main(

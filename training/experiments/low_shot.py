@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import data, dispatcher, embed, evaluate, finetune, fuse
+from training import dispatcher, embed, evaluate, finetune, fuse
+from training.data import dataset
 from training.experiments import report
 from training.experiments.lab import Lab, Pair, labels, main, name_of, pair
 from training.experiments.report import Table
@@ -62,7 +63,7 @@ def few(run: Run, features: Pair, seed: int) -> dict[str, dict[str, float]]:
 def labelled(run: Run, share: float, seed: int) -> np.ndarray:
     """The training images whose labels are known, int64: ``share`` % of all, at least one of each class."""
     known = labels(run)[0].numpy()
-    return data.evenly(known, seed)[: max(len(np.unique(known)), round(share / 100 * len(known)))]
+    return dataset.evenly(known, seed)[: max(len(np.unique(known)), round(share / 100 * len(known)))]
 
 
 def by_labels(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:

@@ -20,13 +20,13 @@ from cascade.model import backbone as backbones
 from cascade.model import masks
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from training import views
-from training.augment import Crop, multi_crop
+from training.data import feature_cache
+from training.data.array_cache import stored
+from training.data.augment import Crop, multi_crop
 from training.loop import generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
 from training.objectives import Batch, SelfSupervised
 from training.recipe import Recipe
-from training.stored import stored
 
 STAGE, DRAWS = 3, 2
 RECIPE = Recipe("", size=32, batch=24, local_crops=3, prototypes=30, projection=16, queue=0, draws=DRAWS)
@@ -49,12 +49,12 @@ def preprocessing(executor: TorchExecutor) -> Preprocessing:
 
 
 def store(executor: TorchExecutor, pixels: np.ndarray, path: Path) -> list[np.ndarray]:
-    return views.store(executor, STAGE, pixels, preprocessing(executor), CROPS, DRAWS, path)
+    return feature_cache.store(executor, STAGE, pixels, preprocessing(executor), CROPS, DRAWS, path)
 
 
 def crops_of(pixels: np.ndarray, draw: int, begin: int, crop: Crop, p: Preprocessing) -> Tensor:
     """The crops that the store took of one batch, live: float32 [B, count, 3, side, side]."""
-    own, batch = generator(draw, begin, crop[1]), torch.from_numpy(pixels[begin : begin + views.BATCH])
+    own, batch = generator(draw, begin, crop[1]), torch.from_numpy(pixels[begin : begin + feature_cache.BATCH])
     some = multi_crop(batch, (crop,), generator=own, mean=p.mean, std=p.std, blur=CROPS[0][1] / 224)
     return torch.stack(some, dim=1)
 
@@ -67,7 +67,7 @@ class Live(SelfSupervised):
     def _trunk(self, model: MaskedModel, batch: Batch) -> Iterator[tuple[int, Tensor]]:
         draws, rows = batch.draws(DRAWS).tolist(), batch.rows
         for crop in CROPS:
-            begins = [row // views.BATCH * views.BATCH for row in rows.tolist()]
+            begins = [row // feature_cache.BATCH * feature_cache.BATCH for row in rows.tolist()]
             x = [
                 crops_of(self.images, d, b, crop, self.preprocessing)[r - b]
                 for d, b, r in zip(draws, begins, rows.tolist(), strict=True)
@@ -155,7 +155,7 @@ def test_features_are_the_plain_trunks_whatever_mask_is_in_place(
 def test_crops_of_one_size_would_share_a_file(executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
     same: tuple[Crop, ...] = ((2, 32, (0.14, 1.0)), (6, 32, (0.05, 0.14)))
     with pytest.raises(CascadeError, match="--local-size"):
-        views.store(executor, STAGE, pixels, preprocessing(executor), same, DRAWS, tmp_path / "views")
+        feature_cache.store(executor, STAGE, pixels, preprocessing(executor), same, DRAWS, tmp_path / "views")
 
 
 def test_of_many_that_want_it_one_stores(tmp_path: Path) -> None:

