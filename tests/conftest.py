@@ -59,7 +59,7 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory, cifar: list[Image.Ima
 def bundle_path(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) -> Path:
     """A small cascade of three experts from the real training loop, with thumbnails: <store>/small/1."""
     from training import pipeline
-    from training.command import Watch
+    from training.cli import Watch
     from training.recipe import Recipe
     from training.run import begin
 

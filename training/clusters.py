@@ -17,7 +17,7 @@ from cascade.errors import CascadeError
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
 from training import embed
-from training.command import Watch, main, parser
+from training.cli import Watch, main, parser
 from training.data.augment import crop_flip
 from training.data.dataset import cache
 from training.run import CLUSTERS, FEWEST, Run, resume, write_json, write_tensors

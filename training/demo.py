@@ -16,11 +16,11 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from cascade.model.router import Calibration, route
-from training import clusters, dispatcher, embed, evaluate, experts, pack
-from training.command import Watch, main, parser
+from training import clusters, dispatcher, embed, evaluate, experts, export
+from training.cli import Watch, main, parser
 from training.data import dataset
 from training.evaluate import Features
-from training.pack import ood_of, router_of
+from training.export import ood_of, router_of
 from training.recipe import Recipe
 from training.run import Run, begin, read_json
 
@@ -56,7 +56,7 @@ def train(folder: Path, out: Path, watch: Watch) -> None:
     evaluate.show(accuracy, Console())
     gain, spread = accuracy["gain_over_frozen"]["conditional"]["knn"]
     watch.say(f"conditional over frozen, whitened k-NN: {100 * gain:+.1f} points ± {100 * spread:.1f}")
-    watch.say(f"wrote {pack.train(runs[0], features, accuracy, out, thumbnails=True)}")
+    watch.say(f"wrote {export.train(runs[0], features, accuracy, out, thumbnails=True)}")
 
 
 def one(run: Run) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cascade.bundle.format import under
 from cascade.errors import CascadeError
-from training.command import Watch, main, parser, recipe_of
+from training.cli import Watch, main, parser, recipe_of
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel
 from training.objectives import Objective, SelfSupervised, Supervised

@@ -18,8 +18,8 @@ from torch.nn.functional import normalize, one_hot
 from cascade.bundle.inspect import percent
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.masks import difference
-from training import embed, fuse
-from training.command import Watch, main, parser
+from training import embed, fusion
+from training.cli import Watch, main, parser
 from training.run import Run, resume, write_json
 
 TEMPERATURE = 0.1
@@ -44,14 +44,14 @@ class Features:
     def slots(self, mode: Mode, layout: str) -> tuple[np.ndarray, np.ndarray]:
         """What ``mode`` fuses, of the training and of the held-out images."""
         return (
-            fuse.slots(mode, self.train, self.assigned, layout),
-            fuse.slots(mode, self.test, self.routed, layout),
+            fusion.slots(mode, self.train, self.assigned, layout),
+            fusion.slots(mode, self.test, self.routed, layout),
         )
 
 
 def collect(run: Run) -> Features:
     """Embed both sets under all masks of the run, and route them as the bundle's router will."""
-    from training.pack import router_of  # it packs what is evaluated here, and evaluates nothing itself
+    from training.export import router_of  # it packs what is evaluated here, and evaluates nothing itself
 
     masks = [run.dispatcher, *run.experts]
     train = embed.blocks(run.executor, masks, embed.batches(run.images, run.preprocessing))
@@ -69,7 +69,7 @@ def train(run: Run, features: Features) -> dict[str, Any]:
     recipe = run.recipe
     result: dict[str, Any] = {
         "k": recipe.neighbours,
-        "dim": fuse.dimension(recipe, run.backbone.features, len(run.images)),
+        "dim": fusion.dimension(recipe, run.backbone.features, len(run.images)),
         "bank_images": len(run.images),
         "held_out_images": len(run.held_out),
         "seed": recipe.seed,
@@ -81,8 +81,8 @@ def train(run: Run, features: Features) -> dict[str, Any]:
     labels = torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
     right: dict[str, Tensor] = {}
     for method, parts in methods(run, features):
-        fusion = fuse.fit(parts[0], result["dim"], "scale", recipe.seed)
-        whitened = fuse.embed(fusion, parts[0]), fuse.embed(fusion, parts[1])
+        fusion = fusion.fit(parts[0], result["dim"], "scale", recipe.seed)
+        whitened = fusion.embed(fusion, parts[0]), fusion.embed(fusion, parts[1])
         plain = joined(parts[0]), joined(parts[1])
         result.setdefault("whitened", {})[method], right[method] = measure(*whitened, *labels, recipe.neighbours)
         result.setdefault("plain", {})[method], _ = measure(*plain, *labels, recipe.neighbours)
@@ -222,13 +222,13 @@ def joined(parts: np.ndarray) -> Tensor:
 def fusions(run: Run, features: Features) -> dict[Mode, tuple[Fusion, Tensor]]:
     """Each mode's fusion as the recipe wants it, with the training images' embeddings."""
     recipe = run.recipe
-    dim = fuse.dimension(recipe, run.backbone.features, len(run.images))
+    dim = fusion.dimension(recipe, run.backbone.features, len(run.images))
     modes: tuple[Mode, ...] = ("dispatcher", "conditional", "unconditional") if recipe.clusters else ("dispatcher",)
     out: dict[Mode, tuple[Fusion, Tensor]] = {}
     for mode in modes:
         parts = features.slots(mode, recipe.slots)[0]
-        fusion = fuse.fit(parts, dim, recipe.whiten, recipe.seed)
-        out[mode] = fusion, fuse.embed(fusion, parts)
+        fusion = fusion.fit(parts, dim, recipe.whiten, recipe.seed)
+        out[mode] = fusion, fusion.embed(fusion, parts)
     return out
 
 

@@ -2,7 +2,7 @@
 
     python -m training.experts --run runs/cifar
     python -m training.experts --run runs/cifar --only 0 3     # these, and the others elsewhere
-    python -m training.experts --run runs/cifar --ray     # beside each other, see training.parallel
+    python -m training.experts --run runs/cifar --ray     # beside each other, see training.ray_experts
 
 Experts know nothing of each other: any process that sees the run's folder may train some of them, and each leaves a
 folder of its own there. The next stage wants them all.
@@ -15,7 +15,7 @@ import torch
 
 from cascade.bundle.format import under
 from cascade.errors import CascadeError
-from training.command import Watch, main, parser
+from training.cli import Watch, main, parser
 from training.dispatcher import objective
 from training.loop import fit
 from training.run import Run, resume
@@ -56,18 +56,18 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    from training import parallel
+    from training import ray_experts
 
     arguments = parser(__doc__)
     beside = arguments.add_mutually_exclusive_group()
     beside.add_argument("--only", type=int, nargs="+", default=[], metavar="K", help="numbers of experts")
-    beside.add_argument("--ray", action="store_true", help=parallel.HELP)
+    beside.add_argument("--ray", action="store_true", help=ray_experts.HELP)
     options = arguments.parse_args()
 
     def stage(watch: Watch) -> None:
         run = resume(options.run, watch)
         if options.ray:
-            parallel.train(run)
+            ray_experts.train(run)
         else:
             train(run, options.only)
 

@@ -15,7 +15,7 @@ from cascade.bundle.format import under
 from cascade.model.backbone import Backbone
 from cascade.model.stages import stage_of, stages
 from training import dispatcher
-from training.command import Watch, main, parser, recipe_of
+from training.cli import Watch, main, parser, recipe_of
 from training.masking import Amp, MaskedModel, write
 from training.run import Run, begin
 

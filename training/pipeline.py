@@ -4,7 +4,7 @@
     cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
     cascade train photos/ --labels --out model_store/photos/1     # one mask with a head, from class folders
     cascade train photos/ --clusters 0 --out model_store/photos/1     # one self-supervised mask, no router
-    cascade train photos/ --out model_store/photos/1 --ray     # experts beside each other, see training.parallel
+    cascade train photos/ --out model_store/photos/1 --ray     # experts beside each other, see training.ray_experts
     torchrun --nproc-per-node 4 -m -- training.pipeline photos/ --out model_store/photos/1     # several GPUs
 
 Stopped at any moment and started again with the same options it goes on where it was.
@@ -20,8 +20,8 @@ from rich.console import Console
 
 from cascade.errors import CascadeError
 from cascade.model.masks import density
-from training import clusters, dispatcher, distributed, evaluate, experts, pack, parallel
-from training.command import Watch, main, parser, recipe_of
+from training import clusters, dispatcher, distributed, evaluate, experts, export, ray_experts
+from training.cli import Watch, main, parser, recipe_of
 from training.cost import Cost
 from training.recipe import paper
 from training.run import Run, begin
@@ -43,7 +43,7 @@ def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = Fal
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise CascadeError(f"{out} can't be written, {there} does not let you: choose another --out")
     if ray:
-        parallel.check()
+        ray_experts.check()
     budget(run, controls)
     dispatcher.train(run)
     if run.recipe.steps and density(run.backbone, run.dispatcher) == 1 and not distributed.rank():
@@ -63,7 +63,7 @@ def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = Fal
     if run.watch.bar is not None:
         evaluate.show(accuracy, Console())
     run.watch.say(evaluate.verdict(accuracy, run.recipe.mode if run.recipe.clusters else "dispatcher"))
-    return pack.train(run, features, accuracy, out, thumbnails=thumbnails)
+    return export.train(run, features, accuracy, out, thumbnails=thumbnails)
 
 
 def budget(run: Run, controls: bool) -> None:
@@ -99,8 +99,8 @@ def command(arguments: list[str]) -> None:
     options.usage = "cascade train DATA --out BUNDLE [options]"
     options.add_argument("--out", type=Path, required=True, help="bundle to write: <store>/<name>/<version>")
     options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
-    options.add_argument("--thumbnails", action="store_true", help=pack.THUMBNAILS)
-    options.add_argument("--ray", action="store_true", help=parallel.HELP)
+    options.add_argument("--thumbnails", action="store_true", help=export.THUMBNAILS)
+    options.add_argument("--ray", action="store_true", help=ray_experts.HELP)
     options.add_argument("--preset", choices=["paper"], help="start from the published setting")
     options.add_argument(
         "--price-per-hour", type=float, default=0.0, help="of one GPU, or of this machine without: its cost is told"

@@ -34,7 +34,7 @@ from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
 from training import distributed
 from training.checkpoint import DONE
-from training.command import Watch
+from training.cli import Watch
 from training.data import dataset, feature_cache
 from training.data.dataset import Images
 from training.masking import MaskedModel, mask_backbone, select, to_mask

@@ -13,7 +13,7 @@ from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
 from training.data import dataset
 from training.data.dataset import Images
-from training.pack import one_line
+from training.export import one_line
 
 
 def illustrated(bundle: Bundle, images: Images) -> Bundle:

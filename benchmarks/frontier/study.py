@@ -15,7 +15,7 @@ from benchmarks.frontier import learn, sets
 from benchmarks.frontier.lean import Tail
 from benchmarks.frontier.learn import Budget, State
 from cascade.model.router import Router
-from training import clusters, fuse
+from training import clusters, fusion
 from training.evaluate import by_cluster, fit_probe, knn
 
 DIM = 128
@@ -151,8 +151,8 @@ class Study:
     def fused(self, *blocks: Pair) -> Pair:
         """Blocks through the product's fusion: PCA, whitened by the scale."""
         train = np.stack([b[0].float().numpy() for b in blocks])
-        fusion = fuse.fit(train, min(DIM, train.shape[1] - 1, train.shape[2]), "scale", self.seed)
-        return fuse.embed(fusion, train), fuse.embed(fusion, np.stack([b[1].float().numpy() for b in blocks]))
+        fusion = fusion.fit(train, min(DIM, train.shape[1] - 1, train.shape[2]), "scale", self.seed)
+        return fusion.embed(fusion, train), fusion.embed(fusion, np.stack([b[1].float().numpy() for b in blocks]))
 
     def fused_apart(self, choice: Choice, *blocks: Pair) -> Pair:
         """A fusion for each cluster, side by side in one wide embedding: those of two clusters share nothing."""

@@ -293,7 +293,7 @@ def evaluate(
     """Measure a bundle's label accuracy on other images: [bold]cascade evaluate model_store/demo/1 cifar10[/]"""
     from rich.console import Console
 
-    from training.accuracy import of_bundle
+    from training.bundle_accuracy import of_bundle
 
     Console().print(of_bundle(bundle, data, limit, weights))
 

@@ -20,7 +20,7 @@ from tests.e2e.conftest import ROOT
 from tests.e2e.trouble import until
 from training import clusters, dispatcher, experts
 from training.checkpoint import CHECKPOINT, CURVE, DONE
-from training.command import Watch
+from training.cli import Watch
 from training.recipe import Recipe
 from training.run import begin, resume
 

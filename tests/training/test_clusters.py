@@ -21,7 +21,7 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.model.router import Prototypes, Router
 from training import clusters, experts
-from training.command import Watch
+from training.cli import Watch
 from training.recipe import Recipe
 from training.run import CLUSTERS, Run, resume
 from training.swav import Projector

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascade.model.masks import difference
 from training import evaluate
-from training.command import Watch
+from training.cli import Watch
 from training.evaluate import knn, probe
 from training.run import Run, resume
 
@@ -63,7 +63,7 @@ def test_probe_is_l2_penalised_multinomial_regression(sets: tuple[Tensor, Tensor
 
 
 def test_features_are_those_of_every_mask_routed_as_the_bundle_will(run: Run) -> None:
-    from training.pack import router_of
+    from training.export import router_of
 
     features = evaluate.collect(run)
     assert features.train.shape == (4, 240, 1280) and features.test.shape == (4, 60, 1280)

@@ -23,8 +23,8 @@ from cascade.engine.results import Prediction
 from cascade.errors import CascadeError
 from cascade.model import masks
 from cascade.model.fusion import MODES
-from training import clusters, dispatcher, evaluate, experts, fuse, pack, pipeline
-from training.command import Watch
+from training import clusters, dispatcher, evaluate, experts, export, fusion, pipeline
+from training.cli import Watch
 from training.masking import MaskedModel
 from training.objectives import SelfSupervised
 from training.recipe import Recipe
@@ -143,7 +143,7 @@ def test_cascades(changes: dict[str, object], cifar_folder: Path, tmp_path: Path
     for mode in MODES:
         answers = predict(bundle, photos, mode)
         assert [a.cluster for a in answers] == features.routed[:12].tolist()
-        expected = fuse.embed(bundle.fusions[mode], features.slots(mode, settings.slots)[1])[:12]
+        expected = fusion.embed(bundle.fusions[mode], features.slots(mode, settings.slots)[1])[:12]
         got = np.stack([a.embedding for a in answers if a.embedding is not None])
         np.testing.assert_allclose(got, expected.numpy(), rtol=1e-2, atol=1e-2)
 

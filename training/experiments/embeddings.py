@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from training import clusters, evaluate, experts, fuse
+from training import clusters, evaluate, experts, fusion
 from training.experiments import report
 from training.experiments.lab import Lab, labels, main, name_of, pair
 from training.experiments.main import SMALL as CASCADE
@@ -41,8 +41,8 @@ def experiment(lab: Lab) -> list[Table]:
             }
             planes = {}
             for title, (bank, queries) in parts.items():
-                dim = fuse.dimension(run.recipe, run.backbone.features, len(run.images))
-                embedded = fuse.embed(fuse.fit(bank, dim, "scale", seed), queries[:, first]).numpy()
+                dim = fusion.dimension(run.recipe, run.backbone.features, len(run.images))
+                embedded = fusion.embed(fusion.fit(bank, dim, "scale", seed), queries[:, first]).numpy()
                 apart.add(title, {name_of(name): silhouette_score(embedded, truth[first].numpy(), metric="cosine")})
                 if seed == lab.seeds[0]:
                     perplexity = min(30, len(first) // 4)

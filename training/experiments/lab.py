@@ -23,8 +23,8 @@ from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.model.masks import Mask
-from training import dispatcher, embed, evaluate, fuse
-from training.command import Watch, watching
+from training import dispatcher, embed, evaluate, fusion
+from training.cli import Watch, watching
 from training.cost import Cost
 from training.data import dataset
 from training.data.dataset import Images
@@ -165,7 +165,7 @@ def labels(run: Run) -> tuple[Tensor, Tensor]:
 def knn(run: Run, features: Pair, *, eigenvalue: bool = False) -> dict[str, float]:
     """k-NN accuracy in %, plain and whitened; with ``eigenvalue`` by the wording of the paper's text, too."""
     known, truth = labels(run)
-    k, dim = run.recipe.neighbours, fuse.dimension(run.recipe, features[0].shape[1], len(features[0]))
+    k, dim = run.recipe.neighbours, fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
     bank, queries = map(torch.from_numpy, features)
     out = {"k-NN": 100 * evaluate.knn(bank, queries, known, truth, k)}
     for way, column in (("scale", "k-NN whitened"), ("eigenvalue", "k-NN / eigenvalue"))[: 1 + eigenvalue]:
@@ -176,7 +176,7 @@ def knn(run: Run, features: Pair, *, eigenvalue: bool = False) -> dict[str, floa
 def probe(run: Run, features: Pair, *, plain: bool = True) -> dict[str, float]:
     """Linear-probe accuracy in %, plain (slow where features are wide) and whitened."""
     known, truth = labels(run)
-    dim = fuse.dimension(run.recipe, features[0].shape[1], len(features[0]))
+    dim = fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
     ways = {"probe": tuple(map(torch.from_numpy, features))} if plain else {}
     ways["probe whitened"] = _fused(features, dim, "scale", run.recipe.seed)
     return {column: 100 * evaluate.probe(x[0], x[1], known, truth) for column, x in ways.items()}
@@ -184,7 +184,7 @@ def probe(run: Run, features: Pair, *, plain: bool = True) -> dict[str, float]:
 
 def _fused(features: Pair, dim: int, way: str, seed: int) -> tuple[Tensor, Tensor]:
     # In float32, not folded to half precision as for a bundle: division by eigenvalues leaves its range.
-    mean, basis = fuse.principal(features[0], dim, way, seed)
+    mean, basis = fusion.principal(features[0], dim, way, seed)
     bank, queries = (torch.from_numpy((x - mean) @ basis) for x in features)
     return bank, queries
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import dispatcher, embed, evaluate, finetune, fuse
+from training import dispatcher, embed, evaluate, finetune, fusion
 from training.data import dataset
 from training.experiments import report
 from training.experiments.lab import Lab, Pair, labels, main, name_of, pair
@@ -95,8 +95,8 @@ def _inputs(run: Run) -> Iterator[Tensor]:
 
 def whitened(run: Run, features: Pair) -> Pair:
     """Both sets through the training images' whitening."""
-    dim = fuse.dimension(run.recipe, features[0].shape[1], len(features[0]))
-    mean, basis = fuse.principal(features[0], dim, "scale", run.recipe.seed)
+    dim = fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
+    mean, basis = fusion.principal(features[0], dim, "scale", run.recipe.seed)
     return (features[0] - mean) @ basis, (features[1] - mean) @ basis
 
 

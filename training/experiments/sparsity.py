@@ -10,7 +10,7 @@ import torch
 
 from cascade.model import masks
 from training.experiments import report
-from training.experiments.initialisation import CLIP, missing
+from training.experiments.initialization import CLIP, missing
 from training.experiments.lab import DEEP, SWAV, Lab, main, name_of
 from training.experiments.report import Table
 from training.experiments.supervised import SGD

@@ -11,7 +11,7 @@ from training.experiments import (
     equivalence,
     error_bars,
     frozen,
-    initialisation,
+    initialization,
     low_shot,
     main,
     prototypes,
@@ -59,7 +59,7 @@ def test_frozen_masks_what_it_says(command: Command) -> None:
 
 
 def test_initialisation_notes_what_is_missing(command: Command) -> None:
-    rows = only(command(initialisation))
+    rows = only(command(initialization))
     assert {"random, EfficientNet-Lite0", "random, EfficientNet-Lite0, frozen"} <= set(rows)
     here = "AugNet, ResNet-50" in rows
     assert here or "not run: AugNet, ResNet-50: pip install imgsim" in command.notes  # type: ignore[attr-defined]

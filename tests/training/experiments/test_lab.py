@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cascade.errors import CascadeError
-from training.command import Watch
+from training.cli import Watch
 from training.cost import Cost
 from training.experiments import embeddings, error_bars, lab, main, report, sparsity, supervised, topk
 from training.experiments.report import Table

@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 from cascade.bundle.format import Bundle, read
 from cascade.model import masks
 from cascade.model.heads import Linear
-from training import evaluate, fuse, pack
+from training import evaluate, export, fusion
 from training.checkpoint import DONE
-from training.command import Watch
+from training.cli import Watch
 from training.run import Run, resume
 
 
@@ -42,7 +42,7 @@ def embeddings(run: Run, features: evaluate.Features) -> torch.Tensor:
 def test_the_head_is_the_probe_with_its_scaling_folded_in(run: Run, embeddings: torch.Tensor) -> None:
     labels = run.images.labels
     assert labels is not None
-    head = pack._linear(embeddings, labels, run.images.classes)
+    head = export._linear(embeddings, labels, run.images.classes)
     scaled = embeddings / embeddings.std()
     reference = evaluate.fit_probe(scaled, torch.from_numpy(labels))
     np.testing.assert_allclose(head.scores(embeddings).numpy(), reference.predict_proba(scaled.numpy()), atol=1e-4)
@@ -50,7 +50,7 @@ def test_the_head_is_the_probe_with_its_scaling_folded_in(run: Run, embeddings: 
 
 def test_two_classes_give_two_rows(embeddings: torch.Tensor) -> None:
     labels = (np.arange(240) % 3 == 0).astype(np.int64)
-    head = pack._linear(embeddings, labels, ["others", "thirds"])
+    head = export._linear(embeddings, labels, ["others", "thirds"])
     scaled = embeddings / embeddings.std()
     reference = evaluate.fit_probe(scaled, torch.from_numpy(labels))
     assert head.weight.shape == (2, 32)
@@ -64,7 +64,7 @@ def test_a_class_without_training_images_keeps_its_place_and_is_never_the_answer
     labels, classes = run.images.labels, run.images.classes
     assert labels is not None
     rows = ~np.isin(labels, missing)
-    head = pack._linear(embeddings[rows], labels[rows], classes)
+    head = export._linear(embeddings[rows], labels[rows], classes)
     scores = head.scores(embeddings[rows])
     assert scores.shape[1] == len(classes) == 10
     assert bool((scores[:, missing] == 0).all())
@@ -77,7 +77,7 @@ def test_the_shipped_head_and_bank_know_the_images_by_their_names(
     names = list(run.images.names)
     for mode in bundle.fusions:
         parts = features.slots(mode, run.recipe.slots)[0]
-        embedded = fuse.embed(bundle.fusions[mode], parts)
+        embedded = fusion.embed(bundle.fusions[mode], parts)
         bank = bundle.banks[mode]
         rows = [names.index(name) for name in bank.names]
         assert len(set(rows)) == run.recipe.bank == 100
@@ -112,7 +112,7 @@ def test_the_card_says_what_it_was_trained_on_and_no_path(bundle: Bundle, run: R
 
 def test_no_bank_where_none_is_wanted(run: Run, embeddings: torch.Tensor) -> None:
     without = Run(run.folder, replace(run.recipe, bank=0), run.watch)
-    assert pack._banks(without, {"dispatcher": embeddings}) == {}
+    assert export._banks(without, {"dispatcher": embeddings}) == {}
 
 
 def test_a_head_is_plain_tensors() -> None:

@@ -9,8 +9,8 @@ import torch
 from sklearn.decomposition import PCA
 
 from cascade.errors import CascadeError
-from training import evaluate, fuse
-from training.command import Watch
+from training import evaluate, fusion
+from training.cli import Watch
 from training.recipe import Recipe
 from training.run import resume
 
@@ -23,9 +23,9 @@ def features(bundle_path: Path) -> evaluate.Features:
 
 def test_slots_hold_what_the_mode_says(features: evaluate.Features) -> None:
     blocks, assigned = features.train, features.assigned
-    assert np.array_equal(fuse.slots("dispatcher", blocks, assigned, "one"), blocks[:1])
-    assert np.array_equal(fuse.slots("unconditional", blocks, assigned, "padded"), blocks)
-    one, padded = (fuse.slots("conditional", blocks, assigned, layout) for layout in ("one", "padded"))
+    assert np.array_equal(fusion.slots("dispatcher", blocks, assigned, "one"), blocks[:1])
+    assert np.array_equal(fusion.slots("unconditional", blocks, assigned, "padded"), blocks)
+    one, padded = (fusion.slots("conditional", blocks, assigned, layout) for layout in ("one", "padded"))
     assert one.shape == (2, 240, 1280) and padded.shape == (4, 240, 1280)
     for i, k in enumerate(assigned):
         assert np.array_equal(one[:, i], blocks[[0, k + 1], i])
@@ -34,8 +34,8 @@ def test_slots_hold_what_the_mode_says(features: evaluate.Features) -> None:
 
 
 def test_scale_gives_unit_variance(features: evaluate.Features) -> None:
-    parts = fuse.slots("conditional", features.train, features.assigned, "one")
-    embedded = fuse.embed(fuse.fit(parts, 32, "scale", 0), parts)
+    parts = fusion.slots("conditional", features.train, features.assigned, "one")
+    embedded = fusion.embed(fusion.fit(parts, 32, "scale", 0), parts)
     torch.testing.assert_close(embedded.mean(dim=0), torch.zeros(32), atol=2e-3, rtol=0)
     torch.testing.assert_close(torch.cov(embedded.T), torch.eye(32), atol=2e-2, rtol=0)
 
@@ -44,7 +44,7 @@ def test_options_differ_by_the_scale_alone(features: evaluate.Features) -> None:
     """``none`` keeps PCA's own variances, ``scale`` divides by their root, ``eigenvalue`` by themselves."""
     parts = features.train
     plain, scaled, divided = (
-        fuse.embed(fuse.fit(parts, 16, whiten, 0), parts) for whiten in ("none", "scale", "eigenvalue")
+        fusion.embed(fusion.fit(parts, 16, whiten, 0), parts) for whiten in ("none", "scale", "eigenvalue")
     )
     variance = plain.var(dim=0)
     expected = PCA(16, random_state=0).fit(np.concatenate(list(parts), axis=1)).explained_variance_
@@ -58,34 +58,34 @@ def test_folded_equals_scikit_learn_on_images_that_were_not_fitted(features: eva
     train, test = features.slots("unconditional", "one")
     pca = PCA(24, whiten=True, random_state=0).fit(np.concatenate(list(train), axis=1))
     expected = pca.transform(np.concatenate(list(test), axis=1))
-    np.testing.assert_allclose(fuse.embed(fuse.fit(train, 24, "scale", 0), test), expected, rtol=1e-2, atol=2e-2)
+    np.testing.assert_allclose(fusion.embed(fusion.fit(train, 24, "scale", 0), test), expected, rtol=1e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("whiten", ["scale", "eigenvalue", "none"])
 def test_few_or_equal_images_are_not_blown_up(features: evaluate.Features, whiten: str) -> None:
     """20 images, 10 of them twice: they span 9 dimensions, the others are rounding."""
     parts = np.concatenate([features.train[:1, :10]] * 2, axis=1)
-    dim = fuse.dimension(Recipe(""), 1280, 20)
+    dim = fusion.dimension(Recipe(""), 1280, 20)
     assert dim == 19
-    fusion = fuse.fit(parts, dim, whiten, 0)
+    fusion = fusion.fit(parts, dim, whiten, 0)
     assert bool(fusion.weight.isfinite().all()) and bool(fusion.bias.isfinite().all())
-    embedded = fuse.embed(fusion, parts)
+    embedded = fusion.embed(fusion, parts)
     assert bool((embedded[:, 9:] == 0).all()) and bool((embedded[:, :9].std(dim=0) > 0).all())
 
 
 def test_dimension_is_what_the_images_and_the_backbone_allow() -> None:
     recipe = Recipe("")
-    assert fuse.dimension(recipe, 1280, 5000) == recipe.dim
-    assert fuse.dimension(replace(recipe, dim=0), 1280, 5000) == 1280
-    assert fuse.dimension(recipe, 64, 5000) == 64
-    assert fuse.dimension(recipe, 1280, 100) == 99
+    assert fusion.dimension(recipe, 1280, 5000) == recipe.dim
+    assert fusion.dimension(replace(recipe, dim=0), 1280, 5000) == 1280
+    assert fusion.dimension(recipe, 64, 5000) == 64
+    assert fusion.dimension(recipe, 1280, 100) == 99
 
 
 def test_a_scale_beyond_half_precision_is_a_clear_error(features: evaluate.Features) -> None:
     with pytest.raises(CascadeError, match="--whiten eigenvalue leaves the range of half precision in 8 components"):
-        fuse.fit(features.train[:1] * 1e-4, 8, "eigenvalue", 0)
+        fusion.fit(features.train[:1] * 1e-4, 8, "eigenvalue", 0)
 
 
 def test_more_components_than_images_is_a_clear_error(features: evaluate.Features) -> None:
     with pytest.raises(CascadeError, match="10 images can't give 32 components: lower --dim to at most 10"):
-        fuse.fit(features.train[:, :10], 32, "scale", 0)
+        fusion.fit(features.train[:, :10], 32, "scale", 0)

@@ -11,9 +11,9 @@ import pytest
 
 from cascade.errors import CascadeError
 from tests.conftest import need
-from training import distributed, parallel, pipeline
+from training import distributed, pipeline, ray_experts
 from training.checkpoint import CURVE, DONE
-from training.command import Watch
+from training.cli import Watch
 from training.recipe import Recipe
 from training.run import Run
 
@@ -46,34 +46,34 @@ def cluster(*nodes: dict[str, float]) -> Any:
 
 def test_a_task_takes_a_gpu_or_as_many_cpus_as_there_are_threads() -> None:
     ear = Ear()
-    assert parallel._needs(cluster({"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}), 5, 2, ear) == {"num_gpus": 1}
+    assert ray_experts._needs(cluster({"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}), 5, 2, ear) == {"num_gpus": 1}
     environment = {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
     want = {"num_cpus": 2, "runtime_env": {"env_vars": environment}}
-    assert parallel._needs(cluster({}, {"CPU": 3.0}, {"CPU": 8.0}), 4, 2, ear) == want
+    assert ray_experts._needs(cluster({}, {"CPU": 3.0}, {"CPU": 8.0}), 4, 2, ear) == want
     assert ear.said == [
         "5 experts as Ray tasks of 1 GPU each, 2 at a time",
         "4 experts as Ray tasks of 2 CPU each, 4 at a time",
     ]
     with pytest.raises(CascadeError, match="no node of the cluster has 2 CPUs, .* set NUMBA_NUM_THREADS lower"):
-        parallel._needs(cluster({"CPU": 1.0}, {"CPU": 1.0}), 4, 2, ear)
+        ray_experts._needs(cluster({"CPU": 1.0}, {"CPU": 1.0}), 4, 2, ear)
 
 
 def test_curves_are_followed(run: Run) -> None:
     """To the last whole line; what goes wrong is said once."""
     ear, warned = run.watch, set[tuple[int, str]]()
     assert isinstance(ear, Ear)
-    parallel._follow(run, 1, warned)  # it has not begun
+    ray_experts._follow(run, 1, warned)  # it has not begun
     curve = run.folder / "expert-1" / CURVE
     curve.parent.mkdir()
-    for nothing in ("", '{"step": 0', "x" * parallel.TAIL + "}\n"):
+    for nothing in ("", '{"step": 0', "x" * ray_experts.TAIL + "}\n"):
         curve.write_text(nothing)
-        parallel._follow(run, 1, warned)
+        ray_experts._follow(run, 1, warned)
     assert ear.seen == []
     lines = [{"step": 0, "loss": 3.5}, {"step": 49, "loss": 2.5, "warnings": {"embedding": "collapses"}}]
     curve.write_text("\n".join([*map(json.dumps, lines), '{"step": 50, "lo']))
     with pytest.warns(UserWarning, match="expert-1, step 49: collapses") as told:
-        parallel._follow(run, 1, warned)
-        parallel._follow(run, 1, warned)
+        ray_experts._follow(run, 1, warned)
+        ray_experts._follow(run, 1, warned)
     assert ear.seen == [("expert-1", 50, 100, 2.5)] * 2 and len(told) == 1
 
 
@@ -97,24 +97,24 @@ def test_a_tasks_error_is_one_line() -> None:
         (ray.exceptions.WorkerCrashedError(), r"^expert 1 was not trained \(WorkerCrashedError: [^\n]*goes on$"),
     ):
         with pytest.raises(CascadeError, match=message):
-            parallel._result(failing(error), object(), 1)
+            ray_experts._result(failing(error), object(), 1)
 
 
 def test_what_stops_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CascadeError, match="gone and .* must be there on every node"):
-        parallel._one(str(tmp_path / "gone"), str(tmp_path), 0)
-    monkeypatch.setattr(parallel, "find_spec", lambda name: name)
+        ray_experts._one(str(tmp_path / "gone"), str(tmp_path), 0)
+    monkeypatch.setattr(ray_experts, "find_spec", lambda name: name)
     with pytest.raises(CascadeError, match="run python -m training.clusters first"):
-        parallel.train(run)
+        ray_experts.train(run)
     for k in range(2):
         (run.folder / f"expert-{k}").mkdir()
         (run.folder / f"expert-{k}" / DONE).touch()
-    parallel.train(run)  # there is nothing to do
-    monkeypatch.setattr(parallel, "find_spec", lambda name: None)
-    for train in (parallel.train, partial(pipeline.train, out=tmp_path / "store" / "a" / "1", ray=True)):
+    ray_experts.train(run)  # there is nothing to do
+    monkeypatch.setattr(ray_experts, "find_spec", lambda name: None)
+    for train in (ray_experts.train, partial(pipeline.train, out=tmp_path / "store" / "a" / "1", ray=True)):
         with pytest.raises(CascadeError, match="Ray is not installed: pip install 'cascade-vision"):
             train(run)
-    monkeypatch.setattr(parallel, "find_spec", lambda name: name)
+    monkeypatch.setattr(ray_experts, "find_spec", lambda name: name)
     monkeypatch.setattr(distributed, "world", lambda: 2)
     with pytest.raises(CascadeError, match="leave out torchrun, or --ray"):
-        parallel.train(run)
+        ray_experts.train(run)

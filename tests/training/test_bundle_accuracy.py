@@ -15,11 +15,11 @@ from cascade.cli.main import app
 from cascade.engine.engine import Engine, Options
 from cascade.engine.results import Neighbour, Prediction
 from cascade.errors import CascadeError
-from training import accuracy
+from training import bundle_accuracy
 
 
 def test_accuracy_is_the_engines_answers_against_the_class_folders(bundle_path: Path, cifar_folder: Path) -> None:
-    table = accuracy.of_bundle(bundle_path, str(cifar_folder))
+    table = bundle_accuracy.of_bundle(bundle_path, str(cifar_folder))
     console = Console(file=io.StringIO(), record=True, width=120)
     console.print(table)
     shown = console.export_text()
@@ -42,9 +42,9 @@ def test_accuracy_is_the_engines_answers_against_the_class_folders(bundle_path: 
 def test_neighbours_vote_by_their_similarity() -> None:
     near = (Neighbour("a", "cat", 0.50), Neighbour("b", "dog", 0.30), Neighbour("c", "dog", 0.31))
     votes = {"cat": np.exp(5), "dog": np.exp(3) + np.exp(3.1)}
-    assert accuracy._vote(answer(near)) == max(votes, key=votes.__getitem__) == "cat"
+    assert bundle_accuracy._vote(answer(near)) == max(votes, key=votes.__getitem__) == "cat"
     close = (Neighbour("a", "cat", 0.50), Neighbour("b", "dog", 0.47), Neighbour("c", "dog", 0.46))
-    assert accuracy._vote(answer(close)) == "dog"
+    assert bundle_accuracy._vote(answer(close)) == "dog"
 
 
 def answer(neighbours: tuple[Neighbour, ...]) -> Prediction:
@@ -59,7 +59,7 @@ def test_other_classes_than_the_bundles_are_refused(
         folder.mkdir(parents=True, exist_ok=True)
         cifar[i].save(folder / f"{i}.png")
     with pytest.raises(CascadeError, match="must have class folders that the bundle knows: airplane, automobile"):
-        accuracy.of_bundle(bundle_path, str(tmp_path / "pets"))
+        bundle_accuracy.of_bundle(bundle_path, str(tmp_path / "pets"))
     done = CliRunner().invoke(app, ["evaluate", str(bundle_path), str(tmp_path / "pets")])
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
 
@@ -70,5 +70,5 @@ def test_some_of_the_classes_are_enough(bundle_path: Path, tmp_path: Path, cifar
         if (name := about["names"][about["labels"][i]]) in ("cat", "ship"):
             (tmp_path / name).mkdir(exist_ok=True)
             cifar[i].save(tmp_path / name / f"{i}.png")
-    table = accuracy.of_bundle(bundle_path, str(tmp_path), limit=4)
+    table = bundle_accuracy.of_bundle(bundle_path, str(tmp_path), limit=4)
     assert len(list(table.columns[0].cells)) == 3 and "4 images" in str(table.title)

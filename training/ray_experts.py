@@ -22,14 +22,14 @@ from cascade.errors import CascadeError, brief
 from cascade.model import masks
 from training import distributed, experts
 from training.checkpoint import CURVE, DONE
-from training.command import Watch
+from training.cli import Watch
 from training.run import Run, resume
 
 RETRIES = 3  # of a task that dies
 LOOK = 1.0  # seconds between two looks at the curves
 TAIL = 1 << 16  # bytes of a curve in which its last line lies
 OBJECT_STORE = 80 * 2**20  # bytes, hardly more than Ray's least: nothing goes through it
-HELP = "a Ray task for each expert, on the cluster of RAY_ADDRESS or here (training.parallel)"
+HELP = "a Ray task for each expert, on the cluster of RAY_ADDRESS or here (training.ray_experts)"
 
 
 def train(run: Run) -> None:

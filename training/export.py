@@ -1,6 +1,6 @@
 """Stage 5: everything that was trained, as a bundle.
 
-python -m training.pack --run runs/cifar --out model_store/cifar/1
+python -m training.export --run runs/cifar --out model_store/cifar/1
 """
 
 from dataclasses import asdict
@@ -20,8 +20,8 @@ from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import KINDS, Calibration, Router
+from training.cli import Watch, main, parser
 from training.clusters import SUMMARY
-from training.command import Watch, main, parser
 from training.evaluate import Features, collect, fit_probe, fusions
 from training.run import Run, read_json, resume
 

@@ -1,6 +1,6 @@
 """Table 1c: masks over differently trained backbones.
 
-python -m training.experiments.initialisation
+python -m training.experiments.initialization
 
 ``--preset paper`` reads SwAV's, DINO's and CLIP's published checkpoints from the working folder (docs/paper.md has
 their addresses), timm's from the hub. The small one needs `pip install imgsim` for its ResNet-50.

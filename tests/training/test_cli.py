@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.command import parser, recipe_of
+from training.cli import parser, recipe_of
 from training.pipeline import command
 from training.recipe import ABOUT, Recipe, paper
 
