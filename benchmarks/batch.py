@@ -24,9 +24,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.http import files
-from benchmarks.made import cascade, engine_of, load, mask_bytes, single
 from benchmarks.report import Rows, figure, report
 from benchmarks.report import single as once
+from benchmarks.synthetic import cascade, engine_of, load, mask_bytes, single
 from cascade.engine.engine import Engine
 from cascade.engine.forward import Item
 from cascade.engine.results import Options

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import made
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure, report, single
+from benchmarks.serving.baselines import copy_of
 from benchmarks.serving.cascades import BATCH as FEW
 from benchmarks.serving.cascades import CASES, EXPERTS
 from benchmarks.serving.mixed import BATCH, HELD, uniform, zipf
 from benchmarks.serving.scale import PATIENCE, QUEUED
-from benchmarks.serving.ways import copy_of
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
@@ -91,7 +91,7 @@ def swap(name: str, rounds: int, rows: Rows) -> Figures:
     """One mask's weights, over a copy of as many; each run takes buffers that have left the cache."""
     executor = executor_of(on_gpu(name))
     flat, n = executor.flat, len(executor.flat.pristine)
-    mask = flat.pack(made.mask(made.load(name), "m", 0, 0))
+    mask = flat.pack(synthetic.mask(synthetic.load(name), "m", 0, 0))
     sets = max(2, -(-BYTES // (8 * n)))
     sources = [flat.pristine, *(flat.pristine.clone() for _ in range(sets - 1))]
     outs = [torch.empty_like(flat.pristine) for _ in range(sets)]
@@ -120,9 +120,9 @@ def swap(name: str, rounds: int, rows: Rows) -> Figures:
 
 def mixed_distinct(name: str, rounds: int, rows: Rows) -> Figures:
     """As many masks as images, in one pass, over the unmasked backbone; and by swaps, image by image."""
-    executor, backbone = executor_of(on_gpu(name)), made.load(name)
-    masks = [executor.pack(made.mask(backbone, "m", 0, i)) for i in range(BATCH)]
-    x = made.noise(backbone, BATCH).to(DEVICE)
+    executor, backbone = executor_of(on_gpu(name)), synthetic.load(name)
+    masks = [executor.pack(synthetic.mask(backbone, "m", 0, i)) for i in range(BATCH)]
+    x = synthetic.noise(backbone, BATCH).to(DEVICE)
 
     def by_swaps(run: int) -> None:
         for i, mask in enumerate(masks):
@@ -146,24 +146,26 @@ def mixed_distinct(name: str, rounds: int, rows: Rows) -> Figures:
 
 
 def engine_way(engine: Engine, backbone: Backbone, batches: list[list[int]]) -> Callable[[int], object]:
-    pixels = made.noise(backbone, 64)
+    pixels = synthetic.noise(backbone, 64)
     return lambda run: engine.run(
-        [made.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(batches[run % len(batches)])]
+        [synthetic.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(batches[run % len(batches)])]
     )
 
 
 def mixed_uniform(name: str, rounds: int, rows: Rows) -> Figures:
     """Through the engine, over resident copies that answer without one."""
-    models, backbone = 20, made.load(name)
+    models, backbone = 20, synthetic.load(name)
     before = torch.cuda.memory_allocated()
-    engine = engine_of((made.single(backbone, str(i), i) for i in range(models)), HELD * made.mask_bytes(backbone))
+    engine = engine_of(
+        (synthetic.single(backbone, str(i), i) for i in range(models)), HELD * synthetic.mask_bytes(backbone)
+    )
     ours = torch.cuda.memory_allocated() - before
     copies = [
-        executor_of(backbones.wrap(copy_of(backbone, made.mask(backbone, "", 0, i)), name, "random:0", DEVICE))
+        executor_of(backbones.wrap(copy_of(backbone, synthetic.mask(backbone, "", 0, i)), name, "random:0", DEVICE))
         for i in range(models)
     ]
     theirs = torch.cuda.memory_allocated() - before - ours
-    batches, x = uniform(models, 16), made.noise(backbone, BATCH).to(DEVICE)
+    batches, x = uniform(models, 16), synthetic.noise(backbone, BATCH).to(DEVICE)
 
     def by_copies(run: int) -> None:
         batch = batches[run % len(batches)]
@@ -178,9 +180,9 @@ def mixed_uniform(name: str, rounds: int, rows: Rows) -> Figures:
 
 def identical(name: str, rounds: int, rows: Rows) -> Figures:
     """One mask throughout: through the engine, and in the executor alone, over the unmasked backbone."""
-    backbone, executor = made.load(name), executor_of(on_gpu(name))
-    engine = engine_of([made.single(backbone, "0", 0)], made.mask_bytes(backbone))
-    mask, x = executor.pack(made.mask(backbone, "m", 0, 0)), made.noise(backbone, BATCH).to(DEVICE)
+    backbone, executor = synthetic.load(name), executor_of(on_gpu(name))
+    engine = engine_of([synthetic.single(backbone, "0", 0)], synthetic.mask_bytes(backbone))
+    mask, x = executor.pack(synthetic.mask(backbone, "m", 0, 0)), synthetic.noise(backbone, BATCH).to(DEVICE)
 
     def plain(run: int) -> None:
         executor.swap(None)
@@ -202,19 +204,19 @@ def identical(name: str, rounds: int, rows: Rows) -> Figures:
 
 def cascades(name: str, rounds: int, rows: Rows) -> Figures:
     """A request over one plain pass, batch 8."""
-    backbone, executor = made.load(name), executor_of(on_gpu(name))
-    pixels = made.noise(backbone, 64)
+    backbone, executor = synthetic.load(name), executor_of(on_gpu(name))
+    pixels = synthetic.noise(backbone, 64)
     x = pixels[:FEW].to(DEVICE)
     ways: Ways = {"plain": lambda run: executor.run(x)}
     for case, (expert_from, mode, _) in CASES.items():
         stage = backbone.stage(expert_from)
         while backbone.offset(stage) == backbone.flat.numel():  # a stage without weights is none to adapt
             stage -= 1
-        engine = engine_of([made.cascade(backbone, "cascade", EXPERTS, stage)], 2**31)
+        engine = engine_of([synthetic.cascade(backbone, "cascade", EXPERTS, stage)], 2**31)
 
         def request(run: int, engine: Engine = engine, mode: Any = mode) -> object:
             images = (pixels[(run * FEW + i) % 64] for i in range(FEW))
-            return engine.run([made.item(engine, "cascade", image, mode) for image in images])
+            return engine.run([synthetic.item(engine, "cascade", image, mode) for image in images])
 
         ways[case] = request
     taken = seconds(ways, rounds, 8)
@@ -225,17 +227,17 @@ def cascades(name: str, rounds: int, rows: Rows) -> Figures:
 
 def scale(name: str, models: int, rounds: int, rows: Rows) -> Figures:
     """Throughput of many masks over that of five, zipf 1.5, through the batcher with a long queue."""
-    backbone, images = made.load(name), 2048
-    pixels, engines = made.noise(backbone, 64), {}
+    backbone, images = synthetic.load(name), 2048
+    pixels, engines = synthetic.noise(backbone, 64), {}
     for count in (5, models):
-        bundles = (made.single(backbone, str(i), i, dim=1) for i in range(count))
-        engines[count] = engine_of(bundles, HELD * made.mask_bytes(backbone))
+        bundles = (synthetic.single(backbone, str(i), i, dim=1) for i in range(count))
+        engines[count] = engine_of(bundles, HELD * synthetic.mask_bytes(backbone))
     taken: dict[int, list[float]] = {count: [] for count in engines}
     waits: list[float] = []
     for nth in range(rounds + 1):  # the first one warms up
         for count, engine in engines.items():
             sequence = zipf(count, 1, nth, images)[0]
-            items = [made.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(sequence)]
+            items = [synthetic.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(sequence)]
             begin = time.perf_counter()
             waited = queued(engine, items)
             if nth:

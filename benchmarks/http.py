@@ -33,8 +33,8 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from benchmarks.made import single
 from benchmarks.report import Figure, figure, report
+from benchmarks.synthetic import single
 from cascade import load
 from cascade.bundle.format import read, write
 from cascade.model import backbone as backbones

@@ -200,14 +200,14 @@ def here(case: Case, rounds: int) -> Case:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from benchmarks import made
+    from benchmarks import synthetic
     from benchmarks.serving.swap import build
 
     torch.set_grad_enabled(False)
-    backbone = made.load("resnet50")
+    backbone = synthetic.load("resnet50")
     swap = build("resnet50")
-    pixels = made.noise(backbone, 1)
-    engine = made.engine_of([made.single(backbone, "m", 1)], 2 * made.mask_bytes(backbone))
+    pixels = synthetic.noise(backbone, 1)
+    engine = synthetic.engine_of([synthetic.single(backbone, "m", 1)], 2 * synthetic.mask_bytes(backbone))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "copy.safetensors")
         save_file(backbone.model.state_dict(), file)
@@ -216,7 +216,7 @@ def here(case: Case, rounds: int) -> Case:
             backbone.model.load_state_dict(load_file(file))
 
         def forward() -> None:
-            engine.run([made.item(engine, "m", pixels[0], version="1")])
+            engine.run([synthetic.item(engine, "m", pixels[0], version="1")])
 
         def seconds(work: Callable[[], object]) -> float:
             taken = []

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from benchmarks.peers import Work, peers, ratios, resident_bytes
 from benchmarks.report import Rows, figure, report, single
+from benchmarks.subprocesses import Work, peers, ratios, resident_bytes
 from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing
 from training.cost import peak_bytes

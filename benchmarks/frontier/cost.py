@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks import made
-from benchmarks.peers import peers, ratios, rounds
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure
+from benchmarks.subprocesses import peers, ratios, rounds
 from cascade.engine.weight_cache import Residency
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Mode
@@ -27,16 +27,18 @@ def build(name: str, side: int, mask_from: str, experts: int, mode: Mode) -> Cal
     backbone = _load(name, side)
     stage = backbone.stage(mask_from)
     bundle = (
-        made.cascade(backbone, "cascade", experts, stage, stage)
+        synthetic.cascade(backbone, "cascade", experts, stage, stage)
         if experts
-        else made.single(backbone, "cascade", 0, mask_from=stage)
+        else synthetic.single(backbone, "cascade", 0, mask_from=stage)
     )
-    engine = made.engine_of([bundle], 2**31)
-    pixels = made.noise(backbone, 64)
+    engine = synthetic.engine_of([bundle], 2**31)
+    pixels = synthetic.noise(backbone, 64)
 
     def work(nth: int) -> int:
         images = [pixels[(nth * BATCH + i) % 64] for i in range(BATCH)]
-        return len({p.cluster for p in engine.run([made.item(engine, "cascade", image, mode) for image in images])})
+        return len(
+            {p.cluster for p in engine.run([synthetic.item(engine, "cascade", image, mode) for image in images])}
+        )
 
     return work
 
@@ -46,7 +48,7 @@ def plain(name: str, side: int) -> Callable[[int], object]:
     from cascade.engine.executors.selection import choose
 
     backbone = _load(name, side)
-    pixels = made.noise(backbone, 64)
+    pixels = synthetic.noise(backbone, 64)
     executor = choose(backbone, Residency(0))
     return lambda nth: executor.run(pixels[[(nth * BATCH + i) % 64 for i in range(BATCH)]]) is None
 
@@ -82,6 +84,6 @@ def operations(backbone: Backbone, mask_from: str, side: int) -> float:
 
 
 def _load(name: str, side: int) -> Backbone:
-    backbone = made.load(name)
+    backbone = synthetic.load(name)
     backbone.config["input_size"] = (3, side, side)
     return backbone

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from benchmarks import made
-from benchmarks.peers import peers, ratios, rounds
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure
+from benchmarks.subprocesses import peers, ratios, rounds
 from cascade.engine.weight_cache import Residency
 from cascade.model.fusion import Mode
 
@@ -18,16 +18,16 @@ CASES: dict[str, tuple[int, Mode, str]] = {
 
 def build(name: str, expert_from: int, mode: Mode) -> Callable[[int], set[int]]:
     """Requests through the engine; gives back the clusters that were seen."""
-    backbone = made.load(name)
+    backbone = synthetic.load(name)
     stage = backbone.stage(expert_from)
     while backbone.offset(stage) == backbone.flat.numel():  # a stage without weights is none to adapt
         stage -= 1
-    engine = made.engine_of([made.cascade(backbone, "cascade", EXPERTS, stage)], 2**31)
-    pixels = made.noise(backbone, 64)
+    engine = synthetic.engine_of([synthetic.cascade(backbone, "cascade", EXPERTS, stage)], 2**31)
+    pixels = synthetic.noise(backbone, 64)
 
     def work(nth: int) -> set[int]:
         images = [pixels[(nth * BATCH + i) % 64] for i in range(BATCH)]
-        return {p.cluster for p in engine.run([made.item(engine, "cascade", image, mode) for image in images])}
+        return {p.cluster for p in engine.run([synthetic.item(engine, "cascade", image, mode) for image in images])}
 
     return work
 
@@ -36,8 +36,8 @@ def plain(name: str) -> Callable[[int], object]:
     """The unmasked backbone in the executor that the engine takes."""
     from cascade.engine.executors.selection import choose
 
-    backbone = made.load(name)
-    pixels = made.noise(backbone, 64)
+    backbone = synthetic.load(name)
+    pixels = synthetic.noise(backbone, 64)
     executor = choose(backbone, Residency(0))
     return lambda nth: executor.run(pixels[[(nth * BATCH + i) % 64 for i in range(BATCH)]]) is None
 

@@ -5,29 +5,29 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import made
-from benchmarks.peers import peers, ratios, rounds
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure
+from benchmarks.subprocesses import peers, ratios, rounds
 from cascade.bundle.format import read, write
 
 
 def build(name: str, count: int) -> Callable[[tuple[int, int]], object]:
     """``(images, version)``: a request for a version, 0 for the one that is warm."""
-    backbone = made.load(name)
-    pixels = made.noise(backbone, 8)
+    backbone = synthetic.load(name)
+    pixels = synthetic.noise(backbone, 8)
     keep = tempfile.TemporaryDirectory(prefix="cascade-cold-")
-    paths = [write(made.single(backbone, "m", v), Path(keep.name, "m", str(v))) for v in range(count)]
+    paths = [write(synthetic.single(backbone, "m", v), Path(keep.name, "m", str(v))) for v in range(count)]
     for path in paths:
         for file in path.iterdir():  # out of the page cache
             with open(file, "rb") as handle:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    engine = made.engine_of([read(paths[0])], 2 * made.mask_bytes(backbone))
+    engine = synthetic.engine_of([read(paths[0])], 2 * synthetic.mask_bytes(backbone))
 
     def work(wanted: tuple[int, int], keep: object = keep) -> bool:
         images, version = wanted
         if version:
             engine.add(read(paths[version]))
-        engine.run([made.item(engine, "m", pixels[i], version=str(version)) for i in range(images)])
+        engine.run([synthetic.item(engine, "m", pixels[i], version=str(version)) for i in range(images)])
         return True
 
     return work

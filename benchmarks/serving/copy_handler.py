@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import made
+from benchmarks import synthetic
 from cascade.model.preprocessing import Preprocessing, decode
 
 
@@ -17,7 +17,7 @@ class CopyHandler:
     def initialize(self, context: Any) -> None:
         settings = context.model_yaml_config["copy"]
         torch.set_num_threads(settings["threads"])
-        backbone = made.load(settings["backbone"])
+        backbone = synthetic.load(settings["backbone"])
         self.model = backbone.model
         self.model.load_state_dict(load_file(Path(settings["weights"])))
         self.transform = Preprocessing.of(backbone.config).transform()
@@ -26,4 +26,4 @@ class CopyHandler:
         images = [self.transform(decode(bytes(next(iter(each.values()))))) for each in data]
         with torch.inference_mode():
             features = self.model(torch.stack(images).contiguous(memory_format=torch.channels_last))
-        return [json.dumps(row.tolist()[: made.DIM]) for row in features]
+        return [json.dumps(row.tolist()[: synthetic.DIM]) for row in features]

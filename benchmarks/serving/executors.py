@@ -1,20 +1,20 @@
 """Every executor of the unmasked backbone at batch 8, over what a user of timm gets without thinking."""
 
-from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure
-from benchmarks.serving import ways
+from benchmarks.serving import baselines
+from benchmarks.subprocesses import peers, ratios, rounds
 
 BATCH = 8
 
 
 def measure(name: str, count: int, rows: Rows) -> dict[str, Figure]:
     builds = {
-        "eager": (ways.eager, name, "contiguous"),
-        "eager, channels last": (ways.eager, name, "channels_last"),
-        "static ONNX Runtime (cannot swap)": (ways.static_copies, name, 1),
-        "folded": (ways.unmasked, name, "folded"),
-        "onnx": (ways.unmasked, name, "onnx"),
-        "bf16": (ways.unmasked, name, "bf16"),
+        "eager": (baselines.eager, name, "contiguous"),
+        "eager, channels last": (baselines.eager, name, "channels_last"),
+        "static ONNX Runtime (cannot swap)": (baselines.static_copies, name, 1),
+        "folded": (baselines.unmasked, name, "folded"),
+        "onnx": (baselines.unmasked, name, "onnx"),
+        "bf16": (baselines.unmasked, name, "bf16"),
     }
     with peers(builds) as running:
         seconds = rounds(running, [[0] * BATCH] * count)

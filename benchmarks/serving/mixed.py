@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from benchmarks.peers import peers, ratios, rounds
 from benchmarks.report import Figure, Rows, figure, single
-from benchmarks.serving import ways
-from benchmarks.serving.ways import Batch
+from benchmarks.serving import baselines
+from benchmarks.serving.baselines import Batch
+from benchmarks.subprocesses import peers, ratios, rounds
 
 BATCH, HELD = 32, 8
 Figures = dict[str, Figure]
@@ -25,9 +25,9 @@ def zipf(models: int, count: int, seed: int = 0, size: int = BATCH) -> list[Batc
 
 def against_copies(name: str, what: str, models: int, works: list[Batch], goal: str, same: bool, rows: Rows) -> Figures:
     """Throughput over resident copies in their fastest executor, and in ours where they fit into memory."""
-    builds = {"masks": (ways.ours, name, models, HELD), "copies": (ways.static_copies, name, models)}
+    builds = {"masks": (baselines.ours, name, models, HELD), "copies": (baselines.static_copies, name, models)}
     if same:
-        builds["same"] = (ways.ours, name, models, models)
+        builds["same"] = (baselines.ours, name, models, models)
     with peers(builds) as running:
         seconds = rounds(running, works, warm=2)
         memory = {way: peer.grown() for way, peer in running.items()}
@@ -47,9 +47,9 @@ def against_copies(name: str, what: str, models: int, works: list[Batch], goal: 
 def against_today(name: str, works: list[Batch], models: int, rows: Rows) -> Figures:
     """Throughput and memory over loading a state_dict whenever the model changes, and over hooks that mask."""
     builds = {
-        "masks": (ways.ours, name, models, HELD),
-        "load_state_dict": (ways.files, name, models),
-        "hooks": (ways.hooks, name, models),
+        "masks": (baselines.ours, name, models, HELD),
+        "load_state_dict": (baselines.files, name, models),
+        "hooks": (baselines.hooks, name, models),
     }
     with peers(builds) as running:
         seconds = rounds(running, works, warm=2)
@@ -70,7 +70,7 @@ def against_today(name: str, works: list[Batch], models: int, rows: Rows) -> Fig
 
 def identical(name: str, count: int, rows: Rows) -> Figures:
     """One mask throughout, through the engine, over the unmasked backbone in the same executor."""
-    with peers({"masks": (ways.ours, name, 1, 1), "plain": (ways.unmasked, name)}) as running:
+    with peers({"masks": (baselines.ours, name, 1, 1), "plain": (baselines.unmasked, name)}) as running:
         seconds = rounds(running, [[0] * BATCH] * count, warm=1)
     rows.add("one mask throughout", figure([1000 * s / BATCH for s in seconds["masks"]]), "ms an image")
     rows.add("the unmasked backbone", figure([1000 * s / BATCH for s in seconds["plain"]]), "ms an image")

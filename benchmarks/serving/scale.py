@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import made
-from benchmarks.peers import peers, ratios, resident_bytes, rounds
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure, single
 from benchmarks.serving.mixed import BATCH, HELD, zipf
+from benchmarks.subprocesses import peers, ratios, resident_bytes, rounds
 from cascade.engine.batcher import Batcher
 
 QUEUED = 256
@@ -24,12 +24,12 @@ def build(name: str, models: int, at: int) -> Callable[[tuple[str, list[int]]], 
     ``("queue", models)`` keeps QUEUED images of these models waiting until there are no more, and gives the waits.
     ``("arrival", models)`` runs them in batches in the order in which they came, and gives what the residency did.
     """
-    backbone = made.load(name)
-    pixels = made.noise(backbone, 64)
-    engine = made.engine_of([made.single(backbone, "first", 0, dim=1)], HELD * made.mask_bytes(backbone))
+    backbone = synthetic.load(name)
+    pixels = synthetic.noise(backbone, 64)
+    engine = synthetic.engine_of([synthetic.single(backbone, "first", 0, dim=1)], HELD * synthetic.mask_bytes(backbone))
     before, grown = resident_bytes(), 0
     for i in range(models):
-        engine.add(made.single(backbone, str(i), i + 1, dim=1))
+        engine.add(synthetic.single(backbone, str(i), i + 1, dim=1))
         if i + 1 == at:
             grown = resident_bytes() - before
 
@@ -37,7 +37,7 @@ def build(name: str, models: int, at: int) -> Callable[[tuple[str, list[int]]], 
         how, sequence = wanted
         if how == "bytes":
             return grown
-        items = [made.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(sequence)]
+        items = [synthetic.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(sequence)]
         if how == "arrival":
             misses = engine.stats()["misses"]
             for first in range(0, len(items), BATCH):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks import made
-from benchmarks.peers import peers, ratios
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure
+from benchmarks.subprocesses import peers, ratios
 from cascade.engine.executors.selection import choose
 from cascade.engine.executors.weight_layout import Packed
 from cascade.engine.weight_cache import Residency
@@ -21,8 +21,8 @@ OFF = (0.075, 0.25, 0.5)
 
 def build(name: str) -> Callable[[float], dict[str, float]]:
     """Seconds of a swap and of a copy, one after the other, at a share of weights that are off."""
-    backbone = made.load(name)
-    executor = choose(made.load(name), Residency(0), "onnx")
+    backbone = synthetic.load(name)
+    executor = choose(synthetic.load(name), Residency(0), "onnx")
     flat = executor.flat  # type: ignore[attr-defined]
     packed: dict[float, Packed] = {}
     for off in OFF:

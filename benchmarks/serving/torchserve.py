@@ -17,11 +17,11 @@ import psutil
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks import made
-from benchmarks.peers import peers, ratios, rounds
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure, single
+from benchmarks.serving.baselines import copy_of
 from benchmarks.serving.mixed import HELD
-from benchmarks.serving.ways import copy_of
+from benchmarks.subprocesses import peers, ratios, rounds
 from cascade.bundle.format import write
 from handlers.torchserve.entrypoint import Server
 
@@ -74,7 +74,7 @@ class Copies(Server):
 
 def build(way: str, name: str, models: int, store: Path, weights: list[Path]) -> Callable[[list[int]], int]:
     """A server in this process's care; sends it a request for each model, and gives the bytes that it takes."""
-    budget = HELD * made.mask_bytes(made.load(name))
+    budget = HELD * synthetic.mask_bytes(synthetic.load(name))
     masks = way == "masks"
     server = Server(store, auth=False, budget_bytes=budget, poll=0) if masks else Copies(store, weights, name)
     stack = ExitStack()
@@ -132,11 +132,11 @@ def _memory(server: Server) -> int:
 @contextmanager
 def _prepared(name: str, models: int) -> Iterator[tuple[Path, list[Path]]]:
     """A store with one mask a bundle, and the same models as whole files of weights."""
-    backbone = made.load(name)
+    backbone = synthetic.load(name)
     with tempfile.TemporaryDirectory(prefix="cascade-copies-") as folder:
         store, weights = Path(folder, "store"), []
         for i in range(models):
-            bundle = made.single(backbone, f"m{i}", i)
+            bundle = synthetic.single(backbone, f"m{i}", i)
             write(bundle, store / f"m{i}" / "1")
             weights.append(Path(folder, f"{i}.safetensors"))
             save_file(copy_of(backbone, bundle.dispatcher).state_dict(), weights[-1])

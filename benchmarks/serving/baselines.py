@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks import made
+from benchmarks import synthetic
 from cascade.engine.executors.onnx import export, library, session_options
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.executors.weight_layout import Flat, Order
@@ -29,12 +29,12 @@ Answer = Callable[[Batch], object]
 
 def ours(name: str, models: int, held: int, executor: Kind = "auto") -> Answer:
     """Packed masks over one backbone, ``held`` of them materialised at most."""
-    backbone = made.load(name)
-    pixels, size = made.noise(backbone, 64), made.mask_bytes(backbone)
-    engine = made.engine_of([made.single(backbone, str(i), i) for i in range(models)], held * size, executor)
+    backbone = synthetic.load(name)
+    pixels, size = synthetic.noise(backbone, 64), synthetic.mask_bytes(backbone)
+    engine = synthetic.engine_of([synthetic.single(backbone, str(i), i) for i in range(models)], held * size, executor)
 
     def answer(batch: Batch) -> dict[str, int]:
-        engine.run([made.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(batch)])
+        engine.run([synthetic.item(engine, str(model), pixels[i % 64]) for i, model in enumerate(batch)])
         return engine.stats()
 
     return answer
@@ -42,17 +42,17 @@ def ours(name: str, models: int, held: int, executor: Kind = "auto") -> Answer:
 
 def unmasked(name: str, executor: Kind = "auto") -> Answer:
     """The backbone alone in one of our executors: whatever model is asked for, it is this one."""
-    backbone = made.load(name)
-    pixels = made.noise(backbone, 64)
+    backbone = synthetic.load(name)
+    pixels = synthetic.noise(backbone, 64)
     chosen = choose(backbone, Residency(0), executor)
     return grouped(lambda wanted, x: chosen.run(x), pixels)
 
 
 def static_copies(name: str, models: int) -> Answer:
     """A copy of the weights for each, in a static ONNX Runtime session: the fastest executor of a copy."""
-    backbone = made.load(name)
-    pixels = made.noise(backbone, 64)
-    sessions = [static_session(backbone, made.mask(backbone, "", 0, i), pixels) for i in range(models)]
+    backbone = synthetic.load(name)
+    pixels = synthetic.noise(backbone, 64)
+    sessions = [static_session(backbone, synthetic.mask(backbone, "", 0, i), pixels) for i in range(models)]
 
     def run(model: int, x: Tensor) -> Any:
         return sessions[model].run(None, {"x": x.numpy()})[0]
@@ -62,12 +62,14 @@ def static_copies(name: str, models: int) -> Answer:
 
 def files(name: str, models: int) -> Answer:
     """One resident model that loads a state_dict from disk (page cache) whenever another one is asked for."""
-    backbone = made.load(name)
-    pixels = made.noise(backbone, 64)
+    backbone = synthetic.load(name)
+    pixels = synthetic.noise(backbone, 64)
     keep = tempfile.TemporaryDirectory(prefix="cascade-files-")
     for i in range(models):
-        save_file(copy_of(backbone, made.mask(backbone, "", 0, i)).state_dict(), Path(keep.name, f"{i}.safetensors"))
-    model, now = copy_of(backbone, made.mask(backbone, "", 0, 0)), [-1]
+        save_file(
+            copy_of(backbone, synthetic.mask(backbone, "", 0, i)).state_dict(), Path(keep.name, f"{i}.safetensors")
+        )
+    model, now = copy_of(backbone, synthetic.mask(backbone, "", 0, 0)), [-1]
 
     def run(wanted: int, x: Tensor, keep: object = keep) -> Any:  # the folder goes when the process ends
         if now[0] != wanted:
@@ -80,11 +82,11 @@ def files(name: str, models: int) -> Answer:
 
 def hooks(name: str, models: int) -> Answer:
     """Forward hooks that multiply each layer's weight with its mask on the fly, masks as bool tensors."""
-    backbone = made.load(name)
-    pixels, model = made.noise(backbone, 64), deepcopy(backbone.model)
+    backbone = synthetic.load(name)
+    pixels, model = synthetic.noise(backbone, 64), deepcopy(backbone.model)
     active = []
     for i in range(models):
-        bits = made.mask(backbone, "", 0, i).bits
+        bits = synthetic.mask(backbone, "", 0, i).bits
         active.append(masks.unpack(bits, backbone.flat.numel()))
     now = [0]
     for parameter, (begin, end) in backbone.spans.items():
@@ -112,8 +114,8 @@ def hooks(name: str, models: int) -> Answer:
 
 def eager(name: str, layout: str) -> Answer:
     """The unmasked model as timm gives it, images contiguous or channels last."""
-    backbone = made.load(name)
-    pixels, model = made.noise(backbone, 64), backbone.model
+    backbone = synthetic.load(name)
+    pixels, model = synthetic.noise(backbone, 64), backbone.model
     last = layout == "channels_last"
 
     def run(wanted: int, x: Tensor) -> Any:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peers as harness
 from benchmarks import report
-from benchmarks.peers import Peer, peers, ratios, rounds
+from benchmarks import subprocesses as harness
 from benchmarks.report import Rows, figure, single
+from benchmarks.subprocesses import Peer, peers, ratios, rounds
 
 from .ways import broken, build
 
