@@ -28,7 +28,7 @@ from cascade.offline.predict import predict_files
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 
 if TYPE_CHECKING:
-    from tests.e2e.asgi_server import Asgi
+    from tests.helpers.asgi_server import Asgi
 
 ROOT = Path(__file__).parents[2]
 EXECUTOR: Kind = "onnx"
@@ -246,7 +246,7 @@ def index(store: Path, indexed: list[Path], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def asgi(store: Path, index: Path, one_mask: int) -> "Iterator[Asgi]":
     """One ASGI server for the session, with room for a single materialised mask, and an index."""
-    from tests.e2e.asgi_server import serving_asgi
+    from tests.helpers.asgi_server import serving_asgi
 
     with serving_asgi(store, "--budget", str(one_mask), "--index", str(index)) as running:
         yield running

@@ -17,10 +17,10 @@ from PIL import Image
 
 from cascade import Client, Engine, ItemError, Options, Prediction
 from cascade.client import ClientError
-from tests.e2e.asgi_server import Asgi, serving_asgi
 from tests.e2e.conftest import CLIENT, NotStarted, Running
 from tests.e2e.test_torchserve import answer, encoded, error, lone, post, same
-from tests.e2e.trouble import terminated, until
+from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.torments import terminated, until
 
 pytestmark = pytest.mark.e2e
 

@@ -26,11 +26,11 @@ from PIL import Image
 
 import cascade
 from cascade.bundle.format import write
-from tests.cascade.handmade import handmade
-from tests.e2e.asgi_server import Asgi, serving_asgi
 from tests.e2e.conftest import CLIENT, EXECUTOR, NO_TLS
 from tests.e2e.test_torchserve import encoded
-from tests.e2e.trouble import (
+from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.bundles import handmade
+from tests.helpers.torments import (
     NO_FILES,
     Clock,
     Shelf,

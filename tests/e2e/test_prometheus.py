@@ -16,10 +16,10 @@ import yaml
 
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
-from tests.e2e.asgi_server import Asgi
 from tests.e2e.conftest import CLIENT, ROOT, Running
 from tests.e2e.test_torchserve import post
-from tests.e2e.trouble import settled
+from tests.helpers.asgi_server import Asgi
+from tests.helpers.torments import settled
 from tests.test_deploy import PROMETHEUS, dashboard, expressions
 
 pytestmark = pytest.mark.e2e

@@ -1,4 +1,4 @@
-"""An offline job on a Ray cluster of several nodes, one of which dies in mid-job; see ``tests.e2e.ray_job``."""
+"""An offline job on a Ray cluster of several nodes, one of which dies in mid-job; see ``tests.helpers.ray_job``."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_a_node_and_an_actor_die_and_the_output_is_that_of_the_local_job(
     shutil.copytree(local, resumed)
     for number in (3, 30):
         (resumed / f"part-{number:05d}.parquet").unlink()
-    found = json.loads(run("tests.e2e.ray_job", bundle_path, cifar_folder, out, resumed).splitlines()[-1])
+    found = json.loads(run("tests.helpers.ray_job", bundle_path, cifar_folder, out, resumed).splitlines()[-1])
     assert set(found["died"]) == {"node", "actor"}
     assert found["jobs"] == [[301, 301, {"unreadable": 1}], [301, 11, {"unreadable": 1}]]
     assert len(contents(local)) == 31

@@ -27,7 +27,7 @@ from handlers.ray.serve import NAME, QUIET, serving
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
 from tests.e2e.conftest import EXECUTOR, ROOT
-from tests.e2e.trouble import settled
+from tests.helpers.torments import settled
 
 pytestmark = [
     pytest.mark.e2e,

@@ -17,7 +17,7 @@ import torch
 from cascade.model.masks import Mask, apply, pack
 from tests.conftest import need
 from tests.e2e.conftest import ROOT
-from tests.e2e.trouble import until
+from tests.helpers.torments import until
 from training import clusters, dispatcher, experts
 from training.checkpoint import CHECKPOINT, CURVE, DONE
 from training.cli import Watch

@@ -24,7 +24,7 @@ from cascade.bundle.format import read, write
 from tests.e2e.conftest import CLIENT, NO_TLS, Running, serving
 from tests.e2e.test_asgi_survival import bomb, mutated
 from tests.e2e.test_torchserve import encoded
-from tests.e2e.trouble import (
+from tests.helpers.torments import (
     DAY,
     NO_FILES,
     Clock,

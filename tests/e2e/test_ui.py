@@ -11,8 +11,8 @@ import torch
 
 from cascade import Bundle, Engine, Prediction
 from tests.conftest import DATA, need
-from tests.e2e.asgi_server import Asgi, serving_asgi
 from tests.e2e.conftest import CLIENT
+from tests.helpers.asgi_server import Asgi, serving_asgi
 
 pytestmark = pytest.mark.e2e
 PHOTO = DATA / "photos" / "cat-0000.png"

@@ -9,7 +9,7 @@ from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.executors.selection import Kind
 from cascade.model.fusion import MODES
 from tests.cascade.engine.test_engine import SHAPES, answers, embeddings, good, mixture, reference, same
-from tests.cascade.handmade import handmade
+from tests.helpers.bundles import handmade
 
 
 def engine(device: str, *bundles: object, budget: int | None = None, executor: Kind = "auto") -> Engine:

@@ -9,7 +9,6 @@ from cascade.kernels import per_image
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
 from tests.cascade.engine.executors.test_weight_layout import shuffled
-from tests.cascade.handmade import random_mask
 
 # The same checks as in the interpreter, with this folder's device.
 from tests.cascade.kernels.test_per_image import (
@@ -24,6 +23,7 @@ from tests.cascade.kernels.test_triton import (  # noqa: F401
     test_rows_of_any_length,
     test_swap_equals_plain,
 )
+from tests.helpers.bundles import random_mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

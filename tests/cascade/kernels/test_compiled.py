@@ -16,7 +16,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """PTX by kernel, from a process in which triton is no interpreter."""
     cache = str(tmp_path_factory.mktemp("triton"))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.cascade.kernels.compile"]
+    command = [sys.executable, "-m", "tests.helpers.compile_kernels"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])

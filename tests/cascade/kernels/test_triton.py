@@ -10,7 +10,7 @@ from cascade.kernels import triton
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
 from tests.cascade.engine.executors.test_weight_layout import shuffled
-from tests.cascade.handmade import random_mask
+from tests.helpers.bundles import random_mask
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from torch import nn
 
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
-from tests.cascade.handmade import random_mask
+from tests.helpers.bundles import random_mask
 
 
 @pytest.mark.parametrize(

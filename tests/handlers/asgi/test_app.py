@@ -30,9 +30,9 @@ from handlers.asgi.middleware import Guard, Limits
 from handlers.asgi.service import Service
 from tests.cascade.engine.test_batcher import Held, busy
 from tests.cascade.engine.test_engine import embeddings
-from tests.cascade.handmade import handmade, named
 from tests.cascade.test_metrics import now
 from tests.handlers.asgi.test_keys import digest
+from tests.helpers.bundles import handmade, named
 
 LIMITS = Limits(body=200_000, bodies=300_000, images=8)
 Ask = Callable[..., httpx.Response]

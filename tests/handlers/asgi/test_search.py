@@ -21,7 +21,7 @@ from handlers.asgi.app import create_app
 from handlers.asgi.keys import Keys
 from handlers.asgi.middleware import Guard, Limits
 from handlers.asgi.service import Service
-from tests.cascade.handmade import handmade, named
+from tests.helpers.bundles import handmade, named
 
 KEYS = Keys((("hand", sha256(b"mine").digest()), ("other", sha256(b"theirs").digest())))
 

@@ -19,8 +19,8 @@ from cascade.errors import CascadeError
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from tests.cascade.engine.executors.test_executors import calibrated, features
-from tests.cascade.handmade import random_mask
 from tests.cascade.kernels.test_triton import device as device
+from tests.helpers.bundles import random_mask
 
 NETWORKS = [
     "test_resnet",

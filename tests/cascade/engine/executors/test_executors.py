@@ -16,7 +16,7 @@ from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
-from tests.cascade.handmade import random_mask
+from tests.helpers.bundles import random_mask
 
 OTHERS: tuple[Kind, ...] = ("folded", "onnx")
 # The last three: norms that cannot be folded, grouped convolutions with squeeze and excitation, layer scale.

@@ -12,7 +12,7 @@ from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.masks import apply
-from tests.cascade.handmade import random_mask
+from tests.helpers.bundles import random_mask
 
 
 @pytest.fixture(scope="module", params=["test_resnet", "test_efficientnet", "test_vit"])

@@ -1,6 +1,6 @@
 """An offline job on a Ray cluster of two nodes on this machine, of which one dies, and then the other one's actor.
 
-python -m tests.e2e.ray_job BUNDLE IMAGES OUT RESUMED
+python -m tests.helpers.ray_job BUNDLE IMAGES OUT RESUMED
 
 A process of its own: Ray's second start in one does not work everywhere. OUT is a new job, RESUMED one that was begun
 without Ray. The last line is what the jobs came to.
