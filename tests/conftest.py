@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.paths import DATA
+
 if not torch.cuda.is_available():  # before triton is imported, as timm does: then its interpreter runs our kernels
     os.environ["TRITON_INTERPRET"] = "1"
-
-DATA = Path(__file__).parent / "data"
 
 
 def need(condition: object, reason: str) -> None:

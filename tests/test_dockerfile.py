@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from handlers import health
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
 
 
 def instructions(keyword: str) -> list[str]:

@@ -13,8 +13,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from cascade.cli.main import app
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tests" / "data" / "README.md"]
 FIGURES = (  # heading in docs/performance.md, and the JSON files whose figures its rows show, in this order
     ("## ResNet-50", ("serving-resnet50", "serving-resnet50-executors", "serving-resnet50-identical")),

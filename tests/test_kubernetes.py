@@ -2,7 +2,6 @@
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -13,8 +12,8 @@ from typer.testing import CliRunner
 
 from cascade.cli import main
 from tests.conftest import DATA, need
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 KUBERNETES = "1.33"
 
 

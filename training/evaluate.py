@@ -81,8 +81,8 @@ def train(run: Run, features: Features) -> dict[str, Any]:
     labels = torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
     right: dict[str, Tensor] = {}
     for method, parts in methods(run, features):
-        fusion = fusion.fit(parts[0], result["dim"], "scale", recipe.seed)
-        whitened = fusion.embed(fusion, parts[0]), fusion.embed(fusion, parts[1])
+        projection = fusion.fit(parts[0], result["dim"], "scale", recipe.seed)
+        whitened = fusion.embed(projection, parts[0]), fusion.embed(projection, parts[1])
         plain = joined(parts[0]), joined(parts[1])
         result.setdefault("whitened", {})[method], right[method] = measure(*whitened, *labels, recipe.neighbours)
         result.setdefault("plain", {})[method], _ = measure(*plain, *labels, recipe.neighbours)
@@ -227,8 +227,8 @@ def fusions(run: Run, features: Features) -> dict[Mode, tuple[Fusion, Tensor]]:
     out: dict[Mode, tuple[Fusion, Tensor]] = {}
     for mode in modes:
         parts = features.slots(mode, recipe.slots)[0]
-        fusion = fusion.fit(parts, dim, recipe.whiten, recipe.seed)
-        out[mode] = fusion, fusion.embed(fusion, parts)
+        projection = fusion.fit(parts, dim, recipe.whiten, recipe.seed)
+        out[mode] = projection, fusion.embed(projection, parts)
     return out
 
 

@@ -55,7 +55,7 @@ def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = Fal
         dispatcher.controls(run)
     with distributed.first():
         clusters.train(run)
-    (parallel if ray else experts).train(run)
+    (ray_experts if ray else experts).train(run)
     if distributed.rank():
         return out
     features = evaluate.collect(run)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def misfits(bundle: "Bundle") -> Iterator[str]:
-    """What does not fit of the parts among each other; what must fit the backbone is in ``cascade.bundle.format.check``."""
+    """Inconsistencies between the bundle's parts; ``cascade.bundle.format.check`` compares it with its backbone."""
     card, k = bundle.card, len(bundle.experts)
     names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
     if [m.name for m in bundle.masks] != names:

@@ -1,7 +1,7 @@
 """The engine: bundles over resident backbones, images in, answers out.
 
-Decoding is any thread's (``prepare``); passes take turns (``run``, see ``cascade.engine.forward``). What is loaded changes
-beside them.
+``prepare`` is thread-safe; calls of ``run`` are serialized (see ``cascade.engine.forward``); bundles may be added and
+removed meanwhile.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass over memory.
 
 Numba compiles the loops when they are first used, and keeps them beside this file, or in the user's cache. The plain
-references are in ``cascade.model.masks`` (``apply_plain``) and ``cascade.engine.executors.weight_layout`` (``reorder_plain``).
+references are ``apply_plain`` in ``cascade.model.masks`` and ``reorder_plain`` in the executors' ``weight_layout``.
 """
 
 import threading

@@ -97,7 +97,7 @@ def fetch(url: str, limits: Limits = LIMITS) -> bytes:
 
 
 def find(source: str) -> Iterator[str]:
-    """The files that a path, a folder, a pattern or a URL of one of these means, see ``cascade.offline.sources.expand``.
+    """The files that a path, a folder, a pattern or a URL of one of these means, see ``sources.expand``.
 
     Raises:
         CascadeError: a URL can't be listed, or holds a password.

@@ -162,7 +162,7 @@ def settle(
 
 
 def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa.Table":
-    """The rows of a few images, see ``cascade.offline.schema``, in their order: load, decode, one pass, no thread of its own.
+    """The rows of a few images, see ``schema``, in their order: load, decode, one pass, no thread of its own.
 
     Args:
         engine: holds the job's bundle.

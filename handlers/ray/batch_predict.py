@@ -1,6 +1,6 @@
 """``cascade predict --engine ray``: the units of an offline job, done by the actors of a Ray cluster.
 
-The job is that of ``cascade.offline.predict``: the same folder, the same units, the same rows. An actor makes the part of a unit
+The job, its folder, units and rows are those of ``cascade.offline.predict``. An actor makes the part of a unit
 and sends it whole; this process alone writes. What was lost with an actor or a node another one does again. A job that
 was killed goes on when it is started again, with Ray or without.
 """

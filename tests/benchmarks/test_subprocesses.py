@@ -10,8 +10,7 @@ from benchmarks import report
 from benchmarks import subprocesses as harness
 from benchmarks.report import Rows, figure, single
 from benchmarks.subprocesses import Peer, peers, ratios, rounds
-
-from .ways import broken, build
+from tests.helpers.subprocess_ways import broken, build
 
 
 def test_each_peer_is_a_process_of_its_own_and_its_death_is_seen() -> None:

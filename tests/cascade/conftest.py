@@ -13,8 +13,7 @@ from torch import Tensor
 import cascade
 from cascade.bundle.format import Bundle, read
 from tests.conftest import sheet
-
-from .photos import PHOTOS
+from tests.helpers.photos import PHOTOS
 
 
 @dataclass(frozen=True)

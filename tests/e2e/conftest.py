@@ -26,11 +26,11 @@ from cascade.engine.executors.selection import Kind
 from cascade.offline.index import build
 from cascade.offline.predict import predict_files
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
+from tests.helpers.paths import ROOT
 
 if TYPE_CHECKING:
     from tests.helpers.asgi_server import Asgi
 
-ROOT = Path(__file__).parents[2]
 EXECUTOR: Kind = "onnx"
 """What `auto` takes on most machines; named, so that nothing has to be measured while tests run."""
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

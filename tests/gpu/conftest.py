@@ -2,7 +2,7 @@
 
 They skip without one, on CI too and whatever REQUIRE_ALL says: a GPU can't be installed. What can be checked without is
 checked elsewhere: the kernels in Triton's interpreter, and compiled for an H100 (tests/cascade/kernels), the executor
-with its graphs replaced by tapes (tests/cascade/executors).
+with its graphs replaced by tapes (tests/cascade/engine/executors).
 """
 
 from pathlib import Path

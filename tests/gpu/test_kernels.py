@@ -11,13 +11,6 @@ from cascade.model.folding import Folded
 from tests.cascade.engine.executors.test_weight_layout import shuffled
 
 # The same checks as in the interpreter, with this folder's device.
-from tests.cascade.kernels.test_per_image import (
-    test_convolution_equals_plain,
-    test_images_do_not_see_each_others_masks,
-    test_images_that_are_cut_into_windows,
-    test_linear_equals_plain,
-    test_one_mask_for_all,
-)
 from tests.cascade.kernels.test_triton import (  # noqa: F401
     test_nothing_to_do,
     test_rows_of_any_length,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from handlers import process
+from tests.helpers.paths import ROOT
 
 # A shell whose grandchildren ignore SIGTERM, as a worker in a long native call does.
 TREE = ["/bin/sh", "-c", "trap '' TERM; sleep 1000 & (sleep 1000; :) & echo started; wait"]
@@ -93,7 +94,7 @@ def test_the_child_dies_with_its_parent(number: int) -> None:
     parent = """
 import os, sys, time
 from pathlib import Path
-from handlers.torchserve import process
+from handlers import process
 err = sys.stderr.buffer
 child = process.start(["/bin/sleep", "1000"], os.environ, Path("/"), err, err)
 while Path(f"/proc/{child.pid}/comm").read_text() != "sleep\\n":
@@ -102,7 +103,7 @@ print(child.pid, flush=True)
 time.sleep(1000)
 """
     command = [sys.executable, "-c", parent]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as ours:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as ours:
         assert ours.stdout is not None
         child = int(ours.stdout.readline())
         assert members(child) == [child]

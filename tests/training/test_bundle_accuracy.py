@@ -15,6 +15,7 @@ from cascade.cli.main import app
 from cascade.engine.engine import Engine, Options
 from cascade.engine.results import Neighbour, Prediction
 from cascade.errors import CascadeError
+from tests.helpers.paths import DATA
 from training import bundle_accuracy
 
 
@@ -65,7 +66,7 @@ def test_other_classes_than_the_bundles_are_refused(
 
 
 def test_some_of_the_classes_are_enough(bundle_path: Path, tmp_path: Path, cifar: list[Image.Image]) -> None:
-    about = json.loads((Path(__file__).parents[1] / "data/cifar10.json").read_text())
+    about = json.loads((DATA / "cifar10.json").read_text())
     for i in range(120):
         if (name := about["names"][about["labels"][i]]) in ("cat", "ship"):
             (tmp_path / name).mkdir(exist_ok=True)

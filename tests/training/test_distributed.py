@@ -19,13 +19,13 @@ from cascade.bundle.format import read
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing
+from tests.helpers.paths import ROOT
 from training.checkpoint import CURVE, DONE
 from training.loop import fit, seed_everything
 from training.masking import mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe
 
-ROOT = Path(__file__).parents[2]
 RECIPE = Recipe("", size=32, batch=64, lr=0.05, local_crops=1, prototypes=30, projection=16, queue=64, queue_from=0.3)
 STEPS = 6
 TRAIN = """

@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from cascade.model.masks import difference
+from tests.helpers.paths import DATA
 from training import evaluate
 from training.cli import Watch
 from training.evaluate import knn, probe
@@ -28,7 +29,7 @@ def run(bundle_path: Path) -> Run:
 @pytest.fixture(scope="module")
 def sets(cifar: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bank and queries of pixels, [240, 3072] and [60, 3072], with their labels."""
-    about = json.loads((Path(__file__).parents[1] / "data/cifar10.json").read_text())
+    about = json.loads((DATA / "cifar10.json").read_text())
     x = torch.from_numpy(np.stack([np.asarray(image).ravel() for image in cifar])).float() / 255 - 0.5
     y = torch.tensor(about["labels"])
     return x[:240], x[240:], y[:240], y[240:]

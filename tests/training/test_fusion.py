@@ -67,9 +67,9 @@ def test_few_or_equal_images_are_not_blown_up(features: evaluate.Features, white
     parts = np.concatenate([features.train[:1, :10]] * 2, axis=1)
     dim = fusion.dimension(Recipe(""), 1280, 20)
     assert dim == 19
-    fusion = fusion.fit(parts, dim, whiten, 0)
-    assert bool(fusion.weight.isfinite().all()) and bool(fusion.bias.isfinite().all())
-    embedded = fusion.embed(fusion, parts)
+    projection = fusion.fit(parts, dim, whiten, 0)
+    assert bool(projection.weight.isfinite().all()) and bool(projection.bias.isfinite().all())
+    embedded = fusion.embed(projection, parts)
     assert bool((embedded[:, 9:] == 0).all()) and bool((embedded[:, :9].std(dim=0) > 0).all())
 
 

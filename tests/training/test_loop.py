@@ -19,6 +19,7 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing
+from tests.helpers.paths import DATA, ROOT
 from training.checkpoint import CHECKPOINT, CURVE, DONE
 from training.loop import _wrong, fit, generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
@@ -173,7 +174,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_masks(
     np.save(tmp_path / "pixels.npy", pixels)
     plan = json.dumps({"recipe": settings, "steps": steps, "traps": traps, "supervised": supervised, "seed": 0})
     command = [sys.executable, "-c", KILLER, str(tmp_path / "killed"), str(tmp_path / "pixels.npy"), plan]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [0, *[-9] * len(steps + traps), 0]
     undisturbed, resumed = ((tmp_path / name / DONE).read_bytes() for name in ("undisturbed", "killed"))
@@ -241,7 +242,7 @@ LEARNS = [
 @pytest.mark.parametrize("settings", LEARNS)
 def test_it_learns(settings: dict[str, object], pixels: np.ndarray, tmp_path: Path) -> None:
     """With real labels the loss falls, though nothing but masks, statistics and a head can move."""
-    labels = np.array(json.loads((Path(__file__).parents[1] / "data/cifar10.json").read_text())["labels"])[:100]
+    labels = np.array(json.loads((DATA / "cifar10.json").read_text())["labels"])[:100]
     recipe = replace(RECIPE, global_scale=(0.8, 1.0), **settings)  # type: ignore[arg-type]
     model = train(tmp_path, pixels, recipe, labels)
     losses = [json.loads(line)["loss"] for line in (tmp_path / CURVE).read_text().splitlines()]

@@ -255,11 +255,11 @@ def test_stage_by_stage_gives_what_all_in_a_row_give(
     for some in (("2",), ("0", "1")):  # in any order, by whomever
         module("experts", "--run", run, "--only", *some, monkeypatch=monkeypatch)
     module("evaluate", "--run", run, monkeypatch=monkeypatch)
-    module("pack", "--run", run, "--out", out, monkeypatch=monkeypatch)
+    module("export", "--run", run, "--out", out, monkeypatch=monkeypatch)
     assert content(out) == content(once)
 
 
-@pytest.mark.parametrize("stage", [clusters, experts, evaluate, pack])
+@pytest.mark.parametrize("stage", [clusters, experts, evaluate, export])
 def test_stopped_at_any_stage_it_goes_on_to_the_same_bytes(
     stage: object, once: Path, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,7 +466,7 @@ def test_a_stage_without_the_one_before_says_which(tmp_path: Path, cifar: list[I
 # As commands
 
 
-@pytest.mark.parametrize("name", ["dispatcher", "clusters", "experts", "evaluate", "pack", "pipeline"])
+@pytest.mark.parametrize("name", ["dispatcher", "clusters", "experts", "evaluate", "export", "pipeline"])
 def test_every_stage_explains_itself(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

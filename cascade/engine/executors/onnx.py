@@ -2,7 +2,7 @@
 
 ONNX Runtime's fast convolutions want weights in blocks of 8 or 16 output channels, and only weights that are constants
 of the graph are brought into that order. So the graph is optimised once with constants whose values are their own
-positions: where each value ends up is the order (``cascade.engine.executors.weight_layout.Order``). Then the constants are made inputs of the
+positions: where each value ends up is the order (``weight_layout.Order``). Then the constants are made inputs of the
 optimised graph, and every mask's weights are written in that order from the start. Identical outputs, no constant
 left that a mask would have to change; sessions take milliseconds to make.
 """

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 from cascade.bundle import archive
 from cascade.bundle.format import BundleError, read, write
-
-from .handmade import handmade
+from tests.helpers.bundles import handmade
 
 
 def contents(folder: Path) -> dict[str, bytes]:

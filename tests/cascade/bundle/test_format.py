@@ -36,10 +36,10 @@ from cascade.model.masks import Mask, density, difference, pack, unpack
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import KINDS, Calibration
+from tests.helpers.bundles import handmade
+from tests.helpers.paths import ROOT
 
-from .handmade import handmade
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "bundle-format.md"
+DOCUMENT = ROOT / "docs" / "bundle-format.md"
 PARTS = ("masks", "router", "fusion", "heads", "thumbnails")
 FILES = ("cascade.json", "SHA256SUMS", *(f"{part}.safetensors" for part in PARTS))
 

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from cascade.bundle.format import Bundle
 from cascade.bundle.inspect import percent, show
-
-from .handmade import handmade
+from tests.helpers.bundles import handmade
 
 
 @pytest.fixture(scope="module")

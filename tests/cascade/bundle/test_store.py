@@ -19,8 +19,7 @@ from PIL import Image
 from cascade.bundle import store as stores
 from cascade.bundle.format import Bundle, BundleError, write
 from cascade.bundle.store import Store, StoreError
-
-from .handmade import handmade
+from tests.helpers.bundles import handmade
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ import cascade
 from cascade.bundle.format import write
 from cascade.cli.main import app
 from cascade.model import backbone
-
-from .handmade import handmade
+from tests.helpers.bundles import handmade
 
 COMMANDS = ("train", "predict", "index", "serve", "inspect", "verify", "pack", "unpack", "evaluate", "bench")
 

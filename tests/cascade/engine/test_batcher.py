@@ -14,9 +14,8 @@ from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
 from cascade.engine.forward import Item
 from cascade.errors import CascadeError
-
-from .handmade import handmade, named
-from .test_metrics import now
+from tests.cascade.test_metrics import now
+from tests.helpers.bundles import handmade, named
 
 
 class Held(Engine):

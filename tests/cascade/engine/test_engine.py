@@ -29,8 +29,7 @@ from cascade.model import backbone as backbones
 from cascade.model import masks
 from cascade.model.fusion import MODES
 from cascade.model.masks import Mask, apply
-
-from .handmade import handmade, named
+from tests.helpers.bundles import handmade, named
 
 EXACT: tuple[Kind, ...] = ("plain", "folded", "onnx")
 """The executors that compute in float32."""

@@ -23,8 +23,7 @@ from cascade.engine.forward import Item
 from cascade.engine.registry import Registry, State, load_store, pinned
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
-
-from .handmade import handmade, named
+from tests.helpers.bundles import handmade, named
 
 Watched = tuple[Engine, Registry]
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from cascade.kernels import cpu
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask, apply, apply_plain, pack, unpack
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module", params=["tf_efficientnet_lite0", "vit_tiny_patch16_224"])

@@ -10,8 +10,7 @@ from torch.nn.functional import normalize
 
 from cascade.errors import CascadeError
 from cascade.model.heads import Bank, Linear
-
-from .conftest import Seen
+from tests.cascade.conftest import Seen
 
 
 @pytest.fixture(scope="module")

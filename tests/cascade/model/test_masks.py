@@ -10,8 +10,7 @@ import torch
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone, maskable
 from cascade.model.masks import Mask, alpha, apply, density, difference, pack, split, unpack
-
-from .handmade import random_mask
+from tests.helpers.bundles import random_mask
 
 
 def resnet18() -> int:

@@ -13,9 +13,8 @@ from torch import Tensor
 from cascade.bundle.format import Bundle
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import route
+from tests.cascade.conftest import Seen
 from training.clusters import OOD_DIM, fit_ood
-
-from .conftest import Seen
 
 
 @pytest.fixture(scope="module")

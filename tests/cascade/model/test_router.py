@@ -11,9 +11,8 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from cascade.model.router import Calibration, Prototypes, Router, log_odds, route, tensors
+from tests.cascade.conftest import Seen
 from training.clusters import fit_centroids, fit_gmm, fit_prototypes
-
-from .conftest import Seen
 
 K, SEED = 3, 0
 

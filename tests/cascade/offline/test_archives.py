@@ -14,8 +14,7 @@ from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError, decode
 from cascade.offline import archives
 from cascade.offline.sources import plan
-
-from .photos import BYTES, images, tar
+from tests.helpers.photos import BYTES, images, tar
 
 # Tar
 

@@ -13,8 +13,7 @@ from cascade.model.preprocessing import ImageError, Limits
 from cascade.offline import files
 from cascade.offline.files import fetch, find
 from cascade.offline.sources import plan
-
-from .photos import BAD, BYTES, PHOTOS, images, serving
+from tests.helpers.photos import BAD, BYTES, PHOTOS, images, serving
 
 
 @pytest.fixture(autouse=True)

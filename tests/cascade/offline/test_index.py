@@ -23,8 +23,7 @@ from cascade.offline.job import files_of
 from cascade.offline.predict import Summary, predict_files
 from cascade.offline.report import flat, sample
 from cascade.offline.report import write as write_report
-
-from .handmade import handmade
+from tests.helpers.bundles import handmade
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from cascade.engine.results import Options
 from cascade.errors import CascadeError
 from cascade.offline import job
 from cascade.offline.predict import predict_files
-
-from .photos import PHOTOS
+from tests.helpers.photos import PHOTOS
 
 
 def test_rows_stream_out_in_groups(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,9 @@ from cascade.offline import predict
 from cascade.offline.job import files_of
 from cascade.offline.predict import predict_files, settle, table
 from cascade.offline.sources import expand, plan, read
-
-from .handmade import handmade
-from .photos import BAD, PHOTOS
+from tests.helpers.bundles import handmade
+from tests.helpers.paths import ROOT
+from tests.helpers.photos import BAD, PHOTOS
 
 
 def leftovers(out: Path) -> list[str]:
@@ -129,7 +129,7 @@ import os, sys, threading, time
 from pathlib import Path
 import pyarrow.parquet  # here, or every child would
 import cascade
-from cascade import batch, parts
+from cascade.offline import predict
 
 bundle, images, out, log = map(Path, sys.argv[1:])
 engine = cascade.load(bundle)
@@ -188,7 +188,7 @@ def test_killed_at_any_moment_no_row_is_lost_or_twice(
     images, out, log = cifar_folder / "test", tmp_path / "out", tmp_path / "log"
     bundle = write(handmade(cifar[:40]), tmp_path / "hand" / "1")
     command = [sys.executable, "-c", KILLED, *map(str, (bundle, images, out, log))]
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": root})
     ends = [int(line) for line in done.stdout.split()]
     assert len(ends) == 6 and ends[-1] == 0, done.stderr
@@ -300,6 +300,7 @@ def test_bar_shows_count_and_rate(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_import_stays_light() -> None:
     heavy = ["torch", "timm", "pyarrow", "rich", "faiss"]
-    code = f"import sys, cascade.offline.predict, cascade.model.preprocessing; print([m for m in {heavy} if m in sys.modules])"
+    modules = "cascade.offline.predict, cascade.model.preprocessing"
+    code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr

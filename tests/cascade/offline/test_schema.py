@@ -15,8 +15,7 @@ from cascade.engine.engine import Engine
 from cascade.engine.results import Options, Prediction
 from cascade.offline.job import Embedding, files_of
 from cascade.offline.predict import predict_files
-
-from .photos import BAD, PHOTOS
+from tests.helpers.photos import BAD, PHOTOS
 
 
 def test_columns_types_and_metadata(engine: Engine, tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError, Limits, decode
 from cascade.offline.files import fetch
 from cascade.offline.sources import again, expand, plan
-
-from .photos import BYTES, PHOTOS, images, serving, tar
+from tests.helpers.photos import BYTES, PHOTOS, images, serving, tar
 
 
 def test_sources_keep_their_order_and_files_stand_for_themselves(folder: Path) -> None:

@@ -22,8 +22,9 @@ from cascade.malloc_trim import Resident
 from handlers.requests import parse
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
+from tests.helpers.paths import DATA
 
-PHOTO = Path(__file__).parents[1].joinpath("data/photos/cat-0000.png").read_bytes()
+PHOTO = (DATA / "photos" / "cat-0000.png").read_bytes()
 
 
 class Engine:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
+from tests.helpers.paths import DATA
 from training.data import augment
 
 HALF = (0.5, 0.5, 0.5)
@@ -21,7 +21,7 @@ HALF = (0.5, 0.5, 0.5)
 @pytest.fixture(scope="module")
 def batch() -> Tensor:
     """16 CIFAR-10 photos at 72 px, uint8 [16, 3, 72, 72]."""
-    sheet = Image.open(Path(__file__).parents[1] / "data/cifar10.png")
+    sheet = Image.open(DATA / "cifar10.png")
     photos = [sheet.crop((32 * i, 0, 32 * i + 32, 32)).resize((72, 72), Image.Resampling.BICUBIC) for i in range(16)]
     return torch.from_numpy(np.stack([np.asarray(photo) for photo in photos])).permute(0, 3, 1, 2).contiguous()
 

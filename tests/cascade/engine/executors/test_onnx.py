@@ -14,8 +14,7 @@ from cascade.engine.executors.weight_layout import Order
 from cascade.engine.weight_cache import Residency
 from cascade.model import backbone as backbones
 from cascade.model.folding import Unit
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize("block", [1, 8, 16])
