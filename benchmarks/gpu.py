@@ -31,7 +31,7 @@ from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.forward import Item
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 
@@ -71,7 +71,7 @@ def ratios(a: Iterable[float], b: Iterable[float]) -> list[float]:
 
 def executor_of(backbone: Backbone) -> CudaExecutor:
     """The backbone in the executor of a GPU, and nowhere else."""
-    executor = CudaExecutor(backbone, Residency(2**40))
+    executor = CudaExecutor(backbone, WeightCache(2**40))
     backbone.release()
     return executor
 
@@ -90,7 +90,7 @@ def engine_of(bundles: Iterable[Bundle], budget: int) -> Engine:
 def swap(name: str, rounds: int, rows: Rows) -> Figures:
     """One mask's weights, over a copy of as many; each run takes buffers that have left the cache."""
     executor = executor_of(on_gpu(name))
-    flat, n = executor.flat, len(executor.flat.pristine)
+    flat, n = executor.layout, len(executor.layout.pristine)
     mask = flat.pack(synthetic.mask(synthetic.load(name), "m", 0, 0))
     sets = max(2, -(-BYTES // (8 * n)))
     sources = [flat.pristine, *(flat.pristine.clone() for _ in range(sets - 1))]
@@ -98,7 +98,7 @@ def swap(name: str, rounds: int, rows: Rows) -> Figures:
 
     def fused(run: int) -> None:
         flat.pristine = sources[run % sets]
-        flat.materialise(mask, outs[run % sets])
+        flat.materialize(mask, outs[run % sets])
 
     ways: Ways = {"swap": fused, "copy": lambda run: outs[run % sets].copy_(sources[run % sets])}
     taken = seconds(ways, rounds, 20 * sets)
@@ -210,7 +210,7 @@ def cascades(name: str, rounds: int, rows: Rows) -> Figures:
     ways: Ways = {"plain": lambda run: executor.run(x)}
     for case, (expert_from, mode, _) in CASES.items():
         stage = backbone.stage(expert_from)
-        while backbone.offset(stage) == backbone.flat.numel():  # a stage without weights is none to adapt
+        while backbone.offset(stage) == backbone.weights.numel():  # a stage without weights is none to adapt
             stage -= 1
         engine = engine_of([synthetic.cascade(backbone, "cascade", EXPERTS, stage)], 2**31)
 

@@ -6,7 +6,7 @@
 
 A discrete-event simulation. An image comes at a random moment (Poisson) from a random tenant (zipf) and goes to the
 device that would finish it first: what waits there, plus what that tenant costs there. A device does one image after
-another. It holds some tenants by levels, each an LRU: of masks the materialised ones, and the packed ones where not all
+another. It holds some tenants by levels, each an LRU: of masks the materialized ones, and the packed ones where not all
 fit; of copies those in its memory. No batches: a CPU gains nothing from them (docs/performance.md), a GPU would.
 
 The first column, "measured", has times and bytes that were measured on two CPU cores. The second, "what-if", is a GPU
@@ -33,11 +33,11 @@ from benchmarks.report import Figure, figure, report, single
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 ZIPF = 1.1
 HELD = 8
-"""Materialised masks of a device, as in benchmarks.serving."""
+"""Materialized masks of a device, as in benchmarks.serving."""
 FUSION = 1.05e6
 """Bytes of a tenant's fusion with 256 dimensions, the default; the 1,000 masks of benchmarks.serving have one of 1."""
 WEIGHTS = 93.8e6
-"""Bytes of a ResNet-50, fp32: a backbone, a materialised mask, and a copy at its smallest."""
+"""Bytes of a ResNet-50, fp32: a backbone, a materialized mask, and a copy at its smallest."""
 RUNTIME = 1e9
 """Bytes of a device's memory that Python, torch and batches take: an assumption."""
 WARM = 0.1
@@ -50,7 +50,7 @@ class Case:
     """A kind of device and its traffic.
 
     Attributes:
-        forward: seconds of a pass over one image. swap: to materialise a packed mask. cold: to read, verify and pack a
+        forward: seconds of a pass over one image. swap: to materialize a packed mask. cold: to read, verify and pack a
             mask that is not in memory. load: to bring a copy into memory.
         mask: bytes of a tenant's packed mask and all that comes with it. memory: bytes of a device.
         rate: images a second, of all tenants together. goal: seconds that 99 % of them may take.
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def masks(self) -> int:
-        """Tenants whose packed masks fit on a device, beside the backbone and the materialised ones."""
+        """Tenants whose packed masks fit on a device, beside the backbone and the materialized ones."""
         return max(0, int((self.memory - RUNTIME - (1 + HELD) * WEIGHTS) / self.mask))
 
     @property

@@ -12,7 +12,7 @@ from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
 from cascade.engine.engine import Engine, Options
 from cascade.engine.executors.selection import Kind, make
 from cascade.engine.forward import Item
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Fusion, Mode
@@ -23,17 +23,17 @@ from training.clusters import fit_centroids
 
 DENSITY = 15 / 16  # active weights; the paper's on CIFAR-100 is 0.925
 DIM = 256
-QUICK = Options(embedding=True, labels=0, neighbours=0)
+QUICK = Options(embedding=True, labels=0, neighbors=0)
 
 
 def mask(backbone: Backbone, name: str, start: int, seed: int) -> Mask:
     """``DENSITY`` of the weights active, and BatchNorm statistics that are the mask's own."""
     draw = np.random.default_rng(seed)
-    size = -(-(backbone.flat.numel() - backbone.offset(start)) // 8)
+    size = -(-(backbone.weights.numel() - backbone.offset(start)) // 8)
     bits = np.zeros(size, np.uint8)
     for _ in range(4):  # a bit is off where four random ones are
         bits |= np.frombuffer(draw.bytes(size), np.uint8)
-    prefixes = tuple(f"{prefix}." for stage in backbone.row[start:] for prefix in stage.prefixes)
+    prefixes = tuple(f"{prefix}." for stage in backbone.stages[start:] for prefix in stage.prefixes)
     norms = {n: t * float(draw.uniform(0.9, 1.1)) for n, t in backbone.norms.items() if n.startswith(prefixes)}
     return Mask(name, start, torch.from_numpy(bits), norms)
 
@@ -48,7 +48,7 @@ def cascade(backbone: Backbone, name: str, experts: int, expert_from: int, mask_
     masks = [mask(backbone, "dispatcher", mask_from, 0)]
     masks += [mask(backbone, f"expert-{k}", expert_from, k + 1) for k in range(experts)]
     bundle = _bundle(backbone, name, masks, DIM)
-    executor = make(backbone, Residency(2**40), "folded")
+    executor = make(backbone, WeightCache(2**40), "folded")
     executor.swap(executor.pack(masks[0]))
     found = torch.cat([executor.run(noise(backbone, 16, seed)) for seed in range(4)]).numpy()
     router = fit_centroids(found, experts, 0)
@@ -57,7 +57,7 @@ def cascade(backbone: Backbone, name: str, experts: int, expert_from: int, mask_
 
 
 def noise(backbone: Backbone, count: int, seed: int = 0) -> Tensor:
-    """Images, float32 [count, 3, H, W], each with a colour and a contrast of its own."""
+    """Images, float32 [count, 3, H, W], each with a color and a contrast of its own."""
     generator = torch.Generator().manual_seed(seed)
     look = torch.randn(count, 3, 1, 1, generator=generator)
     return look + torch.randn(count, *backbone.config["input_size"], generator=generator) * look.abs().amax(1, True)
@@ -79,8 +79,8 @@ def item(engine: Engine, name: str, pixels: Tensor, mode: Mode | None = None, ve
 
 
 def mask_bytes(backbone: Backbone) -> int:
-    """Of one mask's materialised weights, with room for padding."""
-    return int(4 * backbone.flat.numel() * 1.05)
+    """Of one mask's materialized weights, with room for padding."""
+    return int(4 * backbone.weights.numel() * 1.05)
 
 
 def load(name: str) -> Backbone:
@@ -100,7 +100,7 @@ def _bundle(backbone: Backbone, name: str, masks: list[Mask], dim: int) -> Bundl
         "preprocessing": preprocessing.to_json(),
         "masks": [
             MaskCard(
-                name=m.name, start=m.start, weights=backbone.flat.numel() - backbone.offset(m.start), density=DENSITY
+                name=m.name, start=m.start, weights=backbone.weights.numel() - backbone.offset(m.start), density=DENSITY
             )
             for m in masks
         ],

@@ -4,7 +4,7 @@
     python -m benchmarks.training --backbone tf_efficientnet_lite0 --size 128 --batch 32
 
 The paper says that masking is not noticeably slower: at most 1.1 times in time and memory. Both learn the whole network
-with the same loss, optimiser, crops and loop (``training.loop.fit``), each in a process of its own.
+with the same loss, optimizer, crops and loop (``training.loop.fit``), each in a process of its own.
 """
 
 import argparse

@@ -55,12 +55,12 @@ class Client:
         self._http.close()
 
     def predict(self, image: Image, options: Options = Options()) -> Prediction | ItemError:
-        """The answer for one image, or what is wrong with it. Of labels and neighbours the server sends five at most.
+        """The answer for one image, or what is wrong with it. Of labels and neighbors the server sends five at most.
 
         Raises:
             ClientError: no answer.
         """
-        fields = [name for name in ("labels", "neighbours", "embedding") if getattr(options, name)]
+        fields = [name for name in ("labels", "neighbors", "embedding") if getattr(options, name)]
         headers = {"Content-Type": "application/octet-stream", "X-Cascade-Fields": ",".join(fields)}
         for name in ("bundle", "version", "mode"):
             if (value := getattr(options, name)) is not None:

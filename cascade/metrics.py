@@ -49,9 +49,9 @@ REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "clu
 STAGE_SECONDS = Histogram("cascade_stage_seconds", "Time by stage of the pass.", ["stage"], buckets=_SECONDS)
 BATCH_IMAGES = Histogram("cascade_batch_images", "Images in a batch.", buckets=_IMAGES)
 GROUP_IMAGES = Histogram("cascade_group_images", "Images of a batch that share an expert mask.", buckets=_IMAGES)
-MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and already materialised.")
-MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialised.")
-MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialised masks that were dropped.")
+MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and already materialized.")
+MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialized.")
+MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialized masks that were dropped.")
 QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited for its pass.", buckets=_SECONDS)
 HTTP_SECONDS = Histogram(
     "cascade_http_seconds", "Time of a request to the ASGI front end.", ["route", "status"], buckets=_SECONDS
@@ -80,7 +80,7 @@ def _gauge(name: str, text: str, labels: Sequence[str] = (), mode: Literal["live
     return Gauge(f"cascade_{name}", text, labels, multiprocess_mode=mode)
 
 
-MATERIALISED_BYTES = _gauge("materialised_bytes", "Materialised weights held, all workers.")
+MATERIALIZED_BYTES = _gauge("materialized_bytes", "Materialized weights held, all workers.")
 PACKED_BYTES = _gauge("packed_bytes", "Bundles held (packed masks, router, fusion, heads), all workers.")
 BACKBONE_BYTES = _gauge("backbone_bytes", "Backbones held, all workers.")
 BACKBONES = _gauge("backbones", "Backbones resident, all workers.")
@@ -171,7 +171,7 @@ def resident(stats: Mapping[str, int]) -> None:
         ("backbones", BACKBONES),
         ("backbone_bytes", BACKBONE_BYTES),
         ("packed_bytes", PACKED_BYTES),
-        ("materialised_bytes", MATERIALISED_BYTES),
+        ("materialized_bytes", MATERIALIZED_BYTES),
     ):
         gauge.set(stats[name])
 

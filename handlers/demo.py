@@ -23,7 +23,7 @@ from handlers.torchserve.entrypoint import Server
 ROOT = Path(__file__).parents[1]
 PHOTOS, STORE = ROOT / "tests" / "data" / "photos", ROOT / "model_store"
 TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
-SHOWN = ("cascade_requests_total", "cascade_mask_", "cascade_backbone", "cascade_materialised")
+SHOWN = ("cascade_requests_total", "cascade_mask_", "cascade_backbone", "cascade_materialized")
 
 
 class DemoError(CascadeError):
@@ -46,7 +46,7 @@ def answers(url: str, images: list[Path], headers: dict[str, str]) -> Iterator[t
 def row(image: Path, answer: dict[str, Any], seconds: float) -> list[str]:
     """The table's texts for one answer, of two lines or so that fit a terminal of 80 columns."""
     label = [f"{best['name']}\n{best['score']:.2f}" for best in answer["labels"][:1]]
-    near = [f"{each['label'] or each['name']} {each['similarity']:.2f}" for each in answer["neighbours"][:2]]
+    near = [f"{each['label'] or each['name']} {each['similarity']:.2f}" for each in answer["neighbors"][:2]]
     numbers = [str(answer["cluster"]), *(f"{answer[key]:.2f}" for key in ("confidence", "ood"))]
     texts = ["\n".join(each) or "-" for each in (label, near, answer["masks"])]
     return [image.stem, *numbers, *texts, f"{1000 * seconds:.0f}"]

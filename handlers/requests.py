@@ -15,7 +15,7 @@ from cascade.engine.results import ItemError, Options, Prediction
 PREFIX = "x-cascade-"
 OPTIONS = ("bundle", "version", "mode", "fields")
 BINARY = "application/octet-stream"
-FIELDS = ("labels", "neighbours", "embedding")
+FIELDS = ("labels", "neighbors", "embedding")
 NOT_FINITE = ItemError(500, "not_finite", "the answer has numbers that are none: try cascade verify on the bundle")
 
 
@@ -48,7 +48,7 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
     """Only names and types are checked: whether a bundle, version or mode exists is for the engine to say."""
     if unknown := sorted(set(given) - set(OPTIONS)):
         return ItemError(400, "unknown_option", f"unknown option {unknown[0][:40]!r}: there are {', '.join(OPTIONS)}")
-    fields = given.pop("fields", ["labels", "neighbours"])
+    fields = given.pop("fields", ["labels", "neighbors"])
     if isinstance(fields, str):
         fields = [field.strip() for field in fields.split(",") if field.strip()]
     for name, value in given.items():
@@ -56,7 +56,7 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
             return ItemError(400, "bad_option", f"option {name!r} takes a text")
     if not isinstance(fields, list) or not set(map(str, fields)) <= set(FIELDS):
         return ItemError(400, "bad_option", f"option 'fields' takes some of {', '.join(FIELDS)}")
-    counts = [5 if name in fields else 0 for name in ("labels", "neighbours")]
+    counts = [5 if name in fields else 0 for name in ("labels", "neighbors")]
     return Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
 
 

@@ -61,7 +61,7 @@ def test_clusters_and_experts_are_real(bundle: Bundle) -> None:
     assert all(mask.differs_from_dispatcher >= 0.005 for mask in bundle.card.masks[1:])
 
 
-def test_neighbours_have_pictures(bundle: Bundle) -> None:
+def test_neighbors_have_pictures(bundle: Bundle) -> None:
     pictures = bundle.thumbnails
     assert pictures is not None and len(pictures) == len(bundle.banks["conditional"].names) == 2_000
     assert {decode(pictures[row]).size for row in range(0, 2_000, 100)} == {(32, 32)}

@@ -107,12 +107,12 @@ def contents(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in files}
 
 
-def test_wheel_names_its_licences(wheel: Path) -> None:
+def test_wheel_names_its_licenses(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         assert "License-Expression: Apache-2.0" in archive.read(metadata).decode().splitlines()
-        licences = {Path(name).name for name in archive.namelist() if ".dist-info/licenses/" in name}
-    assert licences == {"LICENSE", "NOTICE"}
+        licenses = {Path(name).name for name in archive.namelist() if ".dist-info/licenses/" in name}
+    assert licenses == {"LICENSE", "NOTICE"}
 
 
 def project() -> dict[str, Any]:
@@ -160,7 +160,9 @@ def imports(node: ast.AST, inside_functions: bool) -> Iterator[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "cascade").rglob("*.py")), ids=lambda path: path.stem)
 def test_engine_knows_no_server_and_no_trainer(path: Path) -> None:
     """The commands alone start servers and trainings, once they are called; Ray is started for both in one file."""
-    found = set(imports(ast.parse(path.read_text()), inside_functions="cli" not in path.parts and path.name != "ray_session.py"))
+    found = set(
+        imports(ast.parse(path.read_text()), inside_functions="cli" not in path.parts and path.name != "ray_session.py")
+    )
     assert path.name == "ray_session.py" or not re.search(r"\bray_session\b", path.read_text())
     assert not found & {"handlers", "training", "ts", "torchserve", "ray", "fastapi", "uvicorn"}
 

@@ -16,7 +16,7 @@ BATCH = 64
 
 
 def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path | None = None) -> Table:
-    """Accuracy of head and nearest neighbours in every mode, on the held-out split of ``source``.
+    """Accuracy of head and nearest neighbors in every mode, on the held-out split of ``source``.
 
     Raises:
         CascadeError: the images have no class folders, or classes that the bundle does not know.
@@ -29,21 +29,21 @@ def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path |
     engine = Engine(weights=weights)
     engine.add(bundle)
     truth = np.array(images.classes)[images.labels]
-    table = Table("mode", "head", "nearest neighbours", title=f"accuracy in % on {len(images)} images")
+    table = Table("mode", "head", "nearest neighbors", title=f"accuracy in % on {len(images)} images")
     for mode in bundle.fusions:
         answers: list[Prediction] = []
         for begin in track(range(0, len(images), BATCH), f"{mode:<14}"):
             batch = [images.open(i) for i in range(begin, min(begin + BATCH, len(images)))]
             answers += [a for a in engine.predict(batch, Options(mode=mode, labels=1)) if isinstance(a, Prediction)]
         head = [a.labels[0].name == t for a, t in zip(answers, truth, strict=True) if a.labels]
-        near = [_vote(a) == t for a, t in zip(answers, truth, strict=True) if a.neighbours]
+        near = [_vote(a) == t for a, t in zip(answers, truth, strict=True) if a.neighbors]
         table.add_row(mode, *(f"{100 * float(np.mean(right)):.1f}" if right else "-" for right in (head, near)))
     return table
 
 
 def _vote(answer: Prediction) -> str | None:
-    """The label with the most similarity among the neighbours, weighted as in the k-NN evaluation."""
+    """The label with the most similarity among the neighbors, weighted as in the k-NN evaluation."""
     votes: dict[str | None, float] = {}
-    for n in answer.neighbours:
+    for n in answer.neighbors:
         votes[n.label] = votes.get(n.label, 0.0) + float(np.exp(n.similarity / 0.1))
     return max(votes, key=votes.__getitem__)

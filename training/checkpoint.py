@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cascade import atomic
-from cascade.bundle.format import under
+from cascade.bundle.format import strip_prefix
 from training.masking import MaskedModel
 from training.objectives import Objective
 
@@ -47,13 +47,13 @@ def restore(
     with safe_open(path, "pt") as handle:
         step = int(handle.metadata()["step"])
     tensors = load_file(path)
-    model.load(under(tensors, f"{model.learns}."), under(tensors, "norms."))
-    objective.module.load_state_dict(under(tensors, "objective."))
-    if scale := {n: t.item() for n, t in under(tensors, "scaler.").items()}:
+    model.load(strip_prefix(tensors, f"{model.learns}."), strip_prefix(tensors, "norms."))
+    objective.module.load_state_dict(strip_prefix(tensors, "objective."))
+    if scale := {n: t.item() for n, t in strip_prefix(tensors, "scaler.").items()}:
         scaler.load_state_dict(scale | {"growth_interval": int(scale["growth_interval"])})
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Any]] = {}
-        for name, tensor in under(tensors, f"optimizer.{i}.").items():
+        for name, tensor in strip_prefix(tensors, f"optimizer.{i}.").items():
             key, _, field = name.partition(".")
             state.setdefault(int(key), {})[field] = tensor
         groups = optimizer.state_dict()["param_groups"]

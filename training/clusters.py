@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture as Mixture
 from sklearn.preprocessing import normalize
 
-from cascade.bundle.format import under
+from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
@@ -65,7 +65,7 @@ def fit_router(run: Run, features: np.ndarray) -> Router:
     recipe = run.recipe
     match recipe.router:
         case "prototypes":
-            projector = under(run.trained("dispatcher"), "objective.")
+            projector = strip_prefix(run.trained("dispatcher"), "objective.")
             return fit_prototypes(projector, features, recipe.clusters, recipe.seed)
         case "gmm":
             return fit_gmm(features, recipe.clusters, recipe.seed)
@@ -164,7 +164,7 @@ def _view_agrees(run: Run, router: Router, pixels: torch.Tensor, cluster: torch.
 
 
 def _whiten(features: np.ndarray, seed: int) -> tuple[PCA, np.ndarray]:
-    """L2-normalise, PCA, unit variance (scikit-learn's reg_covar is absolute, so the scale matters)."""
+    """L2-normalize, PCA, unit variance (scikit-learn's reg_covar is absolute, so the scale matters)."""
     x = normalize(features.astype(np.float64))
     pca = PCA(min(ROUTING_DIM, min(x.shape) - 1), whiten=True, svd_solver="covariance_eigh", random_state=seed).fit(x)
     return pca, pca.transform(x)

@@ -1,4 +1,4 @@
-"""Stage 1: one mask for the whole unlabelled set (paper §3.3), and its controls.
+"""Stage 1: one mask for the whole unlabeled set (paper §3.3), and its controls.
 
 python -m training.dispatcher cifar10 --run runs/cifar --mask-from blocks.6 --size 64 --steps 600
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cascade.bundle.format import under
+from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
 from training.cli import Watch, main, parser, recipe_of
 from training.loop import fit, seed_everything
@@ -65,7 +65,7 @@ def objective(run: Run, head: Path | None = None) -> Objective:
         labels = run.images.labels.astype(np.int64)
         made = Supervised(run.recipe, run.backbone.features, run.preprocessing, labels)
     if head:
-        made.module.load_state_dict(under(trained(head), "objective."))
+        made.module.load_state_dict(strip_prefix(trained(head), "objective."))
     made.module.to(device())
     return made
 

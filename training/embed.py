@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
 from training.data.dataset import Images
@@ -19,20 +19,20 @@ def batches(images: Images, preprocessing: Preprocessing, size: int = 128) -> It
         yield torch.stack([transform(images.open(i)) for i in range(begin, min(begin + size, len(images)))])
 
 
-def frozen(executor: TorchExecutor, inputs: Iterator[Tensor]) -> np.ndarray:
+def frozen(executor: PlainExecutor, inputs: Iterator[Tensor]) -> np.ndarray:
     """The plain backbone's features, float32 [N, F]."""
     executor.swap(None)
-    return np.concatenate([executor.run(x.to(executor.backbone.flat.device)).cpu().numpy() for x in inputs])
+    return np.concatenate([executor.run(x.to(executor.backbone.weights.device)).cpu().numpy() for x in inputs])
 
 
-def blocks(executor: TorchExecutor, masks: Sequence[Mask], inputs: Iterator[Tensor]) -> np.ndarray:
+def blocks(executor: PlainExecutor, masks: Sequence[Mask], inputs: Iterator[Tensor]) -> np.ndarray:
     """Features under each mask, float32 [masks, N, F]; the first is the dispatcher, whose trunk the rest share."""
     dispatcher, experts = masks[0], masks[1:]
     split = min((m.start for m in experts), default=dispatcher.start)
     parts = []
     for x in inputs:
         executor.swap(dispatcher)
-        trunk = executor.run(x.to(executor.backbone.flat.device), 0, split)
+        trunk = executor.run(x.to(executor.backbone.weights.device), 0, split)
         rows = [executor.run(trunk, split)]
         for expert in experts:
             executor.swap(expert)

@@ -68,7 +68,7 @@ def train(run: Run, features: Features) -> dict[str, Any]:
     """k-NN and linear-probe accuracy of every method, whitened and not; written to ``evaluation.json``."""
     recipe = run.recipe
     result: dict[str, Any] = {
-        "k": recipe.neighbours,
+        "k": recipe.neighbors,
         "dim": fusion.dimension(recipe, run.backbone.features, len(run.images)),
         "bank_images": len(run.images),
         "held_out_images": len(run.held_out),
@@ -84,8 +84,8 @@ def train(run: Run, features: Features) -> dict[str, Any]:
         projection = fusion.fit(parts[0], result["dim"], "scale", recipe.seed)
         whitened = fusion.embed(projection, parts[0]), fusion.embed(projection, parts[1])
         plain = joined(parts[0]), joined(parts[1])
-        result.setdefault("whitened", {})[method], right[method] = measure(*whitened, *labels, recipe.neighbours)
-        result.setdefault("plain", {})[method], _ = measure(*plain, *labels, recipe.neighbours)
+        result.setdefault("whitened", {})[method], right[method] = measure(*whitened, *labels, recipe.neighbors)
+        result.setdefault("plain", {})[method], _ = measure(*plain, *labels, recipe.neighbors)
     if recipe.clusters > 1:
         frozen, own = (right[method].numpy() for method in ("frozen backbone", recipe.mode))
         result["clusters"] = by_cluster(frozen, own, features.routed, recipe.clusters)
@@ -146,7 +146,7 @@ def fit_probe(bank: Tensor, known: Tensor) -> LogisticRegression:
 
 
 def probe(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor) -> float:
-    """Accuracy of a linear probe, on centred features of unit variance (the penalty is absolute)."""
+    """Accuracy of a linear probe, on centered features of unit variance (the penalty is absolute)."""
     mean, scale = bank.mean(dim=0), bank.std().clamp(min=1e-12)  # 0 where an embedding has collapsed
     return float(fit_probe((bank - mean) / scale, known).score(((queries - mean) / scale).numpy(), truth.numpy()))
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cascade.bundle.format import under
+from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
 from training.cli import Watch, main, parser
 from training.dispatcher import objective
@@ -37,7 +37,7 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
     recipe, name = run.recipe, f"expert-{k}"
     model = run.masked(run.expert_from, below=run.dispatcher)
     dispatcher = run.trained("dispatcher")
-    model.load(under(dispatcher, "scores."), under(dispatcher, "norms."))
+    model.load(strip_prefix(dispatcher, "scores."), strip_prefix(dispatcher, "norms."))
     loss = objective(run, run.folder / "dispatcher")
     with torch.no_grad():  # the queue holds the dispatcher's features of other images
         for buffer in loss.module.buffers():

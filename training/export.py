@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade.bundle.format import Bundle, under, write
+from cascade.bundle.format import Bundle, strip_prefix, write
 from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
 from cascade.bundle.thumbnails import make
 from cascade.model.fusion import Mode
@@ -25,7 +25,7 @@ from training.clusters import SUMMARY
 from training.evaluate import Features, collect, fit_probe, fusions
 from training.run import Run, read_json, resume
 
-THUMBNAILS = "put small pictures of the neighbours' images into the bundle, for all who may use it"
+THUMBNAILS = "put small pictures of the neighbors' images into the bundle, for all who may use it"
 
 
 def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False) -> Path:
@@ -58,12 +58,12 @@ def router_of(run: Run) -> Router | None:
     if not run.recipe.clusters:
         return None
     kind = next(k for k in KINDS if k.kind == run.recipe.router)
-    return kind(**under(run.clusters, "router."))
+    return kind(**strip_prefix(run.clusters, "router."))
 
 
 def ood_of(run: Run) -> OutOfDomain:
     """The out-of-domain score that was fitted in this run."""
-    return OutOfDomain(**under(run.clusters, "ood."))
+    return OutOfDomain(**strip_prefix(run.clusters, "ood."))
 
 
 def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]) -> Card:
@@ -77,7 +77,7 @@ def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], 
             MaskCard(
                 name=mask.name,
                 start=mask.start,
-                weights=backbone.flat.numel() - backbone.offset(mask.start),
+                weights=backbone.weights.numel() - backbone.offset(mask.start),
                 density=round(density(backbone, mask), 4),
                 differs_from_dispatcher=round(difference(mask, masks[0], backbone), 4),
             )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cascade.bundle.format import under
+from cascade.bundle.format import strip_prefix
 from cascade.model.backbone import Backbone
 from cascade.model.stages import stage_of, stages
 from training import dispatcher
@@ -40,7 +40,7 @@ class TunedModel(MaskedModel):
 def tune_backbone(backbone: Backbone, start: int, *, train_norms: bool = True, amp: Amp = "off") -> TunedModel:
     """A trainable copy of ``backbone``; stages before ``start`` stay as they are."""
     model = deepcopy(backbone.model)
-    write(backbone, model, backbone.flat, 0, backbone.norms)
+    write(backbone, model, backbone.weights, 0, backbone.norms)
     row = stages(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage_of(name, row) >= start)
@@ -67,13 +67,13 @@ def train(
 def features(model: MaskedModel, inputs: Iterator[Tensor]) -> np.ndarray:
     """What a model that learns, or has learned, makes of evaluation inputs: float32 [N, F]."""
     model.model.eval()
-    device = model.backbone.flat.device
+    device = model.backbone.weights.device
     return np.concatenate([model.tail(model.trunk(x.to(device))).cpu().numpy() for x in inputs])
 
 
 def logits(run: Run, name: str, found: np.ndarray) -> np.ndarray:
     """The supervised head of a run's finished training on features [N, F]: float32 [N, C]."""
-    head = under(run.trained(name), "objective.")
+    head = strip_prefix(run.trained(name), "objective.")
     return found @ head["weight"].numpy().T + head["bias"].numpy()
 
 

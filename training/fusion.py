@@ -1,4 +1,4 @@
-"""Fitting the fusion of blocks to one embedding (paper §3.4; method.md §3): centre, PCA, whiten; folded."""
+"""Fitting the fusion of blocks to one embedding (paper §3.4; method.md §3): center, PCA, whiten; folded."""
 
 import numpy as np
 import torch

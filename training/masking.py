@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from cascade.kernels.materialize import materialize
 from cascade.model import masks
 from cascade.model.backbone import Backbone, Segment
 from cascade.model.masks import Mask
@@ -110,7 +111,7 @@ def select(
     shapes = {name: p.shape for name, p in backbone.model.named_parameters()}
     free = {}
     for nth, (name, (begin, end)) in enumerate(backbone.spans.items()):
-        weight = backbone.flat[begin:end]
+        weight = backbone.weights[begin:end]
         generator = torch.Generator().manual_seed(seed * 65_537 + nth)
         order = torch.rand(len(weight), generator=generator).to(weight) if how == "random" else weight.abs()
         if begin >= backbone.offset(start):
@@ -132,7 +133,7 @@ class MaskedModel:
 
     backbone: Backbone
     model: nn.Module
-    row: list[Stage]
+    stages: list[Stage]
     start: int
     train_norms: bool
     stop: int
@@ -155,21 +156,21 @@ class MaskedModel:
     def norms(self) -> dict[str, Tensor]:
         """BatchNorm running statistics from ``start`` on, by buffer name."""
         buffers = dict(self.model.named_buffers())
-        return {n: buffers[n] for n in self.backbone.norms if stage_of(n, self.row) >= self.start}
+        return {n: buffers[n] for n in self.backbone.norms if stage_of(n, self.stages) >= self.start}
 
     def train(self) -> None:
         """Modes for a training step: everything in eval, save the BatchNorms that may adapt."""
         self.model.eval()
         if self.train_norms:
             for name, module in self.model.named_modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and stage_of(name, self.row) >= self.start:
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and stage_of(name, self.stages) >= self.start:
                     module.train()
 
     def trunk(self, x: Tensor) -> Tensor:
         """The frozen stages before ``start``, without autograd."""
         with torch.no_grad(), self._cast(x):
             x = x.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
-            for stage in self.row[: self.start]:
+            for stage in self.stages[: self.start]:
                 x = stage.run(x)
         return x
 
@@ -177,7 +178,7 @@ class MaskedModel:
         """The masked stages and the pooling: features [B, F]."""
         with self._cast(x):
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-            for stage in self.row[self.start :]:
+            for stage in self.stages[self.start :]:
                 x = stage.run(x)
             x = self.model.forward_head(x, pre_logits=True)  # type: ignore[operator]
         return x if self.amp == "off" else x.float()
@@ -240,10 +241,10 @@ def mask_backbone(
         below: the mask whose weights and statistics the frozen stages before ``start`` have.
     """
     model = deepcopy(backbone.model)
-    write(backbone, model, backbone.flat, 0, backbone.norms)  # the copy may have come with an executor's mask
+    write(backbone, model, backbone.weights, 0, backbone.norms)  # the copy may have come with an executor's mask
     if below is not None:
         first, end = backbone.offset(below.start), backbone.offset(start)
-        write(backbone, model, masks.apply(backbone, below)[: max(0, end - first)], first, below.norms)
+        write(backbone, model, materialize(backbone, below)[: max(0, end - first)], first, below.norms)
     row = stages(model)
     stop = len(row) if stop is None else stop
     rows = _row_blocks([s for s in backbone.segments if start <= s.stage < stop])

@@ -92,7 +92,7 @@ class SelfSupervised:
         self.module.register_buffer("crowded", torch.zeros(2), persistent=False)  # largest shares, batches
 
     def before(self, progress: float) -> None:
-        self.module.renormalise()
+        self.module.renormalize()
         self.module.prototypes.requires_grad_(progress >= self.recipe.freeze_prototypes)
 
     def loss(self, model: MaskedModel, batch: Batch) -> Tensor:

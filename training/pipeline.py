@@ -28,7 +28,7 @@ from training.run import Run, begin
 
 
 def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = False, ray: bool = False) -> Path:
-    """Dispatcher, clusters, experts, evaluation, bundle (with pictures of its neighbour bank's images on wish).
+    """Dispatcher, clusters, experts, evaluation, bundle (with pictures of its neighbor bank's images on wish).
 
     Args:
         ray: each expert as a Ray task.
@@ -75,7 +75,7 @@ def budget(run: Run, controls: bool) -> None:
     listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)
     run.watch.say(f"{len(run.images)} images to train on, {len(run.held_out)} to measure by")
     _check_sides(run)
-    stages = [run.backbone.row[first].name for first in (run.mask_from, run.expert_from)]
+    stages = [run.backbone.stages[first].name for first in (run.mask_from, run.expert_from)]
     run.watch.say(f"dispatcher masked from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else ""))
     run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
 
@@ -85,7 +85,7 @@ def _check_sides(run: Run) -> None:
     r, main = run.recipe, run.preprocessing.size
     for side in {main} if r.labels else {main, *(side for _, side, _ in r.crops(main))}:
         try:
-            run.executor.run(torch.zeros(1, 3, side, side, device=run.backbone.flat.device))
+            run.executor.run(torch.zeros(1, 3, side, side, device=run.backbone.weights.device))
         except (AssertionError, RuntimeError) as error:
             raise CascadeError(
                 f"{r.backbone} can't take images of {side} px ({str(error).splitlines()[0]}):"

@@ -19,7 +19,7 @@ import torch
 
 from cascade import ray_session
 from cascade.errors import CascadeError, brief
-from cascade.model import masks
+from cascade.kernels.materialize import materialize
 from training import distributed, experts
 from training.checkpoint import CURVE, DONE
 from training.cli import Watch
@@ -45,7 +45,7 @@ def train(run: Run) -> None:
     if not missing:
         return
     _ = run.clusters, run.pixels, run.views  # what is decoded and stored, is so once
-    masks.apply(run.backbone, run.dispatcher)  # the kernel, when it first runs, sets PyTorch's number of threads, too
+    materialize(run.backbone, run.dispatcher)  # the kernel, when it first runs, sets PyTorch's number of threads, too
     threads = torch.get_num_threads()
     cpus = len(os.sched_getaffinity(0))
     with ray_session.running(cpus, OBJECT_STORE, log_to_driver=False) as ray:

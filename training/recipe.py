@@ -76,8 +76,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "slots": "of the fusion: all experts share one, or each has its own (padded, the paper's)",
         "whiten": "divide the embedding's components by their scale, by the eigenvalue (the paper's wording), or not",
         "mode": "what the bundle answers by where nothing is asked for",
-        "bank": "training images kept as neighbours",
-        "neighbours": "k of the k-NN evaluation",
+        "bank": "training images kept as neighbors",
+        "neighbors": "k of the k-NN evaluation",
     },
 }
 """What each field of a recipe, which is an option of the command line, means; by what it concerns."""
@@ -141,7 +141,7 @@ class Recipe:
     whiten: Literal["scale", "eigenvalue", "none"] = "scale"
     mode: Literal["dispatcher", "conditional", "unconditional"] = "conditional"
     bank: int = 2000
-    neighbours: int = 20
+    neighbors: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -212,5 +212,5 @@ def paper(data: str) -> Recipe:
         router="gmm",
         dim=0,
         slots="padded",
-        neighbours=200,
+        neighbors=200,
     )

@@ -1,6 +1,6 @@
 """The folder of a training run: what each stage leaves there and the next one reads.
 
-runs/cache/              decoded images and stored trunk features, shared by neighbouring runs
+runs/cache/              decoded images and stored trunk features, shared by neighboring runs
 runs/<name>/recipe.json
             train.json  test.json           how many images there were, and which could not be read
             dispatcher/  checkpoint.safetensors -> done.safetensors, curve.jsonl
@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascade import atomic
-from cascade.bundle.format import under
-from cascade.engine.executors.plain import TorchExecutor
-from cascade.engine.weight_cache import Residency
+from cascade.bundle.format import strip_prefix
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
@@ -58,8 +58,8 @@ class Run:
         return backbones.load(self.recipe.backbone, self.recipe.source, device=device())
 
     @cached_property
-    def executor(self) -> TorchExecutor:
-        return TorchExecutor(self.backbone, Residency(2**34))
+    def executor(self) -> PlainExecutor:
+        return PlainExecutor(self.backbone, WeightCache(2**34))
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -145,14 +145,14 @@ class Run:
     def _stage(self, option: str, name: str) -> int:
         """A stage from which on there is something to mask."""
         first = self.backbone.stage(name)
-        if self.backbone.offset(first) == self.backbone.flat.numel():
+        if self.backbone.offset(first) == self.backbone.weights.numel():
             raise CascadeError(f"{self.recipe.backbone} has nothing to mask from {name} on: choose an earlier {option}")
         return first
 
     @property
     def mask_to(self) -> int:
         """First stage after ``mask_from`` that has no scores."""
-        return self.backbone.stage(self.recipe.mask_to) if self.recipe.mask_to else len(self.backbone.row)
+        return self.backbone.stage(self.recipe.mask_to) if self.recipe.mask_to else len(self.backbone.stages)
 
     @property
     def share(self) -> float | None:
@@ -199,7 +199,7 @@ class Run:
     def mask(self, name: str, start: int) -> Mask:
         """A mask that was trained to its end in this run."""
         trained = self.trained(name)
-        scores, norms = under(trained, "scores."), under(trained, "norms.")
+        scores, norms = strip_prefix(trained, "scores."), strip_prefix(trained, "norms.")
         return to_mask(name, self.backbone, start, scores, norms, self.recipe.threshold, self.share, self.free)
 
     def trained(self, name: str) -> dict[str, Tensor]:

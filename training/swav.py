@@ -23,7 +23,7 @@ class Projector(nn.Module):
         return normalize(self.head(features))
 
     @torch.no_grad()
-    def renormalise(self) -> None:
+    def renormalize(self) -> None:
         """Put the prototypes back on the sphere; once before every step."""
         self.prototypes.copy_(normalize(self.prototypes))
 
@@ -34,7 +34,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
     Args:
         scores: z . c, float [B, C].
-        epsilon: smoothness; iterations: of the row and column normalisation.
+        epsilon: smoothness; iterations: of the row and column normalization.
 
     Returns:
         float [B, C], rows summing to 1.

@@ -1,4 +1,4 @@
-"""Thumbnails for a bundle that was made without: the same bundle, and pictures of its neighbour bank's images.
+"""Thumbnails for a bundle that was made without: the same bundle, and pictures of its neighbor bank's images.
 
 python -m training.thumbnails model_store/photos/1 photos/ --out model_store/photos/2
 """
@@ -26,7 +26,7 @@ def illustrated(bundle: Bundle, images: Images) -> Bundle:
         CascadeError: the bundle has no bank, or one of its images is not among ``images``.
     """
     if not bundle.banks:
-        raise CascadeError(f"bundle {bundle.name}/{bundle.version} has no neighbour bank: it needs no thumbnails")
+        raise CascadeError(f"bundle {bundle.name}/{bundle.version} has no neighbor bank: it needs no thumbnails")
     places = {one_line(name): i for i, name in enumerate(images.names)}
     names = next(iter(bundle.banks.values())).names
     if missing := [name for name in names if name not in places]:

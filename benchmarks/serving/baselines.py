@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from benchmarks import synthetic
 from cascade.engine.executors.onnx import export, library, session_options
 from cascade.engine.executors.selection import Kind, choose
-from cascade.engine.executors.weight_layout import Flat, Order
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
+from cascade.kernels.materialize import materialize
+from cascade.kernels.weight_layout import BlockOrder, WeightLayout
 from cascade.model import masks
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded
@@ -28,7 +29,7 @@ Answer = Callable[[Batch], object]
 
 
 def ours(name: str, models: int, held: int, executor: Kind = "auto") -> Answer:
-    """Packed masks over one backbone, ``held`` of them materialised at most."""
+    """Packed masks over one backbone, ``held`` of them materialized at most."""
     backbone = synthetic.load(name)
     pixels, size = synthetic.noise(backbone, 64), synthetic.mask_bytes(backbone)
     engine = synthetic.engine_of([synthetic.single(backbone, str(i), i) for i in range(models)], held * size, executor)
@@ -44,7 +45,7 @@ def unmasked(name: str, executor: Kind = "auto") -> Answer:
     """The backbone alone in one of our executors: whatever model is asked for, it is this one."""
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 64)
-    chosen = choose(backbone, Residency(0), executor)
+    chosen = choose(backbone, WeightCache(0), executor)
     return grouped(lambda wanted, x: chosen.run(x), pixels)
 
 
@@ -87,7 +88,7 @@ def hooks(name: str, models: int) -> Answer:
     active = []
     for i in range(models):
         bits = synthetic.mask(backbone, "", 0, i).bits
-        active.append(masks.unpack(bits, backbone.flat.numel()))
+        active.append(masks.unpack(bits, backbone.weights.numel()))
     now = [0]
     for parameter, (begin, end) in backbone.spans.items():
         path, _, part = parameter.rpartition(".")
@@ -141,7 +142,7 @@ def grouped(run: Callable[[int, Tensor], Any], pixels: Tensor) -> Answer:
 def copy_of(backbone: Backbone, mask: Mask) -> nn.Module:
     """A whole model with the mask's weights and statistics in it."""
     model = deepcopy(backbone.model)
-    flat, parameters = masks.apply(backbone, mask), dict(model.named_parameters())
+    flat, parameters = materialize(backbone, mask), dict(model.named_parameters())
     for name, (begin, end) in backbone.spans.items():
         parameters[name].data = flat[begin:end].view(parameters[name].shape).clone()
     model.load_state_dict(mask.norms, strict=False)
@@ -152,9 +153,11 @@ def static_session(backbone: Backbone, mask: Mask, pixels: Tensor) -> Any:
     """BatchNorm folded, weights constant: ONNX Runtime may bring them into whatever order it likes."""
     onnxruntime = library("onnxruntime")
     folded = Folded(backbone)
-    flat = Flat(folded, [Order(1, torch.arange(u.columns, dtype=torch.int32).numpy()) for u in folded.units])
+    flat = WeightLayout(
+        folded, [BlockOrder(1, torch.arange(u.columns, dtype=torch.int32).numpy()) for u in folded.units]
+    )
     packed = flat.pack(mask)
-    weights = flat.materialise(packed)
+    weights = flat.materialize(packed)
     for i, unit in enumerate(folded.units):
         layer, begin, row = folded.model.get_submodule(unit.module), int(flat.begin[i]), int(flat.row[i])
         own = weights[begin : begin + unit.rows * unit.columns].view(unit.shape).clone()

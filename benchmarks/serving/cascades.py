@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure
 from benchmarks.subprocesses import peers, ratios, rounds
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.model.fusion import Mode
 
 BATCH, EXPERTS = 8, 5
@@ -20,7 +20,7 @@ def build(name: str, expert_from: int, mode: Mode) -> Callable[[int], set[int]]:
     """Requests through the engine; gives back the clusters that were seen."""
     backbone = synthetic.load(name)
     stage = backbone.stage(expert_from)
-    while backbone.offset(stage) == backbone.flat.numel():  # a stage without weights is none to adapt
+    while backbone.offset(stage) == backbone.weights.numel():  # a stage without weights is none to adapt
         stage -= 1
     engine = synthetic.engine_of([synthetic.cascade(backbone, "cascade", EXPERTS, stage)], 2**31)
     pixels = synthetic.noise(backbone, 64)
@@ -38,7 +38,7 @@ def plain(name: str) -> Callable[[int], object]:
 
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 64)
-    executor = choose(backbone, Residency(0))
+    executor = choose(backbone, WeightCache(0))
     return lambda nth: executor.run(pixels[[(nth * BATCH + i) % 64 for i in range(BATCH)]]) is None
 
 

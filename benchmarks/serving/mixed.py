@@ -32,9 +32,9 @@ def against_copies(name: str, what: str, models: int, works: list[Batch], goal: 
         seconds = rounds(running, works, warm=2)
         memory = {way: peer.grown() for way, peer in running.items()}
     texts = {
-        "masks": f"{models} masks, {HELD} materialised",
+        "masks": f"{models} masks, {HELD} materialized",
         "copies": f"{models} static ONNX Runtime sessions",
-        "same": f"{models} masks, all materialised",
+        "same": f"{models} masks, all materialized",
     }
     for way, taken in seconds.items():
         rows.add(f"{what}: {texts[way]}", figure([1000 * s / BATCH for s in taken]), "ms an image", memory[way])
@@ -55,7 +55,7 @@ def against_today(name: str, works: list[Batch], models: int, rows: Rows) -> Fig
         seconds = rounds(running, works, warm=2)
         memory = {way: peer.grown() for way, peer in running.items()}
     texts = {
-        "masks": f"{models} masks, {HELD} materialised",
+        "masks": f"{models} masks, {HELD} materialized",
         "load_state_dict": f"load_state_dict per group, {models} files in the page cache",
         "hooks": f"forward hooks, {models} masks as bool tensors",
     }

@@ -22,7 +22,7 @@ def build(name: str, models: int, at: int) -> Callable[[tuple[str, list[int]]], 
     """An engine of ``models`` masks; ``("bytes", [])`` gives what the process grew by for the first ``at`` of them.
 
     ``("queue", models)`` keeps QUEUED images of these models waiting until there are no more, and gives the waits.
-    ``("arrival", models)`` runs them in batches in the order in which they came, and gives what the residency did.
+    ``("arrival", models)`` runs them in batches in the order in which they came, and gives what the weight_cache did.
     """
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 64)
@@ -98,7 +98,7 @@ def measure(name: str, models: int, images: int, count: int, rows: Rows) -> dict
         f"different masks in a batch of {BATCH}, {models} masks, arrival", figure([float(g) for g in groups]), "masks"
     )
     rows.add("swaps an image, arrival", figure([m / images for m in missed]), "swaps")
-    rows.add("one image alone, materialised", figure([1000 * s for s in alone]), "ms")
+    rows.add("one image alone, materialized", figure([1000 * s for s in alone]), "ms")
     rows.add("1,000 masks, everything counted", single(thousand / 1e9), "GB")
     out["scale_5_to_2000"] = figure(ratios(seconds["5 queue"], seconds["many queue"]), ">= 0.9")
     out["scale_5_to_2000_arrival"] = figure(ratios(seconds["5 arrival"], seconds["many arrival"]), ">= 0.9")

@@ -10,8 +10,8 @@ from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure
 from benchmarks.subprocesses import peers, ratios
 from cascade.engine.executors.selection import choose
-from cascade.engine.executors.weight_layout import Packed
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
+from cascade.kernels.weight_layout import PackedMask
 from cascade.model import masks
 from cascade.model.masks import Mask
 
@@ -22,18 +22,18 @@ OFF = (0.075, 0.25, 0.5)
 def build(name: str) -> Callable[[float], dict[str, float]]:
     """Seconds of a swap and of a copy, one after the other, at a share of weights that are off."""
     backbone = synthetic.load(name)
-    executor = choose(synthetic.load(name), Residency(0), "onnx")
-    flat = executor.flat  # type: ignore[attr-defined]
-    packed: dict[float, Packed] = {}
+    executor = choose(synthetic.load(name), WeightCache(0), "onnx")
+    flat = executor.layout  # type: ignore[attr-defined]
+    packed: dict[float, PackedMask] = {}
     for off in OFF:
-        active = torch.rand(backbone.flat.numel(), generator=torch.Generator().manual_seed(0)) >= off
+        active = torch.rand(backbone.weights.numel(), generator=torch.Generator().manual_seed(0)) >= off
         packed[off] = flat.pack(Mask("m", 0, masks.pack(active)))
     out, copy = torch.empty_like(flat.pristine), torch.empty_like(flat.pristine)
     naive = torch.from_numpy(np.unpackbits(packed[OFF[0]].bits.numpy(), bitorder="little"))[: len(out)]
 
     def once(off: float) -> dict[str, float]:
         works = {
-            "swap": lambda: flat.materialise(packed[off], out),
+            "swap": lambda: flat.materialize(packed[off], out),
             "copy": lambda: copy.copy_(flat.pristine),
             "naive": lambda: torch.mul(flat.pristine, naive, out=out),
         }

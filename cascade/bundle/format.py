@@ -23,7 +23,7 @@ from torch import Tensor
 from cascade import atomic
 from cascade.bundle.schema import FORMAT, Card, MaskCard, Versioned
 from cascade.bundle.thumbnails import Thumbnails
-from cascade.bundle.validate import misfits
+from cascade.bundle.validate import inconsistencies
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.fusion import MODES, Fusion, Mode
@@ -49,7 +49,7 @@ class Bundle:
     Attributes:
         name, version: from the folder that it lies in.
         card: ``cascade.json``.
-        preprocessing: images in, tensors out; one normalisation a bundle.
+        preprocessing: images in, tensors out; one normalization a bundle.
         dispatcher, experts: the masks; no experts in a bundle that is one single mask.
         router, calibration: None and identity without experts.
         ood: None where none was fitted.
@@ -92,7 +92,7 @@ class Bundle:
         )
 
     def bytes(self) -> int:
-        """Resident memory of the bundle, everything counted, materialised weights apart."""
+        """Resident memory of the bundle, everything counted, materialized weights apart."""
         parts = [self.router, self.ood, self.thumbnails, *self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
         counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
@@ -125,7 +125,7 @@ def read(path: Path) -> Bundle:
         bundle = assemble(path, card, parts)
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
         raise BundleError(f"{path}: its parts do not fit together ({error!r}); write the bundle again") from None
-    for what in misfits(bundle):
+    for what in inconsistencies(bundle):
         raise BundleError(f"{path}: {what}; write the bundle again")
     return bundle
 
@@ -142,12 +142,12 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
             f"{here} was trained on {want.name} with fingerprint {want.fingerprint[:12]}, these weights"
             f" ({backbone.source}) have {backbone.fingerprint[:12]}; give the right ones with --weights"
         )
-    if backbone.features != want.features or backbone.flat.numel() != want.maskable:
+    if backbone.features != want.features or backbone.weights.numel() != want.maskable:
         raise BundleError(f"{here}: {want.features} features and {want.maskable} masks do not fit {backbone.name}")
-    if (found := [stage.name for stage in backbone.row]) != want.stages:
+    if (found := [stage.name for stage in backbone.stages]) != want.stages:
         raise BundleError(f"{here} counts its stages as {' '.join(want.stages)}, {backbone.name} has {' '.join(found)}")
     for mask in bundle.masks:
-        n = backbone.flat.numel() - backbone.offset(mask.start)
+        n = backbone.weights.numel() - backbone.offset(mask.start)
         if mask.bits.shape != (-(-n // 8),):
             raise BundleError(f"{here}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}")
         for name, tensor in mask.norms.items():
@@ -261,7 +261,7 @@ def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) 
         kind = next((k for k in KINDS if k.kind == card.router.kind), None)
         if kind is None:
             raise ValueError(f"unknown router {card.router.kind}")
-        router = kind(**under(routing, "router."))
+        router = kind(**strip_prefix(routing, "router."))
     labels = _lines(heads["bank.labels"]) if "bank.labels" in heads else ()
     return Bundle(
         name=path.resolve().parent.name,
@@ -272,11 +272,11 @@ def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) 
         experts=tuple(masks[1:]),
         router=router,
         calibration=Calibration(card.router.slope, card.router.intercept) if card.router else Calibration(),
-        ood=OutOfDomain(**under(routing, "ood.")) if "ood.mean" in routing else None,
-        fusions={m: Fusion(**under(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
-        linear={m: Linear(**under(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
+        ood=OutOfDomain(**strip_prefix(routing, "ood.")) if "ood.mean" in routing else None,
+        fusions={m: Fusion(**strip_prefix(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
+        linear={m: Linear(**strip_prefix(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
-        thumbnails=Thumbnails(**under(pictures, "thumbnails.")) if pictures else None,
+        thumbnails=Thumbnails(**strip_prefix(pictures, "thumbnails.")) if pictures else None,
     )
 
 
@@ -286,7 +286,7 @@ def _mask(stored: Mapping[str, Tensor], card: MaskCard) -> Mask:
     bits = stored[f"{card.name}.bits"] if packed is None else _unzstd(packed, size)
     if bits.dtype != torch.uint8 or bits.shape != (size,):
         raise ValueError(f"mask {card.name} has {bits.numel()} bytes, not {size}")
-    return Mask(card.name, card.start, bits, under(stored, f"{card.name}.norms."))
+    return Mask(card.name, card.start, bits, strip_prefix(stored, f"{card.name}.norms."))
 
 
 def _moved(part: T, device: str) -> T:
@@ -300,7 +300,7 @@ def _moved(part: T, device: str) -> T:
     return type(part)(**move)
 
 
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries whose name begins with ``prefix``, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 

@@ -29,8 +29,8 @@ class BackboneCard(BaseModel):
             source=backbone.source,
             fingerprint=backbone.fingerprint,
             features=backbone.features,
-            stages=[stage.name for stage in backbone.row],
-            maskable=backbone.flat.numel(),
+            stages=[stage.name for stage in backbone.stages],
+            maskable=backbone.weights.numel(),
         )
 
 

@@ -1,4 +1,4 @@
-"""Thumbnails: small pictures of the training images in a neighbour bank, for a person to look at.
+"""Thumbnails: small pictures of the training images in a neighbor bank, for a person to look at.
 
 In a bundle by option only (docs/bundle-format.md): what is in there goes to everybody who may use the bundle.
 """
@@ -44,7 +44,7 @@ class Thumbnails:
         begin, end = self.offsets[row : row + 2].tolist()
         return self.data[begin:end].numpy().tobytes()
 
-    def misfits(self) -> Iterator[str]:
+    def inconsistencies(self) -> Iterator[str]:
         """What is wrong with the first bad one; layout and number of rows are for the bundle to check."""
         places = self.offsets.tolist()
         if places[0] != 0 or places[-1] != len(self.data) or any(b <= a for a, b in pairwise(places)):

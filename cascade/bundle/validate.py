@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cascade.bundle.format import Bundle
 
 
-def misfits(bundle: "Bundle") -> Iterator[str]:
+def inconsistencies(bundle: "Bundle") -> Iterator[str]:
     """Inconsistencies between the bundle's parts; ``cascade.bundle.format.check`` compares it with its backbone."""
     card, k = bundle.card, len(bundle.experts)
     names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
@@ -55,7 +55,7 @@ def misfits(bundle: "Bundle") -> Iterator[str]:
     if bundle.thumbnails is not None:
         rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
         wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
-        yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.misfits())
+        yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.inconsistencies())
 
 
 def _misshapen(

@@ -96,7 +96,7 @@ def index_outliers(
     folder: IndexPath,
     out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
     top: Annotated[int, typer.Option(help="How many.", min=1)] = 100,
-    k: Annotated[int, typer.Option("-k", help="Neighbours that the distance is a mean over.", min=1)] = 10,
+    k: Annotated[int, typer.Option("-k", help="Neighbors that the distance is a mean over.", min=1)] = 10,
     html: Pages = None,
 ) -> None:
     """What lies farthest from all else: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""

@@ -115,7 +115,7 @@ def predict(
     mode: Annotated[str | None, typer.Option(help="dispatcher, conditional or unconditional.")] = None,
     embedding: Annotated[EmbeddingKind, typer.Option(help="How embeddings are stored.")] = EmbeddingKind.float16,
     labels: Annotated[int, typer.Option(help="Labels of an image at most.", min=0)] = 5,
-    neighbours: Annotated[int, typer.Option(help="Neighbours of an image at most.", min=0)] = 0,
+    neighbors: Annotated[int, typer.Option(help="Neighbors of an image at most.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 256,
     threads: Annotated[int | None, typer.Option(help="Decoding threads; one a core if left out.", min=1)] = None,
     rows: Annotated[int, typer.Option(help="Rows of a Parquet file.", min=1)] = 4096,
@@ -144,7 +144,7 @@ def predict(
     if report is not None:
         check(report, out)
     engine = load(bundle, weights=weights, executor=executor.value)
-    options = Options(mode=mode, labels=labels, neighbours=neighbours)
+    options = Options(mode=mode, labels=labels, neighbors=neighbors)
     numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
     if machines is Machines.ray:
         from handlers.ray.batch_predict import on_ray
@@ -173,7 +173,7 @@ def serve(
     ),
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the predictions; asgi has /metrics on it, too.")] = 8080,
-    budget: Annotated[int | None, typer.Option(help="Bytes of materialised masks, for each worker.", min=1)] = None,
+    budget: Annotated[int | None, typer.Option(help="Bytes of materialized masks, for each worker.", min=1)] = None,
     memory: Annotated[int | None, typer.Option(help="Bytes of backbones and bundles, for each worker.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     executor: Chosen = ExecutorKind.auto,

@@ -249,7 +249,7 @@ def choose(groups: dict[Hashable, _Group], engine: Engine, max_batch: int, overd
 
     def worth(key: Hashable) -> tuple[int, bool, float]:
         group = groups[key]
-        return min(len(group), max_batch), _materialised(group[0].item, engine), -group[0].since
+        return min(len(group), max_batch), _materialized(group[0].item, engine), -group[0].since
 
     oldest = min(groups, key=lambda key: groups[key][0].since)
     first = oldest if groups[oldest][0].since <= overdue else max(groups, key=worth)
@@ -263,9 +263,9 @@ def choose(groups: dict[Hashable, _Group], engine: Engine, max_batch: int, overd
     return chosen
 
 
-def _materialised(item: Item, engine: Engine) -> bool:
+def _materialized(item: Item, engine: Engine) -> bool:
     """Whether the pass can start without making a mask's weights."""
-    return item.bundle.dispatcher in engine.residency
+    return item.bundle.dispatcher in engine.weight_cache
 
 
 def _answered(error: ItemError, bundle: str | None) -> "Future[Answer]":

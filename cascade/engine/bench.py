@@ -33,13 +33,13 @@ def table(path: Path, batch: int, rounds: int, weights: Path | None = None, kind
         executor.run(pixels)
 
     def swap() -> None:
-        engine.residency.clear()
+        engine.weight_cache.clear()
         executor.swap(None)
         executor.swap(bundle.dispatcher)
 
-    runs: dict[str, Callable[[], object]] = {"plain backbone": plain, "swap, not materialised": swap}
+    runs: dict[str, Callable[[], object]] = {"plain backbone": plain, "swap, not materialized": swap}
     for mode in bundle.fusions:
-        options = Options(mode=mode, labels=0, neighbours=0)
+        options = Options(mode=mode, labels=0, neighbors=0)
         runs[mode] = lambda options=options: engine.predict(images, options)  # type: ignore[misc]
     for run in runs.values():
         run()

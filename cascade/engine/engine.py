@@ -24,7 +24,7 @@ from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import Item, forward
 from cascade.engine.results import ItemError, Options, Prediction
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.fusion import MODES
@@ -36,7 +36,7 @@ from cascade.model.preprocessing import read as read_image
 DEFAULT_BUDGET = 2**30
 FULL = "bytes of memory"
 """Stands in the error of a bundle for which there is no room."""
-MAX_PIXEL = 1000  # normalised ones lie within +-20 or so; from very large ones a network makes NaN
+MAX_PIXEL = 1000  # normalized ones lie within +-20 or so; from very large ones a network makes NaN
 T = TypeVar("T")
 Source = bytes | bytearray | str | Path | Image.Image | Tensor
 
@@ -45,7 +45,7 @@ class Engine:
     """Bundles over resident backbones; one for each fingerprint, however many bundles share it.
 
     Args:
-        budget_bytes: for materialised weights, over all backbones.
+        budget_bytes: for materialized weights, over all backbones.
         device: where the backbones live.
         limits: of the images.
         weights: a checkpoint that takes the place of the bundles' own weight source.
@@ -75,7 +75,7 @@ class Engine:
             raise CascadeError(f"there is no device {device} here: choose cpu, or cuda where there is a GPU") from None
         self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
         self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
-        self.residency = Residency(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
+        self.weight_cache = WeightCache(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
         self.pins: Mapping[str, str] = {}
         # Replaced, never changed in place: who reads them needs no lock.
         self._executors: dict[str, Executor] = {}
@@ -196,7 +196,7 @@ class Engine:
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            answers = forward(self._executors, self.residency, self.device, items)
+            answers = forward(self._executors, self.weight_cache, self.device, items)
         for item, answer in zip(items, answers, strict=True):
             metrics.count(answer.bundle, answer.cluster, 200)
             metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
@@ -205,14 +205,14 @@ class Engine:
         return answers
 
     def stats(self) -> dict[str, int]:
-        """Bytes held (backbones, packed bundles, materialised weights) and what the residency did."""
-        r = self.residency
+        """Bytes held (backbones, packed bundles, materialized weights) and what the weight_cache did."""
+        r = self.weight_cache
         return {
             "backbones": len(self._executors),
             "bundles": len(self.bundles),
             "backbone_bytes": sum(e.bytes() for e in self._executors.values()),
             "packed_bytes": sum(b.bytes() for held in self._bundles.values() for b in held.values()),
-            "materialised_bytes": r.used,
+            "materialized_bytes": r.used,
             "budget_bytes": r.budget,
             "hits": r.hits,
             "misses": r.misses,
@@ -250,14 +250,14 @@ class Engine:
         want = bundle.card.backbone
         backbone = backbones.load(want.name, want.source, self.weights, self.device)
         check(bundle, backbone)
-        return choose(backbone, self.residency, self._kind, bundle.preprocessing.size)
+        return choose(backbone, self.weight_cache, self._kind, bundle.preprocessing.size)
 
     def _fit(self, here: str, bundle: Bundle, executor: Executor) -> None:
         """That there is room for the bundle, and for its backbone where that is new."""
         largest = max(executor.size(mask) for mask in bundle.masks)
-        if largest > self.residency.budget:
+        if largest > self.weight_cache.budget:
             raise CascadeError(
-                f"{here} needs {largest} bytes for one mask's weights, the budget is {self.residency.budget}: give more"
+                f"{here} needs {largest} bytes for the weights of one mask, but --budget is {self.weight_cache.budget}"
             )
         new = bundle.bytes() + (0 if executor in self._executors.values() else executor.bytes())
         stats = self.stats()
@@ -273,7 +273,7 @@ class Engine:
         blank = _transform(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
         item = Item(bundle, bundle.card.mode, Options(embedding=True), blank)
         with self._lock, torch.no_grad():
-            (answer,) = forward(self._executors, self.residency, self.device, [item])
+            (answer,) = forward(self._executors, self.weight_cache, self.device, [item])
         if not (math.isfinite(answer.confidence) and torch.tensor(answer.embedding).isfinite().all()):
             raise CascadeError(
                 f"bundle {bundle.name}/{bundle.version} answers with numbers that are none; train it again"
@@ -287,7 +287,7 @@ class Engine:
             for masks, fingerprint in gone:
                 self._executors[fingerprint].swap(None)
                 for mask in masks:
-                    self.residency.drop(mask)
+                    self.weight_cache.drop(mask)
             self._executors = {f: e for f, e in self._executors.items() if f in used}
         metrics.resident(self.stats())
 

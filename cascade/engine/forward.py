@@ -1,7 +1,7 @@
 """One pass: images of any bundles over one resident backbone, to their answers.
 
 The way of a batch: trunk shared by all bundles that agree on it -> dispatcher tails -> router -> group by mask ->
-expert tails -> fusion -> heads. An image's answer does not depend on its neighbours in the batch.
+expert tails -> fusion -> heads. An image's answer does not depend on its neighbors in the batch.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -14,8 +14,8 @@ from torch import Tensor
 from cascade import metrics
 from cascade.bundle.format import Bundle
 from cascade.engine.executors import Distinct, Executor
-from cascade.engine.results import Label, Neighbour, Options, Prediction
-from cascade.engine.weight_cache import Residency
+from cascade.engine.results import Label, Neighbor, Options, Prediction
+from cascade.engine.weight_cache import WeightCache
 from cascade.model import router
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.masks import Mask
@@ -49,12 +49,12 @@ def trunk(item: Item) -> Hashable:
 
 
 def forward(
-    executors: dict[str, Executor], residency: Residency, device: str, items: Sequence[Item]
+    executors: dict[str, Executor], weight_cache: WeightCache, device: str, items: Sequence[Item]
 ) -> list[Prediction]:
     """Answers of ``items``, in their order.
 
     Args:
-        executors: by their backbone's fingerprint. residency: of all of them.
+        executors: by their backbone's fingerprint. weight_cache: of all of them.
         items: of any bundles; those that share the plain trunk run through it together.
     """
     answers: dict[int, Prediction] = {}
@@ -64,11 +64,11 @@ def forward(
         for other in executors.values():  # no backbone may look at weights that are evicted for this one
             if other is not executor:
                 other.swap(None)
-        answers.update(zip(rows, _one(executor, residency, device, own), strict=True))
+        answers.update(zip(rows, _one(executor, weight_cache, device, own), strict=True))
     return [answers[row] for row in range(len(items))]
 
 
-def _one(executor: Executor, residency: Residency, device: str, items: list[Item]) -> list[Prediction]:
+def _one(executor: Executor, weight_cache: WeightCache, device: str, items: list[Item]) -> list[Prediction]:
     """Items of one backbone, one input shape and one first masked stage: the plain trunk is theirs together."""
     bundle = items[0].bundle
     shared: Tensor | None = None
@@ -85,7 +85,7 @@ def _one(executor: Executor, residency: Residency, device: str, items: list[Item
             x = _stack(own, device) if shared is None else shared[rows]
             each.update(zip(rows, _dispatch_each(executor, own, x), strict=True))
     # Those whose weights are there come first, or they would be evicted for the others and made again.
-    order = sorted(groups, key=lambda rows: items[rows[0]].bundle.dispatcher not in residency)
+    order = sorted(groups, key=lambda rows: items[rows[0]].bundle.dispatcher not in weight_cache)
     coming = [items[rows[0]].bundle.dispatcher for rows in order[1:]]
     for rows, following in zip(order, [*coming, None], strict=True):
         own = [items[row] for row in rows]
@@ -104,7 +104,7 @@ def _dispatch(executor: Executor, bundle: Bundle, x: Tensor, following: Mask | N
     start, split = bundle.dispatcher.start, _split(bundle)
     _swap(executor, bundle.dispatcher)
     if following is not None and not bundle.experts:
-        executor.ahead(following)
+        executor.prefetch(following)
     with metrics.stage("dispatch"):
         trunk = _run(executor, x, start, split) if split > start else x
         return trunk, _run(executor, trunk, split)
@@ -144,14 +144,14 @@ def _finish(
         _swap(executor, expert)
         after = bundle.experts[wanted[nth + 1][0]] if nth + 1 < len(wanted) else following
         if after is not None:
-            executor.ahead(after)
+            executor.prefetch(after)
         with metrics.stage("expert"):
             block = _run(executor, trunk[rows], expert.start)
         with metrics.stage("fuse"):
             _fuse(embeddings, fusions, rows, block, k)
         for row in rows:
             applied[row].append(expert.name)
-    labels, neighbours = _labels(items, embeddings), _neighbours(items, embeddings)
+    labels, neighbors = _labels(items, embeddings), _neighbors(items, embeddings)
     return [
         Prediction(
             bundle=bundle.name,
@@ -162,7 +162,7 @@ def _finish(
             ood=float(ood[row]),
             masks=tuple(applied[row]),
             labels=labels[row],
-            neighbours=neighbours[row],
+            neighbors=neighbors[row],
             embedding=embeddings[row].cpu().numpy() if item.options.embedding else None,
         )
         for row, item in enumerate(items)
@@ -226,15 +226,15 @@ def _labels(items: list[Item], embeddings: Tensor) -> list[tuple[Label, ...]]:
     return out
 
 
-def _neighbours(items: list[Item], embeddings: Tensor) -> list[tuple[Neighbour, ...]]:
+def _neighbors(items: list[Item], embeddings: Tensor) -> list[tuple[Neighbor, ...]]:
     """The nearest training images of each row, nearest first."""
-    out: list[tuple[Neighbour, ...]] = []
+    out: list[tuple[Neighbor, ...]] = []
     for row, item in enumerate(items):
         bank = item.bundle.banks.get(item.mode)
-        if bank is None or item.options.neighbours <= 0:
+        if bank is None or item.options.neighbors <= 0:
             out.append(())
             continue
-        similarities, found = bank.nearest(embeddings[row : row + 1], item.options.neighbours)
+        similarities, found = bank.nearest(embeddings[row : row + 1], item.options.neighbors)
         pairs = zip(similarities[0].tolist(), found[0].tolist(), strict=True)
-        out.append(tuple(Neighbour(bank.names[i], bank.labels[i] if bank.labels else None, s) for s, i in pairs))
+        out.append(tuple(Neighbor(bank.names[i], bank.labels[i] if bank.labels else None, s) for s, i in pairs))
     return out

@@ -15,7 +15,7 @@ class Options:
         version: None for the latest.
         mode: ``dispatcher``, ``conditional``, ``unconditional``; None for the bundle's default.
         embedding: return the embedding.
-        labels: how many labels at most. neighbours: how many at most.
+        labels: how many labels at most. neighbors: how many at most.
     """
 
     bundle: str | None = None
@@ -23,7 +23,7 @@ class Options:
     mode: str | None = None
     embedding: bool = False
     labels: int = 5
-    neighbours: int = 5
+    neighbors: int = 5
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """A training image, its class where it had one, and its cosine similarity."""
 
     name: str
@@ -52,7 +52,7 @@ class Prediction:
         cluster: where the router sent it; confidence: how sure that is, calibrated.
         ood: out-of-domain score in [0, 1].
         masks: the masks that were applied, by name.
-        labels, neighbours: best first; empty without head or bank.
+        labels, neighbors: best first; empty without head or bank.
         embedding: float32 [D], where it was asked for.
     """
 
@@ -64,7 +64,7 @@ class Prediction:
     ood: float
     masks: tuple[str, ...]
     labels: tuple[Label, ...] = ()
-    neighbours: tuple[Neighbour, ...] = ()
+    neighbors: tuple[Neighbor, ...] = ()
     embedding: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Prediction:
         parts: dict[str, Any] = {
             "masks": tuple(data["masks"]),
             "labels": tuple(Label(**each) for each in data["labels"]),
-            "neighbours": tuple(Neighbour(**each) for each in data["neighbours"]),
+            "neighbors": tuple(Neighbor(**each) for each in data["neighbors"]),
         }
         if "embedding" in data:
             parts["embedding"] = np.array(data["embedding"], np.float32)

@@ -1,4 +1,4 @@
-"""Which masks' weights are materialised: a cache with a budget in bytes, the least recently used leaves first."""
+"""Which masks' weights are materialized: a cache with a budget in bytes, the least recently used leaves first."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -12,8 +12,8 @@ from cascade.errors import CascadeError
 Make = Callable[[Tensor | None], Tensor]
 
 
-class Residency:
-    """Materialised weights by mask. One thread asks; ``ahead`` makes weights in a thread of its own meanwhile.
+class WeightCache:
+    """Materialized weights by mask. One thread asks; ``ahead`` makes weights in a thread of its own meanwhile.
 
     Attributes:
         budget: bytes that may be held at any moment.
@@ -24,13 +24,13 @@ class Residency:
     def __init__(self, budget: int) -> None:
         self.budget, self.used = budget, 0
         self.hits = self.misses = self.evictions = 0
-        self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._pinned: Hashable = None  # what was asked for last is in use
-        self._coming: tuple[Hashable, int, Future[Tensor]] | None = None
+        self._in_flight: tuple[Hashable, int, Future[Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1, "cascade-ahead")  # starts with its first work
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._held or (self._coming is not None and self._coming[0] == key)
+        return key in self._entries or (self._in_flight is not None and self._in_flight[0] == key)
 
     def get(self, key: Hashable, size: int, make: Make) -> Tensor:
         """The weights of mask ``key``, made by ``make`` where they are not held; in use until the next call.
@@ -43,78 +43,78 @@ class Residency:
         Raises:
             CascadeError: the budget is smaller than this one mask.
         """
-        came = self._coming is not None and self._coming[0] == key  # counted already
-        self._arrived()
+        came = self._in_flight is not None and self._in_flight[0] == key  # counted already
+        self._settle()
         self._pinned = key
-        if key in self._held:
+        if key in self._entries:
             if not came:
                 self.hits += 1
                 metrics.MASK_HITS.inc()
-            self._held.move_to_end(key)
-            return self._held[key]
+            self._entries.move_to_end(key)
+            return self._entries[key]
         if size > self.budget:
             raise CascadeError(f"the budget of {self.budget} bytes is below one mask's weights: give at least {size}")
         self._missed()
-        self._held[key] = make(self._room(size))
+        self._entries[key] = make(self._evict_for(size))
         self._use(size)
-        return self._held[key]
+        return self._entries[key]
 
-    def ahead(self, key: Hashable, size: int, make: Make) -> bool:
+    def prefetch(self, key: Hashable, size: int, make: Make) -> bool:
         """Begin to make the weights that will be asked for next, where they fit beside those in use.
 
         Returns:
             whether they are being made.
         """
-        in_use = self._held[self._pinned].nbytes if self._pinned in self._held else 0
-        if key in self or self._coming is not None or size + in_use > self.budget:
+        in_use = self._entries[self._pinned].nbytes if self._pinned in self._entries else 0
+        if key in self or self._in_flight is not None or size + in_use > self.budget:
             return False
         self._missed()
-        reuse = self._room(size)
+        reuse = self._evict_for(size)
         self._use(size)
-        self._coming = key, size, self._thread.submit(make, reuse)
+        self._in_flight = key, size, self._thread.submit(make, reuse)
         return True
 
     def clear(self) -> None:
         """Drop everything that is held."""
-        self._arrived()
-        while self._held:
-            self._drop(next(iter(self._held)))
+        self._settle()
+        while self._entries:
+            self._drop(next(iter(self._entries)))
 
     def drop(self, key: Hashable) -> None:
         """Let go of a mask that nobody will ask for again; nothing where it is not held."""
-        self._arrived()
-        if key in self._held:
+        self._settle()
+        if key in self._entries:
             self._drop(key)
 
-    def _arrived(self) -> None:
+    def _settle(self) -> None:
         """Take in what was made ahead; what went wrong there goes wrong again, and is raised, when it is asked for."""
-        if self._coming is None:
+        if self._in_flight is None:
             return
-        (key, size, future), self._coming = self._coming, None
+        (key, size, future), self._in_flight = self._in_flight, None
         if future.exception() is None:
-            self._held[key] = future.result()
+            self._entries[key] = future.result()
         else:
             self._use(-size)
 
-    def _room(self, size: int) -> Tensor | None:
+    def _evict_for(self, size: int) -> Tensor | None:
         """Evict until ``size`` bytes are free, never what is in use; a buffer of that size, if one was freed."""
         reuse = None
         while self.used + size > self.budget:
-            freed = self._drop(next(key for key in self._held if key != self._pinned))
+            freed = self._drop(next(key for key in self._entries if key != self._pinned))
             reuse = freed if freed.nbytes == size else None
             del freed  # or it would outlive its budget while the next is made
         return reuse
 
     def _use(self, size: int) -> None:
         self.used += size
-        metrics.MATERIALISED_BYTES.set(self.used)
+        metrics.MATERIALIZED_BYTES.set(self.used)
 
     def _missed(self) -> None:
         self.misses += 1
         metrics.MASK_MISSES.inc()
 
     def _drop(self, key: Hashable) -> Tensor:
-        weights = self._held.pop(key)
+        weights = self._entries.pop(key)
         self._use(-weights.nbytes)
         self.evictions += 1
         metrics.MASK_EVICTIONS.inc()

@@ -1,7 +1,7 @@
 """The swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass over memory.
 
 Numba compiles the loops when they are first used, and keeps them beside this file, or in the user's cache. The plain
-references are ``apply_plain`` in ``cascade.model.masks`` and ``reorder_plain`` in the executors' ``weight_layout``.
+references are ``materialize_plain`` and ``weight_layout.reorder_plain``.
 """
 
 import threading
@@ -51,7 +51,7 @@ def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
-    """Bits from the order of ``Backbone.flat`` to an executor's, see ``cascade.engine.executors.weight_layout.Order``.
+    """Bits from the order of ``Backbone.weights`` to an executor's, see ``weight_layout.BlockOrder``.
 
     Args:
         bits: uint8, as in a ``Mask``.

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from cascade.engine.executors.weight_layout import Packed
+from cascade.kernels.weight_layout import PackedMask
 from cascade.model.masks import unpack
 
 
@@ -72,7 +72,7 @@ class Masks:
             It holds as long as the masks are alive.
     """
 
-    def __init__(self, masks: Sequence[Packed], begin: Sequence[int], row: Sequence[int]) -> None:
+    def __init__(self, masks: Sequence[PackedMask], begin: Sequence[int], row: Sequence[int]) -> None:
         self.masks, self.begin, self.row = list(masks), list(begin), list(row)
         addresses = [
             (m.bits.data_ptr() - b // 8, m.scales.data_ptr() - 4 * r, m.shifts.data_ptr() - m.shifts.itemsize * r)
@@ -190,7 +190,7 @@ def _product(  # type: ignore[no-untyped-def]
     PIXELS: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """A tile [PIXELS, ROWS] of one image's output: an implicit matrix product over taps and channels."""
-    image = tl.program_id(0).to(tl.int64)  # the fastest axis: neighbours share the weights
+    image = tl.program_id(0).to(tl.int64)  # the fastest axis: neighbors share the weights
     blocks = tl.cdiv(rows, ROWS)
     group = tl.program_id(2) // blocks
     t = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)

@@ -3,7 +3,7 @@
 It is bound by memory: per weight four bytes and a bit are read, and four bytes (bfloat16: two) written. So a tile's
 weights begin at a multiple of sixteen, threads take vectors, a word of bits is read once for all threads that need it,
 and the scales, a few for each tile, come from the cache. Triton's interpreter runs the same code without a GPU (set
-TRITON_INTERPRET=1 before triton is imported). The plain reference is ``Flat.materialise_plain``.
+TRITON_INTERPRET=1 before triton is imported). The plain reference is ``WeightLayout.materialize_plain``.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cascade.model.masks import cut
+from cascade.kernels.materialize import cut
 
 WORD = 16
 """Weights that share a word of bits; each unit of a flat buffer begins with one."""
@@ -36,7 +36,7 @@ def tiles(begin: Numbers, rows: Numbers, pieces: Numbers, blocks: Numbers) -> Te
         begin: where each unit begins, multiples of WORD, and the end of the last; counted from the first.
         rows: index of each unit's first scale.
         pieces: weights of one row of each unit, or of one block of rows.
-        blocks: rows of a block, see ``cascade.engine.executors.weight_layout.Order``.
+        blocks: rows of a block, see ``weight_layout.BlockOrder``.
     """
     assert max(pieces, default=0) <= LONGEST and begin[-1] < 1 << 31, "indices are 32 bits"
     edges, row, piece, block = (np.asarray(values, np.int64) for values in (begin, rows, pieces, blocks))

@@ -53,9 +53,9 @@ class Backbone:
         source: where the weights come from, see :func:`load`.
         fingerprint: SHA-256 over the canonical tensors, see :func:`fingerprint`.
         model: the model, without classifier.
-        row: its stages.
+        stages: in the order of a pass.
         segments: the maskable weights in the order of the flat buffer (by stage).
-        flat: pristine maskable weights, float32 [n].
+        weights: pristine maskable weights, float32 [n].
         norms: pristine BatchNorm running statistics by buffer name.
         features: width of the embedding F.
         config: timm's pretrained_cfg (input size, mean, std, interpolation).
@@ -66,20 +66,20 @@ class Backbone:
     source: str
     fingerprint: str
     model: nn.Module
-    row: list[Stage]
+    stages: list[Stage]
     segments: list[Segment]
-    flat: Tensor
+    weights: Tensor
     norms: dict[str, Tensor]
     features: int
     config: dict[str, Any]
 
     def offset(self, stage: int) -> int:
         """First weight of the flat buffer that belongs to ``stage`` or a later one."""
-        return next((s.offset for s in self.segments if s.stage >= stage), self.flat.numel())
+        return next((s.offset for s in self.segments if s.stage >= stage), self.weights.numel())
 
     def stage(self, name_or_index: str | int) -> int:
         """A stage's index from its name or number; negative numbers count from the end."""
-        names = [stage.name for stage in self.row]
+        names = [stage.name for stage in self.stages]
         if isinstance(name_or_index, str) and name_or_index in names:
             return names.index(name_or_index)
         try:
@@ -92,11 +92,11 @@ class Backbone:
     def bytes(self) -> int:
         """Memory of the resident weights, each once; those of a mask that is in place are counted where it is held."""
         rest = [t for n, t in self.model.state_dict().items() if n not in self.spans and n not in self.norms]
-        return sum(t.nbytes for t in [self.flat, *self.norms.values(), *rest])
+        return sum(t.nbytes for t in [self.weights, *self.norms.values(), *rest])
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Stages ``start`` to ``stop`` (exclusive); to the end, with pooling, where ``stop`` is None."""
-        for stage in self.row[start:stop]:
+        for stage in self.stages[start:stop]:
             x = stage.run(x)
         return self.model.forward_head(x, pre_logits=True) if stop is None else x  # type: ignore[operator]
 
@@ -109,11 +109,11 @@ class Backbone:
 
     def release(self) -> None:
         """Give the maskable weights back, once an executor has its own; their number and places stay known."""
-        self.flat = self.flat.to("meta")
+        self.weights = self.weights.to("meta")
         for name, (begin, end) in self.spans.items():
             module, _, part = name.rpartition(".")
             shape = self._parameters[name].shape
-            self._parameters[name] = nn.Parameter(self.flat[begin:end].view(shape), requires_grad=False)
+            self._parameters[name] = nn.Parameter(self.weights[begin:end].view(shape), requires_grad=False)
             setattr(self.model.get_submodule(module), part, self._parameters[name])
 
     def __post_init__(self) -> None:

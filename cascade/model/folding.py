@@ -23,7 +23,7 @@ from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 
 PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
-"""Layers that use their weight as it stands; a subclass may standardise it first."""
+"""Layers that use their weight as it stands; a subclass may standardize it first."""
 
 
 LOOSE = 0.05
@@ -37,7 +37,7 @@ class Unit:
     Attributes:
         module: its dotted name. norm: that of the BatchNorm folded into it, None where none follows.
         stage: index of the stage it lives in.
-        offset: of its weights in ``Backbone.flat``.
+        offset: of its weights in ``Backbone.weights``.
         shape: of its weight; the first axis is the rows, the others are the columns.
     """
 
@@ -86,9 +86,9 @@ class Folded:
         inside |= {f"{norm}.{part}" for norm in gone for part in ("weight", "bias", "running_mean", "running_var")}
         self.loose = [name for name in (*backbone.spans, *backbone.norms) if name not in inside]
         weights = sum(end - begin for name, (begin, end) in backbone.spans.items() if name in self.loose)
-        if weights > LOOSE * backbone.flat.numel():
+        if weights > LOOSE * backbone.weights.numel():
             raise CascadeError(
-                f"{weights / backbone.flat.numel():.0%} of the masked weights of {backbone.name} are in layers that"
+                f"{weights / backbone.weights.numel():.0%} of the masked weights of {backbone.name} are in layers that"
                 " can't be folded: choose the plain executor"
             )
         self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.loose)}
@@ -115,7 +115,9 @@ class Folded:
 
     def plain(self, unit: Unit) -> tuple[Tensor, Tensor]:
         """A unit without any mask: folded weight float32 [rows, columns], shift float32 [rows]."""
-        weight = self.backbone.flat[unit.offset : unit.offset + unit.rows * unit.columns].view(unit.rows, unit.columns)
+        weight = self.backbone.weights[unit.offset : unit.offset + unit.rows * unit.columns].view(
+            unit.rows, unit.columns
+        )
         gain = torch.from_numpy(self._gain(unit)).to(weight)
         shift = self.affine(unit, _State(self)).shift
         return weight * gain[:, None], torch.from_numpy(shift).float()
@@ -167,14 +169,14 @@ class _State:
     def __init__(self, folded: Folded, mask: Mask | None = None) -> None:
         self.backbone, self.small, self.mask = folded.backbone, folded._small, mask
         backbone = folded.backbone
-        self.first = backbone.offset(mask.start) if mask else backbone.flat.numel()
+        self.first = backbone.offset(mask.start) if mask else backbone.weights.numel()
         if mask is None:
             return
         from cascade.kernels.cpu import count  # numba takes a second to come up
 
         self.bits = mask.bits.cpu().numpy()
         covered = [s for s in backbone.segments if s.offset >= self.first]
-        bounds = np.array([s.offset - self.first for s in covered] + [backbone.flat.numel() - self.first])
+        bounds = np.array([s.offset - self.first for s in covered] + [backbone.weights.numel() - self.first])
         share = np.maximum(count(self.bits, bounds), 1) / np.diff(bounds)
         self.alpha = {s.offset: a for s, a in zip(covered, np.sqrt(share).tolist(), strict=True)}
 
@@ -234,7 +236,7 @@ def _follows(backbone: Backbone) -> dict[str, str]:
 
             hooks.append(module.register_forward_pre_hook(see))
     try:
-        backbone.model(torch.zeros(1, *backbone.config["input_size"], device=backbone.flat.device))
+        backbone.model(torch.zeros(1, *backbone.config["input_size"], device=backbone.weights.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -250,7 +252,7 @@ def _small(backbone: Backbone, units: list[Unit], loose: list[str]) -> Iterator[
     for name in (owners - weights) | set(loose):
         if name in backbone.spans:
             begin, end = backbone.spans[name]
-            yield name, backbone.flat[begin:end]
+            yield name, backbone.weights[begin:end]
         elif name in parameters:
             yield name, parameters[name].detach().flatten()
 

@@ -1,7 +1,7 @@
 """Fusion: the blocks ``[D(x), E1(x) .. EK(x)]`` to one embedding (paper §3.4; method.md §3).
 
 ``dispatcher`` uses the first block alone, ``conditional`` the dispatcher's and the routed expert's,
-``unconditional`` all of them. Centring, PCA and whitening are one affine map, folded when it was
+``unconditional`` all of them. Centering, PCA and whitening are one affine map, folded when it was
 fitted: ``embedding = bias + sum over blocks of block_i @ weight_i``, absent blocks counting as zero.
 """
 

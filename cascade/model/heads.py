@@ -1,4 +1,4 @@
-"""Heads on the fused embedding: labels from a linear layer, neighbours from a bank of images (method.md §4)."""
+"""Heads on the fused embedding: labels from a linear layer, neighbors from a bank of images (method.md §4)."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,10 +31,10 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Embeddings of training images to look neighbours up in.
+    """Embeddings of training images to look neighbors up in.
 
     Attributes:
-        embeddings: float16 [rows, dim], L2-normalised.
+        embeddings: float16 [rows, dim], L2-normalized.
         names: the images' names, ``rows`` of them.
         labels: their classes, where there are any.
     """

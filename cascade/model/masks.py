@@ -8,7 +8,6 @@ bit, over the backbone's flat buffer from the mask's first stage to the end.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,49 +53,6 @@ def alpha(active: Tensor) -> float:
     return float(max(int(active.sum()), 1) / active.numel()) ** 0.5
 
 
-def apply(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Tensor:
-    """Masked and scaled weights, float32 [n], from the mask's first stage to the end.
-
-    Args:
-        backbone: gives the pristine weights.
-        mask: the bits.
-        out: a buffer to write into.
-    """
-    first = backbone.offset(mask.start)
-    pristine = backbone.flat[first:]
-    out = torch.empty_like(pristine) if out is None else out
-    if pristine.device.type != "cpu":
-        return apply_plain(backbone, mask, out)
-    from cascade.kernels import cpu  # numba takes a second to come up
-
-    bounds = np.array([s.offset - first for s in backbone.segments if s.offset >= first] + [len(pristine)])
-    bits = mask.bits.numpy()
-    alphas = np.sqrt(np.maximum(cpu.count(bits, bounds), 1) / np.diff(bounds))
-    scales = np.repeat((1 / alphas).astype(np.float32)[:, None], cpu.LANES, axis=1)
-    begin, end, segment = cut(bounds[:-1], bounds[1:])
-    cpu.masked(bits, pristine.numpy(), begin, end, scales[segment], out.numpy())
-    return out
-
-
-def cut(begin: np.ndarray, end: np.ndarray, size: int = 1 << 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranges cut into pieces of at most ``size``, that threads can share: begin, end, and of which range it is."""
-    pieces = -(-(end - begin) // size)
-    which = np.repeat(np.arange(len(begin)), pieces)
-    nth = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = begin[which] + nth * size
-    return starts, np.minimum(starts + size, end[which]), which
-
-
-def apply_plain(backbone: Backbone, mask: Mask, out: Tensor) -> Tensor:
-    """``apply`` in plain PyTorch: the reference for every kernel, on any device."""
-    first = backbone.offset(mask.start)
-    active = unpack(mask.bits, len(out))
-    torch.mul(backbone.flat[first:], active, out=out)
-    for segment, part in split(backbone, mask.start, active):
-        out[segment.offset - first : segment.end - first] /= alpha(part)
-    return out
-
-
 def split(backbone: Backbone, start: int, flat: Tensor) -> Iterator[tuple[Segment, Tensor]]:
     """A flat tensor that begins at stage ``start``, cut into the backbone's segments (views)."""
     first = backbone.offset(start)
@@ -107,13 +63,13 @@ def split(backbone: Backbone, start: int, flat: Tensor) -> Iterator[tuple[Segmen
 
 def density(backbone: Backbone, mask: Mask) -> float:
     """Share of active weights among those that the mask covers."""
-    n = backbone.flat.numel() - backbone.offset(mask.start)
+    n = backbone.weights.numel() - backbone.offset(mask.start)
     return float(unpack(mask.bits, n).float().mean()) if n else 1.0
 
 
 def difference(a: Mask, b: Mask, backbone: Backbone) -> float:
     """Share of bits in which two masks differ, over the stages that both cover."""
     start = max(a.start, b.start)
-    n = backbone.flat.numel() - backbone.offset(start)
-    tails = [unpack(m.bits, backbone.flat.numel() - backbone.offset(m.start))[-n:] for m in (a, b)]
+    n = backbone.weights.numel() - backbone.offset(start)
+    tails = [unpack(m.bits, backbone.weights.numel() - backbone.offset(m.start))[-n:] for m in (a, b)]
     return float((tails[0] != tails[1]).float().mean()) if n else 0.0

@@ -1,6 +1,6 @@
 """The out-of-domain score: how unlike the training images an image is, in [0, 1].
 
-Raw measure: Mahalanobis distance of the dispatcher's L2-normalised features under probabilistic PCA
+Raw measure: Mahalanobis distance of the dispatcher's L2-normalized features under probabilistic PCA
 (Tipping & Bishop 1999), in which whatever lies outside the principal subspace counts, too, by the mean
 variance there. The score is its percentile among held-out training images.
 """

@@ -77,8 +77,8 @@ UPRIGHT = {
 def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Image.Image:
     """The upright RGB image in a JPEG, PNG or WebP file; of an animation the first frame.
 
-    EXIF orientation is applied, transparency composited on white, 16 bits scaled to 8, palettes, grey and
-    CMYK converted; colour profiles are ignored, as timm ignores them. Safe to call from many threads at once.
+    EXIF orientation is applied, transparency composited on white, 16 bits scaled to 8, palettes, gray and
+    CMYK converted; color profiles are ignored, as timm ignores them. Safe to call from many threads at once.
 
     Raises:
         ImageError: 400 or 413, see docs/inputs.md.
@@ -177,13 +177,13 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
 
 def _rgb(im: Image.Image) -> Image.Image:
     """A new 8-bit RGB image."""
-    if im.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 or drops the low byte, by version
+    if im.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255 or drops the low byte, by version
         import numpy as np
 
         deep = np.asarray(im).astype(np.uint32)
-        grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
-        grey[deep == im.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey).convert("RGB")
+        gray = ((deep * 255 + 32767) // 65535).astype(np.uint8)
+        gray[deep == im.info.get("transparency", -1)] = 255
+        return Image.fromarray(gray).convert("RGB")
     if im.has_transparency_data:
         transparent = im.convert("RGBA")
         white = Image.new("RGB", im.size, "white")
@@ -212,7 +212,7 @@ class Preprocessing:
 
     Attributes:
         size: side of the square input, pixels.
-        crop_pct: the shorter side is resized to size / crop_pct, then the centre is cropped.
+        crop_pct: the shorter side is resized to size / crop_pct, then the center is cropped.
         interpolation: one of INTERPOLATIONS.
         mean, std: of RGB in [0, 1].
         crop_mode: one of CROP_MODES; timm has ``center`` for most models.

@@ -35,12 +35,12 @@ class Router(Protocol):
 class Prototypes:
     """Self-supervised prototypes, grouped into clusters; the default.
 
-    ``p(k) = sum over the prototypes c of cluster k of softmax(z . c / 0.1)``, z the L2-normalised output of
+    ``p(k) = sum over the prototypes c of cluster k of softmax(z . c / 0.1)``, z the L2-normalized output of
     the dispatcher's own SwAV head.
 
     Attributes:
         head: float16 [P, F], bias: float16 [P]: SwAV's linear head.
-        prototypes: float16 [C, P], L2-normalised rows.
+        prototypes: float16 [C, P], L2-normalized rows.
         cluster: int64 [C], the cluster of each prototype.
         clusters: int64 [1], their number K.
     """
@@ -67,7 +67,7 @@ class Prototypes:
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    """Full-covariance mixture on whitened PCA of the L2-normalised features; the paper's (§3.3).
+    """Full-covariance mixture on whitened PCA of the L2-normalized features; the paper's (§3.3).
 
     Attributes:
         mean: float64 [F], basis: float64 [F, d]: PCA with whitening folded in.

@@ -69,7 +69,7 @@ class Index:
         return similarities, rows
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
-        """All embeddings, float32 [n, dim], L2-normalised, with the number of the first row."""
+        """All embeddings, float32 [n, dim], L2-normalized, with the number of the first row."""
         for first in range(0, self.about.rows, size):
             yield first, self.vectors.reconstruct_n(first, min(size, self.about.rows - first))
 
@@ -159,7 +159,7 @@ def read(folder: Path, device: str = "cpu") -> Index:
 
 
 def unit(embeddings: np.ndarray) -> np.ndarray:
-    """float32 [n, dim], L2-normalised; an embedding of zeros stays one."""
+    """float32 [n, dim], L2-normalized; an embedding of zeros stays one."""
     found = np.ascontiguousarray(embeddings, np.float32)
     scaled: np.ndarray = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
     return scaled
@@ -263,7 +263,7 @@ def _files(predictions: Path) -> list[Path]:
 
 
 def _embeddings(files: list[Path]) -> Iterator[tuple[np.ndarray, "pa.Table"]]:
-    """Embeddings, L2-normalised, and their rows, some thousands at a time, errors left out."""
+    """Embeddings, L2-normalized, and their rows, some thousands at a time, errors left out."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

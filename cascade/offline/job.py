@@ -41,7 +41,7 @@ class Job:
         mode: settled.
         dim: of the embedding.
         embedding: how it is stored, if at all.
-        labels, neighbours: how many at most.
+        labels, neighbors: how many at most.
         rows: of a part at most, where a source can be cut there.
     """
 
@@ -54,7 +54,7 @@ class Job:
     dim: int
     embedding: Embedding
     labels: int
-    neighbours: int
+    neighbors: int
     rows: int
     format: int = 1
 

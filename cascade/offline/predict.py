@@ -156,7 +156,7 @@ def settle(
         dim=bundle.card.dim,
         embedding=embedding,
         labels=options.labels,
-        neighbours=options.neighbours,
+        neighbors=options.neighbors,
         rows=rows,
     )
 
@@ -293,4 +293,4 @@ def _ahead(items: Generator[T, None, None], name: str) -> Generator[T, None, Non
 
 
 def _options(job: Job) -> Options:
-    return Options(job.bundle, job.version, job.mode, job.embedding != "none", job.labels, job.neighbours)
+    return Options(job.bundle, job.version, job.mode, job.embedding != "none", job.labels, job.neighbors)

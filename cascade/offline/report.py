@@ -28,7 +28,7 @@ CLUSTERS = 64  # that get a contact sheet, the largest
 GROUPS = 200  # of duplicates, and outliers, that get pictures
 EXAMPLES = 5  # paths of each kind of error
 PLOT = 640  # pixels of the map's side
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#117733", "#332288")
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#117733", "#332288")
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -156,11 +156,11 @@ def sample(predictions: Iterable[Path], seed: int = 0) -> Sample:
 
 
 def flat(points: np.ndarray) -> np.ndarray:
-    """Embeddings [n, dim], L2-normalised, on their first two principal components: [n, 2], each in [0, 1]."""
+    """Embeddings [n, dim], L2-normalized, on their first two principal components: [n, 2], each in [0, 1]."""
     unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    centred = unit - unit.mean(0)
-    _, axes = np.linalg.eigh(centred.T @ centred)  # rising
-    found = centred @ axes[:, : -min(3, axes.shape[1] + 1) : -1]
+    centered = unit - unit.mean(0)
+    _, axes = np.linalg.eigh(centered.T @ centered)  # rising
+    found = centered @ axes[:, : -min(3, axes.shape[1] + 1) : -1]
     found = np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
     span = np.maximum(np.ptp(found, axis=0), 1e-12)
     scaled: np.ndarray = (found - found.min(0)) / span
@@ -252,13 +252,13 @@ def _map(drawn: Sample) -> str:
     assert drawn.points is not None
     dots = []
     for (x, y), (path, k) in zip(PLOT * (0.02 + 0.96 * flat(drawn.points)), drawn.of, strict=True):
-        colour = COLOURS[k % len(COLOURS)]
+        color = COLORS[k % len(COLORS)]
         dots.append(
-            f'<circle cx="{x:.1f}" cy="{PLOT - y:.1f}" r="3" fill="{colour}" fill-opacity="0.7">'
+            f'<circle cx="{x:.1f}" cy="{PLOT - y:.1f}" r="3" fill="{color}" fill-opacity="0.7">'
             f"<title>cluster {k}: {html.escape(path)}</title></circle>"
         )
     key = " ".join(
-        f'<span style="color:{COLOURS[k % len(COLOURS)]}">&#9679;</span> {k}' for k in sorted({k for _, k in drawn.of})
+        f'<span style="color:{COLORS[k % len(COLORS)]}">&#9679;</span> {k}' for k in sorted({k for _, k in drawn.of})
     )
     body = "\n".join(dots)
     return (

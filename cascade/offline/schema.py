@@ -23,7 +23,7 @@ def schema(job: Job) -> "pa.Schema":
     import pyarrow as pa
 
     label = pa.struct({"name": pa.string(), "score": pa.float32()})
-    neighbour = pa.struct({"name": pa.string(), "label": pa.string(), "similarity": pa.float32()})
+    neighbor = pa.struct({"name": pa.string(), "label": pa.string(), "similarity": pa.float32()})
     columns = {
         "path": pa.string(),
         "bundle": pa.string(),
@@ -34,7 +34,7 @@ def schema(job: Job) -> "pa.Schema":
         "ood": pa.float32(),
         "masks": pa.list_(pa.string()),
         "labels": pa.list_(label),
-        "neighbours": pa.list_(neighbour),
+        "neighbors": pa.list_(neighbor),
         "error": pa.string(),
         "error_kind": pa.string(),
     }

@@ -100,7 +100,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
         "required": ["image"],
         "properties": {
             "image": {"type": "string", "format": "byte", "description": "The file in base64."},
-            "fields": {"type": "array", "items": {"enum": ["labels", "neighbours", "embedding"]}},
+            "fields": {"type": "array", "items": {"enum": ["labels", "neighbors", "embedding"]}},
             **{name: {"type": "string"} for name in ("bundle", "version", "mode")},
         },
     }
@@ -237,26 +237,24 @@ def _pages(app: FastAPI, service: Service) -> None:
             raise Refusal(bundle)
         return bundle
 
-    @app.get("/v1/map/{bundle}/{version}", summary="The neighbour bank in two dimensions")
+    @app.get("/v1/map/{bundle}/{version}", summary="The neighbor bank in two dimensions")
     async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
         whole = found(request, bundle, version)
         bank = next((bank for name, bank in whole.banks.items() if name == (mode or whole.card.mode)), None)
         if bank is None:
-            raise Refusal(ItemError(404, "no_bank", "this bundle has no neighbour bank for that mode"))
+            raise Refusal(ItemError(404, "no_bank", "this bundle has no neighbor bank for that mode"))
         return await asyncio.to_thread(ui.flat, bank) | {"thumbnails": whole.thumbnails is not None}
 
     @app.get(
         "/v1/thumbnails/{bundle}/{version}/{row}",
-        summary="A picture of the neighbour bank",
+        summary="A picture of the neighbor bank",
         response_class=Response,
         responses={200: {"content": {kind: {"schema": PICTURE} for kind in ("image/webp", "image/png", "image/jpeg")}}},
     )
     async def thumbnail(request: Request, bundle: str, version: str, row: str) -> Response:
         pictures = found(request, bundle, version).thumbnails
         if pictures is None or not ROW.fullmatch(row) or int(row) >= len(pictures):
-            raise Refusal(
-                ItemError(404, "no_thumbnail", "this bundle has no picture of that row of its neighbour bank")
-            )
+            raise Refusal(ItemError(404, "no_thumbnail", "this bundle has no picture of that row of its neighbor bank"))
         file = pictures[int(row)]
         return Response(file, headers=ui.HEADERS, media_type=media_type(file))
 

@@ -145,7 +145,7 @@ def serve(
 
     Args:
         model_store: a folder, or a URL that fsspec knows.
-        budget_bytes: of materialised masks. memory_bytes: of backbones and bundles; None for no limit.
+        budget_bytes: of materialized masks. memory_bytes: of backbones and bundles; None for no limit.
         threads: of torch; None for one a core.
         max_batch, patience, queue: of the batcher.
         connections: at a time; more get 503.

@@ -1,4 +1,4 @@
-"""The page to look at, and what only it asks for: a flat map of a bundle's neighbour bank."""
+"""The page to look at, and what only it asks for: a flat map of a bundle's neighbor bank."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +25,7 @@ class Map:
     """The first two principal components of a bank, as plain numbers.
 
     Attributes:
-        mean: [dim]; axes: [2, dim]. An L2-normalised embedding e lies at axes @ (e - mean).
+        mean: [dim]; axes: [2, dim]. An L2-normalized embedding e lies at axes @ (e - mean).
         points: [rows, 2].
     """
 

@@ -62,7 +62,7 @@ class Server:
         host: address of predictions and metrics; management and gRPC are always on loopback.
         port, metrics_port, management_port: 0 for any free one.
         workers: each holds its own backbone.
-        budget_bytes: of materialised masks, for each worker; None for the engine's default.
+        budget_bytes: of materialized masks, for each worker; None for the engine's default.
         threads: of torch, for each worker; None shares the cores out.
         start_timeout: seconds until every worker is READY.
         drain_timeout: seconds for the work in progress to finish.

@@ -13,7 +13,7 @@ import pytest
 
 from cascade import Client, ItemError, Options, Prediction
 from cascade.client import ClientError
-from cascade.engine.results import Label, Neighbour
+from cascade.engine.results import Label, Neighbor
 from cascade.open_inference import packed, unpacked
 
 GOOD = Prediction(
@@ -25,7 +25,7 @@ GOOD = Prediction(
     0.25,
     ("dispatcher", "expert-1"),
     (Label("owl", 0.75),),
-    (Neighbour("a", None, 0.5),),
+    (Neighbor("a", None, 0.5),),
     np.array([1, -2.5], np.float32),
 )
 Answer = tuple[int, dict[str, str], bytes] | None
@@ -99,7 +99,7 @@ def test_prediction_comes_back_as_it_was(serve: Serve, tmp_path: Path) -> None:
         assert (path, body) == ("/v1/predict", b"content")
         assert headers["authorization"] == "Bearer secret"
         assert headers["x-cascade-bundle"] == "birds" and headers["x-cascade-mode"] == "conditional"
-        assert headers["x-cascade-fields"] == "neighbours,embedding" and "x-cascade-version" not in headers
+        assert headers["x-cascade-fields"] == "neighbors,embedding" and "x-cascade-version" not in headers
 
 
 def test_path_of_the_url_is_where_images_go(serve: Serve) -> None:

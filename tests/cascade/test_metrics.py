@@ -30,7 +30,7 @@ for cluster in map(int, sys.argv[1]):
 with metrics.stage("swap"):
     time.sleep(0.002)
 metrics.MASK_HITS.inc(3)
-metrics.resident({"backbones": 1, "backbone_bytes": 100, "packed_bytes": 10, "materialised_bytes": 50})
+metrics.resident({"backbones": 1, "backbone_bytes": 100, "packed_bytes": 10, "materialized_bytes": 50})
 metrics.QUEUE_DEPTH.set(4)
 metrics.BATCH_IMAGES.observe(8)
 print("ready", flush=True)
@@ -68,7 +68,7 @@ def test_names_types_and_units() -> None:
         "mask_misses": "counter",
         "mask_evictions": "counter",
         "routing_confidence": "histogram",
-        "materialised_bytes": "gauge",
+        "materialized_bytes": "gauge",
         "packed_bytes": "gauge",
         "backbone_bytes": "gauge",
         "backbones": "gauge",
@@ -133,8 +133,8 @@ def test_an_unknown_stage_is_a_mistake() -> None:
 
 
 def test_resident_sets_the_gauges() -> None:
-    metrics.resident({"backbones": 1, "backbone_bytes": 13, "packed_bytes": 5, "materialised_bytes": 7, "hits": 9})
-    names = ("backbones", "backbone_bytes", "packed_bytes", "materialised_bytes")
+    metrics.resident({"backbones": 1, "backbone_bytes": 13, "packed_bytes": 5, "materialized_bytes": 7, "hits": 9})
+    names = ("backbones", "backbone_bytes", "packed_bytes", "materialized_bytes")
     assert [now(name) for name in names] == [1, 13, 5, 7]
 
 
@@ -248,7 +248,7 @@ def test_workers_add_up_and_gauges_of_the_killed_drop(worker: Callable[[str], su
         assert value(both, "mask_hits_total") == 6
         assert value(both, "stage_seconds_count", stage="swap") == 2
         assert value(both, "batch_images_count") == 2
-        gauges = ("backbones", "backbone_bytes", "packed_bytes", "materialised_bytes", "queue_depth")
+        gauges = ("backbones", "backbone_bytes", "packed_bytes", "materialized_bytes", "queue_depth")
         assert [value(both, name) for name in gauges] == [2, 200, 20, 100, 8]
         shift = value(both, "cluster_share_shift", bundle="animals")
         assert shift == pytest.approx(0.5 * (1 - (1 - 1 / metrics.WINDOW) ** 4)), (

@@ -207,9 +207,9 @@ def backbone_bytes(bundle_path: Path) -> int:
 
 @pytest.fixture(scope="session")
 def one_mask(engine: Engine, photos: list[bytes]) -> int:
-    """Bytes of one materialised mask, the dispatcher's: the smallest budget that works."""
+    """Bytes of one materialized mask, the dispatcher's: the smallest budget that works."""
     engine.predict(photos[:1], cascade.Options(mode="dispatcher"))
-    return engine.stats()["materialised_bytes"]
+    return engine.stats()["materialized_bytes"]
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +220,7 @@ def photos(indexed: list[Path]) -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def server(store: Path, one_mask: int) -> Iterator[Running]:
-    """One server for the session, with room for a single materialised mask."""
+    """One server for the session, with room for a single materialized mask."""
     start = time.perf_counter()
     with serving(store, budget_bytes=one_mask) as running:
         print(f"TorchServe was ready after {time.perf_counter() - start:.1f} s")
@@ -245,7 +245,7 @@ def index(store: Path, indexed: list[Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def asgi(store: Path, index: Path, one_mask: int) -> "Iterator[Asgi]":
-    """One ASGI server for the session, with room for a single materialised mask, and an index."""
+    """One ASGI server for the session, with room for a single materialized mask, and an index."""
     from tests.helpers.asgi_server import serving_asgi
 
     with serving_asgi(store, "--budget", str(one_mask), "--index", str(index)) as running:

@@ -29,14 +29,14 @@ def test_answer_is_the_engines(asgi: Asgi, engine: Engine, photos: list[bytes]) 
     for mode in ("dispatcher", "conditional", "unconditional"):
         (expected,) = engine.predict(photos[:1], Options(mode=mode, embedding=True))
         assert isinstance(expected, Prediction)
-        fields = "labels,neighbours,embedding"
+        fields = "labels,neighbors,embedding"
         response = post(asgi, photos[0], X_Cascade_Bundle="two", X_Cascade_Mode=mode, X_Cascade_Fields=fields)
         assert same(answer(response), json.loads(json.dumps(expected.to_json())) | {"bundle": "two"})
 
 
 def test_both_front_ends_say_the_same(asgi: Asgi, server: Running, photos: list[bytes]) -> None:
     both = (asgi, server)
-    for headers in ({}, {"X_Cascade_Bundle": "one"}, {"X_Cascade_Bundle": "three"}, {"X_Cascade_Colour": "red"}):
+    for headers in ({}, {"X_Cascade_Bundle": "one"}, {"X_Cascade_Bundle": "three"}, {"X_Cascade_Color": "red"}):
         for body in (photos[0], b"hello", b"", photos[0][:500]):
             ours, theirs = (post(each, body, **headers) for each in both)
             assert ours.status_code == theirs.status_code
@@ -113,14 +113,14 @@ def test_unmodified_tritonclient(asgi: Asgi, engine: Engine, photos: list[bytes]
 
 
 def test_our_client_with_both_front_ends(asgi: Asgi, server: Running, engine: Engine, photos: list[bytes]) -> None:
-    (expected,) = engine.predict(photos[:1], Options(embedding=True, neighbours=0))
+    (expected,) = engine.predict(photos[:1], Options(embedding=True, neighbors=0))
     assert isinstance(expected, Prediction) and expected.embedding is not None
     token = server.headers["Authorization"].removeprefix("Bearer ")
     for url, key in ((asgi.base, None), (asgi.url, None), (server.url, token)):
         with Client(url, key=key) as client:
-            got = client.predict(photos[0], Options("one", "1", embedding=True, neighbours=0))
+            got = client.predict(photos[0], Options("one", "1", embedding=True, neighbors=0))
             assert isinstance(got, Prediction) and got.embedding is not None
-            assert (got.cluster, got.masks, got.neighbours) == (expected.cluster, expected.masks, ())
+            assert (got.cluster, got.masks, got.neighbors) == (expected.cluster, expected.masks, ())
             np.testing.assert_allclose(got.embedding, expected.embedding, atol=1e-3)
             wrong = client.predict(b"no image", Options("one"))
             assert isinstance(wrong, ItemError) and (wrong.status, wrong.kind) == (400, "not_an_image")

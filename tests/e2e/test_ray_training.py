@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from cascade.model.masks import Mask, apply, pack
+from cascade.kernels.materialize import materialize
+from cascade.model.masks import Mask, pack
 from tests.conftest import need
 from tests.e2e.conftest import ROOT
 from tests.helpers.torments import until
@@ -50,8 +51,8 @@ def runs(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         router="centroid",
     )
     run = begin(folder / "begun", recipe, Watch(None))
-    bits = torch.ones(run.backbone.flat.numel(), dtype=torch.bool)
-    apply(run.backbone, Mask("all", 0, pack(bits)))  # the kernel, when it first runs, sets everybody's threads
+    bits = torch.ones(run.backbone.weights.numel(), dtype=torch.bool)
+    materialize(run.backbone, Mask("all", 0, pack(bits)))  # the kernel, when it first runs, sets everybody's threads
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     dispatcher.train(run)

@@ -84,7 +84,7 @@ def test_answer_is_the_engines(server: Running, engine: Engine, photos: list[byt
     for mode in ("dispatcher", "conditional", "unconditional"):
         (expected,) = engine.predict(photos[:1], cascade.Options(mode=mode, embedding=True))
         assert isinstance(expected, Prediction)
-        fields = "labels,neighbours,embedding"
+        fields = "labels,neighbors,embedding"
         response = post(server, photos[0], X_Cascade_Bundle="two", X_Cascade_Mode=mode, X_Cascade_Fields=fields)
         assert same(answer(response), json.loads(json.dumps(expected.to_json())) | {"bundle": "two"})
 
@@ -104,9 +104,9 @@ def test_raw_bodies_json_and_forms(server: Running, photos: list[bytes], cifar: 
 
 def test_fields_choose_what_is_answered(server: Running, photos: list[bytes]) -> None:
     whole = answer(post(server, photos[0], X_Cascade_Bundle="one"))
-    assert whole["neighbours"] and "embedding" not in whole
+    assert whole["neighbors"] and "embedding" not in whole
     bare = answer(post(server, photos[0], X_Cascade_Bundle="one", X_Cascade_Fields="embedding"))
-    assert bare["labels"] == bare["neighbours"] == []
+    assert bare["labels"] == bare["neighbors"] == []
     assert np.isfinite(bare["embedding"]).all() and len(bare["embedding"]) > 1
     assert same({key: bare[key] for key in ("cluster", "masks")}, {key: whole[key] for key in ("cluster", "masks")})
 
@@ -120,7 +120,7 @@ def test_fields_choose_what_is_answered(server: Running, photos: list[bytes]) ->
         ({"X_Cascade_Bundle": "one", "X_Cascade_Version": "2"}, (404, "unknown_version")),
         ({"X_Cascade_Bundle": "one", "X_Cascade_Mode": "best"}, (400, "unknown_mode")),
         ({"X_Cascade_Bundle": "one", "X_Cascade_Fields": "labels,masks"}, (400, "bad_option")),
-        ({"X_Cascade_Bundle": "one", "X_Cascade_Colour": "red"}, (400, "unknown_option")),
+        ({"X_Cascade_Bundle": "one", "X_Cascade_Color": "red"}, (400, "unknown_option")),
         ({}, (400, "bundle_missing")),
     ],
 )
@@ -198,7 +198,7 @@ def test_interleaved_requests_swap_masks_over_one_backbone(
             {
                 "X_Cascade_Bundle": bundle,
                 "X_Cascade_Mode": mode,
-                "X_Cascade_Fields": "labels,neighbours,embedding",
+                "X_Cascade_Fields": "labels,neighbors,embedding",
             },
         )
         for images in clusters.values()
@@ -243,7 +243,7 @@ def test_interleaved_requests_swap_masks_over_one_backbone(
         assert earlier["cascade_mask_misses_total"] <= later["cascade_mask_misses_total"]
     for seen in [*scrapes, after]:
         assert seen["cascade_backbones"] == 1
-        assert seen["cascade_materialised_bytes"] <= one_mask
+        assert seen["cascade_materialized_bytes"] <= one_mask
     assert after["cascade_backbone_bytes"] == backbone_bytes
     a_further_bundle = after["cascade_packed_bytes"] / 2
     assert 0 < a_further_bundle < backbone_bytes / 2

@@ -31,7 +31,7 @@ done();
 # Once all are decoded: name, what stands below, width in px of the picture itself.
 PICTURES = """(figures => figures.every(f => f.firstChild.complete && f.firstChild.naturalWidth) && figures.map(
     f => [f.title, ...[...f.querySelectorAll("span")].map(s => s.textContent), f.firstChild.naturalWidth])
-)([...document.querySelectorAll("#neighbours figure")])"""
+)([...document.querySelectorAll("#neighbors figure")])"""
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +89,16 @@ def test_an_image_is_shown_with_its_answer(
         assert text in facts
     assert want.labels[0].name in page.text("labels") and f"{want.labels[0].score:.2f}" in page.text("labels")
     shown = page.until(PICTURES)
-    assert shown == [[n.name, n.label, f"{n.similarity:.2f}", 32] for n in want.neighbours], "pictures of 32 px"
+    assert shown == [[n.name, n.label, f"{n.similarity:.2f}", 32] for n in want.neighbors], "pictures of 32 px"
     drawn = "new Set(document.getElementById('map').getContext('2d').getImageData(0, 0, 1400, 700).data).size"
-    assert page.until(drawn) > 50, "colours on the map"
+    assert page.until(drawn) > 50, "colors on the map"
     assert "this image" in page.text("legend")
 
     page.browser.execute_script("bundle.selectedIndex = 1; bundle.onchange()")
     assert page.until("document.body.dataset.shown") == "two"
-    bars = page.text("neighbours")
-    assert all(f"{n.label}: {n.name}" in bars and f"{n.similarity:.2f}" in bars for n in want.neighbours)
-    assert page.browser.execute_script("return document.querySelectorAll('#neighbours figure').length") == 0
+    bars = page.text("neighbors")
+    assert all(f"{n.label}: {n.name}" in bars and f"{n.similarity:.2f}" in bars for n in want.neighbors)
+    assert page.browser.execute_script("return document.querySelectorAll('#neighbors figure').length") == 0
     page.browser.execute_script("bundle.selectedIndex = 0; bundle.onchange()")
 
     page.browser.execute_async_script(DROP, list(photos[0]))
@@ -112,7 +112,7 @@ def test_an_image_is_shown_with_its_answer(
     (tmp_path / "no.png").write_bytes(b"no image")
     page.choose(tmp_path / "no.png")
     assert "this is not a JPEG" in page.until("document.getElementById('error').textContent")
-    assert not any(page.text(id) for id in ("facts", "labels", "neighbours", "legend")), "the last answer is another's"
+    assert not any(page.text(id) for id in ("facts", "labels", "neighbors", "legend")), "the last answer is another's"
     assert page.complaints() == []
 
 
@@ -136,10 +136,10 @@ def test_map_is_the_banks(asgi: Asgi, engine: Engine) -> None:
     bank = bundle.banks["conditional"]
     got = CLIENT.get(f"{asgi.base}/v1/map/one/1").raise_for_status().json()
     assert len(got["points"]) == len(got["names"]) == len(bank.names) and got["labels"] == list(bank.labels)
-    centred = bank.embeddings.float() - bank.embeddings.float().mean(0)
-    placed = centred @ torch.tensor(got["axes"]).T
+    centered = bank.embeddings.float() - bank.embeddings.float().mean(0)
+    placed = centered @ torch.tensor(got["axes"]).T
     assert torch.allclose(placed, torch.tensor(got["points"]), atol=1e-4)
-    spread = torch.linalg.svdvals(centred)[:2]
+    spread = torch.linalg.svdvals(centered)[:2]
     assert torch.allclose(placed.norm(dim=0), spread, rtol=1e-3), "the two widest directions"
     for path, status in (("none/1", 404), ("one/2", 404), ("one/1?mode=best", 404)):
         assert CLIENT.get(f"{asgi.base}/v1/map/{path}").status_code == status

@@ -48,7 +48,7 @@ def test_alone_as_in_a_mixed_batch(cifar: list[Image.Image], tight: bool, device
     for image, wish, answer in zip(cifar, wishes, together, strict=False):
         same(ours.predict([image], wish)[0], answer)
     stats = ours.stats()
-    assert stats["materialised_bytes"] <= stats["budget_bytes"]
+    assert stats["materialized_bytes"] <= stats["budget_bytes"]
 
 
 def test_bfloat16(cifar: list[Image.Image], device: str) -> None:

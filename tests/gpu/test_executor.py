@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cascade.engine.executors.cuda import CudaExecutor
-from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.executors.selection import choose
-from cascade.engine.executors.weight_layout import Packed
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
+from cascade.kernels.weight_layout import PackedMask
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from tests.cascade.engine.executors.test_cuda import NETWORKS, images, masks_of
@@ -34,8 +34,11 @@ def close(got: Tensor, want: Tensor) -> None:
 
 def test_equals_the_plain_executor(backbone: Backbone, device: str) -> None:
     """Graphs that were captured under one mask and are replayed under others, and for the plain backbone."""
-    plain, executor = TorchExecutor(backbone, Residency(2**30)), CudaExecutor(moved(backbone, device), Residency(2**30))
-    last = len(backbone.row) - 1
+    plain, executor = (
+        PlainExecutor(backbone, WeightCache(2**30)),
+        CudaExecutor(moved(backbone, device), WeightCache(2**30)),
+    )
+    last = len(backbone.stages) - 1
     masks = [*masks_of(backbone, last, min(last, 1), 0, last), *masks_of(backbone, 0, norms=False)]
     packed = {mask: executor.pack(mask) for mask in masks}
     x = images(backbone, 3)
@@ -52,8 +55,11 @@ def test_equals_the_plain_executor(backbone: Backbone, device: str) -> None:
 
 @pytest.mark.parametrize("start", [0, 2, -1])
 def test_a_mask_for_each_image(backbone: Backbone, start: int, device: str) -> None:
-    plain, executor = TorchExecutor(backbone, Residency(2**30)), CudaExecutor(moved(backbone, device), Residency(2**30))
-    stage = backbone.stage(min(start, len(backbone.row) - 1))
+    plain, executor = (
+        PlainExecutor(backbone, WeightCache(2**30)),
+        CudaExecutor(moved(backbone, device), WeightCache(2**30)),
+    )
+    stage = backbone.stage(min(start, len(backbone.stages) - 1))
     masks = masks_of(backbone, stage, 0, stage // 2, stage, stage)
     order = [masks[i] for i in (0, 1, 2, 3, 1)]
     x = plain.run(images(backbone, 5), 0, stage) if stage else images(backbone, 5)
@@ -71,8 +77,8 @@ def test_a_mask_for_each_image(backbone: Backbone, start: int, device: str) -> N
 
 def test_bfloat16(device: str) -> None:
     backbone = calibrated("test_resnet")
-    plain = TorchExecutor(backbone, Residency(2**30))
-    executor = CudaExecutor(moved(backbone, device), Residency(2**30), torch.bfloat16)
+    plain = PlainExecutor(backbone, WeightCache(2**30))
+    executor = CudaExecutor(moved(backbone, device), WeightCache(2**30), torch.bfloat16)
     masks, x = masks_of(backbone, 0, 0, 0), images(backbone, 3)
     want = torch.cat([features(plain, mask, x[i : i + 1], 0) for i, mask in enumerate(masks)])
     packed = [executor.pack(mask) for mask in masks]
@@ -86,8 +92,8 @@ def test_bfloat16(device: str) -> None:
 
 def test_swaps_cost_no_memory_and_no_capture(device: str) -> None:
     backbone = calibrated("test_resnet")
-    executor = CudaExecutor(moved(backbone, device), Residency(2**30))
-    masks: list[Packed] = [executor.pack(mask) for mask in masks_of(backbone, 0, 0, 0, 0)]
+    executor = CudaExecutor(moved(backbone, device), WeightCache(2**30))
+    masks: list[PackedMask] = [executor.pack(mask) for mask in masks_of(backbone, 0, 0, 0, 0)]
     x = images(backbone, 4).to(device)
 
     def round_of_all() -> None:
@@ -109,5 +115,5 @@ def test_swaps_cost_no_memory_and_no_capture(device: str) -> None:
 def test_the_choice(device: str) -> None:
     for kind, dtype in (("auto", torch.float32), ("folded", torch.float32), ("bf16", torch.bfloat16)):
         backbone = backbones.load("test_resnet", "random:0", device=device)
-        executor = choose(backbone, Residency(2**30), kind)  # type: ignore[arg-type]
+        executor = choose(backbone, WeightCache(2**30), kind)  # type: ignore[arg-type]
         assert type(executor) is CudaExecutor and executor.dtype == dtype

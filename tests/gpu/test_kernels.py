@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cascade.engine.executors.weight_layout import Flat, Packed
 from cascade.kernels import per_image
+from cascade.kernels.weight_layout import PackedMask, WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
-from tests.cascade.engine.executors.test_weight_layout import shuffled
 
 # The same checks as in the interpreter, with this folder's device.
 from tests.cascade.kernels.test_triton import (  # noqa: F401
@@ -16,19 +15,20 @@ from tests.cascade.kernels.test_triton import (  # noqa: F401
     test_rows_of_any_length,
     test_swap_equals_plain,
 )
+from tests.cascade.kernels.test_weight_layout import shuffled
 from tests.helpers.bundles import random_mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_swap_is_one_launch(dtype: torch.dtype, device: str) -> None:
     folded = Folded(backbones.load("resnet18", "random:0", device=device))
-    flat = Flat(folded, [shuffled(unit, 1) for unit in folded.units])
+    flat = WeightLayout(folded, [shuffled(unit, 1) for unit in folded.units])
     mask = random_mask(backbones.load("resnet18", "random:0"), "m", 0, torch.Generator().manual_seed(0))
     packed, out = flat.pack(mask), torch.empty_like(flat.pristine, dtype=dtype)
-    flat.materialise(packed, out)  # compiles, and uploads the table
+    flat.materialize(packed, out)  # compiles, and uploads the table
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        flat.materialise(packed, out)
+        flat.materialize(packed, out)
         torch.cuda.synchronize()
     launches = [event.name for event in seen.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(launches) == 1 and "_masked" in launches[0], launches
@@ -40,7 +40,7 @@ def test_products_follow_pytorchs_switch(device: str) -> None:
     draw = torch.Generator().manual_seed(0)
     weights, x = torch.randn(64 * 1024, generator=draw), torch.randn(1, 64, 1024, generator=draw)
     bits = torch.full((64 * 128,), 255, dtype=torch.uint8, device=device)
-    mask = Packed("m", 0, bits, scales=torch.ones(64, device=device), shifts=torch.zeros(64, device=device))
+    mask = PackedMask("m", 0, bits, scales=torch.ones(64, device=device), shifts=torch.zeros(64, device=device))
     table = per_image.Masks([mask], [0], [0]).table
     want = x.double() @ weights.view(64, 1024).double().T
 

@@ -11,11 +11,12 @@ from torch.nn.functional import normalize
 
 from cascade.bundle.format import Bundle
 from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
+from cascade.kernels.materialize import materialize
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.heads import Bank, Linear
-from cascade.model.masks import Mask, apply, density, difference, pack
+from cascade.model.masks import Mask, density, difference, pack
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Calibration, Router
 from cascade.model.stages import stage_of
@@ -26,11 +27,11 @@ CLASSES = ("cat", "dog", "ship")
 
 def random_mask(backbone: Backbone, name: str, start: int, generator: torch.Generator, norms: bool = False) -> Mask:
     """About nine of ten weights active; with ``norms``, statistics of its own for every BatchNorm it covers."""
-    n = backbone.flat.numel() - backbone.offset(start)
+    n = backbone.weights.numel() - backbone.offset(start)
     bits = pack(torch.rand(n, generator=generator) < 0.9)
     moved = {}
     for buffer, tensor in backbone.norms.items() if norms else ():
-        if stage_of(buffer, backbone.row) >= start:
+        if stage_of(buffer, backbone.stages) >= start:
             drawn = torch.rand(tensor.shape, generator=generator)
             moved[buffer] = tensor * (0.3 + drawn / 2) if buffer.endswith("var") else tensor + (drawn - 0.5) / 50
     return Mask(name, start, bits, moved)
@@ -40,7 +41,7 @@ def random_mask(backbone: Backbone, name: str, start: int, generator: torch.Gene
 def features(mask: Mask, backbone: Backbone, inputs: Tensor) -> np.ndarray:
     """Features under one mask, from a network of its own."""
     own = backbones.load(backbone.name, backbone.source)
-    own.point(apply(own, mask), own.offset(mask.start))
+    own.point(materialize(own, mask), own.offset(mask.start))
     state = own.model.state_dict()
     for name, tensor in mask.norms.items():
         state[name].copy_(tensor)
@@ -98,7 +99,7 @@ def handmade(
                 MaskCard(
                     name=m.name,
                     start=m.start,
-                    weights=bare.flat.numel() - bare.offset(m.start),
+                    weights=bare.weights.numel() - bare.offset(m.start),
                     density=density(bare, m),
                     differs_from_dispatcher=difference(m, masks[0], bare),
                 )

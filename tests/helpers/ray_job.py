@@ -30,7 +30,7 @@ def job(bundle: Path, images: str, out: Path, actors: int, progress: Any = lambd
         cascade.load(bundle),
         [images, "nowhere.png"],
         out,
-        cascade.Options(labels=5, neighbours=0),
+        cascade.Options(labels=5, neighbors=0),
         embedding="float16",
         batch=BATCH,
         threads=1,

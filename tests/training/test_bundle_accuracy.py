@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cascade.bundle.format import read
 from cascade.cli.main import app
 from cascade.engine.engine import Engine, Options
-from cascade.engine.results import Neighbour, Prediction
+from cascade.engine.results import Neighbor, Prediction
 from cascade.errors import CascadeError
 from tests.helpers.paths import DATA
 from training import bundle_accuracy
@@ -40,16 +40,16 @@ def test_accuracy_is_the_engines_answers_against_the_class_folders(bundle_path: 
     assert [list(c.cells)[0] for c in table.columns][0] == "dispatcher"
 
 
-def test_neighbours_vote_by_their_similarity() -> None:
-    near = (Neighbour("a", "cat", 0.50), Neighbour("b", "dog", 0.30), Neighbour("c", "dog", 0.31))
+def test_neighbors_vote_by_their_similarity() -> None:
+    near = (Neighbor("a", "cat", 0.50), Neighbor("b", "dog", 0.30), Neighbor("c", "dog", 0.31))
     votes = {"cat": np.exp(5), "dog": np.exp(3) + np.exp(3.1)}
     assert bundle_accuracy._vote(answer(near)) == max(votes, key=votes.__getitem__) == "cat"
-    close = (Neighbour("a", "cat", 0.50), Neighbour("b", "dog", 0.47), Neighbour("c", "dog", 0.46))
+    close = (Neighbor("a", "cat", 0.50), Neighbor("b", "dog", 0.47), Neighbor("c", "dog", 0.46))
     assert bundle_accuracy._vote(answer(close)) == "dog"
 
 
-def answer(neighbours: tuple[Neighbour, ...]) -> Prediction:
-    return Prediction("small", "1", "dispatcher", 0, 1.0, 0.0, ("dispatcher",), (), neighbours, None)
+def answer(neighbors: tuple[Neighbor, ...]) -> Prediction:
+    return Prediction("small", "1", "dispatcher", 0, 1.0, 0.0, ("dispatcher",), (), neighbors, None)
 
 
 def test_other_classes_than_the_bundles_are_refused(

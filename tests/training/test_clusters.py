@@ -31,7 +31,7 @@ K = 4
 
 @pytest.fixture(scope="module")
 def features(cifar: list[Image.Image]) -> np.ndarray:
-    """Of 300 photos: 12 x 12 grey pixels each, float32 [300, 144]."""
+    """Of 300 photos: 12 x 12 gray pixels each, float32 [300, 144]."""
     photos = [np.asarray(image.convert("L").resize((12, 12)), np.float32).ravel() for image in cifar]
     return np.stack(photos) / 255
 
@@ -95,8 +95,8 @@ def test_prototypes_are_grouped_by_spherical_k_means_weighted_by_what_they_are_a
     # A fixed point of spherical k-means: each prototype is nearest to the weighted mean of its own cluster.
     weight = share.sum(axis=0)[:, None]
     assigned = router.cluster.numpy()
-    centres = normalize(np.stack([(weight * c)[assigned == k].sum(axis=0) for k in range(K)]))
-    assert np.array_equal((c @ centres.T).argmax(axis=1), assigned)
+    centers = normalize(np.stack([(weight * c)[assigned == k].sum(axis=0) for k in range(K)]))
+    assert np.array_equal((c @ centers.T).argmax(axis=1), assigned)
     # The weights matter, or the test could not tell whether they were given.
     plain = faiss.Kmeans(32, K, niter=50, nredo=10, spherical=True, seed=1, min_points_per_centroid=1)
     plain.train(c.astype(np.float32))

@@ -53,7 +53,7 @@ def test_knn_goes_over_more_queries_than_one_chunk(sets: tuple[Tensor, Tensor, T
     assert knn(bank, bank, known, known, 1) == 1
 
 
-def test_probe_is_l2_penalised_multinomial_regression(sets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def test_probe_is_l2_penalized_multinomial_regression(sets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Its penalty, 0.01 / N on the mean loss, is C = 100 on scikit-learn's summed one; scale and mean do not matter."""
     bank, queries, known, truth = (t[:, ::16] if t.dim() == 2 else t for t in sets)
     mean, scale = bank.mean(dim=0), bank.std()

@@ -93,7 +93,7 @@ def test_masks_are_the_scores_above_the_threshold(bundle: Bundle, run: Run) -> N
     for mask, folder in zip(bundle.masks, ["dispatcher", "expert-0", "expert-1", "expert-2"], strict=True):
         assert mask.name == folder
         done = load_file(run.folder / folder / DONE)
-        n = run.backbone.flat.numel() - run.backbone.offset(mask.start)
+        n = run.backbone.weights.numel() - run.backbone.offset(mask.start)
         for segment, bits in masks.split(run.backbone, mask.start, masks.unpack(mask.bits, n)):
             assert torch.equal(bits, done[f"scores.{segment.parameter}"].flatten() > 0)
         card = next(m for m in bundle.card.masks if m.name == folder)

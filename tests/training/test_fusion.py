@@ -1,4 +1,4 @@
-"""Fusion: which blocks a mode takes, and centring, PCA and whitening folded into one projection."""
+"""Fusion: which blocks a mode takes, and centering, PCA and whitening folded into one projection."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.engine.executors.plain import TorchExecutor
-from cascade.engine.weight_cache import Residency
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
+from cascade.kernels.materialize import materialize
 from cascade.model import backbone as backbones
 from cascade.model import masks
 from cascade.model.backbone import Backbone
@@ -32,7 +33,7 @@ def load(name: str) -> Backbone:
 
 
 def inputs(images: list[Image.Image], side: int, count: int = 8) -> Tensor:
-    """Photos as float32 [count, 3, side, side], normalised."""
+    """Photos as float32 [count, 3, side, side], normalized."""
     photos = [np.asarray(image.resize((side, side))) for image in images[:count]]
     return (torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
@@ -55,8 +56,8 @@ def features(model: MaskedModel, x: Tensor) -> Tensor:
     return model.tail(model.trunk(x))
 
 
-def executor(backbone: Backbone, *layers: Mask) -> TorchExecutor:
-    made = TorchExecutor(backbone, Residency(2**30))
+def executor(backbone: Backbone, *layers: Mask) -> PlainExecutor:
+    made = PlainExecutor(backbone, WeightCache(2**30))
     for mask in layers:
         made.swap(mask)
     return made
@@ -162,7 +163,7 @@ def test_masked_weights_are_those_of_the_runtime_bit_for_bit() -> None:
     """The same division by alpha, tensor by tensor, the three blocks of a ViT's qkv included."""
     model = mask_backbone(load("test_vit"), 0)
     scatter(model)
-    flat = masks.apply(model.backbone, packed(model))
+    flat = materialize(model.backbone, packed(model))
     modules = dict(model.model.named_modules())
     for name in model.scores:
         path, _, kind = name.rpartition(".")
@@ -287,7 +288,7 @@ def test_exactly_the_highest_scores_are_active(share: float) -> None:
     generator = torch.Generator().manual_seed(0)
     model.load({n: torch.randn(s.shape, generator=generator) for n, s in model.scores.items()}, {})
     mask = packed_with(model, share=share)
-    active = masks.unpack(mask.bits, backbone.flat.numel() - backbone.offset(2))
+    active = masks.unpack(mask.bits, backbone.weights.numel() - backbone.offset(2))
     for segment, on in masks.split(backbone, 2, active):
         scores = model.scores[segment.parameter].detach().flatten()
         assert int(on.sum()) == max(1, round(share * segment.size))
@@ -304,7 +305,7 @@ def test_where_only_the_order_counts_the_largest_weights_begin() -> None:
     model = mask_backbone(load("test_resnet"), 4, share=0.25)
     for name, scores in model.scores.items():
         begin, end = model.backbone.spans[name]
-        weight = model.backbone.flat[begin:end].abs()
+        weight = model.backbone.weights[begin:end].abs()
         on = masks.unpack(masks.pack(active(scores.detach(), 0.0, 0.25)), scores.numel())
         assert weight[on].min() >= weight[~on].max() - 1e-3  # but for the rounding of scores near one
 
@@ -334,7 +335,7 @@ def test_selected_weights_alone_may_be_off(how: Any, cifar: list[Image.Image], t
         assert int(free[name].sum()) == max(1, round(0.3 * (end - begin)))
         assert bool((scores[~free[name]] == 1.0).all()), "the others learn nothing"
         if how == "largest":
-            weight = backbone.flat[begin:end].abs().view(free[name].shape)
+            weight = backbone.weights[begin:end].abs().view(free[name].shape)
             assert weight[free[name]].min() >= weight[~free[name]].max()
         off += int((~active(scores.detach(), 0.0, None, free[name]) & ~free[name]).sum())
     assert off == 0 and model.active() < 1
@@ -349,5 +350,5 @@ def test_the_first_stages_alone(cifar: list[Image.Image]) -> None:
     scatter(model)
     mask = packed(model)
     rest = backbone.offset(3) - backbone.offset(1)
-    assert bool(masks.unpack(mask.bits, backbone.flat.numel() - backbone.offset(1))[rest:].all())
+    assert bool(masks.unpack(mask.bits, backbone.weights.numel() - backbone.offset(1))[rest:].all())
     torch.testing.assert_close(features(model, x), executor(backbone, mask).run(x), rtol=1e-4, atol=1e-4)

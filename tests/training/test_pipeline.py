@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cascade.bundle.format import Bundle, check, read, under
+from cascade.bundle.format import Bundle, check, read, strip_prefix
 from cascade.cli.main import app
 from cascade.engine.engine import Engine, Options
 from cascade.engine.results import Prediction
 from cascade.errors import CascadeError
+from cascade.kernels.materialize import materialize
 from cascade.model import masks
 from cascade.model.fusion import MODES
 from training import clusters, dispatcher, evaluate, experts, export, fusion, pipeline
@@ -46,7 +47,7 @@ OPTIONS = {
     "router": "centroid",
     "dim": 16,
     "bank": 50,
-    "neighbours": 5,
+    "neighbors": 5,
 }
 
 
@@ -54,8 +55,8 @@ OPTIONS = {
 def threads_are_started() -> None:
     """The swap's kernel, when it first runs, sets the number of threads for all; from then on it is the same."""
     run = Run(Path(), recipe(Path()), Watch(None))
-    n = run.backbone.flat.numel()
-    masks.apply(run.backbone, masks.Mask("all", 0, masks.pack(torch.ones(n, dtype=torch.bool))))
+    n = run.backbone.weights.numel()
+    materialize(run.backbone, masks.Mask("all", 0, masks.pack(torch.ones(n, dtype=torch.bool))))
 
 
 def recipe(folder: Path, **changes: object) -> Recipe:
@@ -106,7 +107,7 @@ def test_the_small_cascade_is_whole(bundle_path: Path, cifar: list[Image.Image])
     check(bundle, run.backbone)
     answers = predict(bundle, cifar[:60])
     assert {a.cluster for a in answers} == {0, 1, 2} and {a.mode for a in answers} == {"conditional"}
-    assert all(a.labels and a.neighbours and 0 <= a.confidence <= 1 and 0 <= a.ood <= 1 for a in answers)
+    assert all(a.labels and a.neighbors and 0 <= a.confidence <= 1 and 0 <= a.ood <= 1 for a in answers)
     assert all(m.differs_from_dispatcher > 0 for m in bundle.card.masks[1:])
     assert not list(run.folder.rglob("*.tmp")) and not list(run.folder.rglob("*.part"))
 
@@ -173,7 +174,7 @@ def test_experts_that_start_deeper_share_the_dispatchers_trunk(
     assert set(buffers) == {"queue", "filled"} | counts and not any(bool(b.any()) for b in buffers.values()), (
         "of other images"
     )
-    model.load(under(trained, "scores."), under(trained, "norms."))
+    model.load(strip_prefix(trained, "scores."), strip_prefix(trained, "norms."))
     x = run.preprocessing.transform()(run.held_out.open(0))[None]
     model.model.eval()
     with torch.no_grad():
@@ -207,19 +208,19 @@ def test_a_supervised_mask_has_a_head_and_no_experts(
     assert bundle.card.mode == "dispatcher" and len(bundle.card.classes) == 10
     answers = predict(bundle, cifar[:20])
     assert all(a.cluster == 0 and a.confidence == 1 and a.masks == ("dispatcher",) for a in answers)
-    assert all(a.labels[0].name in bundle.card.classes and len(a.neighbours) == 5 for a in answers)
+    assert all(a.labels[0].name in bundle.card.classes and len(a.neighbors) == 5 for a in answers)
     curve = [json.loads(line)["loss"] for line in (tmp_path / "run/dispatcher/curve.jsonl").read_text().splitlines()]
     assert curve[0] == pytest.approx(np.log(10), abs=0.3) and np.mean(curve[-5:]) < np.mean(curve[:5])
     assert 0 < bundle.card.masks[0].density < 1, "no bit has flipped"
 
 
-def test_an_unlabelled_single_mask_has_neighbours_and_no_head(tmp_path: Path, cifar: list[Image.Image]) -> None:
+def test_an_unlabeled_single_mask_has_neighbors_and_no_head(tmp_path: Path, cifar: list[Image.Image]) -> None:
     out = train(tmp_path, recipe(flat(cifar, tmp_path / "photos", 40), clusters=0, dim=0))
     bundle = read(out)
     assert bundle.experts == () and bundle.router is None and bundle.linear == {} and bundle.card.classes == []
     assert bundle.card.dim == 31, "32 training images span 31 dimensions"
     answers = predict(bundle, cifar[:4])
-    assert all(a.labels == () and len(a.neighbours) == 5 and a.neighbours[0].label is None for a in answers)
+    assert all(a.labels == () and len(a.neighbors) == 5 and a.neighbors[0].label is None for a in answers)
     assert "whitened" not in bundle.card.accuracy
 
 

@@ -106,7 +106,7 @@ def test_the_papers_setting() -> None:
         "router": "gmm",
         "slots": "padded",
         "dim": 0,
-        "neighbours": 200,
+        "neighbors": 200,
     }
     assert {name: getattr(recipe, name) for name in published} == published
     assert recipe.steps == recipe.expert_steps == 150 * 50_000 // 64

@@ -108,7 +108,7 @@ def test_projector_lives_on_the_sphere() -> None:
     with torch.no_grad():
         projector.prototypes.mul_(torch.linspace(0.1, 3, 30)[:, None])
     direction = projector.prototypes[7].detach() / projector.prototypes[7].detach().norm()
-    projector.renormalise()
+    projector.renormalize()
     torch.testing.assert_close(projector.prototypes.norm(dim=1), torch.ones(30))
     torch.testing.assert_close(projector.prototypes[7].detach(), direction)
 

@@ -44,5 +44,5 @@ def test_other_images_are_refused(bundle_path: Path, cifar_folder: Path) -> None
     bundle = read(bundle_path)
     with pytest.raises(CascadeError, match="100 of 100 images are not there, .*: give the data of its training"):
         illustrated(bundle, dataset.load(cifar_folder, "test"))
-    with pytest.raises(CascadeError, match="has no neighbour bank"):
+    with pytest.raises(CascadeError, match="has no neighbor bank"):
         illustrated(replace(bundle, banks={}), dataset.load(cifar_folder, "train"))

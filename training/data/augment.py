@@ -24,7 +24,7 @@ CROPS: tuple[Crop, ...] = ((2, 64, (0.14, 1.0)), (6, 32, (0.05, 0.14)))
 RATIO = (3 / 4, 4 / 3)  # width / height
 JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation: 1 -+ this; hue: -+ this
 IDENTITY = (1.0, 1.0, 1.0, 0.0)
-JITTER_P, GREY_P, BLUR_P = 0.8, 0.2, 0.5
+JITTER_P, GRAY_P, BLUR_P = 0.8, 0.2, 0.5
 SIGMA, SIGMA_SIDE = (0.1, 2.0), 224  # blur in px, for a first crop of 224 px
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -38,7 +38,7 @@ def multi_crop(
     std: Sequence[float],
     blur: float | None = None,
 ) -> list[Tensor]:
-    """uint8 [B, 3, S, S] -> for each crop, in the order of `sizes`, normalised float32 [B, 3, side, side].
+    """uint8 [B, 3, S, S] -> for each crop, in the order of `sizes`, normalized float32 [B, 3, side, side].
 
     The blur is in pixels of the output, as in the paper, but scaled with the first crop's side: smaller
     training images are blurred as much as the paper's would be when shrunk to them. `blur` sets that scale
@@ -50,8 +50,8 @@ def multi_crop(
     for count, side, scale in sizes:
         for _ in range(count):
             crop = random_resized_crop(pixels, side, scale, generator)
-            crop = random_grey(random_jitter(crop, generator), generator)
-            crops.append(normalise(random_blur(crop, blur, generator), mean, std))
+            crop = random_gray(random_jitter(crop, generator), generator)
+            crops.append(normalize(random_blur(crop, blur, generator), mean, std))
     return crops
 
 
@@ -63,11 +63,11 @@ def crop_flip(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """Random crop and flip only: uint8 [B, 3, S, S] -> normalised float32 [B, 3, size, size]."""
-    return normalise(random_resized_crop(batch.float().div_(255), size, scale, generator), mean, std)
+    """Random crop and flip only: uint8 [B, 3, S, S] -> normalized float32 [B, 3, size, size]."""
+    return normalize(random_resized_crop(batch.float().div_(255), size, scale, generator), mean, std)
 
 
-def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std for each channel, in place."""
     shape = (1, 3, 1, 1)
     return x.sub_(x.new_tensor(mean).view(shape)).div_(x.new_tensor(std).view(shape))
@@ -115,16 +115,16 @@ def _resize_weights(source: int, side: int, start: Tensor, length: Tensor, flip:
     out = torch.arange(side, device=start.device, dtype=torch.float32)
     out = torch.where(flip[:, None], side - 1 - out, out) + 0.5
     step = (length / side)[:, None]
-    centre = (start[:, None] + out * step)[..., None]
+    center = (start[:, None] + out * step)[..., None]
     pixel = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5
-    weights = (1 - (pixel - centre).abs_().div_(step.clamp(min=1)[..., None])).clamp_(min=0)
+    weights = (1 - (pixel - center).abs_().div_(step.clamp(min=1)[..., None])).clamp_(min=0)
     end = start + length
     weights *= ((pixel > start[:, None]) & (pixel < end[:, None]))[:, None]
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def random_jitter(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Colour jitter, in place, with factors of its own for each image (none for one in five).
+    """Color jitter, in place, with factors of its own for each image (none for one in five).
 
     The order of the four steps is drawn once a call, that is once a crop and batch, not once an image.
     """
@@ -136,9 +136,9 @@ def random_jitter(x: Tensor, generator: torch.Generator) -> Tensor:
     return x
 
 
-def random_grey(x: Tensor, generator: torch.Generator) -> Tensor:
-    """One image in five to grey, in place."""
-    chosen = (_rand(generator, len(x)) < GREY_P).nonzero()[:, 0].to(x.device)
+def random_gray(x: Tensor, generator: torch.Generator) -> Tensor:
+    """One image in five to gray, in place."""
+    chosen = (_rand(generator, len(x)) < GRAY_P).nonzero()[:, 0].to(x.device)
     x[chosen] = luma(x[chosen]).expand(-1, 3, -1, -1)
     return x
 
@@ -160,15 +160,15 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from the mean grey of the image."""
+    """Away from the mean gray of the image."""
     mean = luma(x.mean((2, 3), keepdim=True))
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from the grey of the pixel."""
-    grey = luma(x).mul_(1 - factor)
-    return x.mul_(factor).add_(grey).clamp_(0, 1)
+    """Away from the gray of the pixel."""
+    gray = luma(x).mul_(1 - factor)
+    return x.mul_(factor).add_(gray).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Grey with the weights of ITU-R 601: [B, 3, H, W] -> [B, 1, H, W]."""
+    """Gray with the weights of ITU-R 601: [B, 3, H, W] -> [B, 1, H, W]."""
     r, g, b = x.split(1, 1)
     return (LUMA[0] * r).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import Preprocessing
 from training.data.array_cache import stored
@@ -22,7 +22,7 @@ BATCH = 64
 
 
 def store(
-    executor: TorchExecutor,
+    executor: PlainExecutor,
     stage: int,
     pixels: np.ndarray,
     preprocessing: Preprocessing,
@@ -48,7 +48,7 @@ def store(
 
 
 def _store_group(
-    executor: TorchExecutor,
+    executor: PlainExecutor,
     stage: int,
     pixels: np.ndarray,
     preprocessing: Preprocessing,
@@ -58,7 +58,7 @@ def _store_group(
     path: Path,
 ) -> np.ndarray:
     count, side, _ = crop
-    device = executor.backbone.flat.device
+    device = executor.backbone.weights.device
     executor.swap(None)
 
     def features(first: int) -> np.ndarray:

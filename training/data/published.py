@@ -114,7 +114,7 @@ def _ucf101(folder: Path, images: Path, split: Split) -> Rows:
 
 
 def _inatloc500(folder: Path, split: Split) -> Rows:
-    """The metadata's table of each split, "path,label"; its "val" is for localisation and left out."""
+    """The metadata's table of each split, "path,label"; its "val" is for localization and left out."""
     fields = [line.split(",") for line in _lines(folder / "metadata" / "class_names.txt")]
     classes = [next(f for f in line if not f.strip().isdecimal()) for line in fields]
     rows = [line.rpartition(",") for line in _lines(folder / "metadata" / split / "class_labels.txt")]

@@ -163,7 +163,7 @@ def _cells(what: str, sent: list[Sent]) -> dict[str, float]:
 
 
 def _weights(run: Run, start: int) -> int:
-    return run.backbone.flat.numel() - run.backbone.offset(start)
+    return run.backbone.weights.numel() - run.backbone.offset(start)
 
 
 def _fastest(call: Callable[[], Any], rounds: int = 3) -> float:

@@ -50,7 +50,7 @@ BACKBONES: dict[str, dict[str, dict[str, Any]]] = {
 
 def experiment(lab: Lab) -> list[Table]:
     """Frozen and masked, by backbone."""
-    table = Table("Table 1c: initialisation; accuracy in %", published=PUBLISHED)
+    table = Table("Table 1c: initialization; accuracy in %", published=PUBLISHED)
     for name in lab.sets():
         for title, changes in BACKBONES[lab.preset].items():
             if lack := missing(str(changes.get("source", ""))):

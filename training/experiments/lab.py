@@ -165,7 +165,7 @@ def labels(run: Run) -> tuple[Tensor, Tensor]:
 def knn(run: Run, features: Pair, *, eigenvalue: bool = False) -> dict[str, float]:
     """k-NN accuracy in %, plain and whitened; with ``eigenvalue`` by the wording of the paper's text, too."""
     known, truth = labels(run)
-    k, dim = run.recipe.neighbours, fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
+    k, dim = run.recipe.neighbors, fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
     bank, queries = map(torch.from_numpy, features)
     out = {"k-NN": 100 * evaluate.knn(bank, queries, known, truth, k)}
     for way, column in (("scale", "k-NN whitened"), ("eigenvalue", "k-NN / eigenvalue"))[: 1 + eigenvalue]:

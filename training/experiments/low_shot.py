@@ -52,15 +52,15 @@ def few(run: Run, features: Pair, seed: int) -> dict[str, dict[str, float]]:
     classes = len(np.unique(known.numpy()))
     out: dict[str, dict[str, float]] = {"k-NN": {}, "probe": {}}
     for share in SHARES:
-        rows = torch.from_numpy(labelled(run, share, seed))
+        rows = torch.from_numpy(labeled(run, share, seed))
         bank, queries = torch.from_numpy(features[0])[rows], torch.from_numpy(features[1])
-        k = min(run.recipe.neighbours, max(1, len(rows) // classes))  # more would be of other classes
+        k = min(run.recipe.neighbors, max(1, len(rows) // classes))  # more would be of other classes
         out["k-NN"][f"{share} %"] = 100 * evaluate.knn(bank, queries, known[rows], truth, k)
         out["probe"][f"{share} %"] = 100 * evaluate.probe(bank, queries, known[rows], truth)
     return out
 
 
-def labelled(run: Run, share: float, seed: int) -> np.ndarray:
+def labeled(run: Run, share: float, seed: int) -> np.ndarray:
     """The training images whose labels are known, int64: ``share`` % of all, at least one of each class."""
     known = labels(run)[0].numpy()
     return dataset.evenly(known, seed)[: max(len(np.unique(known)), round(share / 100 * len(known)))]
@@ -73,7 +73,7 @@ def by_labels(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
     tuned = lab.run(name, seed, **(mask | TUNED[lab.preset] | batch))
     out: dict[str, dict[str, float]] = {}
     for share in SHARES:
-        rows = labelled(run, share, seed)
+        rows = labeled(run, share, seed)
         steps = max(FEWEST, round(run.recipe.steps * len(rows) / len(run.images)))
         some: dict[str, Any] = {"rows": rows, "steps": steps}
         own, head = f"few-{len(rows)}", f"few-{len(rows)}-head"

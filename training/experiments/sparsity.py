@@ -76,13 +76,13 @@ def experiment(lab: Lab) -> list[Table]:
 def active(run: Run) -> dict[str, dict[str, float]]:
     """% active of the dispatcher's mask, by stage, block and kind of parameter."""
     mask, backbone = run.dispatcher, run.backbone
-    bits = masks.unpack(mask.bits, backbone.flat.numel() - backbone.offset(mask.start))
+    bits = masks.unpack(mask.bits, backbone.weights.numel() - backbone.offset(mask.start))
     counts: dict[str, dict[str, list[int]]] = {"stage": {}, "block": {}, "kind of parameter": {}}
     nth: dict[str, int] = {}
     for segment, part in masks.split(backbone, mask.start, bits):
         nth[segment.parameter] = nth.get(segment.parameter, -1) + 1
         names = {
-            "stage": backbone.row[segment.stage].name,
+            "stage": backbone.stages[segment.stage].name,
             "block": block(segment.parameter),
             "kind of parameter": kind_of(segment.parameter, nth[segment.parameter]),
         }

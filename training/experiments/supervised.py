@@ -41,7 +41,7 @@ for title, shares in ACTIVE.items():
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """Accuracy with the trained head, of a probe and of neighbours, and how much is active."""
+    """Accuracy with the trained head, of a probe and of neighbors, and how much is active."""
     table = Table("Main tables 1 and 2: masks and full fine-tuning; accuracy in %", published=PUBLISHED)
     for name in lab.sets():
         for seed in lab.seeds:

@@ -4,7 +4,7 @@
     folded   PyTorch, BatchNorm folded, channels last
     onnx     ONNX Runtime, the weights as inputs in the order of its own kernels
 
-Each keeps masks in its own form (``pack``), materialises their weights within the residency's budget (``swap``) and
+Each keeps masks in its own form (``pack``), materializes their weights within the weight_cache's budget (``swap``) and
 runs stages of the backbone under the mask that is in place (``run``). ``choice.choose`` takes the fastest.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 
@@ -22,21 +22,21 @@ class Executor(Protocol):
     """What the engine asks of an executor."""
 
     backbone: Backbone
-    residency: Residency
+    weight_cache: WeightCache
 
     def pack(self, mask: Mask) -> Mask:
         """The mask in the form that ``swap`` takes; what it holds beyond that is given up."""
         ...
 
     def size(self, mask: Mask) -> int:
-        """Bytes of the mask's materialised weights."""
+        """Bytes of the mask's materialized weights."""
         ...
 
     def swap(self, mask: Mask | None) -> None:
         """Make a packed mask (None: the plain backbone) the one that the next runs use, from its first stage on."""
         ...
 
-    def ahead(self, mask: Mask) -> None:
+    def prefetch(self, mask: Mask) -> None:
         """Begin with the weights of the mask that comes next, beside the pass that runs, if there is room."""
         ...
 
@@ -45,7 +45,7 @@ class Executor(Protocol):
         ...
 
     def bytes(self) -> int:
-        """Memory of the resident backbone, without materialised masks."""
+        """Memory of the resident backbone, without materialized masks."""
         ...
 
 

@@ -4,34 +4,34 @@ from functools import cached_property
 
 from torch import Tensor
 
-from cascade.engine.executors.weight_layout import Flat, Packed
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
+from cascade.kernels.weight_layout import PackedMask, WeightLayout
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 
 
-class FlatExecutor:
+class BaseExecutor:
     """Swaps masks of a folded backbone; what runs under them is for a subclass, in ``point`` and ``run``.
 
     Attributes:
         backbone: gives names and sizes; its maskable weights may have been released.
-        flat: the weights in this executor's order. residency: materialised weights, shared between backbones.
-        plain: what runs without a mask, ordered like ``flat.pristine``.
+        layout: the weights in this executor's order. weight_cache: materialized weights, shared between backbones.
+        plain: what runs without a mask, ordered like ``layout.pristine``.
     """
 
     backbone: Backbone
-    flat: Flat
-    residency: Residency
+    layout: WeightLayout
+    weight_cache: WeightCache
     plain: Tensor
-    _now: Packed | None = None
+    _now: PackedMask | None = None
 
-    def pack(self, mask: Mask) -> Packed:
+    def pack(self, mask: Mask) -> PackedMask:
         """A mask as this executor keeps it, for ``swap``."""
-        return self.flat.pack(mask)
+        return self.layout.pack(mask)
 
     def size(self, mask: Mask) -> int:
-        """Bytes of the mask's materialised weights."""
-        return self.flat.size(mask.start)
+        """Bytes of the mask's materialized weights."""
+        return self.layout.size(mask.start)
 
     def swap(self, mask: Mask | None) -> None:
         """Put a packed mask in place from its first stage on; None: the plain backbone.
@@ -41,25 +41,25 @@ class FlatExecutor:
         if mask is self._now:
             return
         if self._now is not None:  # first, so that nothing keeps evicted weights alive
-            first = self.flat.first(self._now.start)
-            weights, shifts = self.plain[self.flat.begin[first] :], self.flat.shifts[self.flat.row[first] :]
-            self.point(first, weights, shifts, {name: self.flat.loose[name] for name in self._now.loose})
+            first = self.layout.first(self._now.start)
+            weights, shifts = self.plain[self.layout.begin[first] :], self.layout.shifts[self.layout.row[first] :]
+            self.point(first, weights, shifts, {name: self.layout.loose[name] for name in self._now.loose})
             self._now = None
         if mask is None:
             return
-        assert isinstance(mask, Packed), "a mask is packed before it is swapped"
-        weights = self.residency.get(mask, self.size(mask), lambda out: self.materialise(mask, out))
-        self.point(self.flat.first(mask.start), weights, mask.shifts, mask.loose)
+        assert isinstance(mask, PackedMask), "a mask is packed before it is swapped"
+        weights = self.weight_cache.get(mask, self.size(mask), lambda out: self.materialize(mask, out))
+        self.point(self.layout.first(mask.start), weights, mask.shifts, mask.loose)
         self._now = mask
 
-    def ahead(self, mask: Mask) -> None:
+    def prefetch(self, mask: Mask) -> None:
         """Begin with the weights of the mask that comes next."""
-        assert isinstance(mask, Packed), "a mask is packed before it is swapped"
-        self.residency.ahead(mask, self.size(mask), lambda out: self.materialise(mask, out))
+        assert isinstance(mask, PackedMask), "a mask is packed before it is swapped"
+        self.weight_cache.prefetch(mask, self.size(mask), lambda out: self.materialize(mask, out))
 
-    def materialise(self, mask: Packed, out: Tensor | None) -> Tensor:
+    def materialize(self, mask: PackedMask, out: Tensor | None) -> Tensor:
         """The mask's weights, from its first stage on, in ``out`` where one is given."""
-        return self.flat.materialise(mask, out)
+        return self.layout.materialize(mask, out)
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
         """Make units from index ``first`` on read these weights and shifts, and the layers these loose tensors."""
@@ -75,14 +75,14 @@ class FlatExecutor:
 
     @cached_property
     def _bytes(self) -> int:
-        folded = self.flat.folded
+        folded = self.layout.folded
         masked = {f"{u.module}.{part}" for u in folded.units for part in ("weight", "bias")} | set(folded.loose)
         models = {**self.backbone.model.state_dict(), **folded.model.state_dict()}
         held = [
-            self.flat.pristine,
-            self.flat.shifts,
+            self.layout.pristine,
+            self.layout.shifts,
             self.plain,
-            *self.flat.loose.values(),
+            *self.layout.loose.values(),
             *self.backbone.norms.values(),
         ]
         storages = [

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cascade.engine.executors import Executor
-from cascade.engine.executors.plain import TorchExecutor
-from cascade.engine.weight_cache import Residency
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask, pack
@@ -21,7 +21,7 @@ EXACT, ROUNDED = 1e-3, 0.1
 """Relative errors that pass; a right executor's are below 2e-6 in float32 and 2e-2 in bfloat16."""
 
 
-class _Aside(Residency):
+class _Aside(WeightCache):
     """Weights that no metric counts."""
 
     def _missed(self) -> None:
@@ -46,8 +46,8 @@ class Reference:
     def of(cls, backbone: Backbone, size: int) -> "Reference":
         """Made while the backbone still has its weights. size: side of the images, pixels."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, 3, size, size, generator=generator).to(backbone.flat.device)
-        plain = TorchExecutor(backbone, _Aside(2 * backbone.flat.nbytes))
+        x = torch.randn(2, 3, size, size, generator=generator).to(backbone.weights.device)
+        plain = PlainExecutor(backbone, _Aside(2 * backbone.weights.nbytes))
         masks = {"the plain backbone": None, "a mask": _mask(backbone, generator)}
         return cls(x, [(name, mask, _features(plain, mask, x)) for name, mask in masks.items()])
 
@@ -72,21 +72,21 @@ def check(executor: Executor, reference: Reference, exact: bool = True) -> None:
 
 
 def _features(executor: Executor, mask: Mask | None, x: Tensor) -> Tensor:
-    """Features [N, F] under a mask, its weights materialised beside the budget and gone afterwards."""
-    shared = executor.residency
+    """Features [N, F] under a mask, its weights materialized beside the budget and gone afterwards."""
+    shared = executor.weight_cache
     packed = None if mask is None else executor.pack(mask)
     try:
-        executor.residency = _Aside(2 * executor.backbone.flat.nbytes + (1 << 24))
+        executor.weight_cache = _Aside(2 * executor.backbone.weights.nbytes + (1 << 24))
         executor.swap(packed)
         return executor.run(x).float()
     finally:
         executor.swap(None)
-        executor.residency = shared
+        executor.weight_cache = shared
 
 
 def _mask(backbone: Backbone, generator: torch.Generator) -> Mask:
     """Nine of ten weights, and every statistic moved a little."""
-    bits = pack(torch.rand(backbone.flat.numel(), generator=generator) < 0.9).to(backbone.flat.device)
+    bits = pack(torch.rand(backbone.weights.numel(), generator=generator) < 0.9).to(backbone.weights.device)
     norms = {}
     for name, tensor in backbone.norms.items():
         moved = tensor.cpu() * (0.9 + 0.2 * torch.rand(tensor.shape, generator=generator))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from cascade.engine.executors.folded import FoldedExecutor
-from cascade.engine.executors.weight_layout import Packed
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.per_image import Masks
+from cascade.kernels.weight_layout import PackedMask
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.stages import stages
@@ -67,27 +67,27 @@ class Graph:
 class CudaExecutor(FoldedExecutor):
     """The folded model on a GPU; on a CPU the same without kernels and graphs, for tests.
 
-    The residency holds one buffer, under the mask whose weights are in it; it reaches from the earliest stage at which
-    a mask began so far to the end. Who evicts it for another backbone costs this one its graphs.
+    The weight cache holds one buffer, keyed by the mask whose weights are in it. It covers the stages from the
+    earliest start of any mask so far to the end. Who evicts it for another backbone costs this one its graphs.
 
     Args:
-        backbone, residency, dtype: see ``FoldedExecutor``.
+        backbone, weight_cache, dtype: see ``FoldedExecutor``.
     """
 
-    def __init__(self, backbone: Backbone, residency: Residency, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(backbone, residency, dtype)
+    def __init__(self, backbone: Backbone, weight_cache: WeightCache, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(backbone, weight_cache, dtype)
         from cascade.engine.executors.per_image import Bound, distinct_model  # triton takes a moment to come up
 
-        self.flat.loose = {name: t.to(dtype) for name, t in self.flat.loose.items()}
-        self._shifts = self.flat.shifts.clone()
-        self._loose = {name: t.clone() for name, t in self.flat.loose.items()}
-        self._first = len(self.flat.folded.units)  # the first unit of the buffer
+        self.layout.loose = {name: t.to(dtype) for name, t in self.layout.loose.items()}
+        self._shifts = self.layout.shifts.clone()
+        self._loose = {name: t.clone() for name, t in self.layout.loose.items()}
+        self._first = len(self.layout.folded.units)  # the first unit of the buffer
         self._buffer: Callable[[], Tensor | None] = lambda: None  # never owned: evicted weights must be free
-        self._last: Packed | None = None  # whose weights are in it, as long as the residency holds them
+        self._last: PackedMask | None = None  # whose weights are in it, as long as the weight_cache holds them
         self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if self.plain.is_cuda else None
         self._bound = Bound(self.plain, kernels=self.plain.is_cuda)
-        self._distinct = distinct_model(self.flat, self._bound)
+        self._distinct = distinct_model(self.layout, self._bound)
         self._distinct_row = stages(self._distinct) if self._distinct else []
 
     def swap(self, mask: Mask | None) -> None:
@@ -96,25 +96,25 @@ class CudaExecutor(FoldedExecutor):
         self._now = None
         if mask is None:
             return
-        assert isinstance(mask, Packed), "a mask is packed before it is swapped"
-        buffer = self._buffer() if self._last in self.residency else None
-        first = self.flat.first(mask.start)
+        assert isinstance(mask, PackedMask), "a mask is packed before it is swapped"
+        buffer = self._buffer() if self._last in self.weight_cache else None
+        first = self.layout.first(mask.start)
         if buffer is None or first < self._first:
             self._forget()
             buffer, self._first = None, min(first, self._first)
         if mask is not self._last and self._last is not None:
-            self.residency.drop(self._last)  # its weights are written over
+            self.weight_cache.drop(self._last)  # its weights are written over
             self._last = None
-        size = int(self.flat.begin[-1] - self.flat.begin[self._first]) * self.dtype.itemsize
-        buffer = self.residency.get(mask, size, lambda freed: self._fill(mask, freed if buffer is None else buffer))
+        size = int(self.layout.begin[-1] - self.layout.begin[self._first]) * self.dtype.itemsize
+        buffer = self.weight_cache.get(mask, size, lambda freed: self._fill(mask, freed if buffer is None else buffer))
         self._buffer = weakref.ref(buffer)
         self._now = self._last = mask
 
-    def ahead(self, mask: Mask) -> None:
+    def prefetch(self, mask: Mask) -> None:
         """Nothing: there is one buffer, and it is in use."""
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        first = None if self._now is None else self.flat.first(max(self._now.start, start))
+        first = None if self._now is None else self.layout.first(max(self._now.start, start))
         run = super().run
 
         def function(x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class CudaExecutor(FoldedExecutor):
         """Stages ``start`` to ``stop`` with image n under ``masks[n]``; afterwards the plain backbone is in place.
 
         For few images a mask: where many have the same one, ``swap`` and ``run`` cost less. Masks need not be
-        materialised, nor are they by it, unless this is a backbone of which masks change more than its layers.
+        materialized, nor are they by it, unless this is a backbone of which masks change more than its layers.
 
         Args:
             x: features at ``start``, [N, ...]. masks: packed, N of them; each begins at ``start`` or before.
@@ -136,7 +136,7 @@ class CudaExecutor(FoldedExecutor):
         Returns:
             as ``run``.
         """
-        packed = [mask for mask in masks if isinstance(mask, Packed)]
+        packed = [mask for mask in masks if isinstance(mask, PackedMask)]
         assert len(packed) == len(masks) == len(x) and all(mask.start <= start for mask in packed)
         self.swap(None)
         if self._distinct is None or all(mask is packed[0] for mask in packed):
@@ -145,8 +145,8 @@ class CudaExecutor(FoldedExecutor):
         for begin in range(0, len(x), BUCKETS[-1]):
             part = list(packed[begin : begin + BUCKETS[-1]])
             part += part[:1] * (_bucket(len(part)) - len(part))
-            firsts = [self.flat.first(mask.start) for mask in part]
-            begins, rows = ([int(at[first]) for first in firsts] for at in (self.flat.begin, self.flat.row))
+            firsts = [self.layout.first(mask.start) for mask in part]
+            begins, rows = ([int(at[first]) for first in firsts] for at in (self.layout.begin, self.layout.row))
             self._bound.masks = Masks(part, begins, rows)
             rest = x[begin : begin + BUCKETS[-1]]
             parts.append(
@@ -168,7 +168,7 @@ class CudaExecutor(FoldedExecutor):
 
         return function
 
-    def _one_by_one(self, x: Tensor, masks: Sequence[Packed], start: int, stop: int | None) -> Tensor:
+    def _one_by_one(self, x: Tensor, masks: Sequence[PackedMask], start: int, stop: int | None) -> Tensor:
         found: dict[int, Tensor] = {}
         for mask in dict.fromkeys(masks):
             rows = [row for row, other in enumerate(masks) if other is mask]
@@ -199,22 +199,22 @@ class CudaExecutor(FoldedExecutor):
                 self._graphs.popitem(last=False)
             return self._graphs[key](x, *others)
 
-    def _fill(self, mask: Packed, buffer: Tensor | None) -> Tensor:
+    def _fill(self, mask: PackedMask, buffer: Tensor | None) -> Tensor:
         """A mask's weights, shifts and loose tensors where the graphs look for them."""
-        begin, row = self.flat.begin, self.flat.row
-        first = self.flat.first(mask.start)
+        begin, row = self.layout.begin, self.layout.row
+        first = self.layout.first(mask.start)
         if buffer is None or buffer.dtype != self.dtype:
             buffer = self.plain.new_empty(int(begin[-1] - begin[self._first]))
-        self.materialise(mask, buffer[begin[first] - begin[self._first] :])
+        self.materialize(mask, buffer[begin[first] - begin[self._first] :])
         self._shifts[row[first] :].copy_(mask.shifts)
         for name, tensor in self._loose.items():  # all: the graphs know no mask that leaves some of them as they were
-            tensor.copy_(mask.loose.get(name, self.flat.loose[name]))
+            tensor.copy_(mask.loose.get(name, self.layout.loose[name]))
         return buffer
 
     def _forget(self) -> None:
         """The buffer, and the graphs that look at it."""
         if self._last is not None:
-            self.residency.drop(self._last)
+            self.weight_cache.drop(self._last)
         self._last, self._buffer = None, lambda: None
         self._idle()
         self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key[0] is None)
@@ -232,12 +232,12 @@ class CudaExecutor(FoldedExecutor):
             return
         buffer = self._buffer()
         assert buffer is not None, "the buffer of the mask in place is held"
-        begin, row = self.flat.begin, self.flat.row
+        begin, row = self.layout.begin, self.layout.row
         self.point(first, buffer[begin[first] - begin[self._first] :], self._shifts[row[first] :], self._loose)
         try:
             yield
         finally:
-            self.point(first, self.plain[begin[first] :], self.flat.shifts[row[first] :], self.flat.loose)
+            self.point(first, self.plain[begin[first] :], self.layout.shifts[row[first] :], self.layout.loose)
 
 
 def _bucket(count: int) -> int:

@@ -7,42 +7,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.engine.executors.base import FlatExecutor
-from cascade.engine.executors.weight_layout import Flat, Order, Packed
-from cascade.engine.weight_cache import Residency
+from cascade.engine.executors.base import BaseExecutor
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
+from cascade.kernels.weight_layout import BlockOrder, PackedMask, WeightLayout
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.masks import Mask
 from cascade.model.stages import stages
 
 
-class FoldedExecutor(FlatExecutor):
-    """Runs the folded model; its parameters are views of the plain weights, or of a mask's materialised ones.
+class FoldedExecutor(BaseExecutor):
+    """Runs the folded model; its parameters are views of the plain weights, or of a mask's materialized ones.
 
     Args:
-        backbone: the model. residency: materialised weights.
+        backbone: the model. weight_cache: materialized weights.
         dtype: of weights and activations in a pass; masks are applied in float32 and rounded once.
 
     Raises:
         CascadeError: the processor has no bfloat16.
     """
 
-    def __init__(self, backbone: Backbone, residency: Residency, dtype: torch.dtype = torch.float32) -> None:
-        if dtype == torch.bfloat16 and backbone.flat.device.type == "cpu" and not _has_bfloat16():
+    def __init__(self, backbone: Backbone, weight_cache: WeightCache, dtype: torch.dtype = torch.float32) -> None:
+        if dtype == torch.bfloat16 and backbone.weights.device.type == "cpu" and not _has_bfloat16():
             raise CascadeError("this processor has no bfloat16: choose another executor")
-        self.backbone, self.residency, self.dtype = backbone, residency, dtype
+        self.backbone, self.weight_cache, self.dtype = backbone, weight_cache, dtype
         folded = Folded(backbone)
-        self.flat = Flat(folded, [channels_last(unit) for unit in folded.units])
+        self.layout = WeightLayout(folded, [channels_last(unit) for unit in folded.units])
         if dtype != torch.float32:  # what no mask changes; a copy, for the backbone keeps its own
             folded.model = copy.deepcopy(folded.model).to(dtype)
-            self.flat.shifts = self.flat.shifts.to(dtype)
-        self.plain = self.flat.pristine.to(dtype)
+            self.layout.shifts = self.layout.shifts.to(dtype)
+        self.plain = self.layout.pristine.to(dtype)
         self._scratch: Tensor | None = None
         self._row = stages(folded.model)
-        self.point(0, self.plain, self.flat.shifts, {})
+        self.point(0, self.plain, self.layout.shifts, {})
 
-    def pack(self, mask: Mask) -> Packed:
+    def pack(self, mask: Mask) -> PackedMask:
         packed = super().pack(mask)
         loose = {name: t.to(self.dtype) for name, t in packed.loose.items()}
         return replace(packed, shifts=packed.shifts.to(self.dtype), loose=loose)
@@ -50,18 +50,18 @@ class FoldedExecutor(FlatExecutor):
     def size(self, mask: Mask) -> int:
         return super().size(mask) * self.dtype.itemsize // 4
 
-    def materialise(self, mask: Packed, out: Tensor | None) -> Tensor:
+    def materialize(self, mask: PackedMask, out: Tensor | None) -> Tensor:
         if self.plain.is_cuda and out is None:
             out = self.plain.new_empty(self.size(mask) // self.dtype.itemsize)
         if self.plain.is_cuda or self.dtype == torch.float32:
-            return super().materialise(mask, out)
+            return super().materialize(mask, out)
         if self._scratch is None:
-            self._scratch = torch.empty_like(self.flat.pristine)
-        whole = self.flat.materialise(mask, self._scratch[: super().size(mask) // 4])
+            self._scratch = torch.empty_like(self.layout.pristine)
+        whole = self.layout.materialize(mask, self._scratch[: super().size(mask) // 4])
         return whole.to(self.dtype) if out is None else out.copy_(whole)
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
-        flat, model = self.flat, self.flat.folded.model
+        flat, model = self.layout, self.layout.folded.model
         for i, unit in enumerate(flat.folded.units[first:], first):
             layer = model.get_submodule(unit.module)
             begin, row = int(flat.begin[i] - flat.begin[first]), int(flat.row[i] - flat.row[first])
@@ -79,18 +79,18 @@ class FoldedExecutor(FlatExecutor):
                 x = stage.run(x)
             if stop is not None:
                 return x
-            return self.flat.folded.model.forward_head(x, pre_logits=True).float()  # type: ignore[operator]
+            return self.layout.folded.model.forward_head(x, pre_logits=True).float()  # type: ignore[operator]
 
     def bytes(self) -> int:
         return super().bytes() + (0 if self._scratch is None else self._scratch.nbytes)
 
 
-def channels_last(unit: Unit) -> Order:
+def channels_last(unit: Unit) -> BlockOrder:
     """Row by row; a convolution's columns with the input channel innermost."""
     columns = np.arange(unit.columns, dtype=np.int32)
     if len(unit.shape) == 4:
         columns = columns.reshape(unit.shape[1], -1).T.reshape(-1).copy()
-    return Order(1, columns)
+    return BlockOrder(1, columns)
 
 
 def _view(weight: Tensor, unit: Unit) -> Tensor:

@@ -1,9 +1,9 @@
 """ONNX Runtime with the weights as inputs: as fast as a static session, and a mask is a set of pointers.
 
 ONNX Runtime's fast convolutions want weights in blocks of 8 or 16 output channels, and only weights that are constants
-of the graph are brought into that order. So the graph is optimised once with constants whose values are their own
-positions: where each value ends up is the order (``weight_layout.Order``). Then the constants are made inputs of the
-optimised graph, and every mask's weights are written in that order from the start. Identical outputs, no constant
+of the graph are brought into that order. So the graph is optimized once with constants whose values are their own
+positions: where each value ends up is the order (``weight_layout.BlockOrder``). Then the constants become inputs of
+the optimized graph, and every mask's weights are written in that order from the start. Identical outputs, no constant
 left that a mask would have to change; sessions take milliseconds to make.
 """
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from cascade.engine.executors.base import FlatExecutor
-from cascade.engine.executors.weight_layout import Flat, Order
-from cascade.engine.weight_cache import Residency
+from cascade.engine.executors.base import BaseExecutor
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
+from cascade.kernels.weight_layout import BlockOrder, WeightLayout
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.stages import stage_of, stages
@@ -40,47 +40,47 @@ class OnnxError(CascadeError):
     """This backbone, or this installation, is not for ONNX Runtime; the PyTorch executors run everything."""
 
 
-class OnnxExecutor(FlatExecutor):
-    """Runs optimised graphs of the folded model, one for each range of stages and shape of input that is asked for.
+class OnnxExecutor(BaseExecutor):
+    """Runs optimized graphs of the folded model, one for each range of stages and shape of input that is asked for.
 
     Args:
-        backbone: the model. residency: materialised weights.
+        backbone: the model. weight_cache: materialized weights.
 
     Raises:
         OnnxError: a library is missing, or the graph can't be bound.
     """
 
-    def __init__(self, backbone: Backbone, residency: Residency) -> None:
-        self.backbone, self.residency = backbone, residency
+    def __init__(self, backbone: Backbone, weight_cache: WeightCache) -> None:
+        self.backbone, self.weight_cache = backbone, weight_cache
         folded = Folded(backbone)
         self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
-        x = torch.zeros(2, *backbone.config["input_size"], device=backbone.flat.device)
+        x = torch.zeros(2, *backbone.config["input_size"], device=backbone.weights.device)
         graph = _graph(folded, x, 0, None)
-        self.flat = Flat(folded, graph.orders)
-        self.plain = self.flat.pristine
+        self.layout = WeightLayout(folded, graph.orders)
+        self.plain = self.layout.pristine
         self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
         self.place = [(self.plain, 0)] * len(folded.units)
-        self.shift = [(self.flat.shifts, 0)] * len(folded.units)
-        self.loose = dict(self.flat.loose)
-        self.point(0, self.plain, self.flat.shifts, {})
+        self.shift = [(self.layout.shifts, 0)] * len(folded.units)
+        self.loose = dict(self.layout.loose)
+        self.point(0, self.plain, self.layout.shifts, {})
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
         # What all pointers of a session follow from; loose tensors would have to be in it, too.
         self.pointing = None if self.loose else (first, weights.data_ptr(), shifts.data_ptr())
         for i in range(first, len(self.place)):
-            self.place[i] = weights, int(self.flat.begin[i] - self.flat.begin[first])
-            self.shift[i] = shifts, int(self.flat.row[i] - self.flat.row[first])
+            self.place[i] = weights, int(self.layout.begin[i] - self.layout.begin[first])
+            self.shift[i] = shifts, int(self.layout.row[i] - self.layout.row[first])
         self.loose.update(loose)
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
         if key not in self._sessions:
-            self._sessions[key] = _Session(_graph(self.flat.folded, x, start, stop), self)
+            self._sessions[key] = _Session(_graph(self.layout.folded, x, start, stop), self)
         return self._sessions[key].run(x)
 
 
 class _Graph:
-    """An optimised graph with its units' weights as inputs.
+    """An optimized graph with its units' weights as inputs.
 
     Attributes:
         model: the ONNX model's bytes.
@@ -88,7 +88,7 @@ class _Graph:
         shapes: of every input but the image, by name: ``weight.INDEX``, ``shift.INDEX`` or a loose tensor's name.
     """
 
-    def __init__(self, model: bytes, orders: list[Order], first: int, shapes: dict[str, list[int]]) -> None:
+    def __init__(self, model: bytes, orders: list[BlockOrder], first: int, shapes: dict[str, list[int]]) -> None:
         self.model, self.orders, self.first, self.shapes = model, orders, first, shapes
 
 
@@ -98,10 +98,10 @@ class _Session:
     def __init__(self, graph: _Graph, executor: OnnxExecutor) -> None:
         onnxruntime = library("onnxruntime")
         for i, order in enumerate(graph.orders, graph.first):
-            own = executor.flat.orders[i]
+            own = executor.layout.orders[i]
             if order.block != own.block or not np.array_equal(order.columns, own.columns):
                 raise OnnxError(f"{executor.backbone.name}: ONNX Runtime orders a layer's weights in two ways")
-        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised already
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
         options = session_options(onnxruntime, level)
         self._session = onnxruntime.InferenceSession(graph.model, options, providers=PROVIDERS)
         self._shapes, self._executor = graph.shapes, executor
@@ -162,23 +162,23 @@ class _Pointwise(nn.Module):
 
 
 def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
-    """The optimised graph of a range of stages, for inputs of this shape and any number of them."""
+    """The optimized graph of a range of stages, for inputs of this shape and any number of them."""
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
-    last = len(folded.backbone.row) if stop is None else stop
+    last = len(folded.backbone.stages) if stop is None else stop
     inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]
     exported = export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
-    optimised = os.memfd_create("optimised")  # it writes a file and nothing else; this one needs no disk
+    optimized = os.memfd_create("optimized")  # it writes a file and nothing else; this one needs no disk
     try:
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
-        options.optimized_model_filepath = f"/proc/self/fd/{optimised}"
+        options.optimized_model_filepath = f"/proc/self/fd/{optimized}"
         onnxruntime.InferenceSession(exported, options, providers=PROVIDERS, disabled_optimizers=_KEEP_APART)
-        with open(optimised, "rb", closefd=False) as file:
+        with open(optimized, "rb", closefd=False) as file:
             model = onnx.load_model_from_string(file.read())
     except Exception as error:  # theirs have no common base; no memory is one of them
-        raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimise it: {error}") from error
+        raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimize it: {error}") from error
     finally:
-        os.close(optimised)
-    loose = [name for name in folded.loose if start <= stage_of(name, folded.backbone.row) < last]
+        os.close(optimized)
+    loose = [name for name in folded.loose if start <= stage_of(name, folded.backbone.stages) < last]
     return _bound(model, inside, [f"model.{name}" for name in loose], folded.backbone.name)
 
 
@@ -225,10 +225,10 @@ def export(module: nn.Module, x: Tensor) -> bytes:
 
 
 def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: str) -> _Graph:
-    """Find the units' constants in the optimised graph by their values, and make inputs of them."""
+    """Find the units' constants in the optimized graph by their values, and make inputs of them."""
     onnx = library("onnx")
     constants = {c.name: c for c in model.graph.initializer}
-    orders: dict[int, Order] = {}
+    orders: dict[int, BlockOrder] = {}
     renamed: dict[str, str] = {}
     units = dict(inside)
     for node in model.graph.node:
@@ -255,7 +255,7 @@ def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: s
     return _Graph(model.SerializeToString(), [orders[i] for i, _ in inside], inside[0][0] if inside else 0, shapes)
 
 
-def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> Order:
+def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> BlockOrder:
     """The order in which ONNX Runtime keeps a unit's weights, from the values at each place."""
     places = weight.reshape(-1).astype(np.int64) - 1 - index  # padding becomes negative
     padding = weight.reshape(-1) == 0
@@ -264,7 +264,7 @@ def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> Orde
         groups = -(-unit.rows // block)
         if len(places) % (groups * block) or bias.size not in (unit.rows, groups * block):
             continue
-        order = Order(block, columns.reshape(groups, -1, block)[0, :, 0].astype(np.int32))
+        order = BlockOrder(block, columns.reshape(groups, -1, block)[0, :, 0].astype(np.int32))
         wanted = order.arrange(torch.arange(1, unit.rows * unit.columns + 1).view(unit.rows, unit.columns)).numpy()
         if np.array_equal(wanted, np.where(padding, 0, places + 1)):
             return order

@@ -8,9 +8,9 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from cascade.engine.executors.weight_layout import Flat
 from cascade.kernels import per_image
 from cascade.kernels.per_image import Layer, Masks
+from cascade.kernels.weight_layout import WeightLayout
 from cascade.model.folding import Unit
 
 
@@ -46,14 +46,14 @@ class Distinct(nn.Module):
         return plain(x, weights, self.layer, masks)
 
 
-def distinct_model(flat: Flat, bound: Bound) -> nn.Module | None:
+def distinct_model(flat: WeightLayout, bound: Bound) -> nn.Module | None:
     """A copy of the folded model with every unit replaced; all else is shared.
 
     None where a mask changes more than the units' weights and biases, or where the way through the model is not known
     (``cascade.model.stages``): there a layer's weight may be read past the layer.
     """
     folded = flat.folded
-    if folded.loose or len(folded.backbone.row) == 1:
+    if folded.loose or len(folded.backbone.stages) == 1:
         return None
     shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
     model = copy.deepcopy(folded.model, shared)

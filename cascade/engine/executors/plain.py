@@ -1,32 +1,32 @@
-"""The plain PyTorch executor: parameters are views, and a swap points them to the mask's materialised weights."""
+"""The plain PyTorch executor: parameters are views, and a swap points them to the mask's materialized weights."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cascade.engine.weight_cache import Residency
-from cascade.model import masks
+from cascade.engine.weight_cache import WeightCache
+from cascade.kernels.materialize import materialize
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 
 
-class TorchExecutor:
+class PlainExecutor:
     """Runs stages of a backbone under any of its masks.
 
     Attributes:
         backbone: the resident one; its pristine flat buffer is never written.
-        residency: materialised weights, shared between backbones.
+        weight_cache: materialized weights, shared between backbones.
     """
 
-    def __init__(self, backbone: Backbone, residency: Residency) -> None:
-        self.backbone, self.residency = backbone, residency
+    def __init__(self, backbone: Backbone, weight_cache: WeightCache) -> None:
+        self.backbone, self.weight_cache = backbone, weight_cache
         self._norms = {name: _module_of(backbone, name) for name in backbone.norms}
         self._now: Mask | None = None
 
     def pack(self, mask: Mask) -> Mask:
         """The mask as it is, on the backbone's device."""
-        device = self.backbone.flat.device
+        device = self.backbone.weights.device
         return replace(mask, bits=mask.bits.to(device), norms={n: t.to(device) for n, t in mask.norms.items()})
 
     def bytes(self) -> int:
@@ -44,19 +44,19 @@ class TorchExecutor:
         if mask is None:
             return
         first = self.backbone.offset(mask.start)
-        flat = self.residency.get(mask, self.size(mask), lambda out: masks.apply(self.backbone, mask, out))
+        flat = self.weight_cache.get(mask, self.size(mask), lambda out: materialize(self.backbone, mask, out))
         self.backbone.point(flat, first)
         for name, tensor in mask.norms.items():
             self._set_norm(name, tensor)
         self._now = mask
 
-    def ahead(self, mask: Mask) -> None:
+    def prefetch(self, mask: Mask) -> None:
         """Begin with the weights of the mask that comes next."""
-        self.residency.ahead(mask, self.size(mask), lambda out: masks.apply(self.backbone, mask, out))
+        self.weight_cache.prefetch(mask, self.size(mask), lambda out: materialize(self.backbone, mask, out))
 
     def size(self, mask: Mask) -> int:
-        """Bytes of the mask's materialised weights."""
-        return self.backbone.flat[self.backbone.offset(mask.start) :].nbytes
+        """Bytes of the mask's materialized weights."""
+        return self.backbone.weights[self.backbone.offset(mask.start) :].nbytes
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """``Backbone.run`` without autograd, channels last: twice as fast on a CPU, whatever the weights' layout."""
@@ -68,7 +68,7 @@ class TorchExecutor:
         """Back to the plain backbone; so no parameter keeps evicted weights alive."""
         if self._now is not None:
             first = self.backbone.offset(self._now.start)
-            self.backbone.point(self.backbone.flat[first:], first)
+            self.backbone.point(self.backbone.weights[first:], first)
             for name in self._now.norms:
                 self._set_norm(name, self.backbone.norms[name])
             self._now = None

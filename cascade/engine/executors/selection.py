@@ -13,8 +13,8 @@ import torch
 from cascade import atomic
 from cascade.engine.executors import Executor
 from cascade.engine.executors.check import Reference, check
-from cascade.engine.executors.plain import TorchExecutor
-from cascade.engine.weight_cache import Residency
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model.backbone import Backbone
 
@@ -25,7 +25,7 @@ BATCH, ROUNDS = 4, 7
 log = logging.getLogger(__name__)
 
 
-def choose(backbone: Backbone, residency: Residency, kind: Kind = "auto", size: int | None = None) -> Executor:
+def choose(backbone: Backbone, weight_cache: WeightCache, kind: Kind = "auto", size: int | None = None) -> Executor:
     """An executor for a backbone, whose own copy of the weights is given up where the executor has one.
 
     Args:
@@ -39,53 +39,53 @@ def choose(backbone: Backbone, residency: Residency, kind: Kind = "auto", size: 
         raise CascadeError(f"there is no executor {kind!r}; choose one of: {' '.join(KINDS)}")
     size = size or backbone.config["input_size"][-1]
     if kind == "plain":
-        return make(backbone, residency, kind)
+        return make(backbone, weight_cache, kind)
     reference = Reference.of(backbone, size)
     if kind == "auto":
-        executor = _fastest(backbone, residency, size, reference)
+        executor = _fastest(backbone, weight_cache, size, reference)
     else:
-        executor = _checked(backbone, residency, kind, reference)
-    if not isinstance(executor, TorchExecutor):
+        executor = _checked(backbone, weight_cache, kind, reference)
+    if not isinstance(executor, PlainExecutor):
         backbone.release()
     return executor
 
 
-def _checked(backbone: Backbone, residency: Residency, kind: Kind, reference: Reference) -> Executor:
+def _checked(backbone: Backbone, weight_cache: WeightCache, kind: Kind, reference: Reference) -> Executor:
     """An executor that gives the plain model's features."""
     if kind == "bf16":  # too coarse to show a small error of the folding, which is seen in float32
-        _checked(backbone, residency, "folded", reference)
-    executor = make(backbone, residency, kind)
+        _checked(backbone, weight_cache, "folded", reference)
+    executor = make(backbone, weight_cache, kind)
     check(executor, reference, exact=kind != "bf16" and torch.get_float32_matmul_precision() == "highest")
     return executor
 
 
-def make(backbone: Backbone, residency: Residency, kind: Kind) -> Executor:
+def make(backbone: Backbone, weight_cache: WeightCache, kind: Kind) -> Executor:
     """An executor of one kind."""
     if kind == "plain":
-        return TorchExecutor(backbone, residency)
+        return PlainExecutor(backbone, weight_cache)
     if kind == "onnx":
         from cascade.engine.executors.onnx import OnnxExecutor
 
-        return OnnxExecutor(backbone, residency)
+        return OnnxExecutor(backbone, weight_cache)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    if backbone.flat.is_cuda:
+    if backbone.weights.is_cuda:
         from cascade.engine.executors.cuda import CudaExecutor
 
-        return CudaExecutor(backbone, residency, dtype)
+        return CudaExecutor(backbone, weight_cache, dtype)
     from cascade.engine.executors.folded import FoldedExecutor
 
-    return FoldedExecutor(backbone, residency, dtype)
+    return FoldedExecutor(backbone, weight_cache, dtype)
 
 
-def _fastest(backbone: Backbone, residency: Residency, size: int, reference: Reference) -> Executor:
+def _fastest(backbone: Backbone, weight_cache: WeightCache, size: int, reference: Reference) -> Executor:
     """From the record, or measured: the best of interleaved passes, for whatever else runs here only adds to one."""
-    device = backbone.flat.device
+    device = backbone.weights.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     key = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {backbone.name}, {size} px"
     record = _read()
     if (found := record.get(key)) and (kind := min(found, key=found.__getitem__)) in SAME:
         try:
-            return _checked(backbone, residency, kind, reference)
+            return _checked(backbone, weight_cache, kind, reference)
         except CascadeError as error:  # what was there when it was recorded is gone
             log.warning("executor %s can't be used any more: %s", kind, error)
     executors: dict[Kind, Executor] = {}
@@ -93,12 +93,12 @@ def _fastest(backbone: Backbone, residency: Residency, size: int, reference: Ref
         if device.type == "cuda" and kind == "onnx":
             continue  # its graphs would be launched one operation at a time; the folded executor replays CUDA graphs
         try:
-            executors[kind] = _checked(backbone, residency, kind, reference)
+            executors[kind] = _checked(backbone, weight_cache, kind, reference)
         except CascadeError as error:
             log.info("no executor %s: %s", kind, error)
     if not executors:
         log.warning("%s runs with the plain executor: no faster one computes the same", backbone.name)
-        return make(backbone, residency, "plain")
+        return make(backbone, weight_cache, "plain")
     seconds: dict[Kind, list[float]] = {kind: [] for kind in executors}
     x = torch.zeros(BATCH, 3, size, size, device=device)
     for nth in range(ROUNDS + 1 if len(executors) > 1 else 0):

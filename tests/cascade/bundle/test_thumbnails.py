@@ -13,7 +13,7 @@ from cascade.model.preprocessing import decode
 
 def test_pictures_come_back_in_their_order(cifar: list[Image.Image]) -> None:
     pictures = make(cifar[:30])
-    assert len(pictures) == 30 and [*pictures.misfits()] == []
+    assert len(pictures) == 30 and [*pictures.inconsistencies()] == []
     for row, image in enumerate(cifar[:30]):
         found = decode(pictures[row], LIMITS)
         assert found.size == image.size == (32, 32)

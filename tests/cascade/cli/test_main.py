@@ -161,7 +161,7 @@ def test_evaluate(bundle_path: Path, cifar_folder: Path) -> None:
 def test_bench(hand: Path) -> None:
     result = run("bench", hand, "--batch", "2", "--rounds", "1")
     assert result.exit_code == 0, result.output
-    for row in ("plain backbone", "swap, not materialised", "dispatcher", "conditional", "unconditional"):
+    for row in ("plain backbone", "swap, not materialized", "dispatcher", "conditional", "unconditional"):
         assert re.search(rf"{row}\W+[\d.]+", result.stdout), row
 
 

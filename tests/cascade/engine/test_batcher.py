@@ -114,7 +114,7 @@ def test_no_more_than_max_batch(held: Held, cifar: list[Image.Image]) -> None:
         assert order(held, batcher, queue(batcher, cifar[0], "abababa")) == ["aa", "aa", "bb", "b"]
 
 
-def test_among_equals_the_materialised_one_first(held: Held, cifar: list[Image.Image]) -> None:
+def test_among_equals_the_materialized_one_first(held: Held, cifar: list[Image.Image]) -> None:
     with Batcher(held, patience=60) as batcher:
         held.go.release()
         busy(batcher, cifar[0], "b").result(30)  # its mask is there from now on

@@ -21,14 +21,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import cascade
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle, BundleError, read
-from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors import plain as plain_executor
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.executors.selection import Kind
-from cascade.engine.executors.weight_layout import Flat, Packed
 from cascade.errors import CascadeError
+from cascade.kernels.materialize import materialize
+from cascade.kernels.weight_layout import PackedMask, WeightLayout
 from cascade.model import backbone as backbones
-from cascade.model import masks
 from cascade.model.fusion import MODES
-from cascade.model.masks import Mask, apply
+from cascade.model.masks import Mask
 from tests.helpers.bundles import handmade, named
 
 EXACT: tuple[Kind, ...] = ("plain", "folded", "onnx")
@@ -40,7 +41,7 @@ def masked_model(bundle: Bundle, masks: list[Mask]) -> torch.nn.Module:
     backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source)
     for mask in masks:
         first = backbone.offset(mask.start)
-        flat = apply(backbone, mask)
+        flat = materialize(backbone, mask)
         backbone.point(flat, first)
         state = backbone.model.state_dict()
         for name, tensor in mask.norms.items():
@@ -91,7 +92,7 @@ def embeddings(found: list[Prediction]) -> np.ndarray:
 
 
 def numbers(p: Prediction) -> list[float]:
-    return [p.confidence, *(x.score for x in p.labels), *(x.similarity for x in p.neighbours)]
+    return [p.confidence, *(x.score for x in p.labels), *(x.similarity for x in p.neighbors)]
 
 
 def same(a: Prediction | ItemError, b: Prediction | ItemError) -> None:
@@ -100,7 +101,7 @@ def same(a: Prediction | ItemError, b: Prediction | ItemError) -> None:
     choices = ("bundle", "version", "mode", "cluster", "masks")
     assert [getattr(a, n) for n in choices] == [getattr(b, n) for n in choices]
     assert [x.name for x in a.labels] == [x.name for x in b.labels]
-    assert [x.name for x in a.neighbours] == [x.name for x in b.neighbours]
+    assert [x.name for x in a.neighbors] == [x.name for x in b.neighbors]
     np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-3, atol=1e-3)
     assert a.ood == pytest.approx(b.ood, abs=0.01), "a percentile of few images: it jumps where they lie close"
     if a.embedding is not None and b.embedding is not None:
@@ -232,7 +233,7 @@ def test_a_mask_for_each_image(
 
     monkeypatch.setattr(CudaExecutor, "run_each", spy)
     monkeypatch.setattr(
-        "cascade.engine.engine.choose", lambda backbone, residency, *_: CudaExecutor(backbone, residency)
+        "cascade.engine.engine.choose", lambda backbone, weight_cache, *_: CudaExecutor(backbone, weight_cache)
     )
     single = handmade(cifar[:40], name="single", experts=0, mask_from=2, norms=True)
     engine = engine_of(*pair, single)
@@ -254,7 +255,7 @@ def test_alone_as_in_a_mixed_batch_when_trained(trained: Bundle, cifar: list[Ima
         same(engine.predict([image], wish)[0], answer)
 
 
-def test_neighbours_in_the_batch_change_nothing(pair: tuple[Bundle, Bundle], cifar: list[Image.Image]) -> None:
+def test_neighbors_in_the_batch_change_nothing(pair: tuple[Bundle, Bundle], cifar: list[Image.Image]) -> None:
     engine = engine_of(*pair)
     first = answers(engine, cifar[:8], bundle="a")
     shuffled = answers(engine, [*cifar[20:30], *cifar[7::-1]], bundle="a")[10:][::-1]
@@ -266,13 +267,13 @@ def test_neighbours_in_the_batch_change_nothing(pair: tuple[Bundle, Bundle], cif
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None, int]]:
     """Every pass through a part of a backbone: first stage, last stage, images."""
     seen: list[tuple[int, int | None, int]] = []
-    run = TorchExecutor.run
+    run = PlainExecutor.run
 
-    def spy(self: TorchExecutor, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    def spy(self: PlainExecutor, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         seen.append((start, stop, len(x)))
         return run(self, x, start, stop)
 
-    monkeypatch.setattr(TorchExecutor, "run", spy)
+    monkeypatch.setattr(PlainExecutor, "run", spy)
     return seen
 
 
@@ -319,13 +320,13 @@ def one_mask(*bundles: Bundle, executor: Kind = "plain") -> int:
     return max(engine.executor(bundle).size(mask) for bundle in bundles for mask in bundle.masks)
 
 
-class Materialised:
+class Materialized:
     """Bytes of masked weights that are alive, by their storages: a parameter that still looks at some counts, too."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
         self.most = 0
-        plain, flat = masks.apply, Flat.materialise
+        plain, laid_out = materialize, WeightLayout.materialize
 
         def seen(size: int, out: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
             self.most = max(self.most, self.alive() + (size if out is None else 0))
@@ -334,29 +335,29 @@ class Materialised:
             self.made.setdefault(reference.cdata, (reference, weights.nbytes))
             return weights
 
-        def apply(backbone: backbones.Backbone, mask: Mask, out: Tensor | None = None) -> Tensor:
-            size = 4 * (backbone.flat.numel() - backbone.offset(mask.start))
+        def materialize_model(backbone: backbones.Backbone, mask: Mask, out: Tensor | None = None) -> Tensor:
+            size = 4 * (backbone.weights.numel() - backbone.offset(mask.start))
             return seen(size, out, lambda: plain(backbone, mask, out))
 
-        def materialise(self: Flat, mask: Packed, out: Tensor | None = None) -> Tensor:
-            return seen(self.size(mask.start), out, lambda: flat(self, mask, out))
+        def materialize_layout(self: WeightLayout, mask: PackedMask, out: Tensor | None = None) -> Tensor:
+            return seen(self.size(mask.start), out, lambda: laid_out(self, mask, out))
 
-        monkeypatch.setattr(masks, "apply", apply)
-        monkeypatch.setattr(Flat, "materialise", materialise)
+        monkeypatch.setattr(plain_executor, "materialize", materialize_model)
+        monkeypatch.setattr(WeightLayout, "materialize", materialize_layout)
 
     def alive(self) -> int:
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
 @pytest.fixture
-def materialised(monkeypatch: pytest.MonkeyPatch) -> Materialised:
-    return Materialised(monkeypatch)
+def materialized(monkeypatch: pytest.MonkeyPatch) -> Materialized:
+    return Materialized(monkeypatch)
 
 
 @pytest.mark.parametrize("executor", EXACT)
 @pytest.mark.parametrize("room", [1, 1.7, 3])
 def test_the_budget_is_kept_and_evicted_weights_are_freed(
-    pair: tuple[Bundle, Bundle], cifar: list[Image.Image], materialised: Materialised, room: float, executor: Kind
+    pair: tuple[Bundle, Bundle], cifar: list[Image.Image], materialized: Materialized, room: float, executor: Kind
 ) -> None:
     """Masks of three sizes, over a budget that some of them fill alone."""
     whole = handmade(cifar[:40], name="whole", norms=True)
@@ -364,28 +365,30 @@ def test_the_budget_is_kept_and_evicted_weights_are_freed(
     wishes = mixture("a", "b", "whole", count=18)
     want = engine_of(*pair, whole).predict(cifar[:18], wishes)
     engine = engine_of(*pair, whole, budget=budget, executor=executor)
-    materialised.made.clear()
-    materialised.most = 0  # an executor is checked when it is made, before the budget counts
+    materialized.made.clear()
+    materialized.most = 0  # an executor is checked when it is made, before the budget counts
     for order in (range(18), range(17, -1, -1)):
         got = engine.predict([cifar[i] for i in order], [wishes[i] for i in order])
         for i, answer in zip(order, got, strict=True):
             same(answer, want[i])
         stats = engine.stats()
-        assert stats["materialised_bytes"] <= stats["budget_bytes"] == budget
-        assert materialised.alive() == stats["materialised_bytes"]
-    assert 0 < materialised.most <= budget
+        assert stats["materialized_bytes"] <= stats["budget_bytes"] == budget
+        assert materialized.alive() == stats["materialized_bytes"]
+    assert 0 < materialized.most <= budget
     assert engine.stats()["evictions"] > 0
 
 
 def test_a_budget_below_one_mask(pair: tuple[Bundle, Bundle]) -> None:
     needed = one_mask(pair[0])
-    with pytest.raises(CascadeError, match=f"needs {needed} bytes for one mask's weights, the budget is {needed - 1}"):
+    with pytest.raises(
+        CascadeError, match=f"needs {needed} bytes for the weights of one mask, but --budget is {needed - 1}"
+    ):
         engine_of(pair[0], budget=needed - 1)
 
 
 @pytest.mark.parametrize("executor", EXACT)
 def test_two_backbones_share_a_budget_of_one_mask(
-    cifar: list[Image.Image], materialised: Materialised, executor: Kind
+    cifar: list[Image.Image], materialized: Materialized, executor: Kind
 ) -> None:
     """Two networks of one shape: what one of them evicts, and has written over, the other one must not look at."""
     a = handmade(cifar[:40], name="a", source="random:0", experts=0)
@@ -393,12 +396,12 @@ def test_two_backbones_share_a_budget_of_one_mask(
     size = one_mask(a, b, executor=executor)
     want = {bundle.name: embeddings(answers(engine_of(bundle), cifar[:4])) for bundle in (a, b)}
     engine = engine_of(a, b, budget=size, executor=executor)
-    materialised.made.clear()
+    materialized.made.clear()
     assert engine.stats()["backbones"] == 2
     for name in "abbaab":
         found = embeddings(answers(engine, cifar[:4], bundle=name))
         np.testing.assert_allclose(found, want[name], rtol=1e-4, atol=1e-4)
-        assert materialised.alive() == size
+        assert materialized.alive() == size
     mixed = engine.predict(cifar[:4], [Options(bundle=n, embedding=True) for n in "abab"])
     want_mixed = np.stack([want["ab"[i % 2]][i] for i in range(4)])
     np.testing.assert_allclose(embeddings(good(mixed)), want_mixed, rtol=1e-4, atol=1e-4)
@@ -430,7 +433,7 @@ def tensor_bytes() -> int:
 def test_a_further_bundle_costs_less_than_half_a_backbone(
     bundle_path: Path, cifar: list[Image.Image], executor: Kind
 ) -> None:
-    """Of the real thing: Lite0 and bundles that the training made, at a budget of one materialised mask."""
+    """Of the real thing: Lite0 and bundles that the training made, at a budget of one materialized mask."""
     first = read(bundle_path)
     engine = engine_of(first, budget=one_mask(first, executor=executor), executor=executor)
     answers(engine, cifar[:6], bundle="small", mode="unconditional")
@@ -442,7 +445,7 @@ def test_a_further_bundle_costs_less_than_half_a_backbone(
         answers(engine, cifar[:6], bundle=f"further-{k}", mode="unconditional")
         now = engine.stats()
         assert now["backbone_bytes"] == stats["backbone_bytes"], "one backbone, however many bundles"
-        resident = [sum(s[n] for n in ("backbone_bytes", "packed_bytes", "materialised_bytes")) for s in (stats, now)]
+        resident = [sum(s[n] for n in ("backbone_bytes", "packed_bytes", "materialized_bytes")) for s in (stats, now)]
         assert 0 < resident[1] - resident[0] < k * copy / 2
         assert tensor_bytes() - held < k * copy / 2, "counted and measured"
 
@@ -560,21 +563,21 @@ def test_what_is_asked_for_and_no_more(pair: tuple[Bundle, Bundle], cifar: list[
             cifar[:1] * 4,
             [
                 Options(),
-                Options(embedding=True, labels=2, neighbours=3),
-                Options(labels=0, neighbours=0),
-                Options(labels=99, neighbours=99),
+                Options(embedding=True, labels=2, neighbors=3),
+                Options(labels=0, neighbors=0),
+                Options(labels=99, neighbors=99),
             ],
         )
     )
-    assert plain.embedding is None and (len(plain.labels), len(plain.neighbours)) == (3, 5)
+    assert plain.embedding is None and (len(plain.labels), len(plain.neighbors)) == (3, 5)
     assert full.embedding is not None and full.embedding.dtype == np.float32 and full.embedding.shape == (8,)
-    assert (len(full.labels), len(full.neighbours)) == (2, 3)
-    assert (none.labels, none.neighbours) == ((), ())
-    assert (len(many.labels), len(many.neighbours)) == (3, 20)
-    scores, nearest = [x.score for x in many.labels], [x.similarity for x in many.neighbours]
+    assert (len(full.labels), len(full.neighbors)) == (2, 3)
+    assert (none.labels, none.neighbors) == ((), ())
+    assert (len(many.labels), len(many.neighbors)) == (3, 20)
+    scores, nearest = [x.score for x in many.labels], [x.similarity for x in many.neighbors]
     assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=1e-5)
     assert nearest == sorted(nearest, reverse=True) and all(-1.001 <= s <= 1.001 for s in nearest)
-    assert {x.label for x in many.neighbours} == {"cat", "dog", "ship"}
+    assert {x.label for x in many.neighbors} == {"cat", "dog", "ship"}
     assert 0 <= plain.confidence <= 1 and 0 <= plain.ood <= 1
 
 
@@ -582,11 +585,11 @@ def test_an_answer_in_plain_types(pair: tuple[Bundle, Bundle], cifar: list[Image
     with_it, without = answers(engine_of(pair[0]), cifar[:1]) + good(engine_of(pair[0]).predict(cifar[:1]))
     data = json.loads(json.dumps(with_it.to_json()))
     assert list(data) == [
-        *("bundle", "version", "mode", "cluster", "confidence", "ood", "masks", "labels", "neighbours", "embedding")
+        *("bundle", "version", "mode", "cluster", "confidence", "ood", "masks", "labels", "neighbors", "embedding")
     ]
     assert data["embedding"] == with_it.to_json()["embedding"] and len(data["embedding"]) == 8
     assert data["labels"][0].keys() == {"name", "score"}
-    assert data["neighbours"][0].keys() == {"name", "label", "similarity"}
+    assert data["neighbors"][0].keys() == {"name", "label", "similarity"}
     assert "embedding" not in without.to_json()
 
 

@@ -347,7 +347,7 @@ def test_removal_waits_for_its_requests(hand: Bundle, other: Bundle, small: Path
     engine.predict(cifar[:1], Options(bundle="a"))
     after = engine.stats()
     assert after["backbones"] == 1 and after["backbone_bytes"] < before["backbone_bytes"]
-    assert after["materialised_bytes"] < before["materialised_bytes"]
+    assert after["materialized_bytes"] < before["materialized_bytes"]
     gc.collect()
     assert backbone() is None, "its memory is free"
     write(other, small / "b/2")

@@ -1,4 +1,4 @@
-"""Residency: a budget in bytes that is never exceeded, and what leaves is gone."""
+"""WeightCache: a budget in bytes that is never exceeded, and what leaves is gone."""
 
 import threading
 import weakref
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 
 Make = Callable[[Tensor | None], Tensor]
@@ -28,7 +28,7 @@ def never(out: Tensor | None) -> Tensor:
 
 
 def test_holds_what_fits_and_makes_each_once() -> None:
-    held = Residency(250)
+    held = WeightCache(250)
     first = held.get("a", 100, making(1))
     assert held.get("b", 100, making(2)).tolist() == [2.0] * 25
     assert held.get("a", 100, never) is first
@@ -37,7 +37,7 @@ def test_holds_what_fits_and_makes_each_once() -> None:
 
 
 def test_the_least_recently_used_leaves() -> None:
-    held = Residency(200)
+    held = WeightCache(200)
     for key in "abab":
         held.get(key, 100, making(0))
     held.get("a", 100, never)
@@ -47,7 +47,7 @@ def test_the_least_recently_used_leaves() -> None:
 
 
 def test_a_buffer_of_the_same_size_is_written_again() -> None:
-    held = Residency(100)
+    held = WeightCache(100)
     address = held.get("a", 100, making(1)).data_ptr()
     again = held.get("b", 100, making(2))
     assert again.data_ptr() == address
@@ -55,7 +55,7 @@ def test_a_buffer_of_the_same_size_is_written_again() -> None:
 
 
 def test_a_buffer_of_another_size_is_not() -> None:
-    held = Residency(200)
+    held = WeightCache(200)
     held.get("a", 100, making(1))
     held.get("b", 40, making(2, 40))
     offered: list[Tensor | None] = []
@@ -70,7 +70,7 @@ def test_a_buffer_of_another_size_is_not() -> None:
 
 
 def test_used_never_exceeds_the_budget_and_what_left_is_freed() -> None:
-    held = Residency(260)
+    held = WeightCache(260)
     made: list[tuple[weakref.ref[Tensor], int]] = []
 
     def alive(apart: Tensor | None = None) -> int:
@@ -93,7 +93,7 @@ def test_used_never_exceeds_the_budget_and_what_left_is_freed() -> None:
 
 
 def test_too_small_a_budget_says_what_it_takes() -> None:
-    held = Residency(99)
+    held = WeightCache(99)
     with pytest.raises(CascadeError, match="the budget of 99 bytes is below one mask's weights: give at least 100"):
         held.get("a", 100, never)
     assert (held.used, held.misses, held.evictions) == (0, 0, 0)
@@ -103,7 +103,7 @@ def test_a_make_that_fails_holds_nothing() -> None:
     def broken(out: Tensor | None) -> Tensor:
         raise MemoryError
 
-    held = Residency(100)
+    held = WeightCache(100)
     held.get("a", 100, making(1))
     with pytest.raises(MemoryError):
         held.get("b", 100, broken)
@@ -113,7 +113,7 @@ def test_a_make_that_fails_holds_nothing() -> None:
 
 
 def test_clear() -> None:
-    held = Residency(200)
+    held = WeightCache(200)
     refs = [weakref.ref(held.get(key, 100, making(0))) for key in "ab"]
     held.clear()
     assert held.used == 0 and held.evictions == 2
@@ -124,7 +124,7 @@ def test_clear() -> None:
 
 
 def test_what_comes_next_is_made_beside_what_is_in_use() -> None:
-    held, started, go = Residency(200), threading.Event(), threading.Event()
+    held, started, go = WeightCache(200), threading.Event(), threading.Event()
 
     def slow(out: Tensor | None) -> Tensor:
         started.set()
@@ -132,9 +132,9 @@ def test_what_comes_next_is_made_beside_what_is_in_use() -> None:
         return making(2)(out)
 
     held.get("a", 100, making(1))
-    assert held.ahead("b", 100, slow)
+    assert held.prefetch("b", 100, slow)
     assert started.wait(60) and "b" in held and held.used == 200
-    assert not held.ahead("c", 100, never), "one at a time"
+    assert not held.prefetch("c", 100, never), "one at a time"
     go.set()
     assert held.get("b", 100, never).tolist() == [2.0] * 25
     assert (held.misses, held.hits, held.evictions) == (2, 0, 0)
@@ -142,40 +142,40 @@ def test_what_comes_next_is_made_beside_what_is_in_use() -> None:
 
 def test_what_is_in_use_stays() -> None:
     """The mask in use is the one used least recently among those held, and must not be written over."""
-    held = Residency(200)
+    held = WeightCache(200)
     first = held.get("a", 100, making(1))
     held.get("b", 100, making(2))
     assert held.get("a", 100, never) is first
-    assert held.ahead("c", 100, making(3))
+    assert held.prefetch("c", 100, making(3))
     assert held.get("c", 100, never).tolist() == [3.0] * 25
     assert first.tolist() == [1.0] * 25 and "a" in held and "b" not in held
 
 
 def test_no_room_beside_what_is_in_use() -> None:
-    held = Residency(199)
+    held = WeightCache(199)
     held.get("a", 100, making(1))
-    assert not held.ahead("b", 100, never)
+    assert not held.prefetch("b", 100, never)
     assert held.used == 100 and held.misses == 1
-    assert not held.ahead("a", 100, never), "it is there"
+    assert not held.prefetch("a", 100, never), "it is there"
 
 
 def test_a_failure_ahead_is_raised_when_it_is_asked_for() -> None:
     def broken(out: Tensor | None) -> Tensor:
         raise MemoryError
 
-    held = Residency(200)
+    held = WeightCache(200)
     held.get("a", 100, making(1))
-    assert held.ahead("b", 100, broken)
+    assert held.prefetch("b", 100, broken)
     with pytest.raises(MemoryError):
         held.get("b", 100, broken)
     assert held.used == 100 and "a" in held and "b" not in held
 
 
 def test_the_budget_holds_with_what_is_made_ahead() -> None:
-    held = Residency(250)
+    held = WeightCache(250)
     for key in "abcabcab":
         held.get(key, 100, making(0))
-        held.ahead("next", 100, making(1))
+        held.prefetch("next", 100, making(1))
         assert held.used <= 250
     held.clear()
     assert held.used == 0

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from cascade.kernels import cpu
+from cascade.kernels.materialize import materialize, materialize_plain
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
-from cascade.model.masks import Mask, apply, apply_plain, pack, unpack
+from cascade.model.masks import Mask, pack, unpack
 from tests.helpers.paths import ROOT
 
 
@@ -24,12 +25,12 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 @pytest.mark.parametrize("start", [0, 3, -1])
 def test_fused_swap_equals_plain(backbone: Backbone, share: float, start: int) -> None:
     stage = backbone.stage(start)
-    n = backbone.flat.numel() - backbone.offset(stage)
+    n = backbone.weights.numel() - backbone.offset(stage)
     mask = Mask("m", stage, pack(torch.rand(n, generator=torch.Generator().manual_seed(start)) < share))
     poisoned = torch.full((n,), float("nan"))
-    found = apply(backbone, mask, poisoned)
+    found = materialize(backbone, mask, poisoned)
     assert found is poisoned
-    torch.testing.assert_close(found, apply_plain(backbone, mask, torch.empty(n)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, materialize_plain(backbone, mask, torch.empty(n)), rtol=1e-6, atol=0)
 
 
 def aligned(n: int) -> np.ndarray:

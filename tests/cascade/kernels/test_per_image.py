@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.engine.executors.weight_layout import Packed
 from cascade.kernels.per_image import Layer, Masks, masked_conv, masked_conv_plain, masked_linear, masked_linear_plain
+from cascade.kernels.weight_layout import PackedMask
 from cascade.model.masks import pack
 from tests.cascade.kernels.test_triton import device as device
 
@@ -19,7 +19,7 @@ def drawn(layer: Layer, begins: Sequence[tuple[int, int]], dtype: torch.dtype, d
     generator = torch.Generator().manual_seed(len(begins))
     n, rows = layer.place + layer.shape[0] * layer.columns, layer.row + layer.shape[0]
     masks = [
-        Packed(
+        PackedMask(
             "m",
             0,
             pack(torch.rand(-(-n // 16) * 16 - begin, generator=generator) < 0.6).to(device),
@@ -119,7 +119,7 @@ def test_the_plain_reference_is_what_pytorch_computes() -> None:
     """With every weight kept, scales of one and no shift nothing is left of the mask."""
     conv = torch.nn.Conv2d(6, 8, 3, stride=2, padding=1, dilation=2, groups=2, bias=False)
     flat = conv.weight.detach().permute(0, 2, 3, 1).reshape(-1)
-    mask = Packed("m", 0, pack(torch.ones(len(flat)) > 0), scales=torch.ones(8), shifts=torch.zeros(8))
+    mask = PackedMask("m", 0, pack(torch.ones(len(flat)) > 0), scales=torch.ones(8), shifts=torch.zeros(8))
     layer = Layer(0, 0, (8, 3, 3, 3), (2, 2), (1, 1, 1, 1), (2, 2), 2)
     x = inputs(2, 6, 11, 10, dtype=torch.float32, device="cpu")
     with torch.no_grad():

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from cascade.engine.executors.weight_layout import Flat
 from cascade.kernels import triton
+from cascade.kernels.weight_layout import WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
-from tests.cascade.engine.executors.test_weight_layout import shuffled
+from tests.cascade.kernels.test_weight_layout import shuffled
 from tests.helpers.bundles import random_mask
 
 
@@ -30,8 +30,8 @@ def test_swap_equals_plain(name: str, block: int, dtype: torch.dtype, device: st
     """Rows of all lengths, in order and in blocks, from the beginning and from later stages."""
     backbone = backbones.load(name, "random:0", device=device)
     folded = Folded(backbone)
-    flat = Flat(folded, [shuffled(unit, block) for unit in folded.units])
-    for start in (0, 2, len(backbone.row) - 1):
+    flat = WeightLayout(folded, [shuffled(unit, block) for unit in folded.units])
+    for start in (0, 2, len(backbone.stages) - 1):
         mask = flat.pack(
             random_mask(backbones.load(name, "random:0"), "m", start, torch.Generator().manual_seed(start), True)
         )
@@ -39,7 +39,7 @@ def test_swap_equals_plain(name: str, block: int, dtype: torch.dtype, device: st
         out = torch.full_like(pristine, torch.nan, dtype=dtype)
         triton.masked(mask.bits, pristine, flat.tiles(start), mask.scales, out)
         rtol = 1e-6 if dtype == torch.float32 else 0.01  # rounded from numbers that may differ in their last bit
-        torch.testing.assert_close(out, flat.materialise_plain(mask).to(dtype), rtol=rtol, atol=0)
+        torch.testing.assert_close(out, flat.materialize_plain(mask).to(dtype), rtol=rtol, atol=0)
         assert flat.tiles(start) is flat.tiles(start), "made once"
 
 

@@ -51,7 +51,7 @@ def test_real_weights_load_by_order_and_have_their_fingerprint(lite0: Backbone) 
     assert not set(stored) & set(state), "other names than timm's: only the order says which is which"
     assert next(iter(stored.values())).equal(state["conv_stem.weight"])
     assert lite0.fingerprint == GOLDEN
-    assert (lite0.features, lite0.flat.numel(), len(lite0.row)) == (1280, 3_328_992, 9)
+    assert (lite0.features, lite0.weights.numel(), len(lite0.stages)) == (1280, 3_328_992, 9)
 
 
 @pytest.mark.parametrize("form", ["weights.safetensors", "weights.pth", "nested.pth", "shuffled.pth"])
@@ -113,7 +113,7 @@ def test_random_weights_repeat_and_leave_the_generator_alone() -> None:
 def test_parameters_are_views_of_one_buffer(small: dict[str, Tensor]) -> None:
     found = load("test_resnet", "random:7")
     owners = {p.untyped_storage().data_ptr() for n, p in found.model.named_parameters() if n in found.spans}
-    assert owners == {found.flat.untyped_storage().data_ptr()}
+    assert owners == {found.weights.untyped_storage().data_ptr()}
     state = found.model.state_dict()
     assert all(state[n].equal(t) for n, t in small.items())
     assert not any(p.requires_grad for p in found.model.parameters())
@@ -126,7 +126,7 @@ def test_bytes_are_those_of_the_plain_backbone_whatever_mask_is_in_place() -> No
     once = sum(4 * p.numel() for p in found.model.parameters()) + sum(t.nbytes for t in found.norms.values())
     before = found.bytes()
     assert once <= before <= once + counters + sum(t.nbytes for t in found.norms.values())
-    found.point(found.flat * 2)
+    found.point(found.weights * 2)
     assert found.bytes() == before, "a mask's weights are counted where they are held"
 
 

@@ -50,7 +50,7 @@ def test_unconditional_is_all_blocks(blocks: Tensor) -> None:
 
 @pytest.mark.parametrize("expert", range(K))
 def test_padded_slots_are_blocks_of_zeros(blocks: Tensor, expert: int) -> None:
-    """The paper's conditional embedding: the other experts' blocks are zero, and are centred like all."""
+    """The paper's conditional embedding: the other experts' blocks are zero, and are centered like all."""
     mean, basis, fusion = folded(K + 1)
     padded = torch.zeros(5, (K + 1) * F).double()
     padded[:, :F] = blocks[0]

@@ -1,4 +1,4 @@
-"""Heads: labels as scikit-learn gives them, neighbours as brute force finds them."""
+"""Heads: labels as scikit-learn gives them, neighbors as brute force finds them."""
 
 import sys
 
@@ -54,7 +54,7 @@ def test_an_image_of_the_bank_finds_itself(bank: Bank, seen: Seen) -> None:
     assert similarities.min() > 0.999
 
 
-def test_no_more_neighbours_than_rows(seen: Seen) -> None:
+def test_no_more_neighbors_than_rows(seen: Seen) -> None:
     few = Bank(normalize(seen.train[:3]).half(), ("a", "b", "c"))
     similarities, rows = few.nearest(seen.test[:2], 5)
     assert rows.shape == (2, 3) and rows.min() >= 0

@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 
+from cascade.kernels.materialize import materialize
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone, maskable
-from cascade.model.masks import Mask, alpha, apply, density, difference, pack, split, unpack
+from cascade.model.masks import Mask, alpha, density, difference, pack, split, unpack
 from tests.helpers.bundles import random_mask
 
 
@@ -168,7 +169,7 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def by_hand(backbone: Backbone, mask: Mask) -> dict[str, np.ndarray]:
     """W * M / alpha in float64, one array a parameter, with the order and the blocks written out once more."""
     parameters = dict(backbone.model.named_parameters())
-    stages = [stage.prefixes for stage in backbone.row]
+    stages = [stage.prefixes for stage in backbone.stages]
 
     def stage(name: str) -> int:
         return next((i for i, p in enumerate(stages) if name.startswith(tuple(f"{x}." for x in p))), len(stages) - 1)
@@ -190,19 +191,19 @@ def by_hand(backbone: Backbone, mask: Mask) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("start", [0, 2])
 def test_apply_is_weight_times_mask_over_alpha(backbone: Backbone, start: int) -> None:
     mask = random_mask(backbone, "dispatcher", start, torch.Generator().manual_seed(1))
-    n = backbone.flat.numel() - backbone.offset(start)
+    n = backbone.weights.numel() - backbone.offset(start)
     active = unpack(mask.bits, n)
     active[: backbone.segments[0].size] = False  # a tensor that is all off is all zero, not NaN
     mask = Mask(mask.name, start, pack(active))
-    pristine = backbone.flat.clone()
+    pristine = backbone.weights.clone()
     want = by_hand(backbone, mask)
-    flat = apply(backbone, mask)
+    flat = materialize(backbone, mask)
     assert flat.shape == (n,)
     np.testing.assert_allclose(flat.numpy(), np.concatenate([w.ravel() for w in want.values()]), rtol=1e-6)
     buffer = torch.full((n,), torch.nan)
-    assert apply(backbone, mask, buffer) is buffer
+    assert materialize(backbone, mask, buffer) is buffer
     assert buffer.equal(flat)
-    assert backbone.flat.equal(pristine), "the pristine weights are never written"
+    assert backbone.weights.equal(pristine), "the pristine weights are never written"
     backbone.point(flat, backbone.offset(start))
     try:
         parameters = dict(backbone.model.named_parameters())
@@ -210,12 +211,12 @@ def test_apply_is_weight_times_mask_over_alpha(backbone: Backbone, start: int) -
             np.testing.assert_allclose(parameters[name].numpy(), weight, rtol=1e-6)
             assert parameters[name].untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
     finally:
-        backbone.point(backbone.flat)
+        backbone.point(backbone.weights)
 
 
 def test_split_density_and_difference(backbone: Backbone) -> None:
     whole = random_mask(backbone, "dispatcher", 0, torch.Generator().manual_seed(1))
-    active = unpack(whole.bits, backbone.flat.numel())
+    active = unpack(whole.bits, backbone.weights.numel())
     assert density(backbone, whole) == pytest.approx(float(active.double().mean()), abs=1e-6)
     parts = list(split(backbone, 0, active))
     assert [segment for segment, _ in parts] == backbone.segments

@@ -42,9 +42,9 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes = b"", before: bytes = b"") -> bytes:
-    """A PNG written by hand: Pillow writes neither 16-bit colour nor a header without pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png(width: int, height: int, depth: int, color: int, rows: bytes = b"", before: bytes = b"") -> bytes:
+    """A PNG written by hand: Pillow writes neither 16-bit color nor a header without pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + before + data + chunk(b"IEND", b"")
 
@@ -167,21 +167,21 @@ def test_plain_formats_as_pillow_reads_them(photo: Image.Image, fmt: str) -> Non
     assert difference(decode(bytearray(data)), decode(memoryview(data))) == 0
 
 
-def test_16_bit_grey_is_scaled(photo: Image.Image) -> None:
+def test_16_bit_gray_is_scaled(photo: Image.Image) -> None:
     """Clipping at 255 would make a white image of it."""
-    grey = photo.convert("L")
-    for deep in (np.asarray(grey).astype(np.uint16) * 257, np.asarray(grey).astype(np.uint16) * 256 + 90):
-        assert difference(decode(png16(deep)), grey.convert("RGB")) <= 1
+    gray = photo.convert("L")
+    for deep in (np.asarray(gray).astype(np.uint16) * 257, np.asarray(gray).astype(np.uint16) * 256 + 90):
+        assert difference(decode(png16(deep)), gray.convert("RGB")) <= 1
 
 
-def test_16_bit_colour(photo: Image.Image) -> None:
+def test_16_bit_color(photo: Image.Image) -> None:
     deep = np.asarray(photo).astype(np.uint16) * 257
     assert difference(decode(png16(deep)), photo) <= 1
     opaque = np.dstack([deep, np.full(deep.shape[:2], 65535, np.uint16)])
     assert difference(decode(png16(opaque)), photo) <= 1
 
 
-def test_16_bit_grey_with_a_transparent_value() -> None:
+def test_16_bit_gray_with_a_transparent_value() -> None:
     pixels = np.array([[0, 30_000, 65_535]], np.uint16)
     found = np.asarray(decode(png16(pixels, before=chunk(b"tRNS", struct.pack(">H", 30_000)))))[0, :, 0]
     assert found.tolist() == [0, 255, 255]
@@ -215,22 +215,22 @@ def test_alpha_on_white(photo: Image.Image, fmt: str) -> None:
     assert np.abs(np.asarray(decode(data)) - expected).max() <= 1
 
 
-def test_grey_with_alpha() -> None:
+def test_gray_with_alpha() -> None:
     pixels = Image.new("LA", (2, 1), (0, 0))
     pixels.putpixel((1, 0), (40, 255))
     assert np.asarray(decode(encode(pixels))).tolist() == [[[255] * 3, [40] * 3]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])
-def test_grey(photo: Image.Image, mode: str) -> None:
-    grey = photo.convert(mode)
-    assert difference(decode(encode(grey)), grey.convert("RGB")) == 0
+def test_gray(photo: Image.Image, mode: str) -> None:
+    gray = photo.convert(mode)
+    assert difference(decode(encode(gray)), gray.convert("RGB")) == 0
 
 
-@pytest.mark.parametrize("colour", ["red", (1, 2, 3)])
-def test_one_pixel(colour: Any) -> None:
-    image = decode(encode(Image.new("RGB", (1, 1), colour)))
-    assert image.getpixel((0, 0)) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+@pytest.mark.parametrize("color", ["red", (1, 2, 3)])
+def test_one_pixel(color: Any) -> None:
+    image = decode(encode(Image.new("RGB", (1, 1), color)))
+    assert image.getpixel((0, 0)) == Image.new("RGB", (1, 1), color).getpixel((0, 0))
     preprocessing = Preprocessing(224, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert preprocessing.transform()(image).shape == (3, 224, 224)
 

@@ -45,35 +45,35 @@ def images(name: str, cifar: list[Image.Image]) -> Tensor:
 
 @torch.inference_mode()
 def test_in_two_parts_as_in_one(name: str, backbone: Backbone, images: Tensor) -> None:
-    assert len(backbone.row) == STAGES[name]
+    assert len(backbone.stages) == STAGES[name]
     whole = backbone.model(images)
     assert whole.shape == (2, backbone.features)
     assert float(whole.std(dim=0).mean()) > 1e-4, "two photos must differ, or this proves little"
-    for s in range(len(backbone.row)):
+    for s in range(len(backbone.stages)):
         torch.testing.assert_close(backbone.run(backbone.run(images, 0, s), s), whole, rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()
 def test_weights_live_in_the_stage_that_uses_them(backbone: Backbone, images: Tensor) -> None:
     """Everything from offset(s) on may be changed without a change before stage s, and the other way round."""
-    pristine = backbone.flat.clone()
-    for s in range(1, len(backbone.row)):
+    pristine = backbone.weights.clone()
+    for s in range(1, len(backbone.stages)):
         before = backbone.run(images, 0, s)
         after = backbone.run(before, s)
-        backbone.flat[backbone.offset(s) :] = 0
+        backbone.weights[backbone.offset(s) :] = 0
         assert backbone.run(images, 0, s).equal(before)
-        backbone.flat.copy_(pristine)
-        backbone.flat[: backbone.offset(s)] = 0
+        backbone.weights.copy_(pristine)
+        backbone.weights[: backbone.offset(s)] = 0
         assert backbone.run(before, s).equal(after)
-        backbone.flat.copy_(pristine)
+        backbone.weights.copy_(pristine)
 
 
 def test_every_parameter_and_buffer_has_its_stage(backbone: Backbone) -> None:
     """Only what the network's end holds (a last norm, say) is left to the last stage."""
-    last = len(backbone.row) - 1
+    last = len(backbone.stages) - 1
     for parameter, _ in [*backbone.model.named_parameters(), *backbone.model.named_buffers()]:
-        if stage_of(parameter, backbone.row) == last and last:
-            assert parameter.startswith((*backbone.row[last].prefixes, "head.norm", "norm", "fc_norm")), parameter
+        if stage_of(parameter, backbone.stages) == last and last:
+            assert parameter.startswith((*backbone.stages[last].prefixes, "head.norm", "norm", "fc_norm")), parameter
 
 
 def test_a_prefix_ends_at_a_dot() -> None:

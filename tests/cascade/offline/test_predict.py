@@ -64,8 +64,8 @@ def test_every_source_is_one_row_in_order(
         assert [label["name"] for label in row["labels"]] == [label.name for label in alone.labels]
         scores = [label.score for label in alone.labels]
         assert [label["score"] for label in row["labels"]] == pytest.approx(scores, abs=1e-3)
-        found = [(near["name"], near["label"]) for near in row["neighbours"]]
-        assert found == [(near.name, near.label) for near in alone.neighbours]
+        found = [(near["name"], near["label"]) for near in row["neighbors"]]
+        assert found == [(near.name, near.label) for near in alone.neighbors]
     assert summary.rows == len(rows) and sum(summary.errors.values()) == len(BAD)
     assert summary.errors == {"unreadable": 3, "not_an_image": 2, "truncated": 1, "empty": 1}
     clusters = [row["cluster"] for row in rows if row["cluster"] is not None]

@@ -22,7 +22,7 @@ def test_columns_types_and_metadata(engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     summary = predict_files(engine, PHOTOS[:2], out)
     schema = pq.read_schema(out)
-    neighbour = pa.struct([("name", pa.string()), ("label", pa.string()), ("similarity", pa.float32())])
+    neighbor = pa.struct([("name", pa.string()), ("label", pa.string()), ("similarity", pa.float32())])
     assert [(field.name, field.type) for field in schema] == [
         ("path", pa.string()),
         ("bundle", pa.string()),
@@ -33,7 +33,7 @@ def test_columns_types_and_metadata(engine: Engine, tmp_path: Path) -> None:
         ("ood", pa.float32()),
         ("masks", pa.list_(pa.string())),
         ("labels", pa.list_(pa.struct([("name", pa.string()), ("score", pa.float32())]))),
-        ("neighbours", pa.list_(neighbour)),
+        ("neighbors", pa.list_(neighbor)),
         ("error", pa.string()),
         ("error_kind", pa.string()),
     ]
@@ -52,7 +52,7 @@ def test_columns_types_and_metadata(engine: Engine, tmp_path: Path) -> None:
 
 def test_embeddings_on_demand_with_errors_between(engine: Engine, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    options = Options(embedding=True, labels=1, neighbours=0)
+    options = Options(embedding=True, labels=1, neighbors=0)
     images = [folder / "empty.jpg", PHOTOS[0], folder / "cut.png", PHOTOS[1]]
     predict_files(engine, images, out, options, embedding="float32")
     table = pq.read_table(out)
@@ -65,7 +65,7 @@ def test_embeddings_on_demand_with_errors_between(engine: Engine, folder: Path, 
     np.testing.assert_allclose(found[1], alone.embedding, atol=1e-3)
     np.testing.assert_allclose(found[3], other.embedding, atol=1e-3)
     assert {len(row) for row in table["labels"].to_pylist() if row is not None} <= {0, 1}
-    assert [row for row in table["neighbours"].to_pylist() if row is not None] == [[], []]
+    assert [row for row in table["neighbors"].to_pylist() if row is not None] == [[], []]
 
 
 def test_only_errors_still_make_a_file(engine: Engine, folder: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_one_file_in_every_wrapping(ask: Ask, engine: Engine, files: list[bytes]
     ):
         got = ask(method, "/v1/predict", **options).raise_for_status().json()
         assert (got["bundle"], got["version"], got["cluster"]) == ("birds", "2", want.cluster)
-        assert got["neighbours"] == [] and len(got["labels"]) == 3
+        assert got["neighbors"] == [] and len(got["labels"]) == 3
         assert want.embedding is not None
         np.testing.assert_allclose(got["embedding"], want.embedding, atol=1e-3)
 
@@ -138,7 +138,7 @@ def test_one_file_in_every_wrapping(ask: Ask, engine: Engine, files: list[bytes]
         ({"X-Cascade-Bundle": "cats"}, (404, "unknown_bundle")),
         ({"X-Cascade-Bundle": "birds", "X-Cascade-Version": "3"}, (404, "unknown_version")),
         ({"X-Cascade-Bundle": "birds", "X-Cascade-Mode": "best"}, (400, "unknown_mode")),
-        ({"X-Cascade-Bundle": "birds", "X-Cascade-Colour": "red"}, (400, "unknown_option")),
+        ({"X-Cascade-Bundle": "birds", "X-Cascade-Color": "red"}, (400, "unknown_option")),
         ({}, (400, "bundle_missing")),
     ],
 )
@@ -297,7 +297,7 @@ def pixels(**changes: Any) -> dict[str, Any]:
         image(data=None, parameters={"binary_data_size": 4}),
         image(parameters={"binary_data_size": "4"}),
         image(parameters={"binary_data_size": -4}),
-        image() | {"outputs": [{"name": "colour"}]},
+        image() | {"outputs": [{"name": "color"}]},
         image() | {"parameters": []},
         image() | {"parameters": {"mode": 3}},
         pixels(shape=[1, 3, 1]),

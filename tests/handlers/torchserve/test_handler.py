@@ -89,11 +89,11 @@ def test_raw_body_with_headers_in_any_case() -> None:
 @pytest.mark.parametrize(
     ("fields", "options"),
     [
-        ("labels", Options(neighbours=0)),
+        ("labels", Options(neighbors=0)),
         ("Labels , embedding", None),
-        ("labels , embedding,", Options(neighbours=0, embedding=True)),
-        ("neighbours,labels,embedding", Options(embedding=True)),
-        ("", Options(labels=0, neighbours=0)),
+        ("labels , embedding,", Options(neighbors=0, embedding=True)),
+        ("neighbors,labels,embedding", Options(embedding=True)),
+        ("", Options(labels=0, neighbors=0)),
         ("labels,masks", None),
     ],
 )
@@ -106,7 +106,7 @@ def test_json_body() -> None:
     image = base64.b64encode(PHOTO).decode()
     document = {"image": image, "bundle": "birds", "fields": ["embedding"]}
     body = json.dumps(document).encode()
-    wanted = (PHOTO, Options("birds", embedding=True, labels=0, neighbours=0))
+    wanted = (PHOTO, Options("birds", embedding=True, labels=0, neighbors=0))
     assert ask(body, "application/json") == wanted
     assert ask(body, "application/json; charset=utf-8") == wanted
     assert ask(body, "application/json", X_Cascade_Bundle="ships") == wanted, "the body is the closer word"
@@ -139,7 +139,7 @@ def test_broken_json_body(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("document", "kind"),
     [
-        ({"colour": "red"}, "unknown_option"),
+        ({"color": "red"}, "unknown_option"),
         ({"bundle": 7}, "bad_option"),
         ({"mode": ["dispatcher"]}, "bad_option"),
         ({"fields": {"labels": 1}}, "bad_option"),
@@ -153,7 +153,7 @@ def test_bad_options_in_json(document: dict[str, Any], kind: str) -> None:
 
 
 def test_unknown_header() -> None:
-    assert error(ask(PHOTO, X_Cascade_Colour="red")) == (400, "unknown_option")
+    assert error(ask(PHOTO, X_Cascade_Color="red")) == (400, "unknown_option")
 
 
 def test_forms() -> None:
@@ -244,13 +244,13 @@ def test_a_batch_is_decoded_by_threads_and_a_lone_image_at_once(served: CascadeH
 
 
 def test_unreadable_requests_never_reach_the_engine(served: CascadeHandler) -> None:
-    data, context = batch((PHOTO, {"X-Cascade-Colour": "red"}), (PHOTO, {"x-cascade-bundle": "b"}), (b"", {}))
+    data, context = batch((PHOTO, {"X-Cascade-Color": "red"}), (PHOTO, {"x-cascade-bundle": "b"}), (b"", {}))
     answers = [json.loads(text) for text in served.handle(data, context)]
     assert answers[0]["error"]["kind"] == "unknown_option"
     assert context.get_response_status(0) == (400, "Bad Request")
     assert [answer["cluster"] for answer in answers[1:]] == [2, 2]
     assert [o.bundle for o in served.engine.calls[0]] == ["b", None]  # type: ignore[attr-defined]
-    data, context = batch((PHOTO, {"X-Cascade-Colour": "red"}))
+    data, context = batch((PHOTO, {"X-Cascade-Color": "red"}))
     served.handle(data, context)
     assert len(served.engine.calls) == 1  # type: ignore[attr-defined]
 

@@ -47,7 +47,7 @@ def generator(seed: int = 0) -> torch.Generator:
     ("step", "low", "high"),
     [("brightness", 0.2, 1.8), ("contrast", 0.2, 1.8), ("saturation", 0.2, 1.8), ("hue", -0.2, 0.2)],
 )
-def test_colour_steps_are_torchvisions(pixels: Tensor, step: str, low: float, high: float) -> None:
+def test_color_steps_are_torchvisions(pixels: Tensor, step: str, low: float, high: float) -> None:
     amounts = torch.linspace(low, high, len(pixels))
     theirs = [getattr(reference, f"adjust_{step}")(x, a.item()) for x, a in zip(pixels, amounts, strict=True)]
     ours = getattr(augment, f"adjust_{step}")(pixels.clone(), amounts.view(-1, 1, 1, 1))
@@ -55,7 +55,7 @@ def test_colour_steps_are_torchvisions(pixels: Tensor, step: str, low: float, hi
     assert (ours - pixels).abs().amax() > 0.1
 
 
-def test_grey_is_torchvisions(pixels: Tensor) -> None:
+def test_gray_is_torchvisions(pixels: Tensor) -> None:
     theirs = reference.rgb_to_grayscale(pixels, num_output_channels=1)
     torch.testing.assert_close(augment.luma(pixels), theirs, atol=1e-6, rtol=0)
 
@@ -109,7 +109,7 @@ def test_chances_and_that_each_image_has_its_own(pixels: Tensor) -> None:
         return ((x - many).abs().amax((1, 2, 3)) > 1e-4).float().mean().item()
 
     assert changed(augment.random_jitter(many.clone(), generator())) == pytest.approx(0.8, abs=0.03)
-    assert changed(augment.random_grey(many.clone(), generator())) == pytest.approx(0.2, abs=0.03)
+    assert changed(augment.random_gray(many.clone(), generator())) == pytest.approx(0.2, abs=0.03)
     assert changed(augment.random_blur(many.clone(), 4.0, generator())) == pytest.approx(0.5, abs=0.03)
     whole = augment.random_resized_crop(many, 12, (1, 1), generator())
     assert changed(whole) == pytest.approx(0.5, abs=0.03)  # the mirrored ones
@@ -117,7 +117,7 @@ def test_chances_and_that_each_image_has_its_own(pixels: Tensor) -> None:
     assert len(torch.unique(jittered.flatten(1), dim=0)) > 0.79 * len(many)
 
 
-def test_multi_crop_gives_every_crop_normalised_and_leaves_the_batch_alone(batch: Tensor) -> None:
+def test_multi_crop_gives_every_crop_normalized_and_leaves_the_batch_alone(batch: Tensor) -> None:
     before = batch.clone()
     crops = augment.multi_crop(batch, generator=generator(), mean=HALF, std=(0.25, 0.5, 0.5))
     assert [tuple(c.shape) for c in crops] == [(16, 3, 64, 64)] * 2 + [(16, 3, 32, 32)] * 6

@@ -62,7 +62,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # Folders
 
 
-def test_a_flat_folder_is_unlabelled_and_a_fixed_fifth_is_held_out(tmp_path: Path) -> None:
+def test_a_flat_folder_is_unlabeled_and_a_fixed_fifth_is_held_out(tmp_path: Path) -> None:
     folder = put(tmp_path / "photos", [f"{i:02}.png" for i in range(10)] + ["deep/er/10.JPG", "deep/11.webp"])
     (folder / "notes.txt").write_text("not an image, nor named like one")
     put(folder, [".hidden/a.png", ".b.png"])
@@ -436,15 +436,15 @@ def test_groceries_without_a_registry_say_so(store: Path, monkeypatch: pytest.Mo
 
 
 def groceries_wheel(folder: Path) -> Path:
-    """A wheel like the package's: one photo a split, each of one colour."""
+    """A wheel like the package's: one photo a split, each of one color."""
     rows = []
-    for split, kind, colour in (
+    for split, kind, color in (
         ("train", "Kaiser", (200, 180, 60)),
         ("val", "Orange", (240, 140, 20)),
         ("test", "Watermelon", (30, 120, 40)),
     ):
         photo = io.BytesIO()
-        Image.new("RGB", (348, 464), colour).save(photo, "JPEG", quality=95)
+        Image.new("RGB", (348, 464), color).save(photo, "JPEG", quality=95)
         rows.append({"dataset": split, "coarse_cat": kind, "finegrained_cat": kind, "image_data": photo.getvalue()})
     table = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(rows), table)

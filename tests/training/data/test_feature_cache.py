@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.engine.executors.plain import TorchExecutor
-from cascade.engine.weight_cache import Residency
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model import masks
@@ -40,15 +40,15 @@ def pixels(cifar: list[Image.Image]) -> np.ndarray:
 
 
 @pytest.fixture
-def executor() -> TorchExecutor:
-    return TorchExecutor(backbones.load("test_efficientnet", "random:0"), Residency(2**30))
+def executor() -> PlainExecutor:
+    return PlainExecutor(backbones.load("test_efficientnet", "random:0"), WeightCache(2**30))
 
 
-def preprocessing(executor: TorchExecutor) -> Preprocessing:
+def preprocessing(executor: PlainExecutor) -> Preprocessing:
     return Preprocessing.of(executor.backbone.config, 32)
 
 
-def store(executor: TorchExecutor, pixels: np.ndarray, path: Path) -> list[np.ndarray]:
+def store(executor: PlainExecutor, pixels: np.ndarray, path: Path) -> list[np.ndarray]:
     return feature_cache.store(executor, STAGE, pixels, preprocessing(executor), CROPS, DRAWS, path)
 
 
@@ -87,7 +87,7 @@ def step(objective: SelfSupervised, model: MaskedModel, pixels: np.ndarray) -> t
 
 
 def test_a_step_on_stored_features_is_a_step_on_the_same_crops(
-    executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path
+    executor: PlainExecutor, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     held = store(executor, pixels, tmp_path / "views")
     backbone, p, got = executor.backbone, preprocessing(executor), []
@@ -102,7 +102,7 @@ def test_a_step_on_stored_features_is_a_step_on_the_same_crops(
     assert (gradient - live_gradient).norm() < 0.02 * live_gradient.norm()  # features are kept in half precision
 
 
-def test_every_row_is_its_images_and_its_draws(executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
+def test_every_row_is_its_images_and_its_draws(executor: PlainExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
     held, p = store(executor, pixels, tmp_path / "views"), preprocessing(executor)
     for crop, group in zip(CROPS, held, strict=True):
         assert group.dtype == np.float16 and group.shape[:2] == (DRAWS * 100, crop[0])
@@ -117,7 +117,7 @@ def test_every_row_is_its_images_and_its_draws(executor: TorchExecutor, pixels: 
 
 @pytest.mark.parametrize("passes", [0, 1, 3])
 def test_an_interrupted_store_goes_on_and_ends_with_the_same_bytes(
-    passes: int, executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    passes: int, executor: PlainExecutor, pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(executor, pixels, tmp_path / "whole" / "views")
     run, left = executor.run, [passes + 1]  # the first pass measures the shape
@@ -143,16 +143,16 @@ def test_an_interrupted_store_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_features_are_the_plain_trunks_whatever_mask_is_in_place(
-    executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path
+    executor: PlainExecutor, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     plain = [np.array(group) for group in store(executor, pixels, tmp_path / "plain")]
-    every_other = masks.pack(torch.arange(executor.backbone.flat.numel()) % 2 == 0)
+    every_other = masks.pack(torch.arange(executor.backbone.weights.numel()) % 2 == 0)
     executor.swap(Mask("dispatcher", 0, every_other))
     for a, b in zip(plain, store(executor, pixels, tmp_path / "masked"), strict=True):
         assert np.array_equal(a, b)
 
 
-def test_crops_of_one_size_would_share_a_file(executor: TorchExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
+def test_crops_of_one_size_would_share_a_file(executor: PlainExecutor, pixels: np.ndarray, tmp_path: Path) -> None:
     same: tuple[Crop, ...] = ((2, 32, (0.14, 1.0)), (6, 32, (0.05, 0.14)))
     with pytest.raises(CascadeError, match="--local-size"):
         feature_cache.store(executor, STAGE, pixels, preprocessing(executor), same, DRAWS, tmp_path / "views")

@@ -26,7 +26,7 @@ TINY = {
     "router": "centroid",
     "dim": 16,
     "limit": 200,
-    "neighbours": 10,
+    "neighbors": 10,
 }
 
 Results = dict[str, dict[str, dict[str, Any]]]  # table -> row -> column -> mean, std and values

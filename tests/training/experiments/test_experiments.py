@@ -58,7 +58,7 @@ def test_frozen_masks_what_it_says(command: Command) -> None:
     assert set(rows) == {"none", "BNs", "biases", "frozen backbone", "learning rate zero", "pixels, 8 x 8"}
 
 
-def test_initialisation_notes_what_is_missing(command: Command) -> None:
+def test_initialization_notes_what_is_missing(command: Command) -> None:
     rows = only(command(initialization))
     assert {"random, EfficientNet-Lite0", "random, EfficientNet-Lite0, frozen"} <= set(rows)
     here = "AugNet, ResNet-50" in rows

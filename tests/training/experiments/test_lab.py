@@ -36,7 +36,7 @@ def test_the_papers_preset_says_what_to_fetch(tmp_path: Path, monkeypatch: pytes
     (tmp_path / lab.SWAV).touch()
     paper = asdict(opened("--preset", "paper").recipe)
     published = {"backbone": "resnet50", "optimizer": "sgd", "lr": 50.0, "batch": 64, "prototypes": 500, "queue": 512}
-    published |= {"initial": 1.0, "threshold": 0.0, "neighbours": 200, "train_norms": True, "local_crops": 6}
+    published |= {"initial": 1.0, "threshold": 0.0, "neighbors": 200, "train_norms": True, "local_crops": 6}
     assert published.items() <= paper.items()
 
 

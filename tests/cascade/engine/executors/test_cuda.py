@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cascade.engine.executors import cuda
 from cascade.engine.executors.cuda import CudaExecutor, Graph
-from cascade.engine.executors.plain import TorchExecutor
-from cascade.engine.executors.weight_layout import Packed
-from cascade.engine.weight_cache import Residency
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
+from cascade.kernels.weight_layout import PackedMask
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from tests.cascade.engine.executors.test_executors import calibrated, features
@@ -74,7 +74,7 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def masks_of(backbone: Backbone, *starts: int, norms: bool = True) -> list[Mask]:
     generator = torch.Generator().manual_seed(1)
     masks = [random_mask(backbone, f"m{i}", start, generator, norms) for i, start in enumerate(starts)]
-    if norms and len(backbone.row) == 1:  # a stage without a prefix
+    if norms and len(backbone.stages) == 1:  # a stage without a prefix
         moved = [
             {name: t * (1 + torch.rand(t.shape, generator=generator)) for name, t in backbone.norms.items()}
             for _ in masks
@@ -96,8 +96,8 @@ def close(got: Tensor, want: Tensor) -> None:
 @pytest.mark.usefixtures("graphs")
 def test_equals_the_plain_executor(backbone: Backbone) -> None:
     """Masks that begin early and late, with statistics of their own and without, there and back again."""
-    plain, executor = TorchExecutor(backbone, Residency(2**30)), CudaExecutor(backbone, Residency(2**30))
-    last = len(backbone.row) - 1
+    plain, executor = PlainExecutor(backbone, WeightCache(2**30)), CudaExecutor(backbone, WeightCache(2**30))
+    last = len(backbone.stages) - 1
     masks = [*masks_of(backbone, last, min(last, 1), 0, last), *masks_of(backbone, 0, min(last, 1), norms=False)]
     packed = {mask: executor.pack(mask) for mask in masks}
     x = images(backbone, 3)
@@ -115,8 +115,8 @@ def test_equals_the_plain_executor(backbone: Backbone) -> None:
 @pytest.mark.parametrize("start", [0, 2, -1])
 def test_a_mask_for_each_image(backbone: Backbone, start: int) -> None:
     """Each image as if it were alone; masks of one batch may begin at several stages, and come more than once."""
-    plain, executor = TorchExecutor(backbone, Residency(2**30)), CudaExecutor(backbone, Residency(2**30))
-    stage = backbone.stage(min(start, len(backbone.row) - 1))
+    plain, executor = PlainExecutor(backbone, WeightCache(2**30)), CudaExecutor(backbone, WeightCache(2**30))
+    stage = backbone.stage(min(start, len(backbone.stages) - 1))
     masks = masks_of(backbone, stage, 0, stage // 2, stage, stage)
     order = [masks[i] for i in (0, 1, 2, 3, 1)]
     x = executor.run(images(backbone, 5), 0, stage) if stage else images(backbone, 5)
@@ -137,7 +137,7 @@ def test_a_mask_for_each_image(backbone: Backbone, start: int) -> None:
 def test_a_mask_for_each_image_by_the_kernels(name: str, device: str) -> None:
     """The whole way through the table of addresses, in the interpreter, with a bucket that is not full."""
     backbone = calibrated(name)
-    executor = CudaExecutor(backbone, Residency(2**30))
+    executor = CudaExecutor(backbone, WeightCache(2**30))
     masks = [executor.pack(mask) for mask in masks_of(backbone, 0, 2, 1)]
     x = executor.run(images(backbone, 3), 0, 2)
     want = executor.run_each(x, masks, 2)
@@ -149,7 +149,7 @@ def test_a_mask_for_each_image_by_the_kernels(name: str, device: str) -> None:
 
 def test_a_part_of_the_stages_with_a_mask_for_each_image() -> None:
     backbone = calibrated("test_resnet")
-    executor = CudaExecutor(backbone, Residency(2**30))
+    executor = CudaExecutor(backbone, WeightCache(2**30))
     masks = [executor.pack(mask) for mask in masks_of(backbone, 1, 0, 1)]
     x = images(backbone, 3)
     part = executor.run_each(executor.run(x, 0, 1), masks, 1, 3)
@@ -157,19 +157,19 @@ def test_a_part_of_the_stages_with_a_mask_for_each_image() -> None:
     close(whole, executor.run_each(executor.run(x, 0, 1), masks, 1))
 
 
-def test_who_needs_materialised_weights_for_distinct_masks() -> None:
-    """Networks with norms that can't be folded; the others leave the residency alone."""
+def test_who_needs_materialized_weights_for_distinct_masks() -> None:
+    """Networks with norms that can't be folded; the others leave the weight_cache alone."""
     for name, misses in (("test_resnet", 0), ("test_vit", 0), ("densenet121", 2)):
-        backbone, residency = calibrated(name), Residency(2**30)
-        executor = CudaExecutor(backbone, residency)
+        backbone, weight_cache = calibrated(name), WeightCache(2**30)
+        executor = CudaExecutor(backbone, weight_cache)
         executor.run_each(images(backbone, 2), [executor.pack(m) for m in masks_of(backbone, 0, 0)], 0)
-        assert residency.misses == misses, name
+        assert weight_cache.misses == misses, name
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 33, 70])
 def test_batches_of_any_size(count: int) -> None:
     backbone = calibrated("test_resnet")
-    executor = CudaExecutor(backbone, Residency(2**30))
+    executor = CudaExecutor(backbone, WeightCache(2**30))
     x = images(backbone, count)[:, :, :32, :32]
     masks = [executor.pack(mask) for mask in masks_of(backbone, 0, 0, 0)]
     order = [masks[i % 3] for i in range(count)]
@@ -180,11 +180,11 @@ def test_batches_of_any_size(count: int) -> None:
     close(executor.run(x)[::3], want[::3])
 
 
-def FoldedOf(backbone: Backbone, mask: Packed) -> CudaExecutor:
+def FoldedOf(backbone: Backbone, mask: PackedMask) -> CudaExecutor:
     """An executor of its own under a mask."""
     from cascade.engine.executors.folded import FoldedExecutor
 
-    executor = FoldedExecutor(backbone, Residency(2**30))
+    executor = FoldedExecutor(backbone, WeightCache(2**30))
     executor.swap(mask)
     return executor  # type: ignore[return-value]
 
@@ -199,7 +199,7 @@ def test_graphs_serve_all_masks_and_buckets(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(cuda, "Graph", Counted)
     backbone = calibrated("test_resnet")
-    executor = CudaExecutor(backbone, Residency(2**30))
+    executor = CudaExecutor(backbone, WeightCache(2**30))
     masks = [executor.pack(mask) for mask in masks_of(backbone, 0, 0, 0)]
     for mask in masks:
         for count in (3, 4, 1):
@@ -212,7 +212,7 @@ def test_graphs_serve_all_masks_and_buckets(monkeypatch: pytest.MonkeyPatch) -> 
 def test_old_graphs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "GRAPHS", 3)
     backbone = calibrated("test_resnet")
-    executor = CudaExecutor(backbone, Residency(2**30))
+    executor = CudaExecutor(backbone, WeightCache(2**30))
     for size in (32, 48, 64, 80):
         executor.run(images(backbone, 1)[:, :, :size, :size])
     assert len(executor._graphs) == 3
@@ -228,34 +228,34 @@ def buffer_of(executor: CudaExecutor) -> Tensor:
 
 
 def test_one_buffer_that_never_moves() -> None:
-    backbone, residency = calibrated("test_resnet"), Residency(2**30)
-    executor = CudaExecutor(backbone, residency)
+    backbone, weight_cache = calibrated("test_resnet"), WeightCache(2**30)
+    executor = CudaExecutor(backbone, weight_cache)
     a, b, late = (executor.pack(mask) for mask in masks_of(backbone, 0, 0, 3))
     executor.swap(a)
     where = buffer_of(executor).data_ptr()
     for mask, hits, misses in ((b, 0, 2), (late, 0, 3), (None, 0, 3), (late, 1, 3), (late, 1, 3), (a, 1, 4)):
         executor.swap(mask)
         assert buffer_of(executor).data_ptr() == where
-        assert (residency.hits, residency.misses) == (hits, misses)
-        assert residency.used == executor.size(a), "the whole buffer, whatever is in it"
-        assert [m in residency for m in (a, b, late)] == [m is (mask or late) for m in (a, b, late)]
+        assert (weight_cache.hits, weight_cache.misses) == (hits, misses)
+        assert weight_cache.used == executor.size(a), "the whole buffer, whatever is in it"
+        assert [m in weight_cache for m in (a, b, late)] == [m is (mask or late) for m in (a, b, late)]
 
 
 def test_the_buffer_is_as_long_as_it_must_be() -> None:
-    backbone, residency = calibrated("test_resnet"), Residency(2**30)
-    executor = CudaExecutor(backbone, residency)
+    backbone, weight_cache = calibrated("test_resnet"), WeightCache(2**30)
+    executor = CudaExecutor(backbone, weight_cache)
     late, early = (executor.pack(mask) for mask in masks_of(backbone, 4, 1))
     executor.swap(late)
-    assert residency.used == executor.size(late) == buffer_of(executor).nbytes < executor.size(early)
+    assert weight_cache.used == executor.size(late) == buffer_of(executor).nbytes < executor.size(early)
     executor.run(torch.zeros(1, *executor.run(images(backbone, 1), 0, 4).shape[1:]), 4)
     executor.swap(early)
-    assert residency.used == executor.size(early) == buffer_of(executor).nbytes
+    assert weight_cache.used == executor.size(early) == buffer_of(executor).nbytes
     assert all(key[0] is None for key in executor._graphs), "graphs of a buffer that is gone are gone"
 
 
 def test_a_budget_below_one_mask() -> None:
     backbone = calibrated("test_resnet")
-    executor = CudaExecutor(backbone, Residency(100))
+    executor = CudaExecutor(backbone, WeightCache(100))
     with pytest.raises(CascadeError, match="the budget of 100 bytes is below one mask's weights"):
         executor.swap(executor.pack(masks_of(backbone, 0)[0]))
     x = images(backbone, 2)
@@ -265,19 +265,19 @@ def test_a_budget_below_one_mask() -> None:
 @pytest.mark.usefixtures("graphs")
 def test_two_backbones_share_a_budget_of_one_mask() -> None:
     """What one evicts, the other must neither keep nor look at."""
-    residency = Residency(0)
+    weight_cache = WeightCache(0)
     backbones = [calibrated("test_resnet"), calibrated("test_resnet")]
-    backbones[1].flat.mul_(0.9)
-    executors = [CudaExecutor(backbone, residency) for backbone in backbones]
+    backbones[1].weights.mul_(0.9)
+    executors = [CudaExecutor(backbone, weight_cache) for backbone in backbones]
     masks = [executor.pack(masks_of(executor.backbone, 0)[0]) for executor in executors]
-    residency.budget = executors[0].size(masks[0])
+    weight_cache.budget = executors[0].size(masks[0])
     x = images(backbones[0], 2)
     want = [FoldedOf(e.backbone, mask).run(x) for e, mask in zip(executors, masks, strict=True)]
     for i in (0, 1, 1, 0, 1, 0):
         executors[1 - i].swap(None)
         executors[i].swap(masks[i])
         close(executors[i].run(x), want[i])
-        assert residency.used == residency.budget
+        assert weight_cache.used == weight_cache.budget
         executors[i].swap(None)
     executors[0].swap(masks[0])
     executors[1].swap(masks[1])  # evicts it: nothing else holds the buffer, but what took it over
@@ -286,12 +286,12 @@ def test_two_backbones_share_a_budget_of_one_mask() -> None:
 
 
 def test_evicted_weights_are_freed() -> None:
-    backbone, residency = calibrated("test_resnet"), Residency(2**30)
-    executor = CudaExecutor(backbone, residency)
+    backbone, weight_cache = calibrated("test_resnet"), WeightCache(2**30)
+    executor = CudaExecutor(backbone, weight_cache)
     mask = executor.pack(masks_of(backbone, 0)[0])
     executor.swap(mask)
     executor.run(images(backbone, 2))
-    residency.clear()
+    weight_cache.clear()
     assert executor._buffer() is None
     with pytest.raises(AssertionError, match="is held"):
         executor.run(images(backbone, 2))
@@ -302,8 +302,8 @@ def test_bfloat16() -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16; tests/gpu has the same on a GPU")
     plain, executor = (
-        TorchExecutor(backbone, Residency(2**30)),
-        CudaExecutor(backbone, Residency(2**30), torch.bfloat16),
+        PlainExecutor(backbone, WeightCache(2**30)),
+        CudaExecutor(backbone, WeightCache(2**30), torch.bfloat16),
     )
     masks = masks_of(backbone, 0, 0, 0)
     x = images(backbone, 3)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from cascade.bundle.format import read
 from cascade.engine.executors import Executor
 from cascade.engine.executors.onnx import OnnxError
-from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.executors.selection import Kind, make
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
@@ -67,18 +67,18 @@ def features(executor: Executor, mask: Mask | None, x: Tensor, start: int) -> Te
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_equals_the_plain_executor(backbone: Backbone, x: Tensor, kind: Kind) -> None:
-    plain = TorchExecutor(backbone, Residency(2**30))
+    plain = PlainExecutor(backbone, WeightCache(2**30))
     if kind == "onnx" and backbone.name == "densenet121":
         with pytest.raises(OnnxError, match="denselayer1.norm1.running_mean with others"):
-            make(backbone, Residency(2**30), kind)
+            make(backbone, WeightCache(2**30), kind)
         return
-    other = make(backbone, Residency(2**30), kind)
+    other = make(backbone, WeightCache(2**30), kind)
     generator = torch.Generator().manual_seed(2)
     want = features(plain, None, x, 0)
     assert want.std(dim=0).max() > 1e-3, "the images must differ, or this proves little"
     scale = float(want.abs().max())
     torch.testing.assert_close(features(other, None, x, 0), want, rtol=1e-4, atol=1e-5 * scale)
-    for start in sorted({0, 1, len(backbone.row) // 2, len(backbone.row) - 1} - {len(backbone.row)}):
+    for start in sorted({0, 1, len(backbone.stages) // 2, len(backbone.stages) - 1} - {len(backbone.stages)}):
         mask = random_mask(backbone, "m", start, generator, norms=True)
         got, masked = features(other, mask, x, start), features(plain, mask, x, start)
         scale = float(masked.abs().max())
@@ -92,9 +92,9 @@ def test_a_trained_bundles_masks(bundle_path: Path, kind: Kind) -> None:
     """From the training loop, on its real backbone, in every range of stages that the engine asks for."""
     bundle = read(bundle_path)
     backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source)
-    plain, other = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), kind)
+    plain, other = PlainExecutor(backbone, WeightCache(2**30)), make(backbone, WeightCache(2**30), kind)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for start in range(len(backbone.row)):
+    for start in range(len(backbone.stages)):
         torch.testing.assert_close(other.run(x, 0, start), plain.run(x, 0, start), rtol=1e-3, atol=1e-3)
     for mask in bundle.masks:
         got, want = features(other, mask, x, mask.start), features(plain, mask, x, mask.start)
@@ -104,7 +104,7 @@ def test_a_trained_bundles_masks(bundle_path: Path, kind: Kind) -> None:
 @pytest.mark.parametrize("kind", OTHERS)
 def test_any_batch_size_and_image_size(kind: Kind) -> None:
     backbone = calibrated("test_efficientnet")
-    plain, other = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), kind)
+    plain, other = PlainExecutor(backbone, WeightCache(2**30)), make(backbone, WeightCache(2**30), kind)
     for shape in ((1, 64), (7, 64), (2, 96), (1, 64)):
         x = torch.randn(shape[0], 3, shape[1], shape[1], generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(other.run(x), plain.run(x), rtol=1e-4, atol=1e-4)
@@ -115,9 +115,9 @@ def test_bfloat16() -> None:
     backbone = calibrated("test_resnet")
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         with pytest.raises(CascadeError, match="no bfloat16"):
-            make(backbone, Residency(2**30), "bf16")
+            make(backbone, WeightCache(2**30), "bf16")
         return
-    plain, half = TorchExecutor(backbone, Residency(2**30)), make(backbone, Residency(2**30), "bf16")
+    plain, half = PlainExecutor(backbone, WeightCache(2**30)), make(backbone, WeightCache(2**30), "bf16")
     x = torch.randn(3, *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
     masks = [random_mask(backbone, "m", start, torch.Generator().manual_seed(start), norms=True) for start in (0, 3)]
     for mask in (None, *masks):
@@ -137,16 +137,16 @@ def test_the_backbones_weights_are_given_up(kind: Kind) -> None:
     backbone = calibrated("test_resnet")
     x = torch.randn(2, *backbone.config["input_size"], generator=torch.Generator().manual_seed(0))
     mask = random_mask(backbone, "m", 2, torch.Generator().manual_seed(0), norms=True)
-    plain = TorchExecutor(backbone, Residency(2**30))
+    plain = PlainExecutor(backbone, WeightCache(2**30))
     want = features(plain, None, x, 0), features(plain, mask, x, 2)
     plain.swap(None)
-    executor = choose(backbone, Residency(2**30), kind)
-    assert backbone.flat.is_meta
+    executor = choose(backbone, WeightCache(2**30), kind)
+    assert backbone.weights.is_meta
     got = features(executor, None, x, 0), features(executor, mask, x, 2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unpacked_mask_is_no_mask_for_others() -> None:
-    executor = make(calibrated("test_resnet"), Residency(2**30), "folded")
+    executor = make(calibrated("test_resnet"), WeightCache(2**30), "folded")
     with pytest.raises(AssertionError, match="packed before it is swapped"):
         executor.swap(random_mask(executor.backbone, "m", 0, torch.Generator()))

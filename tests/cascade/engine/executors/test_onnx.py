@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cascade.engine.executors.onnx import OnnxError, OnnxExecutor, _order, library
-from cascade.engine.executors.weight_layout import Order
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
+from cascade.kernels.weight_layout import BlockOrder
 from cascade.model import backbone as backbones
 from cascade.model.folding import Unit
 from tests.helpers.paths import ROOT
@@ -22,7 +22,7 @@ def test_the_order_is_read_off_the_probe(block: int) -> None:
     unit = Unit("layer", None, 0, 0, (20, 3, 3, 3))
     columns = np.append(np.random.default_rng(0).permutation(27), [-1, -1]).astype(np.int32)
     probe = torch.arange(1, 20 * 27 + 1).view(20, 27).float()
-    kept = Order(block, columns).arrange(probe).numpy()
+    kept = BlockOrder(block, columns).arrange(probe).numpy()
     found = _order(unit, 5, np.where(kept > 0, kept + 5, 0), np.zeros(-(-20 // block) * block))
     assert found.block == block
     np.testing.assert_array_equal(found.columns, columns)
@@ -37,15 +37,15 @@ def test_an_order_that_is_none() -> None:
 
 def test_blocks_are_found_on_this_processor() -> None:
     """Without blocks everything would still be right, and half as fast."""
-    executor = OnnxExecutor(backbones.load("resnet18", "random:0"), Residency(2**30))
-    blocks = {order.block for order in executor.flat.orders}
+    executor = OnnxExecutor(backbones.load("resnet18", "random:0"), WeightCache(2**30))
+    blocks = {order.block for order in executor.layout.orders}
     assert blocks in ({16}, {8}), blocks
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(OnnxError, match=r"onnx is missing: pip install 'cascade-vision\[cpu\]'"):
-        OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))
+        OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))
 
 
 def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
@@ -63,11 +63,11 @@ def test_what_goes_wrong_inside_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         raise ValueError("the model is cut")
 
     monkeypatch.setattr(library("onnxruntime"), "InferenceSession", cut)
-    with pytest.raises(OnnxError, match="test_resnet: ONNX Runtime can't optimise it: the model is cut"):
-        OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))
+    with pytest.raises(OnnxError, match="test_resnet: ONNX Runtime can't optimize it: the model is cut"):
+        OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))
 
 
 def test_no_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is no hindrance."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    OnnxExecutor(backbones.load("test_resnet", "random:0"), Residency(2**30))
+    OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))

@@ -10,13 +10,13 @@ import pytest
 from cascade.engine.executors import selection
 from cascade.engine.executors.folded import FoldedExecutor
 from cascade.engine.executors.onnx import OnnxError, OnnxExecutor
-from cascade.engine.executors.plain import TorchExecutor
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.executors.selection import choose
-from cascade.engine.weight_cache import Residency
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 
-KINDS = {"plain": TorchExecutor, "folded": FoldedExecutor, "onnx": OnnxExecutor}
+KINDS = {"plain": PlainExecutor, "folded": FoldedExecutor, "onnx": OnnxExecutor}
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chosen(kind: Any = "auto", size: int | None = None) -> Any:
-    return choose(backbones.load("test_resnet", "random:0"), Residency(2**30), kind, size)
+    return choose(backbones.load("test_resnet", "random:0"), WeightCache(2**30), kind, size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,27 +48,31 @@ def test_a_model_that_folding_gets_wrong(kind: Any, cache: Path, caplog: pytest.
     """CoAtNet's stride lies past its layers: refused by name, and ``auto`` runs the model as it is."""
     backbone = backbones.load("test_coatnet", "random:0")
     with pytest.raises(CascadeError, match="other features than the model under a mask of test_coatnet"):
-        choose(backbone, Residency(2**30), kind)
-    assert not backbone.flat.is_meta, "the plain model is still there"
+        choose(backbone, WeightCache(2**30), kind)
+    assert not backbone.weights.is_meta, "the plain model is still there"
 
 
 def test_auto_runs_such_a_model_as_it_is(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     backbone = backbones.load("test_coatnet", "random:0")
-    assert type(choose(backbone, Residency(2**30))) is TorchExecutor
-    assert not backbone.flat.is_meta and not cache.exists()
+    assert type(choose(backbone, WeightCache(2**30))) is PlainExecutor
+    assert not backbone.weights.is_meta and not cache.exists()
     assert "test_coatnet runs with the plain executor" in caplog.text
 
 
 def test_layers_that_no_mask_can_be_folded_into() -> None:
     with pytest.raises(CascadeError, match="92% of the masked weights of test_nfnet are in layers"):
-        choose(backbones.load("test_nfnet", "random:0"), Residency(2**30), "folded")
+        choose(backbones.load("test_nfnet", "random:0"), WeightCache(2**30), "folded")
 
 
 def test_checking_is_not_counted() -> None:
-    residency = Residency(1)  # no mask fits
-    executor = choose(backbones.load("regnety_002", "random:0"), residency, "folded", 64)
-    assert executor.residency is residency and (residency.used, residency.misses, residency.evictions) == (0, 0, 0)
-    assert executor.backbone.flat.is_meta, "the plain model is given up"
+    weight_cache = WeightCache(1)  # no mask fits
+    executor = choose(backbones.load("regnety_002", "random:0"), weight_cache, "folded", 64)
+    assert executor.weight_cache is weight_cache and (
+        weight_cache.used,
+        weight_cache.misses,
+        weight_cache.evictions,
+    ) == (0, 0, 0)
+    assert executor.backbone.weights.is_meta, "the plain model is given up"
 
 
 @pytest.mark.parametrize("fast", ["folded", "onnx"])

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cascade.engine.executors.weight_layout import Flat, Order
+from cascade.kernels.materialize import materialize
+from cascade.kernels.weight_layout import BlockOrder, WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
-from cascade.model.masks import apply
 from tests.helpers.bundles import random_mask
 
 
@@ -20,31 +20,31 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
     return backbones.load(request.param, "random:0")
 
 
-def shuffled(unit: Unit, block: int) -> Order:
+def shuffled(unit: Unit, block: int) -> BlockOrder:
     columns = np.random.default_rng(unit.offset).permutation(unit.columns)
     padding = -unit.columns % 4
-    return Order(block, np.append(columns, [-1] * padding).astype(np.int32))
+    return BlockOrder(block, np.append(columns, [-1] * padding).astype(np.int32))
 
 
 @pytest.mark.parametrize("block", [1, 8, 16])
 @pytest.mark.parametrize("start", [0, 2, -1])
 def test_kernels_equal_their_references(backbone: Backbone, block: int, start: int) -> None:
     folded = Folded(backbone)
-    flat = Flat(folded, [shuffled(unit, block) for unit in folded.units])
+    flat = WeightLayout(folded, [shuffled(unit, block) for unit in folded.units])
     mask = random_mask(backbone, "m", backbone.stage(start), torch.Generator().manual_seed(0), norms=True)
     packed = flat.pack(mask)
     assert packed.bits.equal(flat.reorder_plain(mask))
     out = torch.zeros(flat.size(mask.start) // 4)
-    assert flat.materialise(packed, out) is out
-    torch.testing.assert_close(out, flat.materialise_plain(packed), rtol=1e-6, atol=0)
+    assert flat.materialize(packed, out) is out
+    torch.testing.assert_close(out, flat.materialize_plain(packed), rtol=1e-6, atol=0)
 
 
 def test_weights_are_those_of_the_masked_model(backbone: Backbone) -> None:
     """Row by row in the model's own order: W * M / alpha times what the BatchNorm multiplies with."""
     folded = Folded(backbone)
-    flat = Flat(folded, [Order(1, np.arange(unit.columns, dtype=np.int32)) for unit in folded.units])
+    flat = WeightLayout(folded, [BlockOrder(1, np.arange(unit.columns, dtype=np.int32)) for unit in folded.units])
     mask = random_mask(backbone, "m", 0, torch.Generator().manual_seed(1), norms=True)
-    whole, found, affines = apply(backbone, mask), flat.materialise(flat.pack(mask)), folded.affines(mask)
+    whole, found, affines = materialize(backbone, mask), flat.materialize(flat.pack(mask)), folded.affines(mask)
     for i, unit in enumerate(folded.units):
         want = whole[unit.offset : unit.offset + unit.rows * unit.columns].view(unit.rows, -1).double()
         if unit.norm:
@@ -66,7 +66,7 @@ def test_weights_are_those_of_the_masked_model(backbone: Backbone) -> None:
 def test_packed_bytes(backbone: Backbone) -> None:
     """A bit a weight, eight bytes a row; padding may add a little."""
     folded = Folded(backbone)
-    flat = Flat(folded, [shuffled(unit, 1) for unit in folded.units])
+    flat = WeightLayout(folded, [shuffled(unit, 1) for unit in folded.units])
     packed = flat.pack(random_mask(backbone, "m", 0, torch.Generator().manual_seed(0), norms=True))
     weights, rows = (sum(n) for n in zip(*((u.rows * u.columns, u.rows) for u in folded.units), strict=True))
     assert weights / 8 + 8 * rows <= packed.bytes() < 1.1 * (weights / 8 + 8 * rows)
@@ -77,7 +77,7 @@ def test_a_mask_without_weights() -> None:
     """A stage that holds nothing maskable: nothing to write, and no error."""
     backbone = backbones.load("test_vit", "random:0")
     folded = Folded(backbone)
-    flat = Flat(folded, [shuffled(unit, 8) for unit in folded.units])
-    last = len(backbone.row) - 1
+    flat = WeightLayout(folded, [shuffled(unit, 8) for unit in folded.units])
+    last = len(backbone.stages) - 1
     packed = flat.pack(random_mask(backbone, "m", last, torch.Generator().manual_seed(0)))
-    assert flat.size(last) == 0 and flat.materialise(packed).numel() == 0
+    assert flat.size(last) == 0 and flat.materialize(packed).numel() == 0

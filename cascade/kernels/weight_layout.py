@@ -1,6 +1,6 @@
 """An executor's own flat buffer: the folded weights in the order in which its kernels read them.
 
-``Backbone.flat`` and the bits of a ``Mask`` have the model's order. An executor may want another one (channels last,
+``Backbone.weights`` and the bits of a ``Mask`` have the model's order. An executor may want another one (channels last,
 blocks of 16 output channels): then its weights are brought into that order once, the bits of each mask when it is
 loaded, and a swap stays one pass over memory. A pass is always bits and pristine weights in, masked and scaled
 weights out.
@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cascade.kernels.materialize import cut
 from cascade.model.folding import Folded
-from cascade.model.masks import Mask, cut, pack, unpack
+from cascade.model.masks import Mask, pack, unpack
 
 ALIGN = 16  # weights: each unit begins at a whole word of bits, and at a cache line
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class BlockOrder:
     """In which order an executor keeps the weights of one unit, ``[rows, columns]`` in the model's.
 
     Attributes:
@@ -42,7 +43,7 @@ class Order:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed(Mask):
+class PackedMask(Mask):
     """A mask as an executor keeps it: bits in its order, and what remains of alphas, norms and biases.
 
     Attributes:
@@ -59,7 +60,7 @@ class Packed(Mask):
         return sum(t.nbytes for t in held)
 
 
-class Flat:
+class WeightLayout:
     """The pristine weights of a folded backbone in an executor's order.
 
     Attributes:
@@ -68,14 +69,14 @@ class Flat:
         begin: where each unit's weights begin, int64 [units + 1]; row: where its rows begin.
     """
 
-    def __init__(self, folded: Folded, orders: Sequence[Order]) -> None:
+    def __init__(self, folded: Folded, orders: Sequence[BlockOrder]) -> None:
         self.folded, self.orders = folded, list(orders)
         units = folded.units
         blocks = [-(-u.rows // o.block) for u, o in zip(units, orders, strict=True)]
         sizes = [n * o.block * len(o.columns) for n, o in zip(blocks, orders, strict=True)]
         self.begin = np.cumsum([0, *(-(-size // ALIGN) * ALIGN for size in sizes)])
         self.row = np.cumsum([0, *(n * o.block for n, o in zip(blocks, orders, strict=True))])
-        device = folded.backbone.flat.device
+        device = folded.backbone.weights.device
         state = folded.model.state_dict()
         self.loose = {name: state[name].detach().clone() for name in folded.loose}
         self.pristine = torch.zeros(int(self.begin[-1]), device=device)
@@ -98,17 +99,17 @@ class Flat:
         return next((i for i, u in enumerate(self.folded.units) if u.stage >= stage), len(self.folded.units))
 
     def size(self, stage: int) -> int:
-        """Bytes of a mask's materialised weights that begins at ``stage``."""
+        """Bytes of a mask's materialized weights that begins at ``stage``."""
         return 4 * int(self.begin[-1] - self.begin[self.first(stage)])
 
-    def pack(self, mask: Mask) -> Packed:
+    def pack(self, mask: Mask) -> PackedMask:
         """A mask in this order; the model's order of its bits is not kept."""
         first, device = self.first(mask.start), self.pristine.device
         scales, shifts = (np.zeros(self.row[-1] - self.row[first], np.float32) for _ in range(2))
         for i, affine in enumerate(self.folded.affines(mask), first):
             rows = slice(self.row[i] - self.row[first], self.row[i] - self.row[first] + len(affine.scale))
             scales[rows], shifts[rows] = affine.scale, affine.shift
-        return Packed(
+        return PackedMask(
             mask.name,
             mask.start,
             self._reorder(mask).to(device),
@@ -117,7 +118,7 @@ class Flat:
             loose={name: t.to(device) for name, t in self.folded.loosened(mask).items()},
         )
 
-    def materialise(self, mask: Packed, out: Tensor | None = None) -> Tensor:
+    def materialize(self, mask: PackedMask, out: Tensor | None = None) -> Tensor:
         """Masked and scaled weights, float32 [n], from the mask's first stage to the end.
 
         On a GPU ``out`` may be bfloat16.
@@ -135,8 +136,8 @@ class Flat:
         cpu.masked(mask.bits.numpy(), pristine.numpy(), begin, end, mask.scales.numpy()[rows], out.numpy())
         return out
 
-    def materialise_plain(self, mask: Packed) -> Tensor:
-        """``materialise`` in plain PyTorch: the reference for every kernel, on any device."""
+    def materialize_plain(self, mask: PackedMask) -> Tensor:
+        """``materialize`` in plain PyTorch: the reference for every kernel, on any device."""
         pristine = self.pristine[self.begin[self.first(mask.start)] :]
         begin, end, rows = self._plan(mask.start)
         scale = torch.zeros_like(pristine)
@@ -200,7 +201,7 @@ class Flat:
     def reorder_plain(self, mask: Mask) -> Tensor:
         """``_reorder`` in plain PyTorch: its reference."""
         first, origin = self.first(mask.start), self.folded.backbone.offset(mask.start)
-        active = unpack(mask.bits, self.folded.backbone.flat.numel() - origin)
+        active = unpack(mask.bits, self.folded.backbone.weights.numel() - origin)
         out = torch.zeros(int(self.begin[-1] - self.begin[first]), dtype=torch.bool)
         for i in range(first, len(self.orders)):
             unit = self.folded.units[i]

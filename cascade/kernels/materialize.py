@@ -1,0 +1,51 @@
+"""A mask's weights in the model's own order: ``W * M / alpha`` from its first stage to the end (paper §3, eq. 1-3)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.model.backbone import Backbone
+from cascade.model.masks import Mask, alpha, split, unpack
+
+
+def materialize(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Tensor:
+    """Masked and scaled weights, float32 [n], from the mask's first stage to the end.
+
+    Args:
+        backbone: gives the pristine weights.
+        mask: the bits.
+        out: a buffer to write into.
+    """
+    first = backbone.offset(mask.start)
+    pristine = backbone.weights[first:]
+    out = torch.empty_like(pristine) if out is None else out
+    if pristine.device.type != "cpu":
+        return materialize_plain(backbone, mask, out)
+    from cascade.kernels import cpu  # numba takes a second to come up
+
+    bounds = np.array([s.offset - first for s in backbone.segments if s.offset >= first] + [len(pristine)])
+    bits = mask.bits.numpy()
+    alphas = np.sqrt(np.maximum(cpu.count(bits, bounds), 1) / np.diff(bounds))
+    scales = np.repeat((1 / alphas).astype(np.float32)[:, None], cpu.LANES, axis=1)
+    begin, end, segment = cut(bounds[:-1], bounds[1:])
+    cpu.masked(bits, pristine.numpy(), begin, end, scales[segment], out.numpy())
+    return out
+
+
+def cut(begin: np.ndarray, end: np.ndarray, size: int = 1 << 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranges cut into pieces of at most ``size``, that threads can share: begin, end, and of which range it is."""
+    pieces = -(-(end - begin) // size)
+    which = np.repeat(np.arange(len(begin)), pieces)
+    nth = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = begin[which] + nth * size
+    return starts, np.minimum(starts + size, end[which]), which
+
+
+def materialize_plain(backbone: Backbone, mask: Mask, out: Tensor) -> Tensor:
+    """``materialize`` in plain PyTorch: the reference for every kernel, on any device."""
+    first = backbone.offset(mask.start)
+    active = unpack(mask.bits, len(out))
+    torch.mul(backbone.weights[first:], active, out=out)
+    for segment, part in split(backbone, mask.start, active):
+        out[segment.offset - first : segment.end - first] /= alpha(part)
+    return out
