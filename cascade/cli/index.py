@@ -1,10 +1,12 @@
-"""``cascade index build | search | duplicates | outliers``; imports as ``cascade.cli.main``."""
+"""``cascade index build | search | duplicates | outliers``."""
 
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cascade.cli.options import Weights
 
 
 class IndexKind(StrEnum):
@@ -23,7 +25,6 @@ class Placed(StrEnum):
 
 
 index = typer.Typer(help="Search what was predicted: build, search, duplicates, outliers.", no_args_is_help=True)
-Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]
 IndexPath = Annotated[Path, typer.Argument(help="What cascade index build wrote.")]
 Device = Annotated[Placed, typer.Option(help="Where FAISS works; cuda needs the extra gpu.")]
 Pages = Annotated[Path | None, typer.Option("--html", help="A page with the pictures, where they can be read.")]

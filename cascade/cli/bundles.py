@@ -1,0 +1,45 @@
+"""``cascade inspect | verify | pack | unpack``: bundles on disk."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascade.cli.options import BundlePath, Weights
+
+
+def inspect(bundle: BundlePath) -> None:
+    """Show a bundle's card: what it adapts, on what it was trained, and what it is worth."""
+    from cascade.bundle.format import read
+    from cascade.bundle.inspect import show
+
+    show(read(bundle))
+
+
+def verify(bundle: BundlePath, weights: Weights = None) -> None:
+    """Check a bundle to the last byte, and against its backbone: format, checksums, fingerprint, shapes."""
+    from cascade.bundle.format import check, read
+    from cascade.model import backbone
+
+    found = read(bundle)
+    want = found.card.backbone
+    check(found, backbone.load(want.name, want.source, weights))
+    typer.echo(f"{bundle} is whole and fits {want.name} ({want.fingerprint[:12]})")
+
+
+def pack(bundle: BundlePath, file: Annotated[Path, typer.Argument(help="File to write, e.g. demo-1.cascade.")]) -> None:
+    """Write a bundle as one small file, to send it: [bold]cascade pack model_store/demo/1 demo-1.cascade[/]"""
+    from cascade.bundle import archive
+
+    written = archive.pack(bundle, file)
+    typer.echo(f"{written}: {written.stat().st_size / 1e6:.2f} MB; cascade unpack {written.name} makes a bundle of it")
+
+
+def unpack(
+    file: Annotated[Path, typer.Argument(help="What cascade pack has written.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder <store>/<name>/<version> to make; must not exist.")],
+) -> None:
+    """Make a bundle of a packed one: [bold]cascade unpack demo-1.cascade model_store/demo/2[/]"""
+    from cascade.bundle import archive
+
+    typer.echo(f"wrote {archive.unpack(file, bundle)}")

@@ -1,0 +1,13 @@
+"""``cascade train``."""
+
+import typer
+
+
+def train(context: typer.Context) -> None:
+    """Train a cascade on a folder of images: [bold]cascade train photos/ --out model_store/photos/1[/]
+
+    All options: cascade train --help
+    """
+    from training.pipeline import command
+
+    command(context.args)
