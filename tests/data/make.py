@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.data.downloads import CLASSES, arrays
+from training.data.arrays import CLASSES, load
 
 HERE = Path(__file__).parent
 COLUMNS, ROWS = 20, 15
 
 
 def contact_sheet(name: str, stem: str) -> None:
-    images, labels = arrays(name, "test")
+    images, labels = load(name, "test")
     first = np.asarray(images[: COLUMNS * ROWS])
     side = first.shape[1]
     grid = first.reshape(ROWS, COLUMNS, side, side, -1).swapaxes(1, 2).reshape(ROWS * side, COLUMNS * side, -1)
@@ -24,7 +24,7 @@ def contact_sheet(name: str, stem: str) -> None:
 
 def photos() -> None:
     """The first CIFAR-10 test image of each class."""
-    images, labels = arrays("cifar10", "test")
+    images, labels = load("cifar10", "test")
     for label, name in enumerate(CLASSES["cifar10"]):
         index = int(np.argmax(labels == label))
         Image.fromarray(images[index]).save(HERE / "photos" / f"{name}-{index:04d}.png", optimize=True)

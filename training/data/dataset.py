@@ -18,14 +18,14 @@ from PIL import Image, ImageOps
 
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import read
-from training.data import downloads, published
+from training.data import arrays, published
 from training.data.array_cache import stored
 from training.data.scan import digest, scan, threaded, walk
 
 Split = Literal["train", "test"]
 
 HOLD_OUT = 0.2
-NAMES = (*downloads.CLASSES, *published.PLACES)
+NAMES = (*arrays.CLASSES, *published.PLACES)
 NAMED = 20  # broken images that the warning names; `Images.broken` has them all
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def load(source: str | Path, split: Split, limit: int | None = None, seed: int =
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}: ask for at least one image")
-    if str(source) in downloads.CLASSES:
+    if str(source) in arrays.CLASSES:
         images = _arrays(str(source), split)
     else:
         images = _published(str(source), split) if str(source) in published.PLACES else _folder(Path(source), split)
@@ -117,14 +117,14 @@ def evenly(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _arrays(name: str, split: Split) -> Images:
-    pixels, labels = downloads.arrays(name, split)
+    pixels, labels = arrays.load(name, split)
     names = [f"{name}/{split}/{i:05d}" for i in range(len(pixels))]
-    return Images(names, labels, downloads.CLASSES[name], pixels, [digest(image) for image in pixels])
+    return Images(names, labels, arrays.CLASSES[name], pixels, [digest(image) for image in pixels])
 
 
 def _published(name: str, split: Split) -> Images:
     files, labels, classes = published.listing(name, split)
-    folder = downloads.root() / published.PLACES[name].folder
+    folder = arrays.root() / published.PLACES[name].folder
     names = [path.relative_to(folder).as_posix() for path in files]
     label = dict(zip(names, labels, strict=True))
     images = _decodable(folder, names, split)

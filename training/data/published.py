@@ -2,7 +2,7 @@
 
     python -m training.data.published flowers102        # downloads it; nothing else here ever does
 
-Layouts are torchvision's, below ``training.data.downloads.root()``; torchvision reads those that it has a split for. A
+Layouts are torchvision's, below ``training.data.arrays.root()``; torchvision reads those that it has a split for. A
 ``split_zhou_*.json`` of CoOp (Zhou et al. 2022) in a data set's folder goes first: those are the splits behind the
 paper's figures. Without it validation images, where there are any, count as training images.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cascade.errors import CascadeError
-from training.data.downloads import SourceError, root
+from training.data.arrays import SourceError, root
 
 Split = Literal["train", "test"]
 Rows = tuple[list[Path], list[int], list[str]]  # files, their labels, the classes' names

@@ -17,7 +17,7 @@ from rich.progress import track
 import cascade
 from cascade import atomic
 from cascade.model.preprocessing import LIMITS, ImageError, read
-from training.data.downloads import root
+from training.data.arrays import root
 
 T = TypeVar("T")
 R = TypeVar("R")

