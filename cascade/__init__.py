@@ -3,7 +3,7 @@
     import cascade
     engine = cascade.load("model_store/demo/1")
     for answer in engine.predict(["cat.jpg", "ship.png"]):
-        print(answer.cluster, answer.confidence, answer.labels)
+        print(answer.labels if answer.ok else answer.error)
 
 Names are loaded on first use, so that ``import cascade`` (and ``cascade --help``) costs no torch.
 """

@@ -156,10 +156,12 @@ def _error(answer: httpx.Response) -> ItemError:
     """Of our own servers an ItemError; what TorchServe or a proxy answers itself has another body, or none."""
     try:
         error = answer.json()["error"]
-        return ItemError(**error) if isinstance(error, dict) else ItemError(answer.status_code, *error.split(": ", 1))
+        return (
+            ItemError(error["kind"], error["message"]) if isinstance(error, dict) else ItemError(*error.split(": ", 1))
+        )
     except (ValueError, TypeError, KeyError):
         text = " ".join(answer.text.split())[:200]
-        return ItemError(answer.status_code, "http", text or answer.reason_phrase)
+        return ItemError("http", f"status {answer.status_code}: {text or answer.reason_phrase}")
 
 
 def _columns(answer: httpx.Response) -> dict[str, Any]:

@@ -35,31 +35,23 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from cascade.errors import CascadeError
 
-STATUSES = (200, 400, 404, 413, 500, 503)
 STAGES = ("decode", "dispatch", "swap", "expert", "fuse")
 WINDOW = 1000
 """Images that the served cluster shares remember: each newer one weighs e times less after this many."""
 
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SCORES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 _CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
-REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "cluster", "status"])
-STAGE_SECONDS = Histogram("cascade_stage_seconds", "Time by stage of the pass.", ["stage"], buckets=_SECONDS)
+REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "cluster", "outcome"])
+STAGE_SECONDS = Histogram("cascade_stage_seconds", "Time by stage of the pass.", ["stage"], buckets=SECONDS)
 BATCH_IMAGES = Histogram("cascade_batch_images", "Images in a batch.", buckets=_IMAGES)
 GROUP_IMAGES = Histogram("cascade_group_images", "Images of a batch that share an expert mask.", buckets=_IMAGES)
 MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and already materialized.")
 MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialized.")
 MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialized masks that were dropped.")
-QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited for its pass.", buckets=_SECONDS)
-HTTP_SECONDS = Histogram(
-    "cascade_http_seconds", "Time of a request to the ASGI front end.", ["route", "status"], buckets=_SECONDS
-)
-HTTP_IN_PROGRESS = Gauge(
-    "cascade_http_in_progress", "Requests to the ASGI front end in progress.", multiprocess_mode="livesum"
-)
-ENGINE_RESTARTS = Counter("cascade_engine_restarts_total", "Deaths of the engine process behind the ASGI front end.")
+QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited for its pass.", buckets=SECONDS)
 DROPPED = Counter(
     "cascade_dropped_total",
     "Images that came to no pass: overloaded, deadline, cancelled or stopping.",
@@ -138,10 +130,13 @@ def refused(bundle: str, still: bool = True) -> None:
         _refused.add(bundle)
 
 
-def count(bundle: str | None, cluster: int | None, status: int) -> None:
-    """One image was answered: by which bundle, with which cluster (None for an error) and HTTP status.
+def count(bundle: str | None, cluster: int | None, outcome: str = "ok") -> None:
+    """Count one answer.
 
-    A bundle that is not being served counts as "unknown", for its name is the client's.
+    Args:
+        bundle: its name. One that is not served counts as "unknown", because the client chose the name.
+        cluster: None for an error.
+        outcome: "ok", or the kind of the error.
     """
     with _lock:
         shares = _serving.get(bundle or "")
@@ -150,7 +145,7 @@ def count(bundle: str | None, cluster: int | None, status: int) -> None:
     REQUESTS.labels(
         bundle=bundle if shares else "unknown",
         cluster="none" if cluster is None else str(cluster),
-        status=str(status) if status in STATUSES else "other",
+        outcome=outcome,
     ).inc()
 
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from cascade.engine.results import ItemError, Options, Prediction
+from handlers.statuses import error_body
 
 PREFIX = "x-cascade-"
 OPTIONS = ("bundle", "version", "mode", "fields")
 BINARY = "application/octet-stream"
 FIELDS = ("labels", "neighbors", "embedding")
-NOT_FINITE = ItemError(500, "not_finite", "the answer has numbers that are none: try cascade verify on the bundle")
+NOT_FINITE = ItemError("not_finite", "the answer has numbers that are none: try cascade verify on the bundle")
 
 
 def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
@@ -27,7 +28,7 @@ def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, O
         headers: as sent, names in the client's case; and for the body's name a dict with its content-type.
     """
     if len(item) > 1:
-        return ItemError(400, "bad_request", f"send one image a request, not {len(item)} form parts")
+        return ItemError("bad_request", f"send one image a request, not {len(item)} form parts")
     name, body = next(iter(item.items()), ("body", b""))
     body = body.encode() if isinstance(body, str) else bytes(body)
     options = {k.lower()[len(PREFIX) :]: v for k, v in headers.items() if k.lower().startswith(PREFIX)}
@@ -37,7 +38,7 @@ def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, O
             options = options | json.loads(body)  # a TypeError for all but an object
             body = base64.b64decode(options.pop("image"), validate=True)
         except (ValueError, TypeError, KeyError, RecursionError, binascii.Error):
-            return ItemError(400, "bad_request", 'a JSON body is an object with "image", the image\'s bytes in base64')
+            return ItemError("bad_request", 'a JSON body is an object with "image", the image\'s bytes in base64')
     wish = _options(options)
     if isinstance(wish, ItemError):
         return wish
@@ -47,15 +48,15 @@ def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, O
 def _options(given: dict[str, Any]) -> Options | ItemError:
     """Only names and types are checked: whether a bundle, version or mode exists is for the engine to say."""
     if unknown := sorted(set(given) - set(OPTIONS)):
-        return ItemError(400, "unknown_option", f"unknown option {unknown[0][:40]!r}: there are {', '.join(OPTIONS)}")
+        return ItemError("unknown_option", f"unknown option {unknown[0][:40]!r}: there are {', '.join(OPTIONS)}")
     fields = given.pop("fields", ["labels", "neighbors"])
     if isinstance(fields, str):
         fields = [field.strip() for field in fields.split(",") if field.strip()]
     for name, value in given.items():
         if not isinstance(value, str):
-            return ItemError(400, "bad_option", f"option {name!r} takes a text")
+            return ItemError("bad_option", f"option {name!r} takes a text")
     if not isinstance(fields, list) or not set(map(str, fields)) <= set(FIELDS):
-        return ItemError(400, "bad_option", f"option 'fields' takes some of {', '.join(FIELDS)}")
+        return ItemError("bad_option", f"option 'fields' takes some of {', '.join(FIELDS)}")
     counts = [5 if name in fields else 0 for name in ("labels", "neighbors")]
     return Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
 
@@ -71,7 +72,7 @@ def encode(answer: Prediction | ItemError, binary: bool) -> tuple[str | bytes, s
 
     Raises ValueError for a NaN or an infinity, which JSON has not.
     """
-    whole = answer.to_json()
+    whole = error_body(answer) if isinstance(answer, ItemError) else answer.to_json()
     text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
     if not binary or isinstance(answer, ItemError) or answer.embedding is None:
         return text, "application/json", {}

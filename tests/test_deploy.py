@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import handlers.asgi.metrics  # noqa: F401  adds its metrics to the registry
 from cascade import metrics
 from tests.conftest import need
 

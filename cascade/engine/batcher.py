@@ -24,10 +24,10 @@ from cascade.errors import CascadeError
 Answer = Prediction | ItemError
 log = logging.getLogger(__name__)
 
-OVERLOADED = ItemError(503, "overloaded", "more images wait than can be answered soon: send it again later")
-DEADLINE = ItemError(503, "deadline", "the time that this image may wait is over: send it again later, or allow more")
-STOPPING = ItemError(503, "stopping", "the server is stopping: send the request again, to another replica")
-FAILED = ItemError(500, "failed", "the pass with this image failed: the server's log says why")
+OVERLOADED = ItemError("overloaded", "more images wait than can be answered soon: send it again later")
+DEADLINE = ItemError("deadline", "the time that this image may wait is over: send it again later, or allow more")
+STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
+FAILED = ItemError("failed", "the pass with this image failed: the server's log says why")
 REMEMBERED = 0.2  # weight of the newest pass in the seconds that an image takes
 
 
@@ -152,7 +152,7 @@ class Batcher:
                 return self.engine.prepare(image, options)
         except Exception:  # what is wrong with an image is an ItemError; this is a fault of ours, or no memory
             log.exception("an image could not be prepared")
-            metrics.count(options.bundle, None, FAILED.status)
+            metrics.count(options.bundle, None, FAILED.kind)
             return FAILED
         finally:
             self._decoders.release()
@@ -194,7 +194,7 @@ class Batcher:
         except Exception:
             log.exception("a pass over %d images failed", len(batch))
             for waiting in batch:
-                metrics.count(waiting.item.bundle.name, None, FAILED.status)
+                metrics.count(waiting.item.bundle.name, None, FAILED.kind)
             answers = [(waiting, FAILED) for waiting in batch]
         seconds = (time.monotonic() - self._begun) / len(batch)
         with self._changed:
@@ -280,5 +280,5 @@ def _refuse(waiting: _Waiting, why: ItemError) -> None:
 
 def _counted(why: ItemError, bundle: str | None) -> ItemError:
     metrics.DROPPED.labels(why.kind).inc()
-    metrics.count(bundle, None, why.status)
+    metrics.count(bundle, None, why.kind)
     return why

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -159,16 +159,19 @@ class Engine:
         images: Sequence[Source],
         options: Options | Sequence[Options] = Options(),
         decode: Callable[..., Iterable[Item | ItemError]] = map,
+        on_error: Literal["return", "raise"] = "return",
     ) -> list[Prediction | ItemError]:
-        """Answers in the order of ``images``; whatever is wrong with one of them is its own error.
+        """Answers in the order of ``images``; a bad image gets an ``ItemError`` and does not affect the others.
 
         Args:
             images: encoded bytes, paths, PIL images, or preprocessed pixels float32 [3, H, W].
             options: for all of them, or one for each.
-            decode: what decodes them, as ``map`` does it; a thread pool's ``map`` takes more than one core.
+            decode: maps ``prepare`` over the images; a thread pool's ``map`` decodes on several cores.
+            on_error: ``raise`` raises the first error instead of returning it.
 
         Raises:
-            CascadeError: one image instead of a list, or not as many options as images.
+            CascadeError: one image instead of a list, or not as many options as images; with ``on_error="raise"``
+                also a bad image.
         """
         if isinstance(images, str | bytes | bytearray | Path | Image.Image):
             raise CascadeError("predict takes a list of images: give [image] for one")
@@ -177,6 +180,10 @@ class Engine:
             raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
         with metrics.stage("decode"):
             prepared = [*decode(self.prepare, images, wishes)]
+        if on_error == "raise" and (
+            errors := [(n, item) for n, item in enumerate(prepared) if isinstance(item, ItemError)]
+        ):
+            raise CascadeError(f"image {errors[0][0]}: {errors[0][1]}")
         answers = iter(self.run([item for item in prepared if isinstance(item, Item)]))
         return [next(answers) if isinstance(item, Item) else item for item in prepared]
 
@@ -187,7 +194,7 @@ class Engine:
         """
         item = self._prepare(image, options)
         if isinstance(item, ItemError):
-            metrics.count(options.bundle, None, item.status)
+            metrics.count(options.bundle, None, item.kind)
         return item
 
     def run(self, items: Sequence[Item]) -> list[Prediction]:
@@ -198,7 +205,7 @@ class Engine:
             metrics.QUEUE_DEPTH.dec(len(items))
             answers = forward(self._executors, self.weight_cache, self.device, items)
         for item, answer in zip(items, answers, strict=True):
-            metrics.count(answer.bundle, answer.cluster, 200)
+            metrics.count(answer.bundle, answer.cluster)
             metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
             if item.bundle.ood is not None:
                 metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
@@ -233,17 +240,17 @@ class Engine:
             name = next(iter(bundles))
         names = " ".join(sorted(bundles)) or "none"
         if name is None:
-            return ItemError(400, "bundle_missing", f"say which bundle; loaded: {names}")
+            return ItemError("bundle_missing", f"say which bundle; loaded: {names}")
         held = bundles.get(name)
         if held is None:
-            return ItemError(404, "unknown_bundle", f"no such bundle; loaded: {names}")
+            return ItemError("unknown_bundle", f"no such bundle; loaded: {names}")
         versions = " ".join(sorted(held, key=number))
         if version is None and (pinned := self.pins.get(name)) is not None:
             return held.get(pinned) or ItemError(
-                404, "unknown_version", f"pinned to version {pinned}, which is not there; loaded: {versions}"
+                "unknown_version", f"pinned to version {pinned}, which is not there; loaded: {versions}"
             )
         found = held[max(held, key=number)] if version is None else held.get(version)
-        return found or ItemError(404, "unknown_version", f"no such version; loaded: {versions}")
+        return found or ItemError("unknown_version", f"no such version; loaded: {versions}")
 
     def _load(self, bundle: Bundle) -> Executor:
         """An executor for the bundle's backbone, after the bundle was checked against it."""
@@ -297,16 +304,16 @@ class Engine:
             return bundle
         mode = next((m for m in MODES if m == (options.mode or bundle.card.mode)), None)
         if mode is None:
-            return ItemError(400, "unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
+            return ItemError("unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
         if mode not in bundle.fusions:
-            return ItemError(400, "mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
+            return ItemError("mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
         if isinstance(image, Tensor):
             wrong = _wrong(image, bundle.preprocessing.size)
-            return ItemError(400, "bad_pixels", wrong) if wrong else Item(bundle, mode, options, image)
+            return ItemError("bad_pixels", wrong) if wrong else Item(bundle, mode, options, image)
         try:
             picture = _open(image, self.limits)
         except ImageError as error:
-            return ItemError(error.status, error.kind, str(error))
+            return ItemError(error.kind, str(error))
         return Item(bundle, mode, options, _transform(bundle.preprocessing)(picture))
 
 
@@ -353,4 +360,4 @@ def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -
     if isinstance(image, bytes | bytearray | memoryview):
         return decode_image(image, limits)
     kinds = "a file's bytes, a path, a PIL image (Image.fromarray makes one) or a float32 tensor [3, H, W]"
-    raise ImageError(400, "not_an_image", f"{type(image).__name__} is no kind of image: give {kinds}")
+    raise ImageError("not_an_image", f"{type(image).__name__} is no kind of image: give {kinds}")

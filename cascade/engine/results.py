@@ -1,7 +1,10 @@
-"""What goes into the engine beside an image, and what comes out: plain data, no torch."""
+"""The options of a prediction and its answer: plain data, no torch.
+
+An answer is a ``Prediction`` or an ``ItemError``; ``answer.ok`` tells which, and ``answer.error`` is None or the error.
+"""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -66,6 +69,8 @@ class Prediction:
     labels: tuple[Label, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
     embedding: np.ndarray | None = None
+    ok: ClassVar[Literal[True]] = True
+    error: ClassVar[None] = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types; the embedding as a list of floats, left out where there is none."""
@@ -78,8 +83,8 @@ class Prediction:
         """The inverse of ``to_json``."""
         parts: dict[str, Any] = {
             "masks": tuple(data["masks"]),
-            "labels": tuple(Label(**each) for each in data["labels"]),
-            "neighbors": tuple(Neighbor(**each) for each in data["neighbors"]),
+            "labels": tuple(Label(**label) for label in data["labels"]),
+            "neighbors": tuple(Neighbor(**neighbor) for neighbor in data["neighbors"]),
         }
         if "embedding" in data:
             parts["embedding"] = np.array(data["embedding"], np.float32)
@@ -88,11 +93,24 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ItemError:
-    """Why one image has no answer: an HTTP status, a short kind, and a line that says what to do."""
+    """Why one image has no answer.
 
-    status: int
+    Attributes:
+        kind: a short name for programs, like ``not_an_image``; front ends map it to their own codes.
+        message: one line that says what is wrong and what to do.
+    """
+
     kind: str
     message: str
+    ok: ClassVar[Literal[False]] = False
+
+    @property
+    def error(self) -> Self:
+        """The error itself, so that every answer can be asked for it."""
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
         return {"error": asdict(self)}

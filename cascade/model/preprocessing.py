@@ -32,19 +32,17 @@ class ImageError(CascadeError):
     """One image cannot be used.
 
     Attributes:
-        status: the HTTP status, 400 or 413.
-        kind: a slug for programs, which stays the same when the message changes.
+        kind: a short name for programs; it stays the same when the message changes.
     """
 
-    def __init__(self, status: int, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
-        self.status = status
         self.kind = kind
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused with 413 before any pixel is decoded.
+    """What is refused before any pixel is decoded.
 
     Attributes:
         max_bytes: of the file as sent.
@@ -84,7 +82,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Ima
         ImageError: 400 or 413, see docs/inputs.md.
     """
     if not len(data):
-        raise ImageError(400, "empty", "the image has zero bytes: send the content of an image file")
+        raise ImageError("empty", "the image has zero bytes: send the content of an image file")
     if len(data) > limits.max_bytes:
         raise too_large(len(data), limits)
     opener = _opener(bytes(data[:12]))
@@ -108,9 +106,9 @@ def _damage_named() -> Iterator[None]:
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as e:  # Pillow's own, higher limit, met inside the WebP header
-        raise ImageError(413, "too_many_pixels", f"{e}: send a smaller image") from e
+        raise ImageError("too_many_pixels", f"{e}: send a smaller image") from e
     except Exception as e:  # hostile bytes make decoders fail in every way: OSError, SyntaxError, struct.error, ...
-        raise ImageError(400, "truncated", f"the image is truncated or damaged ({e}): send the whole file") from e
+        raise ImageError("truncated", f"the image is truncated or damaged ({e}): send the whole file") from e
 
 
 def read(path: Path, limits: Limits = LIMITS) -> Image.Image:
@@ -131,20 +129,20 @@ def load(path: Path, limits: Limits = LIMITS) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
-            raise ImageError(400, "unreadable", f"{path} is not a regular file: name an image file")
+            raise ImageError("unreadable", f"{path} is not a regular file: name an image file")
         if status.st_size > limits.max_bytes:
             raise too_large(status.st_size, limits)
         with path.open("rb") as file:
             return file.read(limits.max_bytes + 1)  # the file may have grown since
     except OSError as e:
-        raise ImageError(400, "unreadable", f"{path} cannot be read ({e.strerror}): check the path") from e
+        raise ImageError("unreadable", f"{path} cannot be read ({e.strerror}): check the path") from e
 
 
 def too_large(size: int, limits: Limits) -> ImageError:
     """What is said of a file of ``size`` bytes, read or not."""
     mib = 2**20
     message = f"the image has {size / mib:.1f} MiB, the limit is {limits.max_bytes / mib:g}: send a smaller file"
-    return ImageError(413, "too_large", message)
+    return ImageError("too_large", message)
 
 
 def _opener(head: bytes) -> Callable[[BytesIO], ImageFile.ImageFile]:
@@ -159,20 +157,20 @@ def _opener(head: bytes) -> Callable[[BytesIO], ImageFile.ImageFile]:
         return PngImageFile
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return WebPImageFile
-    raise ImageError(400, "not_an_image", "this is not a JPEG, PNG or WebP image: convert it to one of them")
+    raise ImageError("not_an_image", "this is not a JPEG, PNG or WebP image: convert it to one of them")
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     sides = f"the image is {width} x {height} pixels"
     if max(size) > limits.max_side:
-        raise ImageError(413, "too_wide", f"{sides}, the limit is {limits.max_side} a side: send a smaller one")
+        raise ImageError("too_wide", f"{sides}, the limit is {limits.max_side} a side: send a smaller one")
     if width * height > limits.max_pixels:
         limit = f"{limits.max_pixels / 1e6:g} megapixels"
-        raise ImageError(413, "too_many_pixels", f"{sides}, the limit is {limit}: send a smaller one")
+        raise ImageError("too_many_pixels", f"{sides}, the limit is {limit}: send a smaller one")
     if max(size) > limits.max_aspect * min(size):
         limit = f"{limits.max_aspect} times the other"
-        raise ImageError(413, "too_wide", f"{sides}, the longer side may be at most {limit}: crop it")
+        raise ImageError("too_wide", f"{sides}, the longer side may be at most {limit}: crop it")
 
 
 def _rgb(im: Image.Image) -> Image.Image:

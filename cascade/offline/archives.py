@@ -127,7 +127,7 @@ def _slice(where: str, start: int, size: int, limits: Limits) -> bytes:
             file.seek(start)
             return file.read(size)
     except OSError as error:
-        raise ImageError(400, "unreadable", f"{where} cannot be read ({error.strerror}): check the path") from error
+        raise ImageError("unreadable", f"{where} cannot be read ({error.strerror}): check the path") from error
 
 
 # Parquet
@@ -222,4 +222,4 @@ def _column(schema: "pa.Schema", where: str) -> str:
 
 
 def _fail(why: str) -> bytes:
-    raise ImageError(400, "unreadable", why)
+    raise ImageError("unreadable", why)

@@ -93,7 +93,7 @@ def fetch(url: str, limits: Limits = LIMITS) -> bytes:
                 break
             if attempt < TRIES - 1:
                 time.sleep(PAUSE * 2**attempt)
-    raise ImageError(400, "unreadable", f"{url} cannot be read ({brief(why)}): check the URL") from why
+    raise ImageError("unreadable", f"{url} cannot be read ({brief(why)}): check the URL") from why
 
 
 def find(source: str) -> Iterator[str]:

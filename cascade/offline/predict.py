@@ -178,8 +178,8 @@ def prepare(engine: "Engine", job: Job, load: Load) -> "Item | ItemError":
         try:
             data = load()
         except ImageError as error:
-            metrics.count(job.bundle, None, error.status)
-            return ItemError(error.status, error.kind, str(error))
+            metrics.count(job.bundle, None, error.kind)
+            return ItemError(error.kind, str(error))
         return engine.prepare(data, _options(job))
 
 

@@ -26,6 +26,7 @@ from handlers.asgi import open_inference, search, ui
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
 from handlers.requests import NOT_FINITE, encode, parse, wants_bytes
+from handlers.statuses import status_of
 
 ROW = re.compile(r"[0-9]{1,9}")
 PICTURE = {"type": "string", "format": "binary"}
@@ -40,9 +41,9 @@ VERSION: dict[str, Any] = {
     "parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]
 }
 VERSION_IN_QUERY = ItemError(
-    400, "bad_request", "a version goes into the path and not behind it: /v2/models/NAME/versions/VERSION"
+    "bad_request", "a version goes into the path and not behind it: /v2/models/NAME/versions/VERSION"
 )
-NO_FORM = ItemError(400, "bad_request", "send one image a request: this is no form with one file as its one part")
+NO_FORM = ItemError("bad_request", "send one image a request: this is no form with one file as its one part")
 AGAIN = 2  # an unpinned request that meets a version on its way out looks for the newest this often
 
 
@@ -66,13 +67,13 @@ def create_app(service: Service, index: Index | None = None) -> Guard:
     async def nowhere(request: Request, error: HTTPException) -> Response:
         phrase = HTTPStatus(error.status_code).phrase.lower()
         kind = phrase.replace(" ", "_")
-        answer = service.problem(request, ItemError(error.status_code, kind, f"{phrase}: /openapi.json has the paths"))
+        answer = service.problem(request, ItemError(kind, f"{phrase}: /openapi.json has the paths"))
         answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(ClientDisconnect)
     async def hung_up(request: Request, error: ClientDisconnect) -> Response:
-        return service.problem(request, ItemError(400, "hung_up", "the client closed the connection before the answer"))
+        return service.problem(request, ItemError("hung_up", "the client closed the connection before the answer"))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -182,7 +183,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
                 break
         request.state.about.update(bundle=bundle.name, version=bundle.version, images=len(answers))
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
-        if len(errors) == len(answers) and errors[0].status >= 500:
+        if len(errors) == len(answers) and status_of(errors[0]) >= 500:
             raise Refusal(errors[0])
         content, length = await asyncio.to_thread(open_inference.response, asked, bundle, answers)
         if length is None:
@@ -242,7 +243,7 @@ def _pages(app: FastAPI, service: Service) -> None:
         whole = found(request, bundle, version)
         bank = next((bank for name, bank in whole.banks.items() if name == (mode or whole.card.mode)), None)
         if bank is None:
-            raise Refusal(ItemError(404, "no_bank", "this bundle has no neighbor bank for that mode"))
+            raise Refusal(ItemError("no_bank", "this bundle has no neighbor bank for that mode"))
         return await asyncio.to_thread(ui.flat, bank) | {"thumbnails": whole.thumbnails is not None}
 
     @app.get(
@@ -254,7 +255,7 @@ def _pages(app: FastAPI, service: Service) -> None:
     async def thumbnail(request: Request, bundle: str, version: str, row: str) -> Response:
         pictures = found(request, bundle, version).thumbnails
         if pictures is None or not ROW.fullmatch(row) or int(row) >= len(pictures):
-            raise Refusal(ItemError(404, "no_thumbnail", "this bundle has no picture of that row of its neighbor bank"))
+            raise Refusal(ItemError("no_thumbnail", "this bundle has no picture of that row of its neighbor bank"))
         file = pictures[int(row)]
         return Response(file, headers=ui.HEADERS, media_type=media_type(file))
 

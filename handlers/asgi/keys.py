@@ -13,9 +13,9 @@ from cascade.errors import CascadeError
 log = logging.getLogger(__name__)
 EVERY = "*"
 LINE = re.compile(r"(\S+)\s+([0-9a-fA-F]{64})")
-MISSING = ItemError(401, "key_missing", "this server wants an API key: send the header Authorization: Bearer KEY")
-UNKNOWN = ItemError(401, "key_unknown", "no such API key: ask who runs this server for one")
-FORBIDDEN = ItemError(403, "key_forbidden", "this API key is for other bundles: ask for one for this bundle")
+MISSING = ItemError("key_missing", "this server wants an API key: send the header Authorization: Bearer KEY")
+UNKNOWN = ItemError("key_unknown", "no such API key: ask who runs this server for one")
+FORBIDDEN = ItemError("key_forbidden", "this API key is for other bundles: ask for one for this bundle")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from cascade import metrics
 from cascade.engine.results import ItemError
+from handlers.asgi.metrics import HTTP_IN_PROGRESS, HTTP_SECONDS
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,7 +21,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 log = logging.getLogger("cascade.http")
 ID = re.compile(rb"[\w.:-]{1,128}")
 QUIET = ("/v2/health", "/metrics")  # polled every few seconds
-FAILED = ItemError(500, "failed", "the server failed at this request: its log says why, under the request id")
+FAILED = ItemError("failed", "the server failed at this request: its log says why, under the request id")
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,18 @@ class Guard:
         body = _Body(self, headers, receive)
         polled = scope["path"].startswith(QUIET)
         self.requests += not polled
-        metrics.HTTP_IN_PROGRESS.inc(not polled)
+        HTTP_IN_PROGRESS.inc(not polled)
         try:
             await self.app(scope, body.receive, answer)
         except Exception:
             log.exception("a request failed", extra={"about": about})  # the answer, 500, is sent
         finally:
             self.requests -= not polled
-            metrics.HTTP_IN_PROGRESS.dec(not polled)
+            HTTP_IN_PROGRESS.dec(not polled)
             body.release()
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "none")
-            metrics.HTTP_SECONDS.labels(route, str(status)).observe(seconds)
+            HTTP_SECONDS.labels(route, str(status)).observe(seconds)
             about |= {"method": scope["method"], "path": scope["path"][:200], "status": status}
             about |= {"ms": round(1000 * seconds, 1), "bytes": body.size}
             log.log(logging.DEBUG if polled and status == 200 else logging.INFO, "request", extra={"about": about})
@@ -127,7 +127,7 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             seconds = self.limits.body_seconds
-            raise Refusal(ItemError(408, "slow_body", f"the body took over {seconds:g} s: send it faster")) from None
+            raise Refusal(ItemError("slow_body", f"the body took over {seconds:g} s: send it faster")) from None
         length = len(message.get("body", b""))
         self.size += length
         self.guard.held += length  # what is here, not what was announced: who sends nothing keeps nobody out
@@ -135,7 +135,7 @@ class _Body:
         if self.size > self.limits.body:
             await self._refuse(_too_large(self.limits.body))
         if self.guard.held > self.limits.bodies:
-            await self._refuse(ItemError(503, "overloaded", "too many bodies at a time: send it again later"))
+            await self._refuse(ItemError("overloaded", "too many bodies at a time: send it again later"))
         return message
 
     def release(self) -> None:
@@ -155,4 +155,4 @@ class _Body:
 
 
 def _too_large(limit: int) -> ItemError:
-    return ItemError(413, "body_too_large", f"the body is over {limit / 2**20:g} MiB: send less at a time")
+    return ItemError("body_too_large", f"the body is over {limit / 2**20:g} MiB: send less at a time")

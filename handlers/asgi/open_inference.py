@@ -22,6 +22,7 @@ from cascade.model.fusion import MODES
 from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from handlers.asgi.middleware import Refusal
 from handlers.requests import NOT_FINITE
+from handlers.statuses import status_of
 
 
 class TensorParameters(BaseModel):
@@ -201,7 +202,7 @@ def _count(tensor: Input, most: int) -> int:
     if count < 1:
         raise _bad("send one image at least")
     if count > most:
-        raise Refusal(ItemError(413, "too_many_images", f"{count} images in one request: send {most} at most"))
+        raise Refusal(ItemError("too_many_images", f"{count} images in one request: send {most} at most"))
     return count
 
 
@@ -219,10 +220,10 @@ def _column(name: str, bundle: Bundle, answers: Sequence[Prediction | ItemError]
         case "label":
             return [a.labels[0].name if a and a.labels else "" for a in good]
         case "error":
-            return [f"{a.status} {a.kind}: {a.message}" if isinstance(a, ItemError) else "" for a in answers]
+            return [f"{status_of(a)} {a.kind}: {a.message}" if isinstance(a, ItemError) else "" for a in answers]
         case _:
             return np.array([0 if a is None else getattr(a, name) for a in good], NUMPY["FP32"])
 
 
 def _bad(message: str) -> Refusal:
-    return Refusal(ItemError(400, "bad_request", message))
+    return Refusal(ItemError("bad_request", message))

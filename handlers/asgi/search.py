@@ -19,7 +19,7 @@ MOST = 100  # results
 K = {"name": "k", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MOST, "default": 10}}
 FILE = {"schema": {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}}
 BODY = {"required": True, "content": {"application/octet-stream": FILE}}
-STALE = ItemError(409, "index_stale", "the index was made with another bundle of this name and version: build it again")
+STALE = ItemError("index_stale", "the index was made with another bundle of this name and version: build it again")
 
 
 def add(
@@ -39,14 +39,14 @@ def add(
         service.check(request, index.about.bundle)  # before the body is read
         number = request.query_params.get("k", "10")
         if not (number.isascii() and number.isdecimal() and len(number) < 4 and 1 <= int(number) <= MOST):
-            raise Refusal(ItemError(400, "bad_option", f"k is how many results there may be: 1 to {MOST}"))
+            raise Refusal(ItemError("bad_option", f"k is how many results there may be: 1 to {MOST}"))
         body, kind = await body_of(request)
         asked = await asyncio.to_thread(parse, {"body": body}, {"body": {"content-type": kind}})
         if isinstance(asked, ItemError):
             raise Refusal(asked)
         bundle = service.engine.find(index.about.bundle, index.about.version)
         if isinstance(bundle, ItemError):
-            raise Refusal(replace(bundle, status=409, kind="index_bundle"))
+            raise Refusal(replace(bundle, kind="index_bundle"))
         if bundle not in digests:
             digests[bundle] = await asyncio.to_thread(digest, bundle)
         if digests[bundle] != index.about.digest:

@@ -18,6 +18,7 @@ from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
 from handlers.asgi.keys import EVERY, FORBIDDEN, Keys
 from handlers.asgi.middleware import LIMITS, Limits, Refusal
+from handlers.statuses import error_body, status_of
 
 
 class States(Protocol):
@@ -110,15 +111,16 @@ class Service:
         """An error as a response: an object for /v1, a text under "error" where the v2 protocol wants one."""
         request.scope["state"]["about"]["error"] = error.kind
         headers = {}
-        if error.status == 503:
+        status = status_of(error)
+        if status == 503:
             headers["Retry-After"] = str(max(1, math.ceil(self.batcher.retry_after())))
-        if error.status == 401:
+        if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if error.status in (408, 413) or error is STOPPING:
+        if status in (408, 413) or error is STOPPING:
             headers["Connection"] = "close"
         text = request.url.path.startswith("/v2")
-        body = {"error": f"{error.kind}: {error.message}"} if text else error.to_json()
-        return JSONResponse(body, error.status, headers)
+        body = {"error": f"{error.kind}: {error.message}"} if text else error_body(error)
+        return JSONResponse(body, status, headers)
 
     def close(self) -> None:
         self._decoding.shutdown()

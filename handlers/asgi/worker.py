@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import uvicorn
 
-from cascade import metrics
 from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
@@ -32,6 +31,7 @@ from cascade.offline.index import read as read_index
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
 from handlers.asgi.keys import Watched
+from handlers.asgi.metrics import ENGINE_RESTARTS
 from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
 
@@ -88,7 +88,7 @@ def run(settings: dict[str, Any]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
     watched = None if settings["api_keys"] is None else Watched(Path(settings["api_keys"]))
-    metrics.ENGINE_RESTARTS.inc(settings["restarts"])
+    ENGINE_RESTARTS.inc(settings["restarts"])
     index = None if settings["index"] is None else read_index(Path(settings["index"]))
     engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=settings["memory_bytes"])
     registry = load_store(engine, settings["model_store"], settings["pins"])

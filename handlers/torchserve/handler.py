@@ -25,10 +25,11 @@ from cascade.engine.registry import load_store
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
 from handlers import requests
+from handlers.statuses import status_of
 
 log = logging.getLogger("cascade.torchserve")
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-STOPPING = ItemError(503, "stopping", "the server is stopping: send the request again, to another replica")
+STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
 
 
 class CascadeHandler:
@@ -84,7 +85,8 @@ class CascadeHandler:
             for name, value in named.items():
                 context.set_response_header(i, name, value)
             if isinstance(answer, ItemError):
-                context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
+                status = status_of(answer)
+                context.set_response_status(status, HTTPStatus(status).phrase, i)
             _log(context.get_request_id(i), headers[i], answer, batch=len(data), seconds=time.perf_counter() - begin)
         self.memory.give_back()
         return bodies
@@ -105,7 +107,7 @@ def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction 
     if REQUEST_ID.fullmatch(theirs):
         about["client_request_id"] = theirs
     if isinstance(answer, ItemError):
-        about |= {"status": answer.status, "error": answer.kind}
+        about |= {"status": status_of(answer), "error": answer.kind}
     else:
         about |= {"status": 200, "bundle": answer.bundle, "version": answer.version, "cluster": answer.cluster}
     about |= {"batch": batch["batch"], "ms": round(1000 * batch["seconds"], 1)}

@@ -30,7 +30,7 @@ GOOD = Prediction(
 )
 Answer = tuple[int, dict[str, str], bytes] | None
 Serve = Callable[..., "Server"]
-OVERLOADED: Answer = (503, {"Retry-After": "1"}, json.dumps(ItemError(503, "overloaded", "later").to_json()).encode())
+OVERLOADED: Answer = (503, {"Retry-After": "1"}, json.dumps(ItemError("overloaded", "later").to_json()).encode())
 OK: Answer = (200, {}, json.dumps(GOOD.to_json()).encode())
 
 
@@ -121,7 +121,7 @@ def test_patience_outlasts_overload_and_broken_connections(serve: Serve) -> None
 def test_without_patience_the_first_answer_holds(serve: Serve) -> None:
     server = serve(OVERLOADED)
     with Client(server.url) as client:
-        assert client.predict(b"x") == ItemError(503, "overloaded", "later")
+        assert client.predict(b"x") == ItemError("overloaded", "later")
         assert len(server.asked) == 1
     with Client(serve(None).url) as client, pytest.raises(ClientError, match="is the server running"):
         client.predict(b"x")
@@ -132,8 +132,8 @@ def test_errors_of_others_keep_their_status(serve: Serve, answer: Answer) -> Non
     assert answer is not None
     with Client(serve(answer).url) as client:
         found = client.predict(b"x")
-    assert isinstance(found, ItemError) and (found.status, found.kind) == (answer[0], "http")
-    assert found.message and "\n" not in found.message
+    assert isinstance(found, ItemError) and found.kind == "http"
+    assert str(answer[0]) in found.message and "\n" not in found.message
 
 
 @pytest.mark.parametrize("body", [b"hello", b"[]", b"{}", b'{"bundle": "birds"}'])

@@ -123,7 +123,7 @@ def test_our_client_with_both_front_ends(asgi: Asgi, server: Running, engine: En
             assert (got.cluster, got.masks, got.neighbors) == (expected.cluster, expected.masks, ())
             np.testing.assert_allclose(got.embedding, expected.embedding, atol=1e-3)
             wrong = client.predict(b"no image", Options("one"))
-            assert isinstance(wrong, ItemError) and (wrong.status, wrong.kind) == (400, "not_an_image")
+            assert isinstance(wrong, ItemError) and wrong.kind == "not_an_image"
     with Client(asgi.base) as client:
         assert client.models() == {"one": ["1"], "two": ["1"], "broken": []}
         found = client.infer([photos[0], b"no image"], "one", "1", "conditional")
@@ -191,7 +191,7 @@ def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> Non
             assert isinstance(client.predict(photos[0], Options("one")), Prediction)
             for bundle, kind in (("two", "key_forbidden"), ("none", "key_forbidden")):
                 refused = client.predict(photos[0], Options(bundle))
-                assert isinstance(refused, ItemError) and (refused.status, refused.kind) == (403, kind)
+                assert isinstance(refused, ItemError) and refused.kind == kind
         assert error(post(server, photos[0])) == (401, "key_missing")
         two = {"Authorization": "Bearer secret-of-two", "X_Cascade_Bundle": "two"}
         assert error(post(server, photos[0], **two)) == (401, "key_unknown")

@@ -237,7 +237,7 @@ def test_interleaved_requests_swap_masks_over_one_backbone(
     assert grown("cascade_mask_evictions_total") == grown("cascade_mask_misses_total"), "room for a single one"
     counted = Counter((got["bundle"], got["cluster"]) for got in answers)
     for (bundle, cluster), count in counted.items():
-        assert grown(f"cascade_requests_total{{bundle={bundle},cluster={cluster},status=200}}") == count
+        assert grown(f"cascade_requests_total{{bundle={bundle},cluster={cluster},outcome=ok}}") == count
     assert len(scrapes) >= 2
     for earlier, later in zip(scrapes, scrapes[1:], strict=False):
         assert earlier["cascade_mask_misses_total"] <= later["cascade_mask_misses_total"]

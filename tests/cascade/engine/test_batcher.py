@@ -73,10 +73,10 @@ def order(engine: Held, batcher: Batcher, futures: "list[Future[Answer]]") -> li
     return ["".join(names) for names in engine.passes[1:]]
 
 
-def kind(future: "Future[Answer]") -> tuple[int, str]:
+def kind(future: "Future[Answer]") -> str:
     answer = future.result(30)
     assert isinstance(answer, ItemError) and "\n" not in answer.message
-    return answer.status, answer.kind
+    return answer.kind
 
 
 # --- which images share a pass, and which pass is first
@@ -158,9 +158,9 @@ def test_answers_are_the_engines(late: Bundle, cifar: list[Image.Image]) -> None
 
 def test_bad_image_is_its_own_error(held: Held) -> None:
     with Batcher(held) as batcher:
-        assert kind(batcher.submit(b"no image", Options("a"), timeout=0)) == (503, "deadline"), "not even decoded"
-        assert kind(batcher.submit(b"no image", Options("a"))) == (400, "not_an_image")
-        assert kind(batcher.submit(b"no image", Options("z"))) == (404, "unknown_bundle")
+        assert kind(batcher.submit(b"no image", Options("a"), timeout=0)) == "deadline", "not even decoded"
+        assert kind(batcher.submit(b"no image", Options("a"))) == "not_an_image"
+        assert kind(batcher.submit(b"no image", Options("z"))) == "unknown_bundle"
     assert not held.passes
 
 
@@ -170,10 +170,10 @@ def test_full_queue_answers_at_once(held: Held, cifar: list[Image.Image]) -> Non
         first = busy(batcher, cifar[0])
         futures = queue(batcher, cifar[0], "aab")
         assert now("queue_depth") == 3
-        assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "overloaded")
+        assert kind(batcher.submit(cifar[0], Options("a"))) == "overloaded"
         item = held.prepare(cifar[0], Options("a"))
         assert isinstance(item, Item)
-        assert kind(batcher.submit_item(item)) == (503, "overloaded")
+        assert kind(batcher.submit_item(item)) == "overloaded"
         assert batcher.retry_after() == 0, "nothing was measured yet"
         wait_for(lambda: batcher.pass_seconds > 0.02)
         held.go.release()
@@ -206,11 +206,11 @@ def test_those_in_decoding_have_a_place(held: Held, cifar: list[Image.Image]) ->
         for _ in range(2):
             assert started.acquire(timeout=30)
         third = pool.submit(batcher.submit, cifar[0], Options("a"), 0.05)
-        assert kind(third.result(30)) == (503, "deadline"), "no decoder came free in its time"
+        assert kind(third.result(30)) == "deadline", "no decoder came free in its time"
         third = pool.submit(batcher.submit, cifar[0], Options("a"))
         wait_for(lambda: batcher._decoding == 3)
         assert not started.acquire(blocking=False), "a third one would need memory"
-        assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "overloaded")
+        assert kind(batcher.submit(cifar[0], Options("a"))) == "overloaded"
         go.set()
         assert all(isinstance(f.result(30).result(30), Prediction) for f in [*waiting, third])
 
@@ -232,7 +232,7 @@ def test_deadline_and_cancelled_cost_no_pass(held: Held, cifar: list[Image.Image
         assert given_up.cancel()
         time.sleep(0.02)
         assert order(held, batcher, [kept]) == ["b"]
-        assert kind(late) == (503, "deadline")
+        assert kind(late) == "deadline"
     for why, count in before.items():
         assert now("dropped_total", why=why) == count + 1
 
@@ -251,7 +251,7 @@ def test_a_failing_pass_fails_its_own_images(late: Bundle, cifar: list[Image.Ima
     engine.add(named(late, "late"))
     before = now("requests_total", **counted("late", 500))
     with Batcher(engine) as batcher:
-        assert kind(batcher.submit(cifar[0], Options("late", labels=0))) == (500, "failed")
+        assert kind(batcher.submit(cifar[0], Options("late", labels=0))) == "failed"
         assert isinstance(batcher.submit(cifar[0], Options("late")).result(30), Prediction)
     assert now("requests_total", **counted("late", 500)) == before + 1
 
@@ -262,7 +262,7 @@ def test_no_memory_for_an_image_is_its_own_error(held: Held, monkeypatch: pytest
 
     monkeypatch.setattr(held, "prepare", prepare)
     with Batcher(held) as batcher:
-        assert kind(batcher.submit(b"", Options("a"))) == (500, "failed")
+        assert kind(batcher.submit(b"", Options("a"))) == "failed"
 
 
 def test_close_answers_what_waits(held: Held, cifar: list[Image.Image]) -> None:
@@ -271,7 +271,7 @@ def test_close_answers_what_waits(held: Held, cifar: list[Image.Image]) -> None:
     closing = threading.Thread(target=batcher.close)
     closing.start()
     wait_for(lambda: batcher._closed)
-    assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "stopping")
+    assert kind(batcher.submit(cifar[0], Options("a"))) == "stopping"
     order(held, batcher, futures)
     closing.join(30)
     assert not closing.is_alive() and not batcher._thread.is_alive()
@@ -283,7 +283,7 @@ def test_close_without_drain_refuses_what_waits(held: Held, cifar: list[Image.Im
     first, second = busy(batcher, cifar[0]), batcher.submit(cifar[0], Options("a"))
     closing = threading.Thread(target=batcher.close, args=(False,))
     closing.start()
-    assert kind(second) == (503, "stopping")
+    assert kind(second) == "stopping"
     held.go.release()
     assert isinstance(first.result(30), Prediction), "the pass in progress is finished"
     closing.join(30)
@@ -300,10 +300,10 @@ def test_a_scheduler_that_dies_leaves_nobody_waiting(
     second = batcher.submit(cifar[0], Options("a"))
     monkeypatch.setattr("cascade.engine.batcher.choose", None)
     held.go.release()
-    assert kind(second) == (503, "stopping")
+    assert kind(second) == "stopping"
     batcher._thread.join(30)
     assert len(seen) == 1
-    assert kind(batcher.submit(cifar[0], Options("a"))) == (503, "stopping")
+    assert kind(batcher.submit(cifar[0], Options("a"))) == "stopping"
 
 
 def test_load_from_many_threads(late: Bundle, cifar: list[Image.Image]) -> None:

@@ -459,11 +459,11 @@ def test_packed_bytes_are_those_of_the_bundles(pair: tuple[Bundle, Bundle]) -> N
 # --- every image its own wishes, and its own error
 
 
-def refused(answer: Prediction | ItemError) -> tuple[int, str]:
+def refused(answer: Prediction | ItemError) -> str:
     assert isinstance(answer, ItemError), answer
     assert answer.message and len(answer.message.splitlines()) == 1
     assert json.loads(json.dumps(answer.to_json()))["error"]["message"] == answer.message
-    return answer.status, answer.kind
+    return answer.kind
 
 
 def test_an_error_is_one_images_own(pair: tuple[Bundle, Bundle], cifar: list[Image.Image], tmp_path: Path) -> None:
@@ -472,21 +472,21 @@ def test_an_error_is_one_images_own(pair: tuple[Bundle, Bundle], cifar: list[Ima
     file = tmp_path / "photo.png"
     cifar[5].save(file)
     raw = file.read_bytes()
-    batch: list[tuple[Any, Options, tuple[int, str] | None]] = [
+    batch: list[tuple[Any, Options, str | None]] = [
         (cifar[0], Options(bundle="a"), None),
-        (cifar[1], Options(bundle="nobody"), (404, "unknown_bundle")),
-        (cifar[2], Options(bundle="b", version="7"), (404, "unknown_version")),
-        (cifar[3], Options(bundle="b", mode="sideways"), (400, "unknown_mode")),
-        (cifar[3], Options(bundle="single", mode="unconditional"), (400, "mode_missing")),
-        (cifar[4], Options(), (400, "bundle_missing")),
+        (cifar[1], Options(bundle="nobody"), "unknown_bundle"),
+        (cifar[2], Options(bundle="b", version="7"), "unknown_version"),
+        (cifar[3], Options(bundle="b", mode="sideways"), "unknown_mode"),
+        (cifar[3], Options(bundle="single", mode="unconditional"), "mode_missing"),
+        (cifar[4], Options(), "bundle_missing"),
         (file, Options(bundle="b", version="1"), None),
         (str(file), Options(bundle="b", mode="dispatcher"), None),
         (raw, Options(bundle="single"), None),
-        (b"", Options(bundle="a"), (400, "empty")),
-        (b"no image at all", Options(bundle="a"), (400, "not_an_image")),
-        (raw[:-400], Options(bundle="a"), (400, "truncated")),
-        (Image.open(BytesIO(raw[:-400])), Options(bundle="a"), (400, "truncated")),
-        (tmp_path / "missing.png", Options(bundle="a"), (400, "unreadable")),
+        (b"", Options(bundle="a"), "empty"),
+        (b"no image at all", Options(bundle="a"), "not_an_image"),
+        (raw[:-400], Options(bundle="a"), "truncated"),
+        (Image.open(BytesIO(raw[:-400])), Options(bundle="a"), "truncated"),
+        (tmp_path / "missing.png", Options(bundle="a"), "unreadable"),
         (cifar[6], Options(bundle="b"), None),
     ]
     images, wishes, outcomes = zip(*batch, strict=True)
@@ -541,7 +541,7 @@ def test_what_is_no_kind_of_image(pair: tuple[Bundle, Bundle], cifar: list[Image
     engine = engine_of(pair[0])
     strange: list[Any] = [np.asarray(cifar[0]), 5, cifar[0]]
     array, number, image = engine.predict(strange)
-    assert refused(array) == refused(number) == (400, "not_an_image") and good([image])
+    assert refused(array) == refused(number) == "not_an_image" and good([image])
     assert isinstance(array, ItemError) and "ndarray is no kind of image" in array.message
 
 
@@ -553,7 +553,7 @@ def test_a_device_that_is_not_there(device: str) -> None:
 
 def test_without_any_bundle(cifar: list[Image.Image]) -> None:
     (answer,) = Engine().predict(cifar[:1])
-    assert refused(answer) == (400, "bundle_missing")
+    assert refused(answer) == "bundle_missing"
 
 
 def test_what_is_asked_for_and_no_more(pair: tuple[Bundle, Bundle], cifar: list[Image.Image]) -> None:

@@ -56,12 +56,12 @@ def png16(pixels: np.ndarray, before: bytes = b"") -> bytes:
     return png(width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], rows, before)
 
 
-def refusal(data: bytes, limits: Limits = LIMITS) -> tuple[int, str]:
+def refusal(data: bytes, limits: Limits = LIMITS) -> str:
     with pytest.raises(ImageError) as e:
         decode(data, limits)
     assert isinstance(e.value, CascadeError) and "\n" not in str(e.value)
     assert ": " in str(e.value), "the message says what to do"
-    return e.value.status, e.value.kind
+    return e.value.kind
 
 
 def difference(a: Image.Image, b: Image.Image) -> int:
@@ -75,29 +75,29 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 @pytest.mark.parametrize("data", [b"hello, I am no image", b"GIF89a" + bytes(64), b"%PDF-1.7", b"\0", b"RIFF1234WAVE"])
 def test_not_an_image(data: bytes) -> None:
-    assert refusal(data) == (400, "not_an_image")
+    assert refusal(data) == "not_an_image"
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "BMP", "TIFF", "ICO", "PPM"])
 def test_other_formats_are_not_an_image(photo: Image.Image, fmt: str) -> None:
-    assert refusal(encode(photo, fmt)) == (400, "not_an_image")
+    assert refusal(encode(photo, fmt)) == "not_an_image"
 
 
 def test_empty() -> None:
-    assert refusal(b"") == (400, "empty")
+    assert refusal(b"") == "empty"
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.9])
 def test_truncated(photo: Image.Image, fmt: str, kept: float) -> None:
     data = encode(photo, fmt)
-    assert refusal(data[: 12 + int(kept * len(data))]) == (400, "truncated")
+    assert refusal(data[: 12 + int(kept * len(data))]) == "truncated"
 
 
 def test_damaged(photo: Image.Image) -> None:
     data = bytearray(encode(photo))
     data[len(data) // 2] ^= 1
-    assert refusal(bytes(data)) == (400, "truncated")
+    assert refusal(bytes(data)) == "truncated"
 
 
 # Refused with 413, before a pixel is decoded
@@ -116,8 +116,8 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("undecoded")
 def test_too_many_bytes(photo: Image.Image) -> None:
     data = encode(photo, "JPEG")
-    assert refusal(data, Limits(max_bytes=len(data) - 1)) == (413, "too_large")
-    assert refusal(bytes(LIMITS.max_bytes + 1)) == (413, "too_large")
+    assert refusal(data, Limits(max_bytes=len(data) - 1)) == "too_large"
+    assert refusal(bytes(LIMITS.max_bytes + 1)) == "too_large"
 
 
 @pytest.mark.usefixtures("undecoded")
@@ -125,35 +125,35 @@ def test_too_many_bytes(photo: Image.Image) -> None:
 def test_decompression_bomb(side: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert refusal(png(side, side, 1, 0)) == (413, "too_many_pixels")
+        assert refusal(png(side, side, 1, 0)) == "too_many_pixels"
 
 
 def test_real_decompression_bomb() -> None:
     """49 megapixels that came in 6 KB, and a good image of the same make just below the limit."""
     assert len(bomb := encode(Image.new("1", (7_000, 7_000)), optimize=True)) < 10_000
-    assert refusal(bomb) == (413, "too_many_pixels")
+    assert refusal(bomb) == "too_many_pixels"
     assert decode(encode(Image.new("1", (6_300, 6_300)))).size == (6_300, 6_300)
 
 
 @pytest.mark.usefixtures("undecoded")
 @pytest.mark.parametrize("size", [(20_000, 100), (100, 20_000), (20_000, 20_000)])
 def test_20_000_pixels_wide(size: tuple[int, int]) -> None:
-    assert refusal(png(*size, 8, 2)) == (413, "too_wide")
+    assert refusal(png(*size, 8, 2)) == "too_wide"
 
 
 @pytest.mark.usefixtures("undecoded")
 def test_one_pixel_high_and_very_long() -> None:
     """The resize of the shorter side would make 256 x 4 million pixels of it."""
-    assert refusal(png(16_000, 1, 8, 2)) == (413, "too_wide")
+    assert refusal(png(16_000, 1, 8, 2)) == "too_wide"
 
 
 @pytest.mark.usefixtures("undecoded")
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
 def test_limits_hold_in_every_format(photo: Image.Image, fmt: str) -> None:
     data = encode(photo, fmt)
-    assert refusal(data, Limits(max_pixels=640 * 427 - 1)) == (413, "too_many_pixels")
-    assert refusal(data, Limits(max_side=639)) == (413, "too_wide")
-    assert refusal(data, Limits(max_aspect=1)) == (413, "too_wide")
+    assert refusal(data, Limits(max_pixels=640 * 427 - 1)) == "too_many_pixels"
+    assert refusal(data, Limits(max_side=639)) == "too_wide"
+    assert refusal(data, Limits(max_aspect=1)) == "too_wide"
 
 
 # Accepted and converted
@@ -287,10 +287,10 @@ def test_read_says_what_is_wrong_with_the_path(photo: Image.Image, tmp_path: Pat
     for path in (missing, link, pipe, tmp_path):
         with pytest.raises(ImageError, match=path.name) as e:
             read(path)
-        assert (e.value.status, e.value.kind) == (400, "unreadable")
+        assert e.value.kind == "unreadable"
     with pytest.raises(ImageError) as e:
         read(good, Limits(max_bytes=100))
-    assert (e.value.status, e.value.kind) == (413, "too_large")
+    assert e.value.kind == "too_large"
 
 
 # The process around it
@@ -407,4 +407,4 @@ def test_an_opened_image_is_treated_like_a_file() -> None:
     assert clear.mode == "RGBA" and turned.getexif()[0x0112] == 6
     with pytest.raises(ImageError) as refused:
         convert(Image.new("1", (20_000, 10)))
-    assert refused.value.status == 413
+    assert refused.value.kind == "too_many_pixels"

@@ -20,6 +20,7 @@ from cascade.engine.engine import ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
 from handlers.requests import parse
+from handlers.statuses import status_of
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
 from tests.helpers.paths import DATA
@@ -37,7 +38,7 @@ class Engine:
     def predict(self, images: list[bytes], options: list[Options], decode: Any) -> list[Prediction | ItemError]:
         self.calls.append(options)
         self.threads |= {*decode(lambda image: threading.current_thread().name.split("_")[0], images)}
-        bad = ItemError(400, "not_an_image", "this is not an image")
+        bad = ItemError("not_an_image", "this is not an image")
         good = Prediction("demo", "1", "conditional", len(images), 0.5, 0.5, ("dispatcher", "expert-1"))
         return [bad if image == b"bad" else good for image in images]
 
@@ -71,7 +72,7 @@ def ask(body: bytes, content_type: str = "image/png", **headers: Any) -> tuple[b
 def error(answer: tuple[bytes, Options] | ItemError) -> tuple[int, str]:
     assert isinstance(answer, ItemError)
     assert "\n" not in answer.message
-    return answer.status, answer.kind
+    return status_of(answer), answer.kind
 
 
 def test_torchserve_accepts_the_module() -> None:
@@ -203,7 +204,7 @@ def test_bytes_for_those_who_ask(served: CascadeHandler, accept: str, binary: bo
     def predict(images: list[bytes], options: list[Options], decode: Any) -> list[Prediction | ItemError]:
         seen.extend(options)
         nan = replace(good, embedding=embedding * float("nan"))
-        return [good, ItemError(400, "x", "x"), nan]
+        return [good, ItemError("x", "x"), nan]
 
     served.engine = SimpleNamespace(predict=predict)  # type: ignore[assignment]
     data, context = batch(*[(PHOTO, {"accept": accept, "X-Cascade-Fields": ""})] * 3)
@@ -296,7 +297,7 @@ def test_the_gate_is_locked_while_the_engine_works(served: CascadeHandler) -> No
     def predict(images: list[bytes], options: list[Options], decode: Any) -> list[ItemError]:
         entered.set()
         leave.wait(60)
-        return [ItemError(400, "x", "x")]
+        return [ItemError("x", "x")]
 
     served.engine = SimpleNamespace(predict=predict)  # type: ignore[assignment]
     worker = threading.Thread(target=served.handle, args=batch((PHOTO, {})))
