@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.http import files
+from benchmarks.images import jpegs, sheet
 from benchmarks.report import Rows, figure, report
 from benchmarks.report import single as once
 from benchmarks.synthetic import cascade, engine_of, load, mask_bytes, single
@@ -32,7 +32,6 @@ from cascade.engine.forward import Item
 from cascade.engine.results import Options
 from cascade.offline.predict import BATCH, predict_files, prepare, settle
 from cascade.offline.sources import plan, read
-from tests.conftest import sheet
 
 FEW = 1000
 
@@ -106,13 +105,14 @@ def main() -> None:
     options.add_argument("--many", type=int, default=100_000, help=f"its images, beside {FEW}; 0: without it")
     chosen = options.parse_args()
     backbone = load(chosen.backbone)
-    engine = engine_of([cascade(backbone, "made", 5, chosen.expert_from)], 6 * mask_bytes(backbone))
+    bundle = cascade(backbone, "made", 5, chosen.expert_from)
+    engine = engine_of([bundle], 6 * mask_bytes(backbone))
     size = backbone.config["input_size"][-1]
     bare, whole, swaps, decode = [], [], [], []
     figures = {}
     with TemporaryDirectory(prefix="cascade-batch-") as name:
         folder = Path(name)
-        tar = shard(folder / "large.tar", files(size), chosen.images, "jpg")
+        tar = shard(folder / "large.tar", jpegs(size), chosen.images, "jpg")
         items = prepared(engine, tar)
         engine.run(items[:BATCH])
         for nth in range(chosen.rounds):
@@ -146,7 +146,8 @@ def main() -> None:
             figures["peak_memory_ratio"] = once(most / least, "<= 1.1")
             figures["growth_bytes_an_image"] = once((most - least) / (chosen.many - FEW))
             figures["images_of_memory"] = once(chosen.many)
-    report(f"batch-{chosen.backbone}", figures, rows.table)
+    executor_class = type(engine.executor(bundle)).__name__
+    report(f"batch-{chosen.backbone}", figures, rows.table, executor=executor_class)
 
 
 if __name__ == "__main__":

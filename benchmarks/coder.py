@@ -60,7 +60,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=9)
     chosen = options.parse_args()
     figures, table = measured(chosen.bundle, chosen.rounds)
-    report(f"coder-{chosen.bundle.parent.name}", figures, table)
+    report(f"coder-{chosen.bundle.parent.name}", figures, table, executor=None)
 
 
 if __name__ == "__main__":

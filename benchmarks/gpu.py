@@ -305,7 +305,7 @@ def main() -> None:
         figures |= measurements[key]()
         torch.cuda.empty_cache()
     suffix = ("-tf32" if chosen.tf32 else "") + (f"-{'-'.join(wanted)}" if chosen.only else "")
-    report(f"gpu-{name}{suffix}", figures, rows.table)
+    report(f"gpu-{name}{suffix}", figures, rows.table, executor=CudaExecutor.__name__)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ of each stands beside the figures. The first round only warms up; it is where Ja
 
 import argparse
 import asyncio
-import io
 import multiprocessing
 import os
 import subprocess
@@ -30,11 +29,11 @@ import httpx
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 from rich.table import Table
 
+from benchmarks.images import jpegs
 from benchmarks.report import Figure, figure, report
-from benchmarks.synthetic import single
+from benchmarks.synthetic import executor_name, single
 from cascade import load
 from cascade.bundle.format import read, write
 from cascade.model import backbone as backbones
@@ -44,7 +43,6 @@ from handlers.torchserve.entrypoint import Server
 CONCURRENCIES = (1, 8, 32, 128)
 MOST = 32  # images in a pass of the bare engine, and of the ASGI front end by default
 TURN = 8  # images one at a time, before it is the next way's turn
-PHOTOS = Path(__file__).parents[1] / "tests" / "data" / "photos"
 ENGINE, ASGI, TORCHSERVE = "bare engine", "ASGI", "TorchServe"
 
 
@@ -88,15 +86,6 @@ class Totals:
 
 
 Found = dict[tuple[str, int], Totals]
-
-
-def files(size: int) -> list[bytes]:
-    """Real images as JPEG files of ``size`` pixels a side."""
-    found = []
-    for photo in sorted(PHOTOS.glob("*.png")):
-        Image.open(photo).convert("RGB").resize((size, size)).save(out := io.BytesIO(), "jpeg", quality=90)
-        found.append(out.getvalue())
-    return found
 
 
 def engine_peer(bundle: Path, images: list[bytes], threads: int, pipe: Connection) -> None:
@@ -226,7 +215,7 @@ def main() -> None:
     with ExitStack() as stack:
         store = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-http-")))
         bundle = write(single(backbones.load(chosen.backbone, "random:0"), "bench", 0), store / "bench" / "1")
-        images = files(read(bundle).preprocessing.size)
+        images = jpegs(read(bundle).preprocessing.size)
         ways = {ENGINE: stack.enter_context(bare(bundle, images, threads))}
         if "asgi" in chosen.frontends:
             ways[ASGI] = partial(over_http, *stack.enter_context(asgi(store)), images)
@@ -260,7 +249,7 @@ def show(backbone: str, totals: Found, out: Path | None) -> None:
         if (way, 1) in totals:
             pairs = zip(totals[way, 1].medians, totals[ENGINE, 1].medians, strict=True)
             figures[f"added_ms_{way.lower()}_1"] = figure([1000 * (a - b) for a, b in pairs], goal)
-    report(f"http-{backbone}", figures, table, out=out)
+    report(f"http-{backbone}", figures, table, executor=executor_name(backbone), out=out)
 
 
 if __name__ == "__main__":

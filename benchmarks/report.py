@@ -1,11 +1,14 @@
-"""What all benchmarks print: a table, then one JSON object on the last line."""
+"""The output of all benchmarks: tables to read, then one JSON object on the last line."""
 
 import json
 import operator
 import os
+import platform
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,13 +16,17 @@ from rich.table import Table
 
 from cascade.engine.executors.selection import processor
 
+PACKAGES = ("cascade-vision", "torch", "timm", "onnxruntime", "onnxruntime-gpu", "numba", "numpy", "pillow", "pyarrow")
+VARIABLES = ("CASCADE_EXECUTOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "TRITON_INTERPRET")
+LOAD = [round(load, 2) for load in os.getloadavg()]  # 1, 5 and 15 minutes before the benchmark began
+
 
 @dataclass(frozen=True)
 class Figure:
     """One measured number.
 
     Attributes:
-        value: the median. spread: least and most over the rounds. goal: e.g. ``<= 1.5``, None where none was set.
+        value: the median. spread: least and most over the rounds. goal: e.g. ``<= 1.5``, or None.
     """
 
     value: float
@@ -35,17 +42,17 @@ class Figure:
 
 
 def figure(values: list[float], goal: str | None = None) -> Figure:
-    """Median and spread of one value a round."""
+    """Median and spread of one value per round."""
     return Figure(median(values), (min(values), max(values)), goal)
 
 
 def single(value: float, goal: str | None = None) -> Figure:
-    """Something that was measured once, bytes say."""
+    """A value that was measured once, such as bytes."""
     return Figure(value, (value, value), goal)
 
 
 class Rows:
-    """The table that a person reads: what, median, least, most, and memory where it was measured."""
+    """A table to read: what, median, least, most, and memory where it was measured."""
 
     def __init__(self, title: str) -> None:
         self.table = Table("what", "median", "least", "most", "unit", "MB", title=title)
@@ -56,13 +63,37 @@ class Rows:
 
 
 def hardware() -> str:
-    """The processor's name, the cores that this process may use, and the GPU where there is one."""
+    """The processor, the cores that this process may use, and the GPU if there is one."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{processor()}, {len(os.sched_getaffinity(0))} cores{gpu}"
 
 
-def report(benchmark: str, figures: dict[str, Figure], *tables: Table, out: Path | None = None) -> None:
-    """Print the tables and one of all figures, and keep the JSON: at ``out``, or under ``benchmarks/results``."""
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide how fast a pass is."""
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return installed
+
+
+def settings() -> dict[str, Any]:
+    """What in this process and its environment influences times: threads, executor override, load before the start."""
+    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return {"threads": torch.get_num_threads(), "environment": environment, "load": LOAD}
+
+
+def report(
+    benchmark: str, figures: dict[str, Figure], *tables: Table, executor: str | None, out: Path | None = None
+) -> None:
+    """Print the tables and a summary of the figures, and write them as JSON.
+
+    Args:
+        executor: class name of the executor that was measured; None where the benchmark runs none.
+        out: file of the JSON; by default below ``benchmarks/results``.
+    """
     summary = Table("figure", "value", "spread", "goal", "met", title=f"{benchmark} on {hardware()}")
     for name, f in figures.items():
         met = {True: "yes", False: "NO", None: ""}[f.met]
@@ -73,7 +104,8 @@ def report(benchmark: str, figures: dict[str, Figure], *tables: Table, out: Path
         name: {"value": round(f.value, 4), "goal": f.goal, "met": f.met, "spread": [round(s, 4) for s in f.spread]}
         for name, f in figures.items()
     }
-    line = json.dumps({"benchmark": benchmark, "hardware": hardware(), "figures": body})
+    head = {"benchmark": benchmark, "hardware": hardware(), "versions": versions(), "executor": executor}
+    line = json.dumps(head | settings() | {"figures": body})
     path = out or Path(__file__).parent / "results" / f"{benchmark}.json"
     path.write_text(line + "\n")
     print(line)

@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table, found = study(case, options)
         tables.append(table)
         figures |= found
-    report("fleet" if options.zipf == ZIPF else f"fleet-zipf-{options.zipf:g}", figures, inputs, *tables)
+    report("fleet" if options.zipf == ZIPF else f"fleet-zipf-{options.zipf:g}", figures, inputs, *tables, executor=None)
 
 
 if __name__ == "__main__":

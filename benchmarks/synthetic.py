@@ -10,7 +10,7 @@ from torch import Tensor
 from cascade.bundle.format import Bundle
 from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
 from cascade.engine.engine import Engine, Options
-from cascade.engine.executors.selection import Kind, make
+from cascade.engine.executors.selection import Kind, choose, make
 from cascade.engine.forward import Item
 from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
@@ -76,6 +76,11 @@ def item(engine: Engine, name: str, pixels: Tensor, mode: Mode | None = None, ve
     bundle = engine.find(name, version)
     assert isinstance(bundle, Bundle)
     return Item(bundle, mode or bundle.card.mode, QUICK, pixels)
+
+
+def executor_name(backbone: str) -> str:
+    """Class name of the executor that engines take here for a backbone, by name."""
+    return type(choose(load(backbone), WeightCache(0))).__name__
 
 
 def mask_bytes(backbone: Backbone) -> int:

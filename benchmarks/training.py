@@ -115,7 +115,12 @@ def main() -> None:
         "step_over_fine_tuning": figure(ratios(seconds["masking"], seconds["fine-tuning"]), GOAL),
         "memory_over_fine_tuning": single(memory["masking"] / memory["fine-tuning"], GOAL),
     }
-    report(f"training-{chosen.backbone}{'' if chosen.amp == 'off' else '-' + chosen.amp}", figures, rows.table)
+    report(
+        f"training-{chosen.backbone}{'' if chosen.amp == 'off' else '-' + chosen.amp}",
+        figures,
+        rows.table,
+        executor=None,
+    )
 
 
 if __name__ == "__main__":

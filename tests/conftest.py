@@ -1,23 +1,14 @@
-"""What all tests share: real images, one small real cascade, and the rule about what may be missing."""
+"""Fixtures of all tests: real images, one small trained cascade, and ``need`` for optional requirements."""
 
 import json
 import os
 from pathlib import Path
 
-# Before numpy and torch start their threads: on two shared cores, threads that spin while they wait cost minutes.
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# Hundreds of engines over small networks: the plain executor is there at once. Those who test the others name them.
-os.environ["CASCADE_EXECUTOR"] = "plain"
-
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.helpers.paths import DATA
-
-if not torch.cuda.is_available():  # before triton is imported, as timm does: then its interpreter runs our kernels
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def need(condition: object, reason: str) -> None:

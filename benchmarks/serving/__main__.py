@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, report, single
 from benchmarks.serving import cascades, cold, executors, mixed, scale, swap, torchserve
 from cascade.errors import CascadeError
@@ -68,6 +69,7 @@ def main() -> None:
         f"serving-{name}" + (f"-{'-'.join(wanted)}" if chosen.only else ""),
         figures,
         *(rows.table for rows in tables.values() if rows.table.row_count),
+        executor=synthetic.executor_name(name),
     )
     sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
 

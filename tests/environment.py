@@ -1,0 +1,18 @@
+"""Environment of the tests: a pytest plugin (``-p`` in pyproject.toml), loaded before any conftest imports torch.
+
+Importing this module changes nothing.
+"""
+
+import os
+
+
+def pytest_load_initial_conftests() -> None:
+    """Set what numpy, torch and triton read when they are imported, here and in child processes."""
+    # On few cores, OpenMP threads that spin while they wait cost minutes.
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # The plain executor starts at once. Tests of the other executors name them.
+    os.environ["CASCADE_EXECUTOR"] = "plain"
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # triton's interpreter runs our kernels
