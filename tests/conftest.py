@@ -1,5 +1,6 @@
 """Fixtures of all tests: real images, one small trained cascade, and ``need`` for optional requirements."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.helpers.paths import DATA
 
 
 def need(condition: object, reason: str) -> None:
-    """Skip the test where ``condition`` does not hold; fail it where everything was to be there (REQUIRE_ALL=1)."""
+    """Skip the test unless ``condition`` holds; with REQUIRE_ALL=1, fail it."""
     if not condition:
         if os.environ.get("REQUIRE_ALL") == "1":
             pytest.fail(f"REQUIRE_ALL=1, but: {reason}")
@@ -48,31 +49,41 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory, cifar: list[Image.Ima
 
 @pytest.fixture(scope="session")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) -> Path:
-    """A small cascade of three experts from the real training loop, with thumbnails: <store>/small/1."""
+    """A small cascade of three experts from the real training loop, with thumbnails: <store>/small/1.
+
+    It is trained once: pytest's parallel workers share it.
+    """
     from training import pipeline
     from training.cli import Watch
     from training.recipe import Recipe
     from training.run import begin
 
-    root = tmp_path_factory.mktemp("trained")
-    recipe = Recipe(
-        str(cifar_folder),
-        size=32,
-        mask_from="blocks.6",
-        steps=24,
-        expert_steps=12,
-        batch=32,
-        local_crops=0,
-        prototypes=40,
-        queue=64,
-        clusters=3,
-        router="centroid",
-        dim=32,
-        bank=100,
-        lr=0.2,
-    )
-    run = begin(root / "run", recipe, Watch(None))
-    return pipeline.train(run, root / "store" / "small" / "1", thumbnails=True)
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    bundle = root / "store" / "small" / "1"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if bundle.exists():
+            return bundle
+        recipe = Recipe(
+            str(cifar_folder),
+            size=32,
+            mask_from="blocks.6",
+            steps=24,
+            expert_steps=12,
+            batch=32,
+            local_crops=0,
+            prototypes=40,
+            queue=64,
+            clusters=3,
+            router="centroid",
+            dim=32,
+            bank=100,
+            lr=0.2,
+        )
+        run = begin(root / "run", recipe, Watch(None))
+        return pipeline.train(run, bundle, thumbnails=True)
 
 
 @pytest.fixture

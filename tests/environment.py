@@ -5,9 +5,12 @@ Importing this module changes nothing.
 
 import os
 
+from tests.helpers.environment import reset
+
 
 def pytest_load_initial_conftests() -> None:
-    """Set what numpy, torch and triton read when they are imported, here and in child processes."""
+    """Reset what is inherited, and set what numpy, torch and triton read when they are imported, in children too."""
+    reset()
     # On few cores, OpenMP threads that spin while they wait cost minutes.
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     # The plain executor starts at once. Tests of the other executors name them.
