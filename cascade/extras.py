@@ -1,4 +1,7 @@
-"""Optional extras: the line that a person reads when a library of one is not installed."""
+"""Optional extras: the one line that a person reads when a library of one is not installed."""
+
+from importlib import import_module
+from typing import Any
 
 from cascade.errors import CascadeError
 
@@ -14,21 +17,32 @@ EXTRAS = {
     "ray": "ray",
     "sklearn": "train",
     "torchserve": "torchserve",
-    "torchvision": "train",
-    "ts": "torchserve",
     "yaml": "torchserve",
 }
-"""The extra of pyproject.toml that installs a module. With a GPU, `gpu` takes the place of `cpu`."""
+"""The extra of pyproject.toml that installs a module. `gpu` replaces `cpu` on a machine with CUDA."""
 
 
 class ExtraError(CascadeError):
     """An optional library is not installed: the message names the extra that installs it."""
 
 
-def missing(error: ImportError) -> ExtraError | None:
-    """The error to show instead of a failed import, or None if the module belongs to no extra."""
+def library(name: str) -> Any:
+    """Import an optional module, e.g. "faiss".
+
+    Raises:
+        ExtraError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise missing(error) or error from None
+
+
+def missing(error: ModuleNotFoundError) -> ExtraError | None:
+    """The error to show instead of a failed import, or None where no extra installs the module."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None
     extra = EXTRAS[module]
-    return ExtraError(f"{module} is not installed: pip install 'cascade-vision[{extra}]'")
+    choice = " (or [gpu], on a CUDA machine)" if extra == "cpu" else ""
+    return ExtraError(f"{module} is not installed: pip install 'cascade-vision[{extra}]'{choice}")

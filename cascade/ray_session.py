@@ -1,6 +1,6 @@
-"""Ray for as long as a command runs: a cluster that is there already (RAY_ADDRESS names it), or one on this machine.
+"""A Ray session for as long as a command runs: a cluster that RAY_ADDRESS names, or one started on this machine.
 
-For servers and trainers, which do not know each other. The engine knows nothing of it.
+Shared by servers and trainers; the engine does not use it.
 """
 
 import logging
@@ -12,42 +12,41 @@ from contextlib import contextmanager
 from typing import Any
 
 from cascade.errors import CascadeError, brief
+from cascade.extras import library
 
 
 class RayError(CascadeError):
-    """Ray is not there, or does not start."""
+    """Ray does not start, or no cluster answers at RAY_ADDRESS."""
 
 
 @contextmanager
 def running(
     cpus: int, memory: int, environment: Mapping[str, str] | None = None, *, log_to_driver: bool = True
 ) -> Iterator[Any]:
-    """Ray, as a module, until the block ends, without dashboard and usage reports.
+    """Yield the module ``ray``, connected, without dashboard and usage reports; shut it down after the block.
 
-    One that is started here is closed to others: its processes listen on every address, and take a random token from
-    each other that goes by the environment.
+    A cluster that is started here is closed to others. Its processes listen on every address, so they ask for a random
+    token, which the environment hands on to them.
 
     Args:
         cpus: of the machine that is started here, as Ray counts them.
         memory: bytes of its object store.
         environment: variables of its processes, and of this one until the block ends.
-        log_to_driver: whether what tasks and actors print is printed here.
+        log_to_driver: print here what tasks and actors print.
 
     Raises:
-        RayError: it is not installed, does not start, or RAY_ADDRESS leads nowhere.
+        ExtraError: Ray is not installed.
+        RayError: Ray does not start, or no cluster answers at RAY_ADDRESS.
     """
-    ours = {"RAY_USAGE_STATS_ENABLED": "0", **(environment or {})}
-    here = "RAY_ADDRESS" not in os.environ
-    if here:
-        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ |= ours  # before Ray is imported: that is when it looks
+    variables = {"RAY_USAGE_STATS_ENABLED": "0", **(environment or {})}
+    local = "RAY_ADDRESS" not in os.environ
+    if local:
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables  # Ray reads them when it is imported
     try:
-        try:
-            import ray
-        except ImportError as error:
-            raise RayError("Ray is not installed: pip install 'cascade-vision[ray]'") from error
-        # Short: sockets lie in it, whose names may have 107 bytes.
+        ray = library("ray")
+        # A short path: it holds sockets, whose paths may have 107 bytes.
         with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
             options: dict[str, Any] = {
                 "num_cpus": cpus,
@@ -56,10 +55,12 @@ def running(
                 "_temp_dir": folder,
             }
             try:
-                ray.init(logging_level=logging.ERROR, log_to_driver=log_to_driver, **(options if here else {}))
+                ray.init(logging_level=logging.ERROR, log_to_driver=log_to_driver, **(options if local else {}))
             except Exception as error:
-                where = os.environ.get("RAY_ADDRESS", "this machine")
-                raise RayError(f"Ray does not start on {where} ({brief(error)}): see ray status") from error
+                if local:
+                    raise RayError(f"Ray does not start on this machine ({brief(error)})") from error
+                address = os.environ["RAY_ADDRESS"]
+                raise RayError(f"no Ray cluster answers at {address} ({brief(error)}): see ray status") from error
             try:
                 yield ray
             finally:

@@ -66,4 +66,3 @@ def test_inherits_nothing(tmp_path: Path) -> None:
     )
     assert set(map(int, child.stdout.split())) == {signal.SIGPIPE, signal.SIGXFSZ}  # Python's own
     assert (tmp_path / "made").stat().st_mode & 0o777 == 0o644
-

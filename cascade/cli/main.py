@@ -16,16 +16,22 @@ from cascade.cli.measure import bench, evaluate
 from cascade.cli.predict import predict
 from cascade.cli.serve import serve
 from cascade.cli.train import train
+from cascade.extras import missing
 
 
 class OneLineErrors(TyperGroup):
-    """Prints a CascadeError as one line on stderr and exits with status 1."""
+    """Prints a CascadeError, or an optional library that is not installed, as one line and exits with status 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except CascadeError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            if (extra := missing(error)) is None:
+                raise
+            typer.echo(f"error: {extra}", err=True)
             raise typer.Exit(1) from None
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cascade.cli.options import Executor, ExecutorKind, Weights
+from cascade.extras import library
 
 
 class EmbeddingKind(StrEnum):
@@ -57,6 +58,7 @@ def predict(
     from cascade.offline.predict import bar, predict_files
     from cascade.offline.report import check, write
 
+    library("pyarrow")  # before the weights are read
     if report is not None:
         check(report, out)
     engine = load(bundle, weights=weights, executor=executor.value)

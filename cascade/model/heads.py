@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade.errors import CascadeError
+from cascade.extras import library
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +63,5 @@ class Bank:
 
 
 def faiss() -> Any:
-    """The FAISS module, or one line that says which extra brings it."""
-    try:
-        import faiss as module
-    except ImportError:
-        raise CascadeError(
-            "FAISS is missing: pip install 'cascade-vision[cpu]' (or [gpu], on a CUDA machine)"
-        ) from None
-    return module
+    """The FAISS module. Raises ExtraError if it is not installed."""
+    return library("faiss")

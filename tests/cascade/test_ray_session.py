@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from cascade.ray_session import RayError, running
+from cascade.extras import ExtraError
+from cascade.ray_session import running
 
 
 def test_without_ray_one_line_says_so_and_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,6 +15,6 @@ def test_without_ray_one_line_says_so_and_the_environment_is_as_before(monkeypat
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     before = dict(os.environ)
     for environment in (None, {"OMP_WAIT_POLICY": "passive", "CASCADE_NEW": "1"}):
-        with pytest.raises(RayError, match="pip install 'cascade-vision"), running(1, 2**20, environment):
+        with pytest.raises(ExtraError, match="pip install 'cascade-vision"), running(1, 2**20, environment):
             pytest.fail("Ray is not there")
         assert dict(os.environ) == before

@@ -8,7 +8,6 @@ left that a mask would have to change; sessions take milliseconds to make.
 """
 
 import copy
-import importlib
 import io
 import os
 import warnings
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from cascade import extras
 from cascade.engine.executors.base import BaseExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
@@ -282,10 +282,10 @@ def session_options(onnxruntime: Any, level: Any) -> Any:
 
 
 def library(name: str) -> Any:
-    """onnx or onnxruntime, or one line that says which extra brings it."""
+    """onnx or onnxruntime. Raises OnnxError, which names the extra that installs it."""
     # From 1.29 on it reports to its makers and leaves an identifier on the disk, unless this is set before.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise OnnxError(f"{name} is missing: pip install 'cascade-vision[cpu]' (or [gpu], on a CUDA machine)") from None
+        return extras.library(name)
+    except extras.ExtraError as error:
+        raise OnnxError(str(error)) from None

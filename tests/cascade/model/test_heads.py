@@ -72,4 +72,4 @@ def test_without_faiss_one_line_names_the_extra(bank: Bank, seen: Seen, monkeypa
     fresh = Bank(bank.embeddings, bank.names)
     with pytest.raises(CascadeError) as error:
         fresh.nearest(seen.test, 1)
-    assert str(error.value) == "FAISS is missing: pip install 'cascade-vision[cpu]' (or [gpu], on a CUDA machine)"
+    assert str(error.value) == "faiss is not installed: pip install 'cascade-vision[cpu]' (or [gpu], on a CUDA machine)"
