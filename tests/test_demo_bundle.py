@@ -14,6 +14,8 @@ from cascade.bundle.format import Bundle, read
 from cascade.model.preprocessing import decode
 from tests.conftest import DATA, sheet
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parents[1] / "model_store" / "demo" / "1"
 
 

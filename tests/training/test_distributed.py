@@ -26,6 +26,8 @@ from training.masking import mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe("", size=32, batch=64, lr=0.05, local_crops=1, prototypes=30, projection=16, queue=64, queue_from=0.3)
 STEPS = 6
 TRAIN = """

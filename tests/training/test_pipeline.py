@@ -31,6 +31,8 @@ from training.objectives import SelfSupervised
 from training.recipe import Recipe
 from training.run import CLUSTERS, Run, begin, resume
 
+pytestmark = pytest.mark.slow
+
 LITE0 = {"backbone": "tf_efficientnet_lite0", "source": "", "mask_from": "blocks.6"}
 OPTIONS = {
     "backbone": "test_efficientnet",

@@ -17,6 +17,8 @@ from training.cli import Watch
 from training.recipe import Recipe
 from training.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 class Ear(Watch):
     """Keeps what it is told."""

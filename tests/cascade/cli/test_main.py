@@ -178,6 +178,7 @@ def test_wrong_use_is_explained() -> None:
         assert "Usage" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
     """What a shell sees: exit status 1, one line, no traceback."""
     command = [sys.executable, "-m", "cascade.cli.main", "verify", str(tmp_path)]

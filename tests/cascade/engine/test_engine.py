@@ -111,6 +111,7 @@ def same(a: Prediction | ItemError, b: Prediction | ItemError) -> None:
 # --- the same as separately built models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", EXACT)
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_separately_built_models(bundle_path: Path, cifar: list[Image.Image], mode: str, executor: Kind) -> None:

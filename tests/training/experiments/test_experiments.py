@@ -21,6 +21,8 @@ from training.experiments import (
     topk,
 )
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., dict[str, dict[str, dict[str, Any]]]]
 PNG = b"\x89PNG"
 

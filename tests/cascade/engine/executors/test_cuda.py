@@ -22,6 +22,8 @@ from tests.cascade.engine.executors.test_executors import calibrated, features
 from tests.cascade.kernels.test_triton import device as device
 from tests.helpers.bundles import random_mask
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = [
     "test_resnet",
     "test_efficientnet",

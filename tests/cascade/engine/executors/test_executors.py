@@ -18,6 +18,8 @@ from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from tests.helpers.bundles import random_mask
 
+pytestmark = pytest.mark.slow
+
 OTHERS: tuple[Kind, ...] = ("folded", "onnx")
 # The last three: norms that cannot be folded, grouped convolutions with squeeze and excitation, layer scale.
 NETWORKS = [

@@ -16,6 +16,8 @@ from cascade.model import backbone as backbones
 from cascade.model.folding import Unit
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("block", [1, 8, 16])
 def test_the_order_is_read_off_the_probe(block: int) -> None:

@@ -16,6 +16,8 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"plain": PlainExecutor, "folded": FoldedExecutor, "onnx": OnnxExecutor}
 
 
