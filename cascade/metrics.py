@@ -9,12 +9,13 @@ do not.
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cascade import metrics_server
 from cascade.metrics_files import (
     TROUBLE as TROUBLE,  # first: prometheus_client looks at the environment when it is imported
 )
@@ -28,12 +29,9 @@ from prometheus_client import (
     Gauge,
     Histogram,
     generate_latest,
-    start_http_server,
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-
-from cascade.errors import CascadeError
 
 STAGES = ("decode", "dispatch", "swap", "expert", "fuse")
 WINDOW = 1000
@@ -184,25 +182,20 @@ def scrape() -> bytes:
     return generate_latest(_registry())
 
 
-@contextmanager
-def serve(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve /metrics until the block ends; gives the URL. Port 0 takes a free one.
+def serve(
+    host: str = "127.0.0.1", port: int = 0, allowed: Callable[[str], bool] | None = None
+) -> AbstractContextManager[str]:
+    """Serve /metrics until the block ends; yields the URL. Port 0 takes a free one.
 
-    It has to run on the machine (the same process namespace) of the workers, or they will look dead.
+    It has to run in the process namespace of the workers, or their gauges are dropped as those of dead processes.
+
+    Args:
+        allowed: whether an Authorization header may read the metrics; None lets everybody.
 
     Raises:
-        CascadeError: the address is taken or not ours.
+        CascadeError: the address is taken, or not one of this machine.
     """
-    try:
-        server, thread = start_http_server(port, host, _registry())
-    except OSError as e:
-        raise CascadeError(f"metrics cannot be served on {host}:{port} ({e.strerror}): choose another port") from e
-    try:
-        yield f"http://{host}:{server.server_port}/metrics"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return metrics_server.serve(scrape, host, port, allowed)
 
 
 class _Living(MultiProcessCollector):

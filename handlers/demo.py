@@ -62,7 +62,7 @@ def show(server: Server, images: list[Path], console: Console) -> None:
         table.add_row(*row(*each))
     console.print(table)
     console.print(f"endpoint  {server.url}\nmetrics   {server.metrics_url}")
-    metrics = httpx.get(server.metrics_url, trust_env=False).raise_for_status().text
+    metrics = httpx.get(server.metrics_url, headers=server.headers, trust_env=False).raise_for_status().text
     for line in sorted(metrics.splitlines()):
         if line.startswith(SHOWN):
             console.print(f"  {line}", soft_wrap=True)

@@ -1,15 +1,15 @@
-"""Start TorchServe around a model store, watch over it, and leave neither process nor file behind.
+"""Start TorchServe over a model store, supervise it, and leave no process and no file behind.
 
-Everything that TorchServe wants on disk (configuration, logs, sockets, the model folder, metrics) lies in one
-private temporary folder. We start its Java ourselves: its own launcher leaves Java behind when told to stop.
+All files of TorchServe (configuration, logs, sockets, the model folder, metrics) are in one private temporary folder.
+We start its Java process ourselves, because TorchServe's own launcher orphans it on SIGTERM.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hmac
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -33,7 +33,7 @@ from cascade.logs import say
 from cascade.model.preprocessing import LIMITS
 from handlers import process
 from handlers.signals import exit_on_signals
-from handlers.torchserve import java, tokens
+from handlers.torchserve import failures, java, tokens
 from handlers.torchserve.tokens import TokenError
 
 HERE = Path(__file__).parent
@@ -42,9 +42,8 @@ PORTS = ("port", "metrics_port", "management_port", "grpc_inference_port", "grpc
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 POLL = 10.0  # seconds between two looks at the store
-GIVEN_UP = 15.0  # seconds beyond `start_timeout`, in which TorchServe may still try
-DIED = "Backend worker process died."  # TorchServe's last words before the traceback
-TRACEBACK = 5.0  # seconds in which the rest of it comes, line by line
+GIVEN_UP = 15.0  # seconds beyond `start_timeout` in which TorchServe may still try
+LOGGED = 1.0  # seconds until Java has written the last lines of a dead worker
 
 
 class ServerError(CascadeError):
@@ -54,32 +53,32 @@ class ServerError(CascadeError):
 class Server:
     """A running TorchServe: `with Server(store) as server: httpx.post(server.url, content=jpeg)`.
 
-    Enter it in the main thread. Entering returns when every worker is READY. Leaving lets the work in
-    progress finish, then ends every process and removes every file. Raises ServerError.
+    Enter it in the main thread. Entering returns when every worker is READY. Leaving drains the requests in progress,
+    then ends every process and removes every file. Raises ServerError.
 
     Args:
         model_store: holds <name>/<version>/cascade.json; a folder, or a URL that fsspec knows.
         host: address of predictions and metrics; management and gRPC are always on loopback.
         port, metrics_port, management_port: 0 for any free one.
         workers: each holds its own backbone.
-        budget_bytes: of materialized masks, for each worker; None for the engine's default.
-        threads: of torch, for each worker; None shares the cores out.
+        budget_bytes: of materialized masks, per worker; None for the engine's default.
+        threads: of torch, per worker; None divides the cores among the workers.
         start_timeout: seconds until every worker is READY.
         drain_timeout: seconds for the work in progress to finish.
-        log_to_stderr: show the warnings of the running server there.
-        auth: predictions need a token.
-        token_file: where the token for predictions is written (0600) while the server runs; None for our own folder.
+        log_to_stderr: write the warnings of the running server there.
+        auth: predictions and metrics need a token.
+        token_file: where the token is written (mode 0600) while the server runs; None for our own folder.
         pins: version by bundle name, for requests that name none.
         poll: seconds between two looks at the store; 0 for never.
-        memory_bytes: of backbones and packed bundles, for each worker; None for no limit.
-        log_level: of the workers; info has a line for each request.
+        memory_bytes: of backbones and packed bundles, per worker; None for no limit.
+        log_level: of the workers; info has a line per request.
 
     Attributes:
         url: where images are posted.
         metrics_url: Prometheus metrics of all workers; management_url: the state of the workers, on loopback.
-        java: the process that leads all others.
-        folder: everything that the server writes; private.
-        wants_new_tokens: set it, and `wait` makes them within a second or so.
+        java: the parent process of the workers.
+        folder: holds every file that the server writes; private.
+        wants_new_tokens: set it, and `wait` makes new ones within a second or so.
     """
 
     def __init__(
@@ -137,20 +136,23 @@ class Server:
 
     def __enter__(self) -> Server:
         with ExitStack() as stack:
-            # A proxy has no business with loopback.
+            # No proxy of the environment for loopback.
             self.client = stack.enter_context(httpx.Client(trust_env=False))
             self.folder = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-")))  # mode 0700
             self.token_file = self._token_file or self.folder / "token"
             self._fill_folder()
             os.environ[METRICS_FOLDER] = str(self.folder / "metrics")  # the workers inherit it
             stack.callback(os.environ.pop, METRICS_FOLDER)
-            stack.enter_context(metrics.serve(str(self.settings["host"]), self.metrics_port))
+            self.failures = failures.Failures(self.folder / "failures")
+            stack.callback(self.failures.close)
+            allowed = self._may_read_metrics if self.auth else None
+            stack.enter_context(metrics.serve(str(self.settings["host"]), self.metrics_port, allowed))
             environment = java.environment(self.folder, self.threads)
             with self.folder.joinpath("java.log").open("wb") as log:
                 errors = sys.stderr.buffer if self.log_to_stderr else log
                 with process.signals_later():
                     self.java = process.start(java.command(self.folder), environment, self.folder, log, errors)
-                    # What Java itself does on SIGTERM is of no use: it drops its connections, then waits for seconds.
+                    # SIGTERM would not help: Java drops its connections, then waits for seconds.
                     stack.callback(process.kill, self.java)
             self._wait_until_ready()
             if self.auth:
@@ -165,12 +167,12 @@ class Server:
                 self._drain()
 
     def wait(self) -> NoReturn:
-        """Stay while the server runs; raise ServerError at its end, or when no worker is ready for too long.
+        """Return never: raise ServerError when the server has ended, or when no worker was ready for too long.
 
-        TorchServe starts a worker that died again and again, for `start_timeout` seconds; then it gives up and stays.
+        TorchServe starts a dead worker again and again for `start_timeout` seconds, then it gives up but keeps running.
         """
-        log = self.folder / "worker.log"
-        ready, read = time.monotonic(), log.stat().st_size
+        ready = time.monotonic()
+        reason = None
         while self.java.poll() is None:
             time.sleep(1)
             if self.wants_new_tokens:
@@ -179,24 +181,20 @@ class Server:
                     self.renew_tokens()
                 except TokenError as e:
                     say("cascade.torchserve", str(e))
+            for reason in self.failures.read():
+                say("cascade.torchserve", f"a worker does not start; TorchServe tries again: {reason}")
             now = time.monotonic()
             if any(worker["status"] == "READY" for worker in self._describe()):
-                ready, read = now, log.stat().st_size
-                continue
-            written = log.read_bytes()
-            read = read if read <= len(written) else 0  # a new file: TorchServe starts one after 10 MB
-            new = written[read : written.rfind(b"\n") + 1]
-            read += len(new)
-            if why := _last_error(new.decode(errors="replace")):  # of each attempt
-                say("cascade.torchserve", f"no worker is ready; TorchServe goes on trying: {why}")
-            if now > ready + self.start_timeout + GIVEN_UP:
-                raise ServerError(f"no worker came back within {now - ready:.0f} s: {self._why_it_died()}")
+                ready, reason = now, None
+            elif now > ready + self.start_timeout + GIVEN_UP:
+                why = reason or self._tail("worker.log", 40)
+                raise ServerError(f"no worker came back within {now - ready:.0f} s: {why}")
         why = f"exit status {self.java.returncode}, {self._tail('java.log')}"
         raise ServerError(f"TorchServe ended by itself: {why}")
 
     def _fill_folder(self) -> None:
         """Configuration, the model folder that TorchServe wants, and an empty folder for metrics."""
-        if len(str(self.folder)) > 80:  # the worker's socket lies in it, and a socket's path has 107 bytes at most
+        if len(str(self.folder)) > 80:  # it holds sockets, whose paths have 107 bytes at most
             raise ServerError(
                 f"the path of the temporary folder {self.folder} is too long: set TMPDIR to a shorter one"
             )
@@ -211,11 +209,11 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request for a prediction has to carry: the token, or nothing without authorization."""
+        """The header with the token that predictions and metrics need; empty without authorization."""
         return self._bearer("inference")
 
     def renew_tokens(self) -> None:
-        """New tokens, in the file too; the old ones open nothing from then on. Raises TokenError."""
+        """Make new tokens, in the file too; the old ones are invalid from then on. Raises TokenError."""
         if self.auth:
             tokens.renew(self.folder, self.management_url, self.client)
             tokens.hand_out(self.folder, self.token_file)
@@ -223,8 +221,14 @@ class Server:
     def _bearer(self, kind: tokens.Kind) -> dict[str, str]:
         return tokens.bearer(self.folder, kind) if self.auth else {}
 
+    def _may_read_metrics(self, header: str) -> bool:
+        try:
+            return hmac.compare_digest(header.encode(), self.headers["Authorization"].encode())
+        except (OSError, ValueError):  # the keys are not written yet
+            return False
+
     def _describe(self) -> list[dict[str, Any]]:
-        """The workers as TorchServe sees them; none while it does not answer."""
+        """The workers as TorchServe describes them; none while it does not answer."""
         try:
             headers = self._bearer("management")
             return list(self.client.get(self.management_url, headers=headers).raise_for_status().json()[0]["workers"])
@@ -232,22 +236,25 @@ class Server:
             return []
 
     def _wait_until_ready(self) -> None:
-        """/ping says Healthy long before a worker can answer, and while it crashes again and again."""
+        """Wait for the workers' own state: /ping says Healthy long before, and while a worker crashes in a loop."""
         end = time.monotonic() + self.start_timeout
+        seen: set[int] = set()
         while sum(worker["status"] == "READY" for worker in self._describe()) < self.workers:
             if self.java.poll() is not None:
                 raise ServerError(f"TorchServe does not start: {self._tail('java.log')}")
-            if DIED in self._log("worker.log"):
+            alive = failures.workers(self.java.pid)
+            if seen - alive:
                 raise ServerError(f"the worker does not start: {self._why_it_died()}")
+            seen |= alive
             if time.monotonic() > end:
                 raise ServerError(f"not ready within {self.start_timeout:g} s: {self._tail('worker.log')}")
             time.sleep(0.1)
 
     def _drain(self) -> None:
-        """Refuse new work with 503 and wait for the answers to what is in progress, `drain_timeout` at most.
+        """Drain: refuse new work with 503 and wait for the answers in progress, `drain_timeout` at most.
 
-        The queue is first in, first out: once a request of ours is answered, all before it is being worked
-        on. A worker holds a shared lock on the gate while it works, and takes on nothing without the gate.
+        The queue is first in, first out: once a request of ours is answered, all requests before it have reached a
+        worker. A worker holds a shared lock on the gate file while it works, and refuses work once the file is gone.
         """
         end = time.monotonic() + self.drain_timeout
         self._pass_through(end)
@@ -259,10 +266,10 @@ class Server:
                     break
                 except BlockingIOError:
                     time.sleep(0.01)
-        self._pass_through(end)  # by now the last answers have been written out, too
+        self._pass_through(end)  # then the last answers have been written, too
 
     def _pass_through(self, end: float) -> None:
-        """Send what the handler refuses at once, and wait for that."""
+        """Send a request that the handler refuses at once, and wait for the refusal."""
         left = max(0.5, end - time.monotonic())
         try:
             self.client.post(self.url, headers=self.headers | {"X-Cascade-Fields": "nothing"}, timeout=left)
@@ -270,11 +277,11 @@ class Server:
             print(f"not all requests could be finished before the end: {e!r}", file=sys.stderr)
 
     def _why_it_died(self) -> str:
-        """The line meant for a person, if the worker's last traceback ends in one, else the log's last lines."""
-        end = time.monotonic() + TRACEBACK
-        while not (why := _last_error(self._log("worker.log").rpartition(DIED)[2])) and time.monotonic() < end:
-            time.sleep(0.05)
-        return why or self._tail("worker.log", 40)
+        """The reason that the handler sent before the worker ended, or else the log's last lines."""
+        if reasons := self.failures.read():
+            return reasons[-1]
+        time.sleep(LOGGED)
+        return self._tail("worker.log", 40)
 
     def _log(self, name: str) -> str:
         path = self.folder / name
@@ -282,20 +289,15 @@ class Server:
 
     def _tail(self, name: str, lines: int = 15) -> str:
         tail = self._log(name).strip().splitlines()[-lines:]
-        return "\n  ".join(["its last lines:", *tail]) if tail else "it said nothing"
-
-
-def _last_error(log: str) -> str | None:
-    """The last line meant for a person, whole, with which a traceback ended."""
-    return next(iter(re.findall(r"^cascade\.\S+: (.+)\n", log, re.MULTILINE)[::-1]), None)
+        return "\n  ".join(["its last lines:", *tail]) if tail else "it wrote nothing"
 
 
 def claim_ports(*addresses: tuple[str, int]) -> list[int]:
-    """The ports of the addresses, checked to be free; a free one in the place of 0. Raises ServerError."""
-    with ExitStack() as held:  # all at once, so that no two are the same
+    """Return the ports of the addresses, checked to be free; a free one instead of 0. Raises ServerError."""
+    with ExitStack() as sockets:  # all at once, so that no two are the same
         claimed = []
         for address in addresses:
-            claim = held.enter_context(socket.socket())
+            claim = sockets.enter_context(socket.socket())
             claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 claim.bind(address)

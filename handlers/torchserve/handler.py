@@ -22,10 +22,12 @@ import torch
 from cascade import metrics
 from cascade.engine.engine import Engine, ItemError, Options, Prediction
 from cascade.engine.registry import load_store
+from cascade.errors import CascadeError
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
 from handlers import requests
 from handlers.statuses import status_of
+from handlers.torchserve import failures
 
 log = logging.getLogger("cascade.torchserve")
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
@@ -38,9 +40,17 @@ class CascadeHandler:
     def initialize(self, context: Any) -> None:
         """Load the model store that the `cascade` part of model-config.yaml names, and follow its changes.
 
-        A bundle that cannot be used is left out, and the log says why. Raises CascadeError if none is left.
+        A bundle that cannot be used is left out, and the log says why. If none is left, the entrypoint is told why, and
+        CascadeError is raised.
         """
         settings = context.model_yaml_config["cascade"]
+        try:
+            self._load(settings)
+        except CascadeError as error:
+            failures.report(settings["failures"], str(error))
+            raise
+
+    def _load(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
         self.gate = Path(settings["gate"])
         memory = settings["memory_bytes"]

@@ -116,7 +116,7 @@ class Running:
 
     def metrics(self) -> dict[str, float]:
         """Every sample, as `name{label=value,...}` with the labels in order."""
-        text = CLIENT.get(self.metrics_url).raise_for_status().text
+        text = CLIENT.get(self.metrics_url, headers=self.headers).raise_for_status().text
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         return {
             name + (f"{{{','.join(f'{k}={v}' for k, v in sorted(labels.items()))}}}" if labels else ""): value

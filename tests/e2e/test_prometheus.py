@@ -34,7 +34,9 @@ def prometheus(server: Running, asgi: Asgi, photos: list[bytes]) -> Iterator[str
     (port,) = claim_ports((LOOPBACK, 0))
     with tempfile.TemporaryDirectory() as folder:
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-        (target,) = (job["static_configs"][0] for job in config["scrape_configs"])
+        (job,) = config["scrape_configs"]
+        (target,) = job["static_configs"]
+        job["authorization"] = {"credentials_file": str(server.folder / "token")}  # the ASGI server here needs none
         both = (server, asgi)
         target["targets"] = [each.metrics_url.removeprefix("http://").removesuffix("/metrics") for each in both]
         config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "400ms", "evaluation_interval": "500ms"}

@@ -77,6 +77,7 @@ def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> N
         "device": "cpu",
         "threads": 1,
         "gate": str(tmp_path / "gate"),
+        "failures": str(tmp_path / "failures"),
     }
     manifest = json.loads((model / "MAR-INF" / "MANIFEST.json").read_text())
     assert (model / manifest["model"]["configFile"]).exists()

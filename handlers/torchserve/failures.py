@@ -1,0 +1,54 @@
+"""Why a worker does not start: the handler sends the reason to the entrypoint over a local datagram socket.
+
+A datagram needs no room on a disk, and a reason stays one message however it is worded.
+"""
+
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+LONGEST = 4096
+"""Bytes of a reason."""
+
+
+class Failures:
+    """The entrypoint's end. Close it when the server ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.setblocking(False)
+
+    def read(self) -> list[str]:
+        """The reasons that have come since the last call, one for each start that failed."""
+        reasons = []
+        with suppress(BlockingIOError):
+            while True:
+                reasons.append(self._socket.recv(LONGEST).decode(errors="replace"))
+        return reasons
+
+    def close(self) -> None:
+        """Close the socket; its file goes with its folder."""
+        self._socket.close()
+
+
+def report(path: str | Path, reason: str) -> None:
+    """Send a reason to the entrypoint; it is lost if the entrypoint has gone or does not read."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
+        sender.setblocking(False)
+        sender.sendto(reason.encode()[:LONGEST], str(path))
+
+
+def workers(java: int) -> set[int]:
+    """The living worker processes of the Java process with this PID."""
+    found = set()
+    for children in Path(f"/proc/{java}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has just ended
+            found |= {int(pid) for pid in children.read_text().split() if _is_worker(int(pid))}
+    return found
+
+
+def _is_worker(pid: int) -> bool:
+    with suppress(OSError):
+        return b"model_service_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()  # a zombie's is empty
+    return False
