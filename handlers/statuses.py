@@ -17,6 +17,7 @@ STATUSES: dict[str, int] = {
     "too_large": 413,
     "too_wide": 413,
     "too_many_pixels": 413,
+    "too_complex": 413,
     # The request.
     "bundle_missing": 400,
     "unknown_bundle": 404,

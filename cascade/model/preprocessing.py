@@ -1,13 +1,15 @@
-"""From bytes to an upright RGB image within stated limits, and from there to the backbone's input.
+"""Decode an image file to an upright RGB image, and turn that into the backbone's input.
 
-Images come from strangers: size and format are checked before a pixel is decoded, and whatever is wrong with
-one is an ``ImageError`` that says what to do. docs/inputs.md has the table of outcomes, and
-tests/cascade/model/test_preprocessing.py a test for each row.
+Images are untrusted. Format, size and number of scans are checked before a pixel is decoded, and every fault is an
+``ImageError`` that says what to do. docs/inputs.md lists the outcomes; tests/cascade/model/test_preprocessing.py tests
+each row.
 """
 
 from __future__ import annotations
 
+import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cascade.errors import CascadeError
+from cascade.model.image_metadata import TooComplex, jpeg_pixels, png_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -50,17 +53,25 @@ class Limits:
         max_side: pixels of the longer side.
         max_aspect: longer side over shorter. The resize that follows fits the *shorter* side: it would make
             256 x 4,194,304 pixels of 1 x 16,384.
+        max_scans: of a progressive JPEG; encoders write about 10. Each scan visits every pixel, however few bytes it
+            has.
+        max_scanned: pixels times scans.
+        max_seconds: processor time of decoding; checked each time the decoder asks for more bytes.
     """
 
     max_bytes: int = 16 * 2**20
     max_pixels: int = 40_000_000
     max_side: int = 16_384
     max_aspect: int = 100
+    max_scans: int = 64
+    max_scanned: int = 800_000_000
+    max_seconds: float = 20
 
 
 LIMITS = Limits()
+JPEG_BLOCK = 16 * 1024  # bytes that the decoder is given at a time, between which its time is checked
 
-# How EXIF says that a camera was held, and what puts the picture upright.
+# What turns a picture upright, by its EXIF orientation.
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -75,23 +86,48 @@ UPRIGHT = {
 def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Image.Image:
     """The upright RGB image in a JPEG, PNG or WebP file; of an animation the first frame.
 
-    EXIF orientation is applied, transparency composited on white, 16 bits scaled to 8, palettes, gray and
-    CMYK converted; color profiles are ignored, as timm ignores them. Safe to call from many threads at once.
+    EXIF orientation is applied, transparency is composited on white, 16 bits are scaled to 8; palettes, gray and
+    CMYK are converted. Color profiles are ignored, as timm ignores them. Thread-safe.
 
     Raises:
-        ImageError: 400 or 413, see docs/inputs.md.
+        ImageError: see docs/inputs.md.
     """
     if not len(data):
         raise ImageError("empty", "the image has zero bytes: send the content of an image file")
     if len(data) > limits.max_bytes:
         raise too_large(len(data), limits)
     opener = _opener(bytes(data[:12]))
-    with _damage_named(), opener(BytesIO(data)) as im:  # headers only
-        return convert(im, limits)
+    with _damage_named():
+        scans, pixels, block = 1, bytes(data), ImageFile.MAXBLOCK
+        if opener is JpegImageFile:
+            pixels, scans = jpeg_pixels(pixels)
+            block = JPEG_BLOCK
+        elif opener is PngImageFile:
+            pixels = png_pixels(pixels)
+        with opener(_BoundedTime(pixels, limits.max_seconds, block)) as im:  # headers only
+            _check_size(im.size, limits)
+            _check_scans(im.size, scans, limits)
+            _scale_transparency(im, pixels)
+            return convert(im, limits)
+
+
+class _BoundedTime(BytesIO):
+    """A file that the decoder reads block by block, until its processor time is spent."""
+
+    def __init__(self, data: bytes, seconds: float, block: int) -> None:
+        super().__init__(data)
+        self.seconds, self.block = seconds, block
+        self.end = time.thread_time() + seconds
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self.end:
+            message = f"the image takes more than {self.seconds:g} s to decode: save it again as a plain JPEG or PNG"
+            raise ImageError("too_complex", message)
+        return super().read(self.block if size == ImageFile.MAXBLOCK else size)
 
 
 def convert(im: Image.Image, limits: Limits = LIMITS) -> Image.Image:
-    """What ``decode`` does with an image that Pillow has opened already; ``im`` stays as it is."""
+    """``decode`` for an image that Pillow has opened; ``im`` is not changed."""
     _check_size(im.size, limits)
     with _damage_named():
         im.load()
@@ -100,12 +136,14 @@ def convert(im: Image.Image, limits: Limits = LIMITS) -> Image.Image:
 
 @contextmanager
 def _damage_named() -> Iterator[None]:
-    """Whatever a decoder raises, as an ImageError."""
+    """Turn whatever a decoder raises into an ImageError."""
     try:
         yield
     except (ImageError, MemoryError):
         raise
-    except Image.DecompressionBombError as e:  # Pillow's own, higher limit, met inside the WebP header
+    except TooComplex as e:
+        raise ImageError("too_complex", f"{e}: save it again without metadata") from e
+    except Image.DecompressionBombError as e:  # Pillow's own, higher limit, checked inside the WebP header
         raise ImageError("too_many_pixels", f"{e}: send a smaller image") from e
     except Exception as e:  # hostile bytes make decoders fail in every way: OSError, SyntaxError, struct.error, ...
         raise ImageError("truncated", f"the image is truncated or damaged ({e}): send the whole file") from e
@@ -124,11 +162,13 @@ def load(path: Path, limits: Limits = LIMITS) -> bytes:
     """The bytes of a file that may be an image.
 
     Raises:
-        ImageError: "unreadable" for what is missing, not readable or no regular file; "too_large".
+        ImageError: "unreadable" if it is missing, not readable or not a regular file; "too_large".
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        if stat.S_ISDIR(status.st_mode):
+            os.scandir(path).close()  # raises if the folder cannot be listed
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
             raise ImageError("unreadable", f"{path} is not a regular file: name an image file")
         if status.st_size > limits.max_bytes:
             raise too_large(status.st_size, limits)
@@ -136,20 +176,22 @@ def load(path: Path, limits: Limits = LIMITS) -> bytes:
             return file.read(limits.max_bytes + 1)  # the file may have grown since
     except OSError as e:
         raise ImageError("unreadable", f"{path} cannot be read ({e.strerror}): check the path") from e
+    except ValueError as e:  # a NUL in the name
+        raise ImageError("unreadable", f"{str(path)!r} cannot be read ({e}): check the path") from e
 
 
 def too_large(size: int, limits: Limits) -> ImageError:
-    """What is said of a file of ``size`` bytes, read or not."""
+    """The error for a file of ``size`` bytes."""
     mib = 2**20
     message = f"the image has {size / mib:.1f} MiB, the limit is {limits.max_bytes / mib:g}: send a smaller file"
     return ImageError("too_large", message)
 
 
 def _opener(head: bytes) -> Callable[[BytesIO], ImageFile.ImageFile]:
-    """Pillow's reader for the format that the first bytes announce.
+    """Pillow's reader for the format, by the first bytes.
 
-    The three readers are called directly, not through Image.open: that one would warn or raise by a limit
-    that is global to the process, and catching a warning is not thread-safe.
+    The three readers are called directly. Image.open would warn or raise by a process-wide limit, and catching
+    warnings is not thread-safe.
     """
     if head.startswith(b"\xff\xd8\xff"):
         return JpegImageFile
@@ -173,6 +215,20 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         raise ImageError("too_wide", f"{sides}, the longer side may be at most {limit}: crop it")
 
 
+def _check_scans(size: tuple[int, int], scans: int, limits: Limits) -> None:
+    most = min(limits.max_scans, max(1, limits.max_scanned // (size[0] * size[1])))
+    if scans > most:
+        message = f"the JPEG has {scans} scans, the limit at its size is {most}: save it again as a baseline JPEG"
+        raise ImageError("too_complex", message)
+
+
+def _scale_transparency(im: ImageFile.ImageFile, png: bytes) -> None:
+    """Scale the transparent value of a PNG with 1, 2 or 4 bits of gray, as Pillow scales its pixels but not this."""
+    depth, color = png[24:26] if isinstance(im, PngImageFile) else (8, 0)
+    if color == 0 and depth < 8 and isinstance(value := im.info.get("transparency"), int):
+        im.info["transparency"] = value * 255 // (2**depth - 1)
+
+
 def _rgb(im: Image.Image) -> Image.Image:
     """A new 8-bit RGB image."""
     if im.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255 or drops the low byte, by version
@@ -191,10 +247,10 @@ def _rgb(im: Image.Image) -> Image.Image:
 
 
 def _upright(im: Image.Image, rgb: Image.Image) -> Image.Image:
-    """``rgb`` turned as the EXIF data of ``im`` says, and without metadata, lest somebody turns it again."""
+    """``rgb`` turned by the EXIF orientation of ``im``, and without metadata, so that nobody turns it again."""
     try:
         orientation = im.getexif().get(Exif.Orientation)
-    except Exception:  # metadata that nobody can read does not spoil the pixels: every viewer shows them as they are
+    except Exception:  # damaged metadata does not spoil the pixels
         orientation = None
     rgb.info.clear()
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
@@ -206,7 +262,7 @@ CROP_MODES = ("center", "squash", "border")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the backbone's input: timm's evaluation transform, in the numbers that define it.
+    """timm's evaluation transform, as the numbers that define it.
 
     Attributes:
         size: side of the square input, pixels.
@@ -259,8 +315,8 @@ class Preprocessing:
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """RGB image -> float32 [3, size, size], bit for bit what timm's evaluation transform gives.
 
-        Pixels become numbers in numpy: torch would start a team of OpenMP threads for that in every thread that
-        decodes, and each would fight with the team that passes for the cores.
+        Pixels are normalized in numpy. torch would start a team of OpenMP threads in every decoding thread, which
+        would compete with the forward pass for cores.
         """
         import numpy as np
         import torch
@@ -283,7 +339,7 @@ class Preprocessing:
         return transformed
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types, as they stand in cascade.json."""
+        """Plain types, as in cascade.json."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
