@@ -76,14 +76,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     """Between backticks, from the root; ``*`` matches something."""
     for name in re.findall(
-        r"`((?:cascade|handlers|training|tests|benchmarks|deploy|docs)/[\w./*-]+)`", page.read_text()
+        r"`((?:cascade|handlers|training|tests|benchmarks|deploy|docs|examples)/[\w./*-]+)`", page.read_text()
     ):
         assert list(ROOT.glob(name.rstrip("/"))), name
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    linked = re.findall(r"\]\((docs/[^)#]+\.md)", (ROOT / "README.md").read_text())
-    assert set(linked) == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+def test_decisions_are_numbered_without_gaps_and_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    pages = sorted(folder.glob("0*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    listed = re.findall(r"^(\d+)\. \[(.+)\]\((.+)\)$", (folder / "index.md").read_text(), re.MULTILINE)
+    titles = [page.read_text().partition("\n")[0].removeprefix("# ") for page in pages]
+    assert listed == [(*title.split(". ", 1), page.name) for title, page in zip(titles, pages, strict=True)]
 
 
 def test_commands_of_cascade_take_the_options_shown() -> None:
