@@ -1,13 +1,18 @@
-"""Files and folders that are whole or not there: written beside, synced, renamed; what fails leaves nothing behind.
+"""Atomic file and folder writes: write beside, sync, rename. What fails leaves nothing behind.
 
-An OSError is for the caller to put into words, who knows what the file is for; ``write_text`` and ``write_bytes`` have
-words for one that a person has named.
+``file`` and ``folder`` raise OSError, which the caller describes. ``write_text`` and ``write_bytes`` raise a
+CascadeError that names the path.
+
+A device or a named pipe is written directly, never replaced: ``--report /dev/null`` must not replace the machine's. A
+symbolic link stays, and the file that it points to is replaced.
 """
 
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cascade.errors import CascadeError
@@ -15,12 +20,16 @@ from cascade.errors import CascadeError
 
 @contextmanager
 def file(path: Path, *, alone: bool = False) -> Iterator[Path]:
-    """A name beside ``path``; the file that the block writes there takes its place, synced, if the block ends well.
+    """Yield a temporary name beside ``path``; the file written there replaces ``path`` if the block ends well.
 
     Args:
-        alone: no other process writes the same file meanwhile. The name is always the same one then, and what a
-            process that was killed has left there is written over.
+        alone: no other process writes the same file. The temporary name is always the same then, and a leftover of a
+            killed process is overwritten.
     """
+    if is_special(path):
+        yield path
+        return
+    path = path.resolve()
     beside = path.with_name(f".{path.name}.tmp") if alone else _beside(path)
     try:
         yield beside
@@ -28,23 +37,33 @@ def file(path: Path, *, alone: bool = False) -> Iterator[Path]:
         beside.replace(path)
         sync(path.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether ``path`` exists and is neither a regular file nor a folder: a device, a pipe or a socket."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 @contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path``; it becomes ``path``, with its files synced, if the block ends well.
+    """Yield a new temporary folder, which becomes ``path``, synced, if the block ends well.
 
     Raises:
-        OSError: ``path`` is there and not empty, or it can't be written.
+        OSError: ``path`` exists and is not empty, or cannot be written.
     """
     beside = _beside(path)
     try:
         beside.mkdir(parents=True)
         yield beside
-        for each in beside.iterdir():
-            sync(each)
+        for child in beside.iterdir():
+            sync(child)
         sync(beside)
         beside.rename(path)
         sync(path.parent)
@@ -54,19 +73,19 @@ def folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
-    """A text file that is whole or not there.
+    """Write a text file atomically.
 
     Raises:
-        CascadeError: it can't be written.
+        CascadeError: it cannot be written.
     """
     write_bytes(path, (line.encode() for line in lines))
 
 
 def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
-    """A file that is whole or not there.
+    """Write a file atomically.
 
     Raises:
-        CascadeError: it can't be written.
+        CascadeError: it cannot be written.
     """
     try:
         with file(path) as beside, beside.open("wb") as out:
@@ -76,12 +95,12 @@ def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
 
 
 def not_written(path: Path, error: OSError) -> CascadeError:
-    """The error for who has named a file that can't be written."""
+    """The error for a file that cannot be written."""
     return CascadeError(f"{path} could not be written ({error}): make room, or name another")
 
 
 def sync(path: Path) -> None:
-    """Make what is in a file, or a rename inside a folder, durable."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -90,4 +109,4 @@ def sync(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

@@ -1,10 +1,18 @@
-"""The one base of all errors that are meant for a person."""
+"""Base class of user-facing errors, and foreign text made safe to print."""
 
 
 class CascadeError(Exception):
-    """Something the user can mend: the message is one line that says what is wrong and what to do."""
+    """An error that the user can fix. The message is one line that says what is wrong and what to do."""
 
 
 def brief(error: BaseException) -> str:
-    """Somebody else's error for a message of ours: its kind and what it says, in one line of bounded length."""
+    """A third-party exception in one line of at most 200 characters: its type and its message."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters, surrogates and line breaks escaped, as ``\\x1b``.
+
+    For text from bundles, images' names and remote servers: a terminal would obey its escape sequences.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -16,6 +16,7 @@ from cascade.cli.measure import bench, evaluate
 from cascade.cli.predict import predict
 from cascade.cli.serve import serve
 from cascade.cli.train import train
+from cascade.errors import printable
 from cascade.extras import missing
 
 
@@ -26,7 +27,7 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except CascadeError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
             if (extra := missing(error)) is None:

@@ -75,3 +75,20 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     with atomic.file(path, alone=True) as beside:
         beside.write_text("a second one")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_text() == "a second one"
+
+
+def test_devices_and_links_are_written_through(tmp_path: Path) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link.txt", tmp_path / "elsewhere" / "target.txt"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        atomic.write_text(pipe, ["a report\n"])
+        assert os.read(reader, 100) == b"a report\n" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    atomic.write_text(link, ["new"])
+    assert link.is_symlink() and target.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link.txt", "pipe", "target.txt"]
