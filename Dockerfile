@@ -39,4 +39,4 @@ EXPOSE 8080 8082
 HEALTHCHECK --interval=10s --timeout=5s --start-period=2m CMD ["python", "-m", "handlers.health"]
 
 ENTRYPOINT ["cascade", "serve"]
-CMD ["--host", "0.0.0.0"]
+CMD ["--frontend", "torchserve", "--host", "0.0.0.0"]

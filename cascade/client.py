@@ -7,6 +7,7 @@ with cascade.Client("http://127.0.0.1:8080") as client:
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -55,18 +56,22 @@ class Client:
         self._http.close()
 
     def predict(self, image: Image, options: Options = Options()) -> Prediction | ItemError:
-        """The answer for one image, or what is wrong with it. Of labels and neighbors the server sends five at most.
+        """The answer for one image, or what is wrong with it; five labels and neighbors at most.
 
         Raises:
             ClientError: no answer.
         """
         fields = [name for name in ("labels", "neighbors", "embedding") if getattr(options, name)]
-        headers = {"Content-Type": "application/octet-stream", "X-Cascade-Fields": ",".join(fields)}
+        headers = {"Content-Type": b"application/octet-stream", "X-Cascade-Fields": ",".join(fields).encode()}
         for name in ("bundle", "version", "mode"):
             if (value := getattr(options, name)) is not None:
-                headers[f"X-Cascade-{name}"] = value
+                headers[f"X-Cascade-{name}"] = str(value).encode()  # UTF-8: names may be in any script
         answer = self._ask("POST", self._predict, content=_read(image), headers=headers)
-        return _understood(answer, lambda: Prediction.from_json(answer.json())) if _good(answer) else _error(answer)
+        if not _good(answer):
+            return _error(answer)
+        prediction = _understood(answer, lambda: Prediction.from_json(answer.json()))
+        labels, neighbors = prediction.labels[: options.labels], prediction.neighbors[: options.neighbors]
+        return replace(prediction, labels=labels, neighbors=neighbors)
 
     def infer(
         self,

@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line. What images hold, tokens and keys are never in them."""
+"""Logs as JSON, one object per line. They never contain image contents, tokens or keys."""
 
 import json
 import logging
@@ -22,8 +22,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+def log_to_stderr(level: str) -> None:
+    """Write log records to stderr as JSON: ours from ``level`` on; of libraries and of Python itself, warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("cascade").setLevel(level.upper())
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every client that sends no valid HTTP
+
+
 def say(name: str, text: str) -> None:
-    """One warning on stderr, of a process that has no logging of its own; lost where stderr can't be written."""
+    """Write one warning to stderr, from a process without logging; it is lost where stderr can't be written."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     handler.handle(logging.LogRecord(name, logging.WARNING, __file__, 0, text, None, None))

@@ -1,7 +1,7 @@
-"""A child process with all its descendants, as one thing to start and to end.
+"""A child process with all its descendants, started and killed as one process group.
 
-The child leads its own session, so that Ctrl-C in a terminal reaches only us and we end it in our own order;
-the kernel kills it when we die, even by SIGKILL; and to end it is to kill and reap every descendant.
+The child leads its own session, so Ctrl-C in a terminal reaches only us, and we stop it in our own order. The kernel
+kills it when we die, even by SIGKILL. To kill it is to kill and reap the whole group.
 """
 
 import ctypes
@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -19,9 +19,11 @@ from cascade.errors import CascadeError
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+ROOT = Path(__file__).parents[1]
+"""The folder of our packages."""
 
-# Runs in the child and turns into the command. A program of its own rather than `preexec_fn`, which may
-# deadlock where the parent has threads. The check of the parent closes the gap before prctl.
+# Runs in the child and turns into the command. A program of its own rather than `preexec_fn`, which may deadlock where
+# the parent has threads. The parent may have died before prctl, hence the check.
 LAUNCHER = f"""
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGKILL)
@@ -32,15 +34,20 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class ProcessError(CascadeError):
-    """A child cannot be ended."""
+    """A child process cannot be killed."""
 
 
 def start(
-    command: Sequence[str], env: Mapping[str, str], cwd: Path, stdout: IO[bytes], stderr: IO[bytes]
+    command: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    stdout: IO[bytes] | None = None,
+    stderr: IO[bytes] | None = None,
+    pass_fds: Collection[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start `command`, an absolute path and its arguments.
+    """Start ``command``, an absolute path and its arguments.
 
-    Call it in the main thread: the kernel takes the end of the *thread* that started the child for our death.
+    Call it in the main thread: the kernel kills the child when the *thread* that started it ends.
     """
     # Orphaned grandchildren become our children, so that we can reap them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -52,49 +59,40 @@ def start(
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
+        pass_fds=pass_fds,
         start_new_session=True,
     )
 
 
-@contextmanager
-def signals_later() -> Iterator[None]:
-    """What would end the program in the block ends it after the block: a child is there with what will end it."""
-    came: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {n: signal.signal(n, lambda number, frame: came.append(number)) for n in numbers}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        for number in came:
-            signal.raise_signal(number)
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs one of our modules, whatever packages are called the same in the working folder (-P)."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Our own, with our packages first in the search path, and OpenMP threads that sleep while they wait.
+
+    Threads that spin cost a second an image where another process needs the core.
+    """
+    search = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_WAIT_POLICY": "passive"}
 
 
 def kill(process: subprocess.Popen[bytes], timeout: float = 10) -> None:
-    """Kill the process and its descendants, and return when none is left, not even a zombie.
+    """Kill the process and its descendants; return when all of them are reaped.
 
-    Raises ProcessError if the kernel does not let go of one (a hung disk or GPU driver).
+    Raises ProcessError where that takes over ``timeout`` seconds (a hanging disk or GPU driver).
     """
     end = time.monotonic() + timeout
-    while True:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # again each time: one may just have been forked
-        except ProcessLookupError:
-            process.wait()
-            return
-        process.poll()
-        _reap(process.pid)
-        if time.monotonic() > end:
-            raise ProcessError(
-                f"process group {process.pid} does not end: see what it waits for with ps -eo pgid,wchan,cmd"
-            )
-        time.sleep(0.01)
-
-
-def _reap(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     try:
-        while os.waitpid(-group, os.WNOHANG) != (0, 0):
-            pass
-    except ChildProcessError:
+        process.wait(timeout)
+        while time.monotonic() < end:
+            os.waitpid(-process.pid, os.WNOHANG)
+            time.sleep(0.01)
+    except ChildProcessError:  # none is left
+        return
+    except subprocess.TimeoutExpired:
         pass
+    raise ProcessError(f"process group {process.pid} does not end: see why with ps -eo pgid,wchan,cmd")

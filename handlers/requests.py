@@ -1,6 +1,7 @@
-"""What both front ends speak for one image: how a request is read, and how an answer is written.
+"""The request and answer format for one image, which both front ends share.
 
-An image as it is, or JSON around it; bundle, version, mode and fields by headers; JSON or the embedding's bytes back.
+A request is the image itself, or JSON with the image in base64. Bundle, version, mode and fields are headers, or
+members of that JSON. The answer is JSON, or the bytes of the embedding.
 """
 
 import base64
@@ -17,65 +18,96 @@ PREFIX = "x-cascade-"
 OPTIONS = ("bundle", "version", "mode", "fields")
 BINARY = "application/octet-stream"
 FIELDS = ("labels", "neighbors", "embedding")
-NOT_FINITE = ItemError("not_finite", "the answer has numbers that are none: try cascade verify on the bundle")
+MAX_MEMBERS = 100
+"""Commas and brackets of a JSON body: it has one image and four options. Small values take 20 times their bytes."""
+NOT_FINITE = ItemError("not_finite", "the answer contains NaN or infinity: try cascade verify on the bundle")
+COMPRESSED = ItemError("compressed_body", "the body is compressed: send it without Content-Encoding")
+BAD_JSON = ItemError("bad_request", 'a JSON body is an object with "image", the file in base64')
+COMPLEX_JSON = ItemError("bad_request", f"a JSON body has at most {MAX_MEMBERS} commas and brackets")
 
 
-def parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
-    """The image's bytes and the options of one request.
+def parse(body: bytes, content_type: str, headers: Mapping[str, str]) -> tuple[bytes, Options] | ItemError:
+    """Return the bytes of the image and the options of one request, or what is wrong with it.
 
     Args:
-        item: what TorchServe makes of the body: one value (raw, or the one part of a form), or none.
-        headers: as sent, names in the client's case; and for the body's name a dict with its content-type.
+        body: of the request; of a form, its only part.
+        content_type: of the body, or of that part.
+        headers: of the request, names in any case.
     """
-    if len(item) > 1:
-        return ItemError("bad_request", f"send one image a request, not {len(item)} form parts")
-    name, body = next(iter(item.items()), ("body", b""))
-    body = body.encode() if isinstance(body, str) else bytes(body)
-    options = {k.lower()[len(PREFIX) :]: v for k, v in headers.items() if k.lower().startswith(PREFIX)}
-    about = headers.get(name)  # of a form's part that is named like a header, the header
-    if isinstance(about, Mapping) and "json" in about.get("content-type", "").lower():
+    if is_compressed(headers):
+        return COMPRESSED
+    options: dict[str, Any] = {
+        name.lower()[len(PREFIX) :]: header_text(value)
+        for name, value in headers.items()
+        if name.lower().startswith(PREFIX)
+    }
+    if "json" in content_type.lower():
+        if sum(map(body.count, (b",", b"{", b"["))) > MAX_MEMBERS:
+            return COMPLEX_JSON
         try:
-            options = options | json.loads(body)  # a TypeError for all but an object
+            options = options | json.loads(body)  # a TypeError unless it is an object
             body = base64.b64decode(options.pop("image"), validate=True)
         except (ValueError, TypeError, KeyError, RecursionError, binascii.Error):
-            return ItemError("bad_request", 'a JSON body is an object with "image", the image\'s bytes in base64')
-    wish = _options(options)
-    if isinstance(wish, ItemError):
-        return wish
-    return body, replace(wish, embedding=wish.embedding or wants_bytes(headers))
+            return BAD_JSON
+    wanted = _options(options)
+    if isinstance(wanted, ItemError):
+        return wanted
+    return body, replace(wanted, embedding=wanted.embedding or wants_bytes(headers))
+
+
+def is_compressed(headers: Mapping[str, str]) -> bool:
+    """Whether the body has a Content-Encoding. It is refused: a small body could become any number of bytes."""
+    codings = [value for name, value in headers.items() if name.lower() == "content-encoding"]
+    return any(coding.strip().lower() not in ("", "identity") for value in codings for coding in value.split(","))
+
+
+def header_text(value: str) -> str:
+    """A header's value as it was meant: HTTP libraries decode as latin-1, and clients send UTF-8."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+def header_bytes(text: str) -> str:
+    """The inverse of ``header_text``, for HTTP libraries that encode headers as latin-1."""
+    return text.encode().decode("latin-1")
 
 
 def _options(given: dict[str, Any]) -> Options | ItemError:
-    """Only names and types are checked: whether a bundle, version or mode exists is for the engine to say."""
+    """Check names and types only: the engine knows which bundles, versions and modes there are."""
     if unknown := sorted(set(given) - set(OPTIONS)):
-        return ItemError("unknown_option", f"unknown option {unknown[0][:40]!r}: there are {', '.join(OPTIONS)}")
-    fields = given.pop("fields", ["labels", "neighbors"])
+        return ItemError("unknown_option", f"unknown option {unknown[0][:40]!r}: choose {', '.join(OPTIONS)}")
+    fields = given.pop("fields", None)
     if isinstance(fields, str):
         fields = [field.strip() for field in fields.split(",") if field.strip()]
     for name, value in given.items():
-        if not isinstance(value, str):
-            return ItemError("bad_option", f"option {name!r} takes a text")
+        if not isinstance(value, str | None):
+            return ItemError("bad_option", f"option {name!r} is a string")
+    fields = ["labels", "neighbors"] if fields is None else fields
     if not isinstance(fields, list) or not set(map(str, fields)) <= set(FIELDS):
-        return ItemError("bad_option", f"option 'fields' takes some of {', '.join(FIELDS)}")
+        return ItemError("bad_option", f"option 'fields' is a list of {', '.join(FIELDS)}")
     counts = [5 if name in fields else 0 for name in ("labels", "neighbors")]
     return Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
 
 
-def wants_bytes(headers: Mapping[str, Any]) -> bool:
-    """Whether a request asks for the embedding as it lies in memory and not for JSON."""
-    accepted = [str(value) for name, value in headers.items() if name.lower() == "accept"]
-    return any(each.partition(";")[0].strip().lower() == BINARY for value in accepted for each in value.split(","))
+def wants_bytes(headers: Mapping[str, str]) -> bool:
+    """Whether a request asks for the bytes of the embedding instead of JSON."""
+    accepted = [value for name, value in headers.items() if name.lower() == "accept"]
+    return any(kind.partition(";")[0].strip().lower() == BINARY for value in accepted for kind in value.split(","))
 
 
 def encode(answer: Prediction | ItemError, binary: bool) -> tuple[str | bytes, str, dict[str, str]]:
-    """Body, content type and headers: compact JSON, or the embedding (float32, little endian) and the rest as headers.
+    """Return body, content type and headers of an answer.
 
-    Raises ValueError for a NaN or an infinity, which JSON has not.
+    The body is compact JSON; or with ``binary`` the embedding (float32 [D], little endian), and the rest as headers.
+    Raises ValueError for NaN and infinity, which JSON does not have.
     """
-    whole = error_body(answer) if isinstance(answer, ItemError) else answer.to_json()
-    text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
+    document = error_body(answer) if isinstance(answer, ItemError) else answer.to_json()
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     if not binary or isinstance(answer, ItemError) or answer.embedding is None:
         return text, "application/json", {}
-    rest = {name: whole[name] for name in ("bundle", "version", "mode", "cluster", "confidence", "ood")}
-    headers = {name: str(value) for name, value in rest.items()} | {"masks": ",".join(answer.masks)}
-    return answer.embedding.astype("<f4").tobytes(), BINARY, {PREFIX + name: v for name, v in headers.items()}
+    values = {name: document[name] for name in ("bundle", "version", "mode", "cluster", "confidence", "ood")}
+    values["masks"] = ",".join(answer.masks)
+    headers = {PREFIX + name: header_bytes(str(value)) for name, value in values.items()}
+    return answer.embedding.astype("<f4").tobytes(), BINARY, headers

@@ -1,23 +1,46 @@
-"""A program that ends in order when it is told to."""
+"""Signals of all servers: SIGTERM, Ctrl-C and a closed terminal (SIGHUP) stop a server in order, and drain it."""
 
 import signal
-from types import FrameType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
+def on_stop(stop: Callable[[], None]) -> None:
+    """Call ``stop`` in the main thread at each SIGTERM, SIGINT and SIGHUP."""
+    for number in _stop_signals():
+        signal.signal(number, lambda number, frame: stop())
+
+
 def exit_on_signals(status: int = 0) -> None:
-    """The first SIGTERM, Ctrl-C or closed terminal ends the program in order, with `status`; later ones change nothing.
+    """Raise SystemExit with ``status`` at the first SIGTERM, SIGINT or SIGHUP; ignore the later ones."""
 
-    A SIGHUP that is ignored already (nohup) stays so.
-    """
-    ends = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        ends.append(signal.SIGHUP)
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        for each in ends:
-            signal.signal(each, signal.SIG_IGN)
+    def leave() -> NoReturn:
+        for number in _stop_signals():
+            signal.signal(number, signal.SIG_IGN)
         raise SystemExit(status)
 
-    for each in ends:
-        signal.signal(each, leave)
+    on_stop(leave)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Hold SIGTERM, SIGINT and SIGHUP back until the end of the block.
+
+    So a child process is never started without the code that will stop it.
+    """
+    pending: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, frame: pending.append(number)) for n in _stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in pending:
+            signal.raise_signal(number)
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """Without a SIGHUP that is ignored: nohup ignores it, so that a program outlives its terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,))]

@@ -18,6 +18,7 @@ STATUSES: dict[str, int] = {
     "too_wide": 413,
     "too_many_pixels": 413,
     "too_complex": 413,
+    "too_costly": 400,
     # The request.
     "bundle_missing": 400,
     "unknown_bundle": 404,
@@ -28,6 +29,9 @@ STATUSES: dict[str, int] = {
     "unknown_option": 400,
     "too_many_images": 413,
     "body_too_large": 413,
+    "json_too_large": 413,
+    "compressed_body": 415,
+    "unknown_host": 421,
     "slow_body": 408,
     "hung_up": 400,
     "no_bank": 404,

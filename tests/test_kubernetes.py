@@ -117,13 +117,13 @@ def test_the_front_end_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> N
     from handlers.asgi import supervisor
 
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(supervisor, "serve", lambda store, **options: asked.update(options, store=store))
+    monkeypatch.setattr(supervisor, "serve", lambda settings: asked.update(settings.options()))
     spec = PLAIN["Deployment"]["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     done = CliRunner().invoke(main.app, ["serve", *container["args"]])
     assert done.exit_code == 0, done.output
     assert asked["port"] == container["ports"][0]["containerPort"]
-    assert asked["store"] in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert asked["model_store"] in [mount["mountPath"] for mount in container["volumeMounts"]]
     sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert asked["drain_timeout"] + sleep < spec["terminationGracePeriodSeconds"]
 

@@ -8,18 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from cascade.cli.options import Executor, ExecutorKind
+from cascade.errors import CascadeError
 
 
 class Frontend(StrEnum):
-    """Which server is around the engine."""
+    """Servers that ``cascade serve`` can start."""
 
-    torchserve = "torchserve"
     asgi = "asgi"
+    torchserve = "torchserve"
     ray = "ray"
 
 
 class LogLevel(StrEnum):
-    """From which level on ``cascade serve`` logs."""
+    """Log levels of ``cascade serve``."""
 
     debug = "debug"
     info = "info"
@@ -28,73 +29,96 @@ class LogLevel(StrEnum):
 
 
 def serve(
-    model_store: Annotated[str, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = "model_store",
-    frontend: Annotated[Frontend, typer.Option(help="Which server; asgi and ray speak Open Inference Protocol v2.")] = (
-        Frontend.torchserve
+    context: typer.Context,
+    frontend: Annotated[Frontend, typer.Option(help="The server: asgi and ray speak Open Inference Protocol v2.")] = (
+        Frontend.asgi
     ),
-    host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the predictions; asgi has /metrics on it, too.")] = 8080,
-    budget: Annotated[int | None, typer.Option(help="Bytes of materialized masks, for each worker.", min=1)] = None,
-    memory: Annotated[int | None, typer.Option(help="Bytes of backbones and bundles, for each worker.", min=1)] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     executor: Executor = ExecutorKind.auto,
-    drain: Annotated[float, typer.Option(help="Seconds for requests in progress, once told to stop.", min=0)] = 8,
-    metrics_port: Annotated[int, typer.Option(help="torchserve: of /metrics.")] = 8082,
-    management_port: Annotated[int, typer.Option(help="torchserve: of the workers' state, on loopback.")] = 8081,
-    workers: Annotated[
-        int, typer.Option(help="Processes with a backbone each; ray: at most. asgi has one.", min=1)
-    ] = 1,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="asgi, ray: file of lines BUNDLE SHA256; none: no keys.")
+    model_store: Annotated[str | None, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback if left out.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 8080 if left out.")] = None,
+    no_auth: Annotated[bool | None, typer.Option("--no-auth", help="Let everybody in, on any address.")] = None,
+    budget_bytes: Annotated[
+        int | None, typer.Option("--budget", help="Bytes of materialized masks, per worker.", min=1)
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="asgi, ray: images in a pass at most.", min=1)] = 32,
-    patience: Annotated[
-        float, typer.Option(help="asgi, ray: seconds until the oldest image comes first.", min=0)
-    ] = 0.05,
-    queue: Annotated[int, typer.Option(help="asgi, ray: images that may wait; 503 for more.", min=1)] = 256,
-    index: Annotated[Path | None, typer.Option(help="asgi: of cascade index build, for POST /v1/search.")] = None,
-    connections: Annotated[int, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = 4096,
-    log_level: Annotated[
-        LogLevel | None, typer.Option(help="info has a line a request; left out: warning for torchserve, else info.")
+    memory_bytes: Annotated[
+        int | None, typer.Option("--memory", help="Bytes of backbones and bundles, per worker.", min=1)
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cpu if left out.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads per worker; one per CPU if left out.", min=1)] = None,
     pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
-    poll: Annotated[float, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = 10,
-    auth: Annotated[
-        bool, typer.Option("--auth/--no-auth", help="torchserve: whether a prediction needs a token.")
-    ] = True,
-    token_file: Annotated[
-        Path | None, typer.Option(help="torchserve: where the token is written, for you alone.")
+    poll: Annotated[float | None, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = None,
+    startup_timeout: Annotated[
+        float | None, typer.Option(help="Seconds until the engine is ready; 300 if left out.", min=1)
     ] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option("--drain", help="Seconds to finish requests once told to stop.", min=0)
+    ] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="info has a line per request.")] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="asgi, ray: file with lines BUNDLE SHA256.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="asgi, ray: images in a pass at most.", min=1)] = None,
+    patience: Annotated[
+        float | None, typer.Option(help="asgi, ray: seconds until the oldest image comes first.", min=0)
+    ] = None,
+    queue: Annotated[int | None, typer.Option(help="asgi, ray: images that may wait; 503 for more.", min=1)] = None,
+    index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,
+    connections: Annotated[int | None, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = None,
+    keep_alive: Annotated[
+        float | None, typer.Option(help="asgi: seconds that an idle connection stays open; 75 if left out.", min=1)
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None, typer.Option("--allowed-host", help="asgi: Host header to accept beside loopback's names.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="torchserve, ray: processes with a backbone each.", min=1)] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="torchserve: port of /metrics.")] = None,
+    management_port: Annotated[int | None, typer.Option(help="torchserve: port of the workers' state.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="torchserve: where to write the token, mode 0600.")] = None,
 ) -> None:
-    """Serve a model store: [bold]cascade serve --model-store model_store --frontend asgi[/]"""
+    """Serve a model store: [bold]cascade serve --model-store model_store[/]
+
+    An address that others can reach needs keys: [bold]cascade serve --host 0.0.0.0 --api-keys keys[/]
+    """
+    from handlers import settings
+
     if executor is not ExecutorKind.auto:
         os.environ["CASCADE_EXECUTOR"] = executor.value  # the processes that hold engines inherit it
-    pins: dict[str, str] = {}
-    if pin:
-        from cascade.engine.registry import pinned  # which loads torch: the process that supervises does without
-
-        pins = pinned(pin)
-    common: dict[str, Any] = {"host": host, "port": port, "budget_bytes": budget, "memory_bytes": memory}
-    common |= {"device": device, "drain_timeout": drain, "pins": pins, "poll": poll}
-    if frontend is Frontend.ray:
-        from handlers.ray.serve import serve as serve_ray
-
-        common |= {
-            "max_batch": max_batch,
-            "patience": patience,
-            "queue": queue,
-            "log_level": (log_level or LogLevel.info).value,
-        }
-        serve_ray(model_store, replicas=workers, api_keys=api_keys, **common)
-        return
+    classes = {
+        Frontend.asgi: settings.AsgiSettings,
+        Frontend.torchserve: settings.TorchServeSettings,
+        Frontend.ray: settings.RaySettings,
+    }
+    chosen = _settings(context, frontend, classes[frontend])
     if frontend is Frontend.asgi:
         from handlers.asgi.supervisor import serve as serve_asgi
 
-        common |= {"max_batch": max_batch, "patience": patience, "queue": queue, "connections": connections}
-        serve_asgi(model_store, api_keys=api_keys, index=index, log_level=(log_level or LogLevel.info).value, **common)
-        return
-    from handlers.torchserve.entrypoint import serve as serve_torchserve
+        serve_asgi(chosen)
+    elif frontend is Frontend.torchserve:
+        from handlers.torchserve.entrypoint import serve as serve_torchserve
 
-    ports = {"metrics_port": metrics_port, "management_port": management_port}
-    common |= {"auth": auth, "token_file": token_file, "log_level": (log_level or LogLevel.warning).value}
-    serve_torchserve(model_store, workers=workers, **common, **ports)
+        options = chosen.options("no_auth", "startup_timeout")
+        serve_torchserve(**options, auth=not chosen.no_auth, start_timeout=chosen.startup_timeout)
+    else:
+        from handlers.ray.serve import serve as serve_ray
+
+        serve_ray(**chosen.options("no_auth", "startup_timeout", "workers"), replicas=chosen.workers)
+
+
+def _settings(context: typer.Context, frontend: Frontend, settings: Any) -> Any:
+    """The settings of the front end from the options on the command line, each of which it must use."""
+    values: dict[str, Any] = {}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in ("frontend", "executor") or str(context.get_parameter_source(name)).endswith("DEFAULT"):
+            continue
+        if name != "pin" and name not in settings.__dataclass_fields__:
+            raise CascadeError(f"{parameter.opts[0]} is no option of --frontend {frontend}: omit it")
+        values[name] = context.params[name]
+    if "log_level" in values:
+        values["log_level"] = values["log_level"].value
+    if "allowed_hosts" in values:
+        values["allowed_hosts"] = tuple(values["allowed_hosts"])
+    if "pin" in values:
+        from cascade.engine.registry import pinned  # imports torch, which the supervisor does without
+
+        values["pins"] = pinned(values.pop("pin"))
+    return settings(**values)

@@ -1,21 +1,24 @@
-"""The batcher: many threads submit single images, one thread runs the passes, each over what shares a mask.
+"""Dynamic batching: images are submitted one by one, decoded in threads, and answered in passes that share a mask.
 
-Nothing waits for company. When the engine is free it takes what has gathered meanwhile, so a lone request runs at
-once and batches grow with the load.
+There is no batching delay. When the engine is free it takes what has gathered meanwhile, so a lone request runs at
+once and batches grow with the load. Admission, decoding and deadlines are bounded here and nowhere else.
 """
 
+import asyncio
 import logging
 import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from cascade import metrics
+from cascade.engine.decoders import Decoders, OverBudget
 from cascade.engine.engine import Engine, Source
 from cascade.engine.forward import Item, trunk
 from cascade.engine.results import ItemError, Options, Prediction
@@ -28,7 +31,9 @@ OVERLOADED = ItemError("overloaded", "more images wait than can be answered soon
 DEADLINE = ItemError("deadline", "the time that this image may wait is over: send it again later, or allow more")
 STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
 FAILED = ItemError("failed", "the pass with this image failed: the server's log says why")
+TOO_COSTLY = ItemError("too_costly", "decoding this image takes too much CPU time: send a baseline JPEG or a PNG")
 REMEMBERED = 0.2  # weight of the newest pass in the seconds that an image takes
+DECODE_SECONDS = 3.0  # of CPU time for one image; the largest that the limits allow take about one
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +52,16 @@ _Group = deque[_Waiting]
 class Batcher:
     """Queues images for an engine: ``with Batcher(engine) as batcher: batcher.submit(jpeg).result()``.
 
-    Each pass takes the largest group of waiting images that share their masks (those of one bundle). Where some
-    image has waited longer than ``patience``, the group of the one that has waited longest comes first, so nobody
-    starves. Other groups fill the pass up only where they share the plain trunk, for else they would gain nothing.
+    Each pass takes the largest group of waiting images that share their masks (those of one bundle). Once an image has
+    waited longer than ``patience``, the group of the oldest image comes first, so no bundle starves. Other groups fill
+    the pass only where they share the plain trunk, since otherwise there is no benefit.
 
     Args:
         max_batch: images in a pass at most.
         patience: seconds. 0 is arrival order: always the group of the oldest image.
         queue: images that may wait or be decoded at a time; more are refused at once.
-        decoders: images that are decoded at a time, for each takes up to some hundred MB. None for one a core.
+        decoders: images that are decoded at a time; each takes up to some hundred MB. None for one per core.
+        decode_seconds: CPU time that one image may take to decode.
     """
 
     def __init__(
@@ -66,11 +72,12 @@ class Batcher:
         patience: float = 0.05,
         queue: int = 256,
         decoders: int | None = None,
+        decode_seconds: float = DECODE_SECONDS,
     ) -> None:
         if min(max_batch, queue) < 1 or patience < 0:
             raise CascadeError("a batcher needs max_batch and queue of 1 at least, and no negative patience")
         self.engine, self.max_batch, self.patience, self.queue = engine, max_batch, patience, queue
-        self._decoders = threading.BoundedSemaphore(decoders or len(os.sched_getaffinity(0)))
+        self._decoders = Decoders(decoders or len(os.sched_getaffinity(0)), decode_seconds)
         self._groups: dict[Hashable, _Group] = {}
         self._waiting = self._decoding = self._running = 0
         self._seconds = 0.0  # an image takes, lately
@@ -88,49 +95,74 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes images."""
+        """Whether it accepts images."""
         return not self._closed
 
     @property
     def pass_seconds(self) -> float:
-        """How long the pass in progress takes already; 0 where none is."""
+        """Seconds since the pass in progress began; 0 between passes."""
         return time.monotonic() - self._begun if self._running else 0.0
 
     def submit(self, image: Source, options: Options = Options(), timeout: float | None = None) -> "Future[Answer]":
-        """Decode the image here, in the calling thread, and queue it.
+        """Queue one image to be decoded and answered; returns at once.
 
         The future always gets an answer: the prediction, or the error of this image (never an exception). An image
         whose ``timeout`` (seconds, from now on) ends before its pass, or whose future is cancelled, costs no pass.
         """
-        since = time.monotonic()
-        with self._changed:
-            if refusal := self._refusal():
-                return _answered(refusal, options.bundle)
-            self._decoding += 1  # it has a place from here on
-        item = self._decode(image, options, timeout)
-        with self._changed:
-            self._decoding -= 1
-            self._changed.notify_all()
-            if isinstance(item, Item):
-                return self._add(item, since, timeout)
-        future: Future[Answer] = Future()
-        future.set_result(item)
+        (future,) = self.submit_all([image], options, timeout)
         return future
+
+    def submit_all(
+        self, images: Sequence[Source], options: Options = Options(), timeout: float | None = None
+    ) -> "list[Future[Answer]]":
+        """``submit`` for several images: all of them get a place in the queue, or none does."""
+        since = time.monotonic()
+        deadline = math.inf if timeout is None else since + timeout
+        with self._changed:
+            refusal = self._refusal(len(images))
+            if refusal is None:
+                self._decoding += len(images)
+        if refusal is not None:
+            return [_answered(refusal, options.bundle) for _ in images]
+        futures: list[Future[Answer]] = []
+        for image in images:
+            future: Future[Answer] = Future()
+            decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
+            decoded.add_done_callback(partial(self._queue, options, since, deadline, future))
+            futures.append(future)
+        return futures
 
     def submit_item(self, item: Item, timeout: float | None = None) -> "Future[Answer]":
         """``submit`` for an item that ``Engine.prepare`` made."""
+        since = time.monotonic()
         with self._changed:
-            if (refusal := self._refusal()) is None:
-                return self._add(item, time.monotonic(), timeout)
+            if (refusal := self._refusal(1)) is None:
+                deadline = math.inf if timeout is None else since + timeout
+                return self._add(_Waiting(item, Future(), since, deadline))
         return _answered(refusal, item.bundle.name)
 
+    async def answers(self, images: Sequence[Source], options: Options, timeout: float) -> list[Answer]:
+        """``submit_all`` for an event loop; images without an answer after ``timeout`` seconds get DEADLINE.
+
+        Cancelling it gives up the images that are in no pass yet.
+        """
+        futures = self.submit_all(images, options, timeout)
+        try:
+            done = asyncio.gather(*map(asyncio.wrap_future, futures))
+            return [*await asyncio.wait_for(done, timeout)]
+        except TimeoutError:
+            return [future.result() if _has_answer(future) else DEADLINE for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
     def retry_after(self) -> float:
-        """Seconds until what waits now will have been answered, as far as the last passes tell."""
+        """Estimated seconds until every image that waits now is answered."""
         with self._changed:
             return (self._waiting + self._decoding + self._running) * self._seconds
 
     def close(self, drain: bool = True) -> None:
-        """Refuse whatever comes, answer what is here (without ``drain``: with an error), and end the thread."""
+        """Refuse new images, answer those that wait (without ``drain``: with an error), and end the threads."""
         with self._changed:
             self._closed = True
             gone = [] if drain else self._remove(lambda waiting: True)
@@ -139,27 +171,52 @@ class Batcher:
             _refuse(waiting, STOPPING)
         self._thread.join()
 
-    def _refusal(self) -> ItemError | None:
+    def _refusal(self, images: int) -> ItemError | None:
         if self._closed:
             return STOPPING
-        return OVERLOADED if self._waiting + self._decoding >= self.queue else None
+        return OVERLOADED if self._waiting + self._decoding + images > self.queue else None
 
-    def _decode(self, image: Source, options: Options, timeout: float | None) -> Item | ItemError:
-        if timeout is not None and timeout <= 0 or not self._decoders.acquire(timeout=timeout):
+    def _decode(
+        self, image: Source, options: Options, deadline: float, future: "Future[Answer]"
+    ) -> Item | ItemError | None:
+        """In a decoder thread. None where nobody waits for the answer any more."""
+        if future.cancelled():
+            return None
+        if time.monotonic() >= deadline:
             return _counted(DEADLINE, options.bundle)
-        try:
-            with metrics.stage("decode"):
-                return self.engine.prepare(image, options)
-        except Exception:  # what is wrong with an image is an ItemError; this is a fault of ours, or no memory
-            log.exception("an image could not be prepared")
-            metrics.count(options.bundle, None, FAILED.kind)
-            return FAILED
-        finally:
-            self._decoders.release()
+        with metrics.stage("decode"):
+            return self.engine.prepare(image, options)
 
-    def _add(self, item: Item, since: float, timeout: float | None) -> "Future[Answer]":
-        waiting = _Waiting(item, Future(), since, math.inf if timeout is None else since + timeout)
-        self._groups.setdefault((trunk(item), item.bundle.identity), deque()).append(waiting)
+    def _queue(
+        self,
+        options: Options,
+        since: float,
+        deadline: float,
+        future: "Future[Answer]",
+        decoded: "Future[Item | ItemError | None]",
+    ) -> None:
+        """Once an image is decoded: it waits for its pass, or has its answer."""
+        try:
+            item = decoded.result()
+        except OverBudget:
+            item = _failed(TOO_COSTLY, options.bundle)
+        except Exception:  # a bad image is an ItemError; this is a fault of ours, or no memory
+            log.exception("an image could not be prepared")
+            item = _failed(FAILED, options.bundle)
+        with self._changed:
+            self._decoding -= 1
+            self._changed.notify_all()
+            if isinstance(item, Item) and not future.cancelled():
+                self._add(_Waiting(item, future, since, deadline))
+                return
+        if not future.set_running_or_notify_cancel():
+            metrics.DROPPED.labels("cancelled").inc()
+        elif isinstance(item, ItemError):
+            future.set_result(item)
+
+    def _add(self, waiting: _Waiting) -> "Future[Answer]":
+        key = (trunk(waiting.item), waiting.item.bundle.identity)
+        self._groups.setdefault(key, deque()).append(waiting)
         self._waiting += 1
         metrics.QUEUE_DEPTH.inc()
         self._changed.notify_all()
@@ -179,12 +236,13 @@ class Batcher:
                     _refuse(waiting, DEADLINE)
                 if batch:
                     self._run(batch)
-        finally:  # nobody may wait for a thread that is gone
+        finally:  # no future may wait for a thread that has ended
             with self._changed:
                 self._closed = True
                 gone = self._remove(lambda waiting: True)
             for waiting in gone:
                 _refuse(waiting, STOPPING)
+            self._decoders.close()
 
     def _run(self, batch: list[_Waiting]) -> None:
         """One pass; every future has its answer afterwards."""
@@ -193,9 +251,7 @@ class Batcher:
             answers = [*zip(batch, self.engine.run([waiting.item for waiting in batch]), strict=True)]
         except Exception:
             log.exception("a pass over %d images failed", len(batch))
-            for waiting in batch:
-                metrics.count(waiting.item.bundle.name, None, FAILED.kind)
-            answers = [(waiting, FAILED) for waiting in batch]
+            answers = [(waiting, _failed(FAILED, waiting.item.bundle.name)) for waiting in batch]
         seconds = (time.monotonic() - self._begun) / len(batch)
         with self._changed:
             self._running = 0
@@ -280,5 +336,13 @@ def _refuse(waiting: _Waiting, why: ItemError) -> None:
 
 def _counted(why: ItemError, bundle: str | None) -> ItemError:
     metrics.DROPPED.labels(why.kind).inc()
+    return _failed(why, bundle)
+
+
+def _failed(why: ItemError, bundle: str | None) -> ItemError:
     metrics.count(bundle, None, why.kind)
     return why
+
+
+def _has_answer(future: "Future[Answer]") -> bool:
+    return future.done() and not future.cancelled()

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from http import HTTPStatus
@@ -23,6 +24,7 @@ from cascade.engine.results import ItemError, Options
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
 from handlers.asgi import open_inference, search, ui
+from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
 from handlers.requests import NOT_FINITE, encode, parse, wants_bytes
@@ -40,15 +42,23 @@ JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
 VERSION: dict[str, Any] = {
     "parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]
 }
-VERSION_IN_QUERY = ItemError(
-    "bad_request", "a version goes into the path and not behind it: /v2/models/NAME/versions/VERSION"
+OPTIONS_IN_QUERY = ItemError(
+    "bad_request", "a query has no effect: send options as headers (X-Cascade-Mode: ...) or as JSON"
 )
-NO_FORM = ItemError("bad_request", "send one image a request: this is no form with one file as its one part")
-AGAIN = 2  # an unpinned request that meets a version on its way out looks for the newest this often
+V2_QUERY = ItemError(
+    "bad_request", "a query has no effect: the version belongs in the path, /v2/models/NAME/versions/VERSION"
+)
+BAD_FORM = ItemError("bad_request", "send one image per request: a form has exactly one part, the file")
+ATTEMPTS = 2  # for a request without a version, whose version is removed meanwhile
 
 
-def create_app(service: Service, index: Index | None = None) -> Guard:
-    """The whole ASGI application over a service; with an ``index`` it has /v1/search, too."""
+def create_app(service: Service, index: Index | None = None, hosts: Collection[str] | None = None) -> Guard:
+    """The ASGI application over a service.
+
+    Args:
+        index: for /v1/search, which is there only with one.
+        hosts: the Host headers to accept; None for any.
+    """
     app = FastAPI(
         title="Cascade", version=__version__, redoc_url=None, docs_url=None, responses=ERRORS, redirect_slashes=False
     )
@@ -88,7 +98,7 @@ def create_app(service: Service, index: Index | None = None) -> Guard:
         return whole
 
     app.openapi = described  # type: ignore[method-assign]
-    return Guard(app, service.limits)
+    return Guard(app, service.limits, hosts)
 
 
 def _predictions(app: FastAPI, service: Service) -> None:
@@ -116,9 +126,10 @@ def _predictions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/predict", openapi_extra=description, responses=JSON_OR_BYTES, summary="Predict one image")
     async def predict(request: Request) -> Response:
         service.admit(request)
+        if request.query_params:
+            raise Refusal(OPTIONS_IN_QUERY)
         body, kind = await _one_body(request)
-        headers: dict[str, Any] = {name: value for name, value in request.headers.items() if name != "body"}
-        asked = await asyncio.to_thread(parse, {"body": body}, headers | {"body": {"content-type": kind}})
+        asked = await asyncio.to_thread(parse, body, kind, request.headers)
         if isinstance(asked, ItemError):
             raise Refusal(asked)
         image, options = asked
@@ -172,7 +183,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
         asked = await asyncio.to_thread(open_inference.parse, body, request.headers.get(LENGTH_HEADER), most)
-        for _ in range(AGAIN):
+        for _ in range(ATTEMPTS):
             bundle = found(request, model)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
             wish = Options(model, bundle.version, asked.mode, embedding, labels, 0)
@@ -192,8 +203,8 @@ def _protocol(app: FastAPI, service: Service) -> None:
 
     def found(request: Request, model: str) -> Bundle:
         service.check(request, model)
-        if "version" in request.query_params:  # the newest would answer, and nobody notice
-            raise Refusal(VERSION_IN_QUERY)
+        if request.query_params:  # ignored, ?version=1 would be answered by the latest version
+            raise Refusal(V2_QUERY)
         version = request.path_params.get("version")
         bundle = service.engine.find(model, version)
         if isinstance(bundle, ItemError):
@@ -215,7 +226,9 @@ def _state(app: FastAPI, service: Service) -> None:
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
     @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
-    async def scrape() -> Response:
+    async def scrape(request: Request) -> Response:
+        if EVERY not in service.opened(request):  # its labels are the names of all bundles
+            raise Refusal(FORBIDDEN)
         return Response(await asyncio.to_thread(metrics.scrape), media_type="text/plain; version=0.0.4")
 
 
@@ -280,10 +293,10 @@ async def _one_body(request: Request) -> tuple[bytes, str]:
     try:
         form = await _InMemory(request.headers, request.stream(), max_files=1, max_fields=1).parse()
     except (MultiPartException, LookupError):
-        raise Refusal(NO_FORM) from None
+        raise Refusal(BAD_FORM) from None
     try:
         if len(form.multi_items()) != 1:
-            raise Refusal(NO_FORM)
+            raise Refusal(BAD_FORM)
         ((_, part),) = form.multi_items()
         return (part.encode() if isinstance(part, str) else await part.read()), "application/octet-stream"
     finally:

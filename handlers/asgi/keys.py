@@ -1,4 +1,4 @@
-"""API keys: which bundles a caller may use. The file holds digests only, so that who reads it learns no key."""
+"""API keys: which bundles a caller may use. The file contains only digests, so reading it reveals no key."""
 
 import hmac
 import logging
@@ -13,8 +13,8 @@ from cascade.errors import CascadeError
 log = logging.getLogger(__name__)
 EVERY = "*"
 LINE = re.compile(r"(\S+)\s+([0-9a-fA-F]{64})")
-MISSING = ItemError("key_missing", "this server wants an API key: send the header Authorization: Bearer KEY")
-UNKNOWN = ItemError("key_unknown", "no such API key: ask who runs this server for one")
+MISSING = ItemError("key_missing", "this server requires an API key: send the header Authorization: Bearer KEY")
+UNKNOWN = ItemError("key_unknown", "no such API key: ask the operator of this server for one")
 FORBIDDEN = ItemError("key_forbidden", "this API key is for other bundles: ask for one for this bundle")
 
 
@@ -25,24 +25,24 @@ class Keys:
     pairs: tuple[tuple[str, bytes], ...]
 
     def allowed(self, authorization: str | None) -> frozenset[str] | ItemError:
-        """The bundles that the value of an Authorization header opens (``*``: all of them)."""
+        """The bundles that an Authorization header gives access to (``*``: all of them), or what is wrong with it."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             return MISSING
         digest = sha256(key.strip().encode("latin-1", "replace")).digest()
-        # Every pair is compared, and each in constant time: how long it takes tells nothing about the keys.
-        found = frozenset(bundle for bundle, each in self.pairs if hmac.compare_digest(each, digest))
-        return found or UNKNOWN
+        # Every pair is compared, and each in constant time, so the time reveals nothing about the keys.
+        allowed = frozenset(bundle for bundle, stored in self.pairs if hmac.compare_digest(stored, digest))
+        return allowed or UNKNOWN
 
 
 def read(path: Path) -> Keys:
-    """The keys of a file: a line each, ``BUNDLE SHA256``; ``#`` starts a comment.
+    """Read the keys of a file with lines ``BUNDLE SHA256``; ``#`` starts a comment.
 
     Raises:
-        CascadeError: the file cannot be read, holds no key, or a line is no such pair (the line is not shown).
+        CascadeError: the file cannot be read, has no key, or has another kind of line (which is not shown).
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise CascadeError(f"API keys cannot be read from {path} ({e}): give a file of lines BUNDLE SHA256") from e
     pairs = []
@@ -55,17 +55,17 @@ def read(path: Path) -> Keys:
             raise CascadeError(f"{path}, line {number}: write BUNDLE (or *) and the key's SHA-256 digest in hex")
         pairs.append((pair[1], bytes.fromhex(pair[2])))
     if not pairs:
-        raise CascadeError(f"{path} holds no key: write lines BUNDLE SHA256, or leave --api-keys away")
+        raise CascadeError(f"{path} has no key: write lines BUNDLE SHA256, or omit --api-keys")
     return Keys(tuple(pairs))
 
 
 class Watched:
     """The keys of a file, which is read again when it changes.
 
-    A change that makes no sense is logged, and the keys from before it stay: half a file locks nobody out.
+    If the changed file is invalid, the log says so and the old keys stay valid: half a file locks nobody out.
 
     Raises:
-        CascadeError: as ``read``, for the file as it is at first.
+        CascadeError: as ``read``, at the first reading.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,19 +74,19 @@ class Watched:
         self.keys = read(path)
 
     def refresh(self) -> Keys:
-        """The keys as the file has them now."""
+        """The current keys of the file."""
         if (stamp := self._look()) != self._stamp:
             self._stamp = stamp
             try:
                 self.keys = read(self.path)
-                log.warning("the API keys were read anew: %d lines", len(self.keys.pairs))
+                log.warning("the API keys were read again: %d lines", len(self.keys.pairs))
             except CascadeError as error:
-                log.error("%s; the keys from before stay", error)
+                log.error("%s; the old keys stay valid", error)
         return self.keys
 
     def _look(self) -> tuple[int, int, int] | None:
         try:
-            found = self.path.stat()
+            stat = self.path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size

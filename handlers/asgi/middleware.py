@@ -1,10 +1,11 @@
-"""The outermost layer of the application: request ids, the log, limits of size and time, and the end."""
+"""The outermost layer of the application: Host header, request ids, the log, limits of size and time, draining."""
 
 import asyncio
+import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from uuid import uuid4
 
 from cascade.engine.results import ItemError
 from handlers.asgi.metrics import HTTP_IN_PROGRESS, HTTP_SECONDS
+from handlers.statuses import error_body, status_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -22,6 +24,8 @@ log = logging.getLogger("cascade.http")
 ID = re.compile(rb"[\w.:-]{1,128}")
 QUIET = ("/v2/health", "/metrics")  # polled every few seconds
 FAILED = ItemError("failed", "the server failed at this request: its log says why, under the request id")
+UNKNOWN_HOST = ItemError("unknown_host", "no such host here: use localhost, or start with --allowed-host NAME")
+DIGITS = 19  # of the largest length in bytes that makes sense
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,14 @@ class Guard:
     """ASGI middleware.
 
     Attributes:
-        requests: in progress, apart from those that are only polled.
-        held: bytes of bodies in memory.
+        requests: in progress, without health checks and scrapes.
+        body_bytes: of all bodies in memory.
+        hosts: names under which requests are accepted; None for any.
     """
 
-    def __init__(self, app: App, limits: Limits) -> None:
-        self.app, self.limits = app, limits
-        self.requests = self.held = 0
+    def __init__(self, app: App, limits: Limits, hosts: Collection[str] | None = None) -> None:
+        self.app, self.limits, self.hosts = app, limits, hosts
+        self.requests = self.body_bytes = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,7 +93,10 @@ class Guard:
         self.requests += not polled
         HTTP_IN_PROGRESS.inc(not polled)
         try:
-            await self.app(scope, body.receive, answer)
+            if self.hosts is not None and host_of(headers) not in self.hosts:
+                await _unknown_host(answer)
+            else:
+                await self.app(scope, body.receive, answer)
         except Exception:
             log.exception("a request failed", extra={"about": about})  # the answer, 500, is sent
         finally:
@@ -100,16 +108,38 @@ class Guard:
             HTTP_SECONDS.labels(route, str(status)).observe(seconds)
             about |= {"method": scope["method"], "path": scope["path"][:200], "status": status}
             about |= {"ms": round(1000 * seconds, 1), "bytes": body.size}
-            log.log(logging.DEBUG if polled and status == 200 else logging.INFO, "request", extra={"about": about})
+            log.log(_level(status, polled), "request", extra={"about": about})
+
+
+def host_of(headers: Mapping[bytes, bytes]) -> str:
+    """The name in the Host header, without port and brackets."""
+    name = headers.get(b"host", b"").decode("latin-1").lower()
+    return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+
+
+async def _unknown_host(send: Send) -> None:
+    body = json.dumps(error_body(UNKNOWN_HOST), separators=(",", ":")).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status_of(UNKNOWN_HOST), "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _level(status: int, polled: bool) -> int:
+    """Of a request's line in the log: a fault of ours is an error, overload and restarts are warnings."""
+    if status in (0, 503):  # 0: the connection broke before the answer
+        return logging.INFO if polled or status == 0 else logging.WARNING
+    if status >= 500:
+        return logging.ERROR
+    return logging.DEBUG if polled and status == 200 else logging.INFO
 
 
 class _Body:
-    """A request's body on its way in: counted, timed, and refused when it is too large, too slow, or one too many."""
+    """The body of a request as it comes in: counted, timed, and refused if too large, too slow, or one too many."""
 
     def __init__(self, guard: Guard, headers: dict[bytes, bytes], receive: Receive) -> None:
         self.guard, self.limits, self._receive = guard, guard.limits, receive
         length = headers.get(b"content-length", b"")
-        self.announced = int(length) if length.isdigit() else 0
+        self.announced = int(length.lstrip(b"0")[:DIGITS] or 0) if length.isdigit() else 0
         self.waits_for_leave = headers.get(b"expect", b"").lower() == b"100-continue"
         self.size = 0
         self.complete = False
@@ -130,19 +160,19 @@ class _Body:
             raise Refusal(ItemError("slow_body", f"the body took over {seconds:g} s: send it faster")) from None
         length = len(message.get("body", b""))
         self.size += length
-        self.guard.held += length  # what is here, not what was announced: who sends nothing keeps nobody out
+        self.guard.body_bytes += length  # what has come, not what was announced
         self.complete = not message.get("more_body", False)
         if self.size > self.limits.body:
             await self._refuse(_too_large(self.limits.body))
-        if self.guard.held > self.limits.bodies:
+        if self.guard.body_bytes > self.limits.bodies:
             await self._refuse(ItemError("overloaded", "too many bodies at a time: send it again later"))
         return message
 
     def release(self) -> None:
-        self.guard.held -= self.size
+        self.guard.body_bytes -= self.size
 
     async def _refuse(self, error: ItemError) -> None:
-        """Read on and throw away, within limits, before the answer: a client that still sends may not see it else."""
+        """Drain the body, within limits, before the answer: a client that is still sending may not see it otherwise."""
         if not self.waits_for_leave:
             left = 4 * self.limits.body
             with suppress(TimeoutError):

@@ -1,6 +1,6 @@
 """The Open Inference Protocol, version 2, with the binary-data extension: bytes to images, and answers to bytes.
 
-docs/http.md has the tensors. Names and field order are the protocol's.
+docs/http.md lists the tensors. The protocol defines the names and the order of the fields; optional ones may be null.
 """
 
 import base64
@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from handlers.asgi.middleware import Refusal
 from handlers.requests import NOT_FINITE
 from handlers.statuses import status_of
 
+MAX_VALUES = 2**20
+"""Commas and brackets in a request's JSON: six images of 224 px as numbers. A parsed value takes up to 60 bytes."""
+
 
 class TensorParameters(BaseModel):
     """What goes with an input: where its data is."""
@@ -35,9 +38,9 @@ class Input(BaseModel):
     """`image` (encoded files) or `pixels` (preprocessed)."""
 
     name: Literal["image", "pixels"]
-    shape: list[int] = Field(max_length=8)
+    shape: list[Annotated[int, Field(ge=0, le=2**31)]] = Field(max_length=8)
     datatype: str
-    parameters: TensorParameters = TensorParameters()
+    parameters: TensorParameters | None = None
     data: list[Any] | None = Field(default=None, description="Files in base64 for `image`, numbers for `pixels`.")
 
 
@@ -51,14 +54,14 @@ class Output(BaseModel):
     """An output that is asked for."""
 
     name: Literal["cluster", "confidence", "ood", "embedding", "label", "error"]
-    parameters: OutputParameters = OutputParameters()
+    parameters: OutputParameters | None = None
 
 
 class RequestParameters(BaseModel):
     """Options of the whole request."""
 
     mode: str | None = Field(default=None, description=f"One of {', '.join(MODES)}.")
-    binary_data_output: bool = False
+    binary_data_output: bool | None = None
 
 
 class InferRequest(BaseModel):
@@ -66,7 +69,7 @@ class InferRequest(BaseModel):
 
     model_config = ConfigDict(title="InferRequest")
     id: str | None = Field(default=None, max_length=256)
-    parameters: RequestParameters = RequestParameters()
+    parameters: RequestParameters | None = None
     inputs: list[Input] = Field(min_length=1, max_length=1)
     outputs: list[Output] | None = Field(default=None, max_length=16)
 
@@ -92,11 +95,10 @@ def parse(body: bytes, json_length: str | None, most: int) -> Inference:
     Raises:
         Refusal: with 400, or 413 for too many images.
     """
-    length = len(body)
-    if json_length is not None:
-        if not (json_length.isascii() and json_length.isdigit() and int(json_length[:12]) <= len(body)):
-            raise _bad(f"{LENGTH_HEADER} must be the length of the JSON part, {len(body)} at most")
-        length = int(json_length)
+    length = len(body) if json_length is None else _length(json_length, len(body))
+    values = sum(body.count(mark, 0, length) for mark in (b",", b"[", b"{"))
+    if values > MAX_VALUES:
+        raise Refusal(ItemError("json_too_large", f"JSON of over {MAX_VALUES} values: send tensors as binary data"))
     try:
         asked = InferRequest.model_validate_json(body[:length])
     except ValidationError as e:
@@ -105,18 +107,27 @@ def parse(body: bytes, json_length: str | None, most: int) -> Inference:
         raise _bad(f"{where}: {first['msg']}"[:300].replace("\n", " ")) from None
     (tensor,) = asked.inputs
     rest = memoryview(body)[length:]
-    size = tensor.parameters.binary_data_size
+    size = tensor.parameters and tensor.parameters.binary_data_size
     if len(rest) != (size or 0):
         raise _bad(f"{len(rest)} bytes follow the JSON part where binary_data_size says {size or 0}")
     if (size is None) == (tensor.data is None):
         raise _bad(f"input {tensor.name} needs data, or binary_data_size and the bytes behind the JSON part; not both")
     images = (_files if tensor.name == "image" else _pixels)(tensor, rest, most)
-    binary = asked.parameters.binary_data_output
-    outputs = dict.fromkeys(OUTPUTS, binary)
+    options = asked.parameters or RequestParameters()
+    binary = bool(options.binary_data_output)
+    outputs: dict[str, bool] = dict.fromkeys(OUTPUTS, binary)
     if asked.outputs is not None:
-        wishes = [(o.name, o.parameters.binary_data) for o in asked.outputs]
-        outputs = {name: binary if wish is None else wish for name, wish in wishes}
-    return Inference(asked.id, asked.parameters.mode, images, outputs)
+        wanted = {o.name: o.parameters and o.parameters.binary_data for o in asked.outputs}
+        outputs = {name: binary if choice is None else choice for name, choice in wanted.items()}
+    return Inference(asked.id, options.mode, images, outputs)
+
+
+def _length(text: str, most: int) -> int:
+    """Of the JSON part; the header may have any number of digits."""
+    digits = text.lstrip("0") or text[:1]
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= len(str(most)) and int(digits) <= most):
+        raise _bad(f"{LENGTH_HEADER} must be the length of the JSON part, {most} at most")
+    return int(digits)
 
 
 def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | ItemError]) -> tuple[bytes, int | None]:

@@ -41,7 +41,7 @@ def add(
         if not (number.isascii() and number.isdecimal() and len(number) < 4 and 1 <= int(number) <= MOST):
             raise Refusal(ItemError("bad_option", f"k is how many results there may be: 1 to {MOST}"))
         body, kind = await body_of(request)
-        asked = await asyncio.to_thread(parse, {"body": body}, {"body": {"content-type": kind}})
+        asked = await asyncio.to_thread(parse, body, kind, {})
         if isinstance(asked, ItemError):
             raise Refusal(asked)
         bundle = service.engine.find(index.about.bundle, index.about.version)

@@ -1,4 +1,4 @@
-"""The engine process: loads the model store, then serves on the socket that it was given, until it is told to stop.
+"""The engine process: loads the model store, then serves on a socket that it inherits, until it is told to stop.
 
 python -m handlers.asgi.worker '{"socket": 3, ...}'     as handlers/asgi/supervisor.py starts it
 """
@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,7 @@ from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
 from cascade.errors import CascadeError
-from cascade.logs import JsonLines
+from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident
 from cascade.offline.index import read as read_index
 from handlers.asgi.app import create_app
@@ -34,27 +35,33 @@ from handlers.asgi.keys import Watched
 from handlers.asgi.metrics import ENGINE_RESTARTS
 from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
+from handlers.settings import AsgiSettings
 
-READY = b"ready\n"
+TICKS = 10  # of uvicorn, per second
 HUNG = 120  # seconds; a pass takes one or two
+SPARE_FILES = 32  # descriptors for everything that is no connection: loading bundles, reading keys, metrics
 log = logging.getLogger("cascade.worker")
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with another end: it goes on accepting, refuses new work, and leaves when the old work is answered."""
+    """uvicorn with another end: it still accepts connections, refuses new work, and exits once the old is answered.
+
+    Args:
+        heartbeat: descriptor of a pipe that gets a byte a second, the first one when the server is ready.
+    """
 
     def __init__(
         self,
         config: uvicorn.Config,
         service: Service,
         guard: Guard,
-        settings: dict[str, Any],
+        drain_timeout: float,
+        heartbeat: int,
         keys: Watched | None = None,
     ) -> None:
         super().__init__(config)
-        self.keys = keys
-        self.service, self.guard = service, guard
-        self.drain_timeout, self.ready = settings["drain_timeout"], settings["ready"]
+        self.service, self.guard, self.keys = service, guard, keys
+        self.drain_timeout, self.heartbeat = drain_timeout, heartbeat
         self.end = float("inf")
         self.memory = Resident()
 
@@ -65,67 +72,93 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        os.write(self.ready, READY)
-        os.close(self.ready)
+        self._beat()
 
     async def on_tick(self, counter: int) -> bool:
         drained = self.service.stopping and (self.guard.requests == 0 or time.monotonic() > self.end)
         dead = not self.service.batcher.alive  # then the supervisor starts another process
         if self.service.batcher.pass_seconds > HUNG:
-            log.error("a pass hangs for %d s: this process ends, and the next one takes over", HUNG)
-            os.kill(os.getpid(), signal.SIGKILL)  # nothing gentler ends a thread that hangs in a driver
-        if self.keys is not None and counter % 10 == 0:  # a second
-            self.service.keys = await asyncio.to_thread(self.keys.refresh)
-        if counter % 20 == 0 and self.guard.requests == 0:
+            log.error("a pass has been running for %d s: this process ends, and the next one takes over", HUNG)
+            os.kill(os.getpid(), signal.SIGKILL)  # nothing else ends a thread that hangs in a driver
+        if counter % TICKS == 0:
+            self._beat()
+            for connection in [*self.server_state.connections]:
+                if isinstance(connection, Connection):
+                    connection.check_reader()
+            if self.keys is not None:
+                self.service.keys = await asyncio.to_thread(self.keys.refresh)
+        if counter % (2 * TICKS) == 0 and self.guard.requests == 0:
             await asyncio.to_thread(self.memory.give_back)
         return await super().on_tick(counter) or drained or dead
 
+    def _beat(self) -> None:
+        with suppress(BlockingIOError):  # full: the supervisor is stopped itself
+            os.write(self.heartbeat, b".")
 
-def run(settings: dict[str, Any]) -> None:
-    """Serve until SIGTERM or SIGINT; settings as `supervisor.Server` makes them. Raises CascadeError."""
-    _log(settings["log_level"])
-    torch.set_num_threads(settings["threads"])
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each
-    watched = None if settings["api_keys"] is None else Watched(Path(settings["api_keys"]))
-    ENGINE_RESTARTS.inc(settings["restarts"])
-    index = None if settings["index"] is None else read_index(Path(settings["index"]))
-    engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=settings["memory_bytes"])
-    registry = load_store(engine, settings["model_store"], settings["pins"])
-    batching = {name: settings[name] for name in ("max_batch", "patience", "queue")}
+
+def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, restarts: int) -> None:
+    """Serve until SIGTERM or SIGINT. Raises CascadeError."""
+    os.set_blocking(heartbeat, False)
+    os.set_inheritable(heartbeat, False)
+    log_to_stderr(settings.log_level)
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    keys = None if settings.api_keys is None else Watched(settings.api_keys)
+    ENGINE_RESTARTS.inc(restarts)
+    index = None if settings.index is None else read_index(settings.index)
+    engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
+    registry = load_store(engine, settings.model_store, settings.pins)
     with ExitStack() as stack:
-        listening = stack.enter_context(socket.socket(fileno=settings["socket"]))
-        batcher = stack.enter_context(Batcher(engine, **batching))
-        stack.enter_context(registry.watching(settings["poll"]))
-        service = Service(batcher, None if watched is None else watched.keys, registry=registry)
-        stack.callback(service.close)
-        guard = create_app(service, index)
+        stack.enter_context(listening)
+        batcher = stack.enter_context(
+            Batcher(
+                engine,
+                max_batch=settings.max_batch,
+                patience=settings.patience,
+                queue=settings.queue,
+                decoders=threads,
+            )
+        )
+        stack.enter_context(registry.watching(settings.poll))
+        service = Service(batcher, None if keys is None else keys.keys, registry=registry)
+        guard = create_app(service, index, settings.hosts)
         config = uvicorn.Config(
             guard,
-            http=partial(Connection, most=settings["connections"]),  # type: ignore[arg-type]
+            http=partial(Connection, most=_most_connections(settings.connections, most_files)),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=30,
+            timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type]
             timeout_graceful_shutdown=1,
         )
-        Server(config, service, guard, settings, watched).run([listening])
+        Server(config, service, guard, settings.drain_timeout, heartbeat, keys).run([listening])
 
 
-def _log(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("cascade").setLevel(level.upper())
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of what clients send that is no HTTP
+def _most_connections(wanted: int, most_files: int) -> int:
+    """As many as there are file descriptors for."""
+    free = most_files - len(os.listdir("/proc/self/fd")) - SPARE_FILES
+    if free < wanted:
+        log.warning("%d connections at a time: the limit of open files, %d, allows no more", max(1, free), most_files)
+    return max(1, min(wanted, free))
+
+
+def _settings(options: dict[str, Any]) -> AsgiSettings:
+    """From what the supervisor writes as JSON."""
+    options = {f.name: options[f.name] for f in fields(AsgiSettings)}
+    paths = {name: options[name] and Path(options[name]) for name in ("api_keys", "index")}
+    return AsgiSettings(**options | paths | {"allowed_hosts": tuple(options["allowed_hosts"])})
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until uvicorn takes over
+    options = json.loads(sys.argv[1])
     try:
-        run(json.loads(sys.argv[1]))
+        inherited = socket.socket(fileno=options["socket"])
+        run(_settings(options), inherited, options["heartbeat"], options["restarts"])
     except CascadeError as error:
         sys.exit(f"error: {error}")

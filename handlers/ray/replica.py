@@ -82,7 +82,6 @@ class Replica:
         self._stack.enter_context(registry.watching(settings.poll))
         opened = None if self._keys is None else self._keys.keys
         self._service = Service(self._batcher, opened, registry=shelf)
-        self._stack.callback(self._service.close)
         self._application = application(create_app(self._service), self._service, shelf)
 
     def __serve_build_asgi_app__(self) -> App:

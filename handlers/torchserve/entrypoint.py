@@ -32,7 +32,7 @@ from cascade.errors import CascadeError
 from cascade.logs import say
 from cascade.model.preprocessing import LIMITS
 from handlers import process
-from handlers.signals import exit_on_signals
+from handlers.signals import deferred, exit_on_signals
 from handlers.torchserve import failures, java, tokens
 from handlers.torchserve.tokens import TokenError
 
@@ -150,7 +150,7 @@ class Server:
             environment = java.environment(self.folder, self.threads)
             with self.folder.joinpath("java.log").open("wb") as log:
                 errors = sys.stderr.buffer if self.log_to_stderr else log
-                with process.signals_later():
+                with deferred():
                     self.java = process.start(java.command(self.folder), environment, self.folder, log, errors)
                     # SIGTERM would not help: Java drops its connections, then waits for seconds.
                     stack.callback(process.kill, self.java)

@@ -82,11 +82,11 @@ class CascadeHandler:
         else:
             with gate:
                 fcntl.flock(gate, fcntl.LOCK_SH)
-                answers = self.predict([requests.parse(*each) for each in zip(data, headers, strict=True)])
+                answers = self.predict([_parse(*request) for request in zip(data, headers, strict=True)])
         bodies = []
         for i, answer in enumerate(answers):
             try:
-                body, kind, named = requests.encode(answer, requests.wants_bytes(headers[i]))
+                body, kind, named = requests.encode(answer, requests.wants_bytes(_plain(headers[i])))
             except ValueError:
                 answer = requests.NOT_FINITE
                 body, kind, named = requests.encode(answer, False)
@@ -108,6 +108,28 @@ class CascadeHandler:
         decode = self.decoding.map if len(readable) > 1 else map
         answers = iter(self.engine.predict(images, wishes, decode) if readable else ())
         return [request if isinstance(request, ItemError) else next(answers) for request in requests]
+
+
+def _parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
+    """``requests.parse`` for what TorchServe makes of a request.
+
+    Args:
+        item: one value (the raw body, or the only part of a form), or none.
+        headers: as sent, names in the client's case; and under the name of a form's part, a dict with its content-type.
+    """
+    if len(item) > 1:
+        return ItemError("bad_request", f"send one image per request, not {len(item)} form parts")
+    name, body = next(iter(item.items()), ("body", b""))
+    part = headers.get(name)  # a plain string where the part has the name of a header
+    if isinstance(part, Mapping) and name.lower().startswith(requests.PREFIX):  # it has hidden a header of this name
+        return ItemError("bad_option", f"give the form's part another name than {name}")
+    content_type = part.get("content-type", "") if isinstance(part, Mapping) else ""
+    body = body.encode() if isinstance(body, str) else bytes(body)
+    return requests.parse(body, content_type, _plain(headers))
+
+
+def _plain(headers: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if isinstance(value, str)}
 
 
 def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction | ItemError, **batch: float) -> None:

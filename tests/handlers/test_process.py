@@ -41,6 +41,21 @@ def gone(group: int, within: float = 60) -> bool:
     return False
 
 
+def test_our_modules_run_whatever_the_working_folder_holds(tmp_path: Path) -> None:
+    """A user's own package may be called `handlers` or `training`, too."""
+    for package in ("handlers", "training", "cascade"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('not ours')")
+    command = process.python("handlers.health")
+    command[command.index("-m") :] = ["-c", "import cascade, handlers, training; print('ours')"]
+    for search in ("", os.pathsep):
+        env = {**os.environ, "PYTHONPATH": search}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "environ", env)
+            done = subprocess.run(command, env=process.environment(), cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == "ours\n", done.stderr
+
+
 def started(folder: Path) -> "subprocess.Popen[bytes]":
     with (folder / "out").open("wb") as out:
         tree = process.start(TREE, os.environ, folder, out, out)
@@ -73,20 +88,6 @@ def test_start_names_the_command_that_is_missing(tmp_path: Path) -> None:
         child = process.start(["/no/such/program"], os.environ, tmp_path, out, out)
     assert child.wait() != 0
     assert "FileNotFoundError" in (tmp_path / "out").read_text()
-
-
-def test_a_signal_in_the_midst_of_a_start_comes_after_it() -> None:
-    ended: list[str] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
-    try:
-        with pytest.raises(SystemExit), process.signals_later():
-            signal.raise_signal(signal.SIGTERM)
-            ended.append("started")
-        assert ended == ["started"]
-        with pytest.raises(SystemExit):
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

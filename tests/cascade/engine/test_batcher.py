@@ -1,5 +1,6 @@
 """The batcher over a real engine; where the order of passes is tested, the engine waits for a sign before each."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,9 @@ def busy(batcher: Batcher, image: Image.Image, bundle: str = "c") -> "Future[Ans
 
 
 def queue(batcher: Batcher, image: Image.Image, bundles: str) -> "list[Future[Answer]]":
-    return [batcher.submit(image, Options(bundle)) for bundle in bundles]
+    """One image for each letter, in this order: they are prepared before, so no decoder can change it."""
+    items = [batcher.engine.prepare(image, Options(bundle)) for bundle in bundles]
+    return [batcher.submit_item(item) for item in items if isinstance(item, Item)]
 
 
 def order(engine: Held, batcher: Batcher, futures: "list[Future[Answer]]") -> list[str]:
@@ -201,18 +204,71 @@ def test_those_in_decoding_have_a_place(held: Held, cifar: list[Image.Image]) ->
 
     held.prepare = slow  # type: ignore[method-assign,assignment]
     held.go.release(100)
-    with Batcher(held, queue=3, decoders=2) as batcher, ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(batcher.submit, cifar[0], Options("a")) for _ in range(2)]
+    with Batcher(held, queue=3, decoders=2) as batcher:
+        waiting = [batcher.submit(cifar[0], Options("a")) for _ in range(2)]
         for _ in range(2):
             assert started.acquire(timeout=30)
-        third = pool.submit(batcher.submit, cifar[0], Options("a"), 0.05)
-        assert kind(third.result(30)) == "deadline", "no decoder came free in its time"
-        third = pool.submit(batcher.submit, cifar[0], Options("a"))
-        wait_for(lambda: batcher._decoding == 3)
-        assert not started.acquire(blocking=False), "a third one would need memory"
+        late = batcher.submit(cifar[0], Options("a"), timeout=0.01)
+        assert not started.acquire(timeout=0.1), "a third one would need memory"
         assert kind(batcher.submit(cifar[0], Options("a"))) == "overloaded"
         go.set()
-        assert all(isinstance(f.result(30).result(30), Prediction) for f in [*waiting, third])
+        assert all(isinstance(f.result(30), Prediction) for f in waiting)
+        assert kind(late) == "deadline", "no decoder was free in time"
+
+
+def test_an_image_that_is_cancelled_in_decoding_takes_no_pass(held: Held, cifar: list[Image.Image]) -> None:
+    prepare, started, go = held.prepare, threading.Event(), threading.Event()
+
+    def slow(*args: object) -> Item | ItemError:
+        started.set()
+        assert go.wait(30)
+        return prepare(*args)  # type: ignore[arg-type]
+
+    held.prepare = slow  # type: ignore[method-assign,assignment]
+    before = now("dropped_total", why="cancelled")
+    with Batcher(held, decoders=1) as batcher:
+        decoding, waiting = (batcher.submit(cifar[0], Options("a")) for _ in range(2))
+        assert started.wait(30)
+        assert decoding.cancel() and waiting.cancel()
+        go.set()
+    assert held.passes == []
+    assert now("dropped_total", why="cancelled") == before + 2
+
+
+def test_costly_images_do_not_keep_others_from_being_decoded(held: Held, cifar: list[Image.Image]) -> None:
+    prepare, stop = held.prepare, threading.Event()
+
+    def spin(image: object, *args: object) -> Item | ItemError:
+        while isinstance(image, bytes) and not stop.is_set():
+            pass
+        return prepare(image, *args)  # type: ignore[arg-type]
+
+    held.prepare = spin  # type: ignore[method-assign,assignment]
+    held.go.release(10)
+    with Batcher(held, decoders=2, decode_seconds=0.05) as batcher:
+        costly = [batcher.submit(b"", Options("a")) for _ in range(2)]
+        assert isinstance(batcher.submit(cifar[0], Options("a")).result(30), Prediction)
+        assert [kind(future) for future in costly] == ["too_costly"] * 2
+        stop.set()
+
+
+def test_the_images_of_one_request_get_a_place_together(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, queue=3) as batcher:
+        busy(batcher, cifar[0])
+        kept = batcher.submit_all(cifar[:2], Options("a"))
+        assert [kind(f) for f in batcher.submit_all(cifar[:2], Options("a"))] == ["overloaded"] * 2
+        kept += batcher.submit_all(cifar[:1], Options("a"))
+        order(held, batcher, kept)
+
+
+def test_answers_in_an_event_loop(held: Held, cifar: list[Image.Image]) -> None:
+    async def ask(timeout: float) -> list[Answer]:
+        return await batcher.answers(cifar[:2], Options("a"), timeout)
+
+    with Batcher(held) as batcher:
+        assert {a.kind for a in asyncio.run(ask(0.2)) if isinstance(a, ItemError)} == {"deadline"}
+        held.go.release(100)
+        assert all(isinstance(a, Prediction) for a in asyncio.run(ask(30)))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -280,7 +336,7 @@ def test_close_answers_what_waits(held: Held, cifar: list[Image.Image]) -> None:
 
 def test_close_without_drain_refuses_what_waits(held: Held, cifar: list[Image.Image]) -> None:
     batcher = Batcher(held)
-    first, second = busy(batcher, cifar[0]), batcher.submit(cifar[0], Options("a"))
+    first, (second,) = busy(batcher, cifar[0]), queue(batcher, cifar[0], "a")
     closing = threading.Thread(target=batcher.close, args=(False,))
     closing.start()
     assert kind(second) == "stopping"
@@ -297,7 +353,7 @@ def test_a_scheduler_that_dies_leaves_nobody_waiting(
     monkeypatch.setattr(threading, "excepthook", seen.append)
     batcher = Batcher(held)
     busy(batcher, cifar[0])
-    second = batcher.submit(cifar[0], Options("a"))
+    (second,) = queue(batcher, cifar[0], "a")
     monkeypatch.setattr("cascade.engine.batcher.choose", None)
     held.go.release()
     assert kind(second) == "stopping"

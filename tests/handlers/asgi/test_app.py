@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import json
 import logging
 import struct
@@ -28,6 +29,7 @@ from handlers.asgi.app import create_app
 from handlers.asgi.keys import Keys
 from handlers.asgi.middleware import Guard, Limits
 from handlers.asgi.service import Service
+from handlers.requests import BINARY
 from tests.cascade.engine.test_batcher import Held, busy
 from tests.cascade.engine.test_engine import embeddings
 from tests.cascade.test_metrics import now
@@ -53,7 +55,6 @@ def service(engine: Engine) -> Iterator[Service]:
     with Batcher(engine, queue=16, max_batch=8) as batcher:
         service = Service(batcher, limits=LIMITS)
         yield service
-        service.close()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def client(guard: Guard) -> Ask:
 
         answer = asyncio.run(go())
         assert answer.headers["x-request-id"]
-        assert guard.requests == guard.held == 0
+        assert guard.requests == guard.body_bytes == 0
         return answer
 
     return ask
@@ -162,6 +163,33 @@ def test_wrong_bodies(ask: Ask, files: list[bytes]) -> None:
         "multipart/form-data; boundary=x; charset=y",
     ):
         assert kind(content=b"--x\r\nnonsense", headers={"Content-Type": form}) == (400, "bad_request")
+
+
+def test_options_in_the_query_are_refused(ask: Ask, files: list[bytes]) -> None:
+    """Ignored, they would be answered by another bundle, version or mode."""
+    for query in ("mode=unconditional", "bundle=birds", "version=1", "x"):
+        answer = ask("POST", f"/v1/predict?{query}", content=files[0], headers={"X-Cascade-Bundle": "birds"})
+        assert error(answer) == (400, "bad_request") and "X-Cascade-Mode" in answer.text
+    assert error(ask("POST", "/v2/models/birds/infer?mode=x", **binary(files))) == (400, "bad_request")
+
+
+def test_compressed_bodies_are_refused(ask: Ask, files: list[bytes]) -> None:
+    headers = {"X-Cascade-Bundle": "birds", "Content-Encoding": "gzip"}
+    for path in ("/v1/predict", "/v2/models/birds/infer"):
+        assert error(ask("POST", path, content=gzip.compress(files[0]), headers=headers)) == (415, "compressed_body")
+
+
+def test_names_that_are_not_ascii(cifar: list[Image.Image], files: list[bytes]) -> None:
+    engine = Engine()
+    for name in ("böse", "日本"):
+        engine.add(handmade(cifar[:20], name=name, experts=0, size=32))
+    with Batcher(engine) as batcher:
+        ask = client(create_app(Service(batcher)))
+        for name in ("böse", "日本"):
+            headers: dict[str, str | bytes] = {"X-Cascade-Bundle": name.encode(), "X-Cascade-Fields": "embedding"}
+            assert ask("POST", "/v1/predict", content=files[0], headers=headers).json()["bundle"] == name
+            answer = ask("POST", "/v1/predict", content=files[0], headers=headers | {"Accept": BINARY})
+            assert answer.status_code == 200 and dict(answer.headers.raw)[b"x-cascade-bundle"] == name.encode()
 
 
 def test_paths_that_are_none(ask: Ask) -> None:
@@ -407,11 +435,11 @@ def test_sizes(ask: Ask) -> None:
 
 
 def test_many_bodies_at_a_time_are_refused(guard: Guard, ask: Ask) -> None:
-    guard.held += 250_000
+    guard.body_bytes += 250_000
     try:
         answer = ask_anyhow(guard, content=bytes(100_000))
     finally:
-        guard.held -= 250_000
+        guard.body_bytes -= 250_000
     assert error(answer) == (503, "overloaded") and int(answer.headers["retry-after"]) >= 1
     assert error(ask("POST", "/v1/predict", content=bytes(100_000))) == (400, "bundle_missing")
 
@@ -435,7 +463,7 @@ def test_bodies_that_do_not_come_keep_nobody_out(guard: Guard, files: list[bytes
     slow, good = asyncio.run(go())
     assert good.status_code == 200
     assert {error(each) for each in slow} == {(408, "slow_body")}
-    assert guard.requests == guard.held == 0
+    assert guard.requests == guard.body_bytes == 0
 
 
 def ask_anyhow(guard: Guard, **options: Any) -> httpx.Response:
@@ -469,14 +497,16 @@ def test_log_has_ids_and_no_content(ask: Ask, files: list[bytes], caplog: pytest
     secret = "k" * 40
     headers = {"X-Cascade-Bundle": "birds", "X-Request-Id": "one", "Authorization": f"Bearer {secret}"}
     with caplog.at_level(logging.INFO, "cascade.http"):
+        ask("POST", "/v1/predict", content=files[0], headers=headers)
         ask("POST", f"/v1/predict?key={secret}", content=files[0], headers=headers)
         ask("GET", "/v2/health/live")
         ask("GET", "/no%0Athing%1B" + "x" * 300)
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     about = {"request_id": "one", "bundle": "birds", "version": "2", "status": 200, "bytes": len(files[0])}
-    assert len(lines) == 2, "what is polled is not shown"
+    assert len(lines) == 3, "what is polled is not shown"
     assert about.items() <= lines[0].items() and lines[0]["ms"] > 0
-    assert lines[1]["error"] == "not_found" and len(lines[1]["path"]) == 200
+    assert lines[1]["error"] == "bad_request" and lines[1]["path"] == "/v1/predict"
+    assert lines[2]["error"] == "not_found" and len(lines[2]["path"]) == 200
     for record in caplog.records:
         text = JsonLines().format(record)
         assert secret not in text and "\n" not in text and "\x1b" not in text
@@ -512,7 +542,6 @@ def test_who_hangs_up_costs_no_pass(cifar: list[Image.Image], files: list[bytes]
         service = Service(batcher, limits=LIMITS)
         first = busy(batcher, Image.open(BytesIO(files[0])), "birds")
         assert asyncio.run(hang_up(create_app(service), files[1], first))[0] == 400, "for the log alone"
-        service.close()
     assert engine.passes == [["birds"]]
     assert now("dropped_total", why="cancelled") == dropped + 1
 
@@ -545,7 +574,6 @@ def test_keys(engine: Engine, files: list[bytes]) -> None:
             assert error(ask("GET", path)) == (401, "key_missing")
         assert ask("GET", "/v1/thumbnails/ships/1/0", headers={"Authorization": "Bearer all"}).status_code == 200
         assert ask("GET", "/v2/health/ready").status_code == 200
-        service.close()
 
 
 def test_stopping_refuses_new_work_only(service: Service, ask: Ask, files: list[bytes]) -> None:

@@ -55,7 +55,6 @@ def batcher(engine: Engine) -> Iterator[Batcher]:
 def guard(batcher: Batcher, index: Index) -> Iterator[Guard]:
     service = Service(batcher, KEYS, Limits(body=100_000))
     yield create_app(service, index)
-    service.close()
 
 
 def ask(
@@ -121,10 +120,8 @@ def test_a_bundle_that_was_changed(index: Index, cifar: list[Image.Image]) -> No
         engine.add(handmade(cifar[:40], seed=1))
         stale = ask(guard, content=png(cifar[0]))
         assert (stale.status_code, stale.json()["error"]["kind"]) == (409, "index_stale")
-        service.close()
 
 
 def test_without_an_index_there_is_no_route(batcher: Batcher) -> None:
     service = Service(batcher)
     assert ask(create_app(service), content=b"x").status_code == 404
-    service.close()

@@ -26,8 +26,7 @@ def server() -> Iterator[Server]:
     with Batcher(Engine()) as batcher:
         service = Service(batcher)
         guard = create_app(service)
-        yield Server(uvicorn.Config(guard, log_config=None), service, guard, {"drain_timeout": 60, "ready": -1})
-        service.close()
+        yield Server(uvicorn.Config(guard, log_config=None), service, guard, 60, os.open("/dev/null", os.O_WRONLY))
 
 
 def leaves(server: Server) -> bool:

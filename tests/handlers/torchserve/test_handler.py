@@ -19,10 +19,10 @@ from ts.utils.util import list_classes_from_module
 from cascade.engine.engine import ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
-from handlers.requests import parse
 from handlers.statuses import status_of
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
+from handlers.torchserve.handler import _parse as parse
 from tests.helpers.paths import DATA
 
 PHOTO = (DATA / "photos" / "cat-0000.png").read_bytes()
@@ -145,7 +145,7 @@ def test_broken_json_body(body: bytes) -> None:
         ({"mode": ["dispatcher"]}, "bad_option"),
         ({"fields": {"labels": 1}}, "bad_option"),
         ({"fields": [["labels"]]}, "bad_option"),
-        ({"fields": None}, "bad_option"),
+        ({"fields": 3}, "bad_option"),
     ],
 )
 def test_bad_options_in_json(document: dict[str, Any], kind: str) -> None:

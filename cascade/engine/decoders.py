@@ -1,0 +1,111 @@
+"""Decoder threads with a CPU budget for each image, so that a few costly images can't occupy all of them.
+
+A thread that runs in native code can't be stopped. One that has used up the budget is given up on instead: its image
+gets an error, its priority drops to the lowest, and another thread takes its place. It ends when its decoder returns.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+CHECK_SECONDS = 0.1
+"""Between two looks at the CPU time that the decoders have used."""
+LOWEST_PRIORITY = 19
+
+
+class OverBudget(Exception):
+    """A job used more CPU time than it may."""
+
+
+@dataclass(eq=False)
+class _Job:
+    run: Callable[[], Any]
+    future: "Future[Any]" = field(default_factory=Future)
+    thread: int = 0  # native id
+    clock: int = 0  # of the thread's CPU time
+    start: float = 0.0  # CPU seconds that the thread had used before
+
+
+class Decoders:
+    """A pool of daemon threads.
+
+    Args:
+        threads: jobs that run at a time. As many again may be over their budget; while they run, nothing replaces them.
+        cpu_seconds: budget of a job.
+    """
+
+    def __init__(self, threads: int, cpu_seconds: float) -> None:
+        self.threads, self.cpu_seconds = threads, cpu_seconds
+        self._waiting: deque[_Job] = deque()
+        self._running: list[_Job] = []
+        self._live = self._given_up = 0  # threads
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        with self._changed:
+            self._fill()
+        threading.Thread(target=self._watch, name="cascade-decode-watch", daemon=True).start()
+
+    def submit(self, run: Callable[[], Any]) -> "Future[Any]":
+        """Call ``run`` in one of the threads. The future raises OverBudget where that takes too long."""
+        job = _Job(run)
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+        return job.future
+
+    def close(self) -> None:
+        """End the threads that are idle; the others end after their job."""
+        with self._changed:
+            self._closed.set()
+            self._changed.notify_all()
+
+    def _fill(self) -> None:
+        while self._live < self.threads and self._live + self._given_up < 2 * self.threads:
+            self._live += 1
+            threading.Thread(target=self._work, name="cascade-decode", daemon=True).start()
+
+    def _work(self) -> None:
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed.is_set())
+                if not self._waiting:
+                    self._live -= 1
+                    return
+                job = self._waiting.popleft()
+                job.thread, job.clock, job.start = threading.get_native_id(), clock, time.clock_gettime(clock)
+                self._running.append(job)
+            result, error = None, None
+            try:
+                result = job.run()
+            except Exception as e:
+                error = e
+            with self._changed:
+                if job not in self._running:  # it was given up on, and so was this thread
+                    self._given_up -= 1
+                    self._fill()
+                    return
+                self._running.remove(job)
+            if error is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(error)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(CHECK_SECONDS):
+            with self._changed:
+                # The threads of these jobs are alive, since they leave `_running` under the lock: the clocks are valid.
+                late = [j for j in self._running if time.clock_gettime(j.clock) - j.start > self.cpu_seconds]
+                for job in late:
+                    self._running.remove(job)
+                    self._live -= 1
+                    self._given_up += 1
+                    os.setpriority(os.PRIO_PROCESS, job.thread, LOWEST_PRIORITY)
+                self._fill()
+            for job in late:
+                job.future.set_exception(OverBudget())

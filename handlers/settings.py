@@ -1,0 +1,130 @@
+"""The settings of ``cascade serve``: what all front ends share, once, and what only one of them has."""
+
+from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from cascade.errors import CascadeError
+
+
+class SettingsError(CascadeError):
+    """The settings contradict each other, or would let everybody in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Shared by all front ends.
+
+    Attributes:
+        model_store: a folder of <name>/<version>/, or a URL that fsspec knows.
+        no_auth: serve without keys on any address.
+        budget_bytes: of materialized masks, per engine; None for the engine's default.
+        memory_bytes: of backbones and bundles, per engine; None for no limit.
+        threads: of torch, per engine; None for the CPUs that there are.
+        pins: version by bundle name, for requests that name none.
+        poll: seconds between two looks at the store; 0 for never.
+        startup_timeout: seconds until the engine is ready.
+        drain_timeout: seconds for the requests in progress to finish, once told to stop.
+        log_level: debug, info (a line per request), warning or error.
+
+    Raises:
+        SettingsError: see there.
+    """
+
+    model_store: str = "model_store"
+    host: str = "127.0.0.1"
+    port: int = 8080
+    no_auth: bool = False
+    budget_bytes: int | None = None
+    memory_bytes: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    pins: dict[str, str] = field(default_factory=dict)
+    poll: float = 10
+    startup_timeout: float = 300
+    drain_timeout: float = 8
+    log_level: str = "info"
+
+    def options(self, *without: str) -> dict[str, Any]:
+        """The settings by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingSettings(Settings):
+    """Shared by the front ends with a batcher and API keys, ``asgi`` and ``ray``.
+
+    Attributes:
+        api_keys: a file as ``handlers.asgi.keys.read`` takes it.
+        max_batch, patience, queue: of ``cascade.engine.batcher.Batcher``.
+    """
+
+    api_keys: Path | None = None
+    max_batch: int = 32
+    patience: float = 0.05
+    queue: int = 256
+
+    def __post_init__(self) -> None:
+        if self.api_keys is None and not self.no_auth and not is_loopback(self.host):
+            raise SettingsError(
+                f"{self.host} is open to others: give --api-keys FILE, or --no-auth to let everybody in"
+            )
+        if self.api_keys is not None and self.no_auth:
+            raise SettingsError("--api-keys and --no-auth contradict each other: omit one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsgiSettings(BatchingSettings):
+    """Of the ASGI front end.
+
+    Attributes:
+        index: a folder that ``cascade index build`` made, for /v1/search.
+        connections: at a time; more get 503.
+        keep_alive: seconds that an idle connection stays open: longer than the load balancer in front keeps it.
+        allowed_hosts: Host headers that are accepted beside the names of loopback. Without keys on loopback all others
+            are refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
+    """
+
+    index: Path | None = None
+    connections: int = 4096
+    keep_alive: float = 75
+    allowed_hosts: tuple[str, ...] = ()
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """The names under which requests are accepted; None for any."""
+        if self.allowed_hosts or (is_loopback(self.host) and self.api_keys is None):
+            return frozenset({"localhost", "127.0.0.1", "::1", self.host.lower(), *map(str.lower, self.allowed_hosts)})
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySettings(BatchingSettings):
+    """Of Ray Serve. ``workers``: replicas at most."""
+
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchServeSettings(Settings):
+    """Of TorchServe, where predictions need a token unless ``no_auth``.
+
+    Attributes:
+        workers: processes with a backbone each.
+        token_file: where the token for predictions is written; None for a private folder.
+    """
+
+    log_level: str = "warning"
+    workers: int = 1
+    metrics_port: int = 8082
+    management_port: int = 8081
+    token_file: Path | None = None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

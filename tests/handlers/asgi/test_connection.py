@@ -1,0 +1,135 @@
+"""A connection's limits, over real sockets and an application that answers at once."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import uvicorn
+
+from handlers.asgi import connection
+from handlers.asgi.connection import Connection
+
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
+seen: list[dict[bytes, bytes]] = []
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    seen.append(dict(scope["headers"]))
+    body = b"x" * 100_000 if scope["path"] == "/large" else b"ok"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def serving(most: int = 100, keep_alive: float = 60) -> AsyncIterator[tuple[str, int]]:
+    config = uvicorn.Config(
+        application,
+        http=partial(Connection, most=most),  # type: ignore[arg-type]
+        lifespan="off",
+        log_config=None,
+        timeout_keep_alive=keep_alive,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = lambda: __import__("contextlib").nullcontext()  # type: ignore[method-assign]
+    listening = socket.create_server(("127.0.0.1", 0))
+    task = asyncio.create_task(server.serve([listening]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+
+    async def watch() -> None:
+        while True:
+            for each in [*server.server_state.connections]:
+                each.check_reader()  # type: ignore[union-attr]
+            await asyncio.sleep(0.05)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield listening.getsockname()
+    finally:
+        watching.cancel()
+        server.should_exit = True
+        await task
+
+
+async def answer(address: tuple[str, int], *parts: bytes) -> bytes:
+    """All that comes until the server closes the connection."""
+    reader, writer = await asyncio.open_connection(*address)
+    for part in parts:
+        writer.write(part)
+        await asyncio.sleep(0.05)
+    try:
+        return await asyncio.wait_for(reader.read(), 20)
+    finally:
+        writer.close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "WRITE_SECONDS"):
+        monkeypatch.setattr(connection, name, 0.5)
+
+
+def test_trailers_have_a_limit_and_are_no_headers() -> None:
+    async def go() -> None:
+        chunked = GET + b"Transfer-Encoding: chunked\r\n\r\n"
+        async with serving() as address:
+            some = await answer(address, chunked + b"0\r\nX-Evil: 1\r\n\r\n", GET + b"Connection: close\r\n\r\n")
+            assert some.count(b" 200 ") == 2 and not any(b"x-evil" in headers for headers in seen)
+            many = await answer(address, chunked + b"0\r\n" + b"X: a\r\n" * 10_000)
+            assert many.count(b"HTTP/1.1") <= 1
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"",
+        b"GET / HT",
+        b"\r\n",
+        GET + b"Content-Length: 5\r\n\r\nab",
+        GET + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: a\r\n",
+        GET + b"\r\n\r\n",
+    ],
+    ids=["silent", "head", "line break", "body", "trailers", "line break after a request"],
+)
+def test_what_never_ends_is_closed(request_: bytes) -> None:
+    async def go() -> None:
+        async with serving() as address:
+            await answer(address, request_)
+
+    asyncio.run(go())
+
+
+def test_idle_connections_stay_open_as_long_as_they_may() -> None:
+    async def go() -> None:
+        async with serving(keep_alive=1.5) as address:
+            begin = asyncio.get_running_loop().time()
+            await answer(address, GET + b"\r\n")
+            assert asyncio.get_running_loop().time() - begin > 1.4
+
+    asyncio.run(go())
+
+
+def test_clients_that_never_read_are_cut() -> None:
+    async def go() -> None:
+        async with serving(most=1) as address:
+            with socket.socket() as slow:
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                slow.connect(address)
+                slow.sendall(
+                    GET.replace(b"/ ", b"/large ") * 1 + b"\r\n" + (GET.replace(b"/ ", b"/large ") + b"\r\n") * 99
+                )
+                assert b" 503 " in await answer(address)
+                for _ in range(100):
+                    await asyncio.sleep(0.1)
+                    if b" 200 " in await answer(address, GET + b"Connection: close\r\n\r\n"):
+                        return
+                raise AssertionError("it still has its connection")
+
+    asyncio.run(go())

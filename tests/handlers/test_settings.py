@@ -1,0 +1,106 @@
+"""Options of ``cascade serve``: each front end uses all that it is given, and none lets others in unasked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cascade.cli.main import app
+from handlers.settings import AsgiSettings, RaySettings, SettingsError, TorchServeSettings, is_loopback
+
+OURS = {
+    "asgi": ["--index", "i", "--connections", "9", "--keep-alive", "9", "--allowed-host", "a"],
+    "torchserve": ["--metrics-port", "9", "--management-port", "9", "--token-file", "t"],
+    "ray": [],
+}
+BATCHING = ["--api-keys", "k", "--max-batch", "9", "--patience", "1", "--queue", "9"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each front end is started with."""
+    from handlers.asgi import supervisor
+    from handlers.torchserve import entrypoint
+
+    calls: list[Any] = []
+    monkeypatch.setattr(supervisor, "serve", calls.append)
+    monkeypatch.setattr(entrypoint, "serve", lambda **options: calls.append(options))
+    return calls
+
+
+def test_asgi_is_the_default(started: list[Any]) -> None:
+    assert run().exit_code == 0
+    assert started == [AsgiSettings()]
+    given = ["--port", "9", "--budget", "5", "--memory", "6", "--threads", "2", "--drain", "3", "--log-level", "error"]
+    assert run(*given, *OURS["asgi"], *BATCHING, "--pin", "a@2").exit_code == 0
+    assert started[1] == AsgiSettings(
+        port=9,
+        budget_bytes=5,
+        memory_bytes=6,
+        threads=2,
+        drain_timeout=3,
+        log_level="error",
+        pins={"a": "2"},
+        index=Path("i"),
+        connections=9,
+        keep_alive=9,
+        allowed_hosts=("a",),
+        api_keys=Path("k"),
+        max_batch=9,
+        patience=1,
+        queue=9,
+    )
+
+
+def test_torchserve_gets_its_own_options(started: list[Any]) -> None:
+    assert (
+        run("--frontend", "torchserve", *OURS["torchserve"], "--workers", "2", "--startup-timeout", "9").exit_code == 0
+    )
+    (options,) = started
+    assert (options["auth"], options["workers"], options["start_timeout"], options["metrics_port"]) == (True, 2, 9, 9)
+    assert run("--frontend", "torchserve", "--no-auth").exit_code == 0
+    assert started[1]["auth"] is False
+
+
+@pytest.mark.parametrize(
+    ("frontend", "option"),
+    [
+        *[("asgi", option) for option in ("--metrics-port=1", "--management-port=1", "--token-file=t", "--workers=2")],
+        *[("ray", option) for option in ("--metrics-port=1", "--token-file=t", "--index=i", "--connections=9")],
+        *[("torchserve", option) for option in ("--api-keys=k", "--queue=1", "--index=i", "--allowed-host=a")],
+    ],
+)
+def test_an_option_of_another_front_end_is_an_error(started: list[Any], frontend: str, option: str) -> None:
+    result = run("--frontend", frontend, option)
+    assert result.exit_code == 1 and not started
+    assert result.stderr == f"error: {option.partition('=')[0]} is no option of --frontend {frontend}: omit it\n"
+
+
+@pytest.mark.parametrize("settings", [AsgiSettings, RaySettings])
+def test_an_address_for_others_needs_keys_or_a_flag(settings: type[AsgiSettings]) -> None:
+    for host in ("0.0.0.0", "::", "10.0.0.1", "cascade.example"):
+        with pytest.raises(SettingsError, match="--api-keys"):
+            settings(host=host)
+        settings(host=host, no_auth=True)
+        settings(host=host, api_keys=Path("keys"))
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        assert is_loopback(host)
+        settings(host=host)
+    with pytest.raises(SettingsError, match="contradict"):
+        settings(no_auth=True, api_keys=Path("keys"))
+
+
+def test_hosts() -> None:
+    assert AsgiSettings().hosts == {"localhost", "127.0.0.1", "::1"}
+    assert AsgiSettings(allowed_hosts=("Box.example",)).hosts == {"localhost", "127.0.0.1", "::1", "box.example"}
+    assert AsgiSettings(api_keys=Path("keys")).hosts is None
+    assert AsgiSettings(host="0.0.0.0", no_auth=True).hosts is None
+
+
+def test_torchserve_has_tokens_everywhere() -> None:
+    assert not TorchServeSettings(host="0.0.0.0").no_auth
