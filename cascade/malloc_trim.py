@@ -13,7 +13,8 @@ class Resident:
 
     def __init__(self) -> None:
         self._before = 0
-        self._statm = open("/proc/self/statm", "rb", buffering=0)  # now: later, connections may take all descriptors
+        # Opened now: later, connections may take all descriptors.
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
     def give_back(self) -> None:
         """Return free memory to the kernel if the process has grown by GROWN; costs nothing otherwise."""
@@ -22,7 +23,7 @@ class Resident:
             self._before = self._bytes()
 
     def _bytes(self) -> int:
-        return _resident(os.pread(self._statm.fileno(), 200, 0))
+        return _resident(os.pread(self._statm, 200, 0))
 
 
 def resident() -> int:

@@ -1,10 +1,11 @@
-"""Whether the server on this machine is ready, of either front end: exit status 0, as a health check wants it.
+"""A health check: exit status 0 if the server on this machine, of either front end, is ready.
 
-    python -m handlers.health
+    python -m handlers.health     asks port 8080, or PORT of the environment, which `cascade serve` reads, too
 
-Ready is what TorchServe's worker says of itself: /ping is Healthy long before that, and while it crashes.
+TorchServe counts as ready when its worker does: /ping says Healthy long before that, and while the worker crashes.
 """
 
+import os
 import sys
 from pathlib import Path
 from tempfile import gettempdir
@@ -16,11 +17,11 @@ from handlers.torchserve import tokens
 PORT, MANAGEMENT_PORT = 8080, 8081
 
 
-def trouble(port: int = PORT, management_port: int = MANAGEMENT_PORT) -> str | None:
+def not_ready_reason(port: int = PORT, management_port: int = MANAGEMENT_PORT) -> str | None:
     """Why the server is not ready, or None.
 
     Args:
-        port: of the predictions. management_port: of TorchServe; nobody listens there beside the ASGI front end.
+        port: of the predictions. management_port: of TorchServe; the ASGI front end has none.
     """
     with httpx.Client(trust_env=False, timeout=4) as client:
         try:
@@ -36,11 +37,11 @@ def trouble(port: int = PORT, management_port: int = MANAGEMENT_PORT) -> str | N
 
 
 def _key() -> dict[str, str]:
-    """For TorchServe's management address; empty where it runs without authorization."""
+    """The header for TorchServe's management address; empty if it runs without authorization."""
     files = Path(gettempdir()).glob(f"cascade-*/{tokens.KEY_FILE}")
     newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
     return {} if newest is None else tokens.bearer(newest.parent, "management")
 
 
 if __name__ == "__main__":
-    sys.exit(trouble())
+    sys.exit(not_ready_reason(int(os.environ.get("PORT", PORT))))

@@ -36,8 +36,8 @@ def deferred() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in pending:
-            signal.raise_signal(number)
+        for caught in pending:
+            signal.raise_signal(caught)
 
 
 def _stop_signals() -> list[signal.Signals]:

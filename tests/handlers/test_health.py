@@ -61,19 +61,19 @@ def test_torchserve_is_ready_when_its_worker_is(
     monkeypatch.setattr(health, "gettempdir", lambda: str(tmp_path))
     if auth:
         monkeypatch.setattr(Answers, "wanted", "Bearer the-key")
-        assert "400 Bad Request" in str(health.trouble(closed, port))
+        assert "400 Bad Request" in str(health.not_ready_reason(closed, port))
         key(tmp_path / "cascade-xyz", "the-key")
         key(tmp_path / "cascade-abc", "of a server that was killed", age=9)
-    assert health.trouble(closed, port) is None
+    assert health.not_ready_reason(closed, port) is None
     monkeypatch.setattr(Answers, "status", "WORKER_STOPPED")
-    assert health.trouble(closed, port) == "TorchServe's workers: WORKER_STOPPED"
+    assert health.not_ready_reason(closed, port) == "TorchServe's workers: WORKER_STOPPED"
 
 
 def test_asgi_is_ready_when_it_says_so(port: int, closed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert health.trouble(port, closed) is None
+    assert health.not_ready_reason(port, closed) is None
     monkeypatch.setattr(Answers, "status", "stopping")
-    assert health.trouble(port, closed) == 'ASGI front end: {"ready": false}'
+    assert health.not_ready_reason(port, closed) == 'ASGI front end: {"ready": false}'
 
 
 def test_nobody_is_there(closed: int) -> None:
-    assert "ConnectError" in str(health.trouble(closed, closed))
+    assert "ConnectError" in str(health.not_ready_reason(closed, closed))
