@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,23 @@ def test_prediction_comes_back_as_it_was(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"content")
     with Client(server.url, key="secret") as client:
         for image in (b"content", tmp_path / "image", str(tmp_path / "image")):
-            assert same(client.predict(image, Options("birds", mode="conditional", embedding=True, labels=0)), GOOD)
+            got = client.predict(image, Options("birds", mode="conditional", embedding=True, labels=0))
+            assert same(got, replace(GOOD, labels=()))
     for path, headers, body in server.asked:
         assert (path, body) == ("/v1/predict", b"content")
         assert headers["authorization"] == "Bearer secret"
         assert headers["x-cascade-bundle"] == "birds" and headers["x-cascade-mode"] == "conditional"
         assert headers["x-cascade-fields"] == "neighbors,embedding" and "x-cascade-version" not in headers
+
+
+def test_no_more_labels_and_neighbors_than_asked_for(serve: Serve) -> None:
+    """The server sends five of each."""
+    labels = tuple(Label(name, 0.1) for name in "abcde")
+    server = serve((200, {}, json.dumps(replace(GOOD, labels=labels, neighbors=GOOD.neighbors * 5).to_json()).encode()))
+    with Client(server.url) as client:
+        got = client.predict(b"x", Options("böse", labels=1, neighbors=2))
+    assert isinstance(got, Prediction) and got.labels == labels[:1] and len(got.neighbors) == 2
+    assert server.asked[0][1]["x-cascade-bundle"].encode("latin-1").decode() == "böse"
 
 
 def test_path_of_the_url_is_where_images_go(serve: Serve) -> None:

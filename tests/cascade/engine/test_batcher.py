@@ -168,7 +168,7 @@ def test_bad_image_is_its_own_error(held: Held) -> None:
 
 
 def test_full_queue_answers_at_once(held: Held, cifar: list[Image.Image]) -> None:
-    refused, failed = now("dropped_total", why="overloaded"), now("requests_total", **counted("a", 503))
+    refused, failed = now("dropped_total", why="overloaded"), now("requests_total", **counted("a", "overloaded"))
     with Batcher(held, queue=3) as batcher:
         first = busy(batcher, cifar[0])
         futures = queue(batcher, cifar[0], "aab")
@@ -186,11 +186,11 @@ def test_full_queue_answers_at_once(held: Held, cifar: list[Image.Image]) -> Non
         order(held, batcher, futures)
         wait_for(lambda: batcher.pass_seconds == 0)
     assert now("dropped_total", why="overloaded") == refused + 2
-    assert now("requests_total", **counted("a", 503)) == failed + 2
+    assert now("requests_total", **counted("a", "overloaded")) == failed + 2
 
 
-def counted(bundle: str, status: int) -> dict[str, str]:
-    return {"bundle": bundle, "cluster": "none", "status": str(status)}
+def counted(bundle: str, outcome: str) -> dict[str, str]:
+    return {"bundle": bundle, "cluster": "none", "outcome": outcome}
 
 
 def test_those_in_decoding_have_a_place(held: Held, cifar: list[Image.Image]) -> None:
@@ -305,11 +305,11 @@ def test_a_failing_pass_fails_its_own_images(late: Bundle, cifar: list[Image.Ima
 
     engine = Failing()
     engine.add(named(late, "late"))
-    before = now("requests_total", **counted("late", 500))
+    before = now("requests_total", **counted("late", "failed"))
     with Batcher(engine) as batcher:
         assert kind(batcher.submit(cifar[0], Options("late", labels=0))) == "failed"
         assert isinstance(batcher.submit(cifar[0], Options("late")).result(30), Prediction)
-    assert now("requests_total", **counted("late", 500)) == before + 1
+    assert now("requests_total", **counted("late", "failed")) == before + 1
 
 
 def test_no_memory_for_an_image_is_its_own_error(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:

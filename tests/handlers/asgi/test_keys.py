@@ -53,8 +53,8 @@ def test_allowed(opened: Keys, header: str | None, allowed: object) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no key"),
-        ("# nothing\n", "holds no key"),
+        ("", "has no key"),
+        ("# nothing\n", "has no key"),
         (f"birds {digest('one')}\nbirds secret", "line 2: write BUNDLE"),
         (digest("one"), "line 1"),
         (f"birds {digest('one')[:-1]}", "line 1"),
@@ -82,7 +82,7 @@ def test_a_file_that_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         change()
         assert [watched.refresh().allowed("Bearer two") for _ in range(3)] == [{"ships"}] * 3
         (record,) = caplog.records
-        assert record.levelname == "ERROR" and "the keys from before stay" in record.message
+        assert record.levelname == "ERROR" and "the old keys stay valid" in record.message
         assert "secret" not in record.message
     path.write_text(f"birds {digest('three')}\n")
     assert watched.refresh().allowed("Bearer three") == {"birds"}

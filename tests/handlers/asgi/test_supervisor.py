@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from handlers.asgi.supervisor import ServerError, Supervisor, listen
 from handlers.settings import AsgiSettings
 
 SERVE = """
-import sys
+import signal, sys
 from handlers import process
 from handlers.asgi import supervisor
 from handlers.settings import AsgiSettings
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # a background job and nohup ignore them
 process.python = lambda module, *arguments: [sys.executable, "-c", sys.argv[1], *arguments]
 supervisor.HEARTBEAT_TIMEOUT = 1.0
 try:
@@ -37,9 +40,9 @@ BEATING = "while True: beat(); time.sleep(0.1)"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> "list[subprocess.Popen[str]]":
+def run() -> "Iterator[list[subprocess.Popen[str]]]":
     children: list[subprocess.Popen[str]] = []
-    yield children  # type: ignore[misc]
+    yield children
     for child in children:
         child.kill()
         child.wait()

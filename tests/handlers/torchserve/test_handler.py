@@ -204,7 +204,7 @@ def test_bytes_for_those_who_ask(served: CascadeHandler, accept: str, binary: bo
     def predict(images: list[bytes], options: list[Options], decode: Any) -> list[Prediction | ItemError]:
         seen.extend(options)
         nan = replace(good, embedding=embedding * float("nan"))
-        return [good, ItemError("x", "x"), nan]
+        return [good, ItemError("empty", "x"), nan]
 
     served.engine = SimpleNamespace(predict=predict)  # type: ignore[assignment]
     data, context = batch(*[(PHOTO, {"accept": accept, "X-Cascade-Fields": ""})] * 3)
@@ -297,7 +297,7 @@ def test_the_gate_is_locked_while_the_engine_works(served: CascadeHandler) -> No
     def predict(images: list[bytes], options: list[Options], decode: Any) -> list[ItemError]:
         entered.set()
         leave.wait(60)
-        return [ItemError("x", "x")]
+        return [ItemError("empty", "x")]
 
     served.engine = SimpleNamespace(predict=predict)  # type: ignore[assignment]
     worker = threading.Thread(target=served.handle, args=batch((PHOTO, {})))
