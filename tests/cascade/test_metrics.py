@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cascade import metrics
 from cascade.errors import CascadeError
+from tests.helpers.metrics import Values, now, parsed, value
 
 ROOT = Path(metrics.__file__).parents[1]
 
@@ -36,22 +37,6 @@ metrics.BATCH_IMAGES.observe(8)
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def parsed(text: bytes) -> Values:
-    families = text_string_to_metric_families(text.decode())
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
-
-
-def value(values: Values, name: str, **labels: str) -> float:
-    return values.get((f"cascade_{name}", tuple(sorted(labels.items()))), 0.0)
-
-
-def now(name: str, **labels: str) -> float:
-    return value(parsed(metrics.scrape()), name, **labels)
-
 
 # One process
 

@@ -15,23 +15,9 @@ from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
 from cascade.engine.forward import Item
 from cascade.errors import CascadeError
-from tests.cascade.test_metrics import now
+from tests.helpers.batching import Held, busy
 from tests.helpers.bundles import handmade, named
-
-
-class Held(Engine):
-    """Runs a pass when told to, and keeps a list of (bundle, images) for each pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entered, self.go = threading.Semaphore(0), threading.Semaphore(0)
-        self.passes: list[list[str]] = []
-
-    def run(self, items: Sequence[Item]) -> list[Prediction]:
-        self.passes.append([item.bundle.name for item in items])
-        self.entered.release()
-        assert self.go.acquire(timeout=30)
-        return super().run(items)
+from tests.helpers.metrics import now
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +40,6 @@ def held(whole: Bundle) -> Iterator[Held]:
     before = now("queue_depth")
     yield engine
     assert now("queue_depth") == before, "whatever came has left the queue"
-
-
-def busy(batcher: Batcher, image: Image.Image, bundle: str = "c") -> "Future[Answer]":
-    """The engine is in a pass when this returns, and stays there until it is told to go on."""
-    future = batcher.submit(image, Options(bundle))
-    assert batcher.engine.entered.acquire(timeout=30)  # type: ignore[attr-defined]
-    return future
 
 
 def queue(batcher: Batcher, image: Image.Image, bundles: str) -> "list[Future[Answer]]":

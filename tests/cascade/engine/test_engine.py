@@ -30,6 +30,7 @@ from cascade.kernels.weight_layout import PackedMask, WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.fusion import MODES
 from cascade.model.masks import Mask
+from tests.helpers.answers import embeddings
 from tests.helpers.bundles import handmade, named
 
 EXACT: tuple[Kind, ...] = ("plain", "folded", "onnx")
@@ -85,10 +86,6 @@ def answers(engine: Engine, images: Sequence[Any], **wishes: object) -> list[Pre
 def good(out: list[Prediction | ItemError]) -> list[Prediction]:
     assert all(isinstance(a, Prediction) for a in out), out
     return out  # type: ignore[return-value]
-
-
-def embeddings(found: list[Prediction]) -> np.ndarray:
-    return np.stack([a.embedding for a in found if a.embedding is not None])
 
 
 def numbers(p: Prediction) -> list[float]:

@@ -1,6 +1,5 @@
 """API keys: who may use which bundle, and files that make no sense."""
 
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -8,10 +7,7 @@ import pytest
 from cascade.errors import CascadeError
 from handlers.asgi import keys
 from handlers.asgi.keys import MISSING, UNKNOWN, Keys, Watched
-
-
-def digest(key: str) -> str:
-    return sha256(key.encode()).hexdigest()
+from tests.helpers.keys import digest
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from handlers.asgi.app import create_app
 from handlers.asgi.keys import Watched
 from handlers.asgi.service import Service
 from handlers.asgi.worker import Server
-from tests.handlers.asgi.test_keys import digest
+from tests.helpers.keys import digest
 
 
 @pytest.fixture
