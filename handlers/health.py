@@ -1,6 +1,6 @@
 """A health check: exit status 0 if the server on this machine, of either front end, is ready.
 
-    python -m handlers.health     asks port 8080, or PORT of the environment, which `cascade serve` reads, too
+    python -m handlers.health     asks port 8080, or that of PORT or CASCADE_SERVE_PORT, which serve reads, too
 
 TorchServe counts as ready when its worker does: /ping says Healthy long before that, and while the worker crashes.
 """
@@ -44,4 +44,4 @@ def _key() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(not_ready_reason(int(os.environ.get("PORT", PORT))))
+    sys.exit(not_ready_reason(int(os.environ.get("PORT") or os.environ.get("CASCADE_SERVE_PORT") or PORT)))

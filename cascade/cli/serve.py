@@ -36,7 +36,9 @@ def serve(
     executor: Executor = ExecutorKind.auto,
     model_store: Annotated[str | None, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; loopback if left out.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 8080 if left out.", envvar="PORT")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 8080 if left out.", envvar=["PORT", "CASCADE_SERVE_PORT"])
+    ] = None,
     no_auth: Annotated[bool | None, typer.Option("--no-auth", help="Let everybody in, on any address.")] = None,
     budget_bytes: Annotated[
         int | None, typer.Option("--budget", help="Bytes of materialized masks, per worker.", min=1)

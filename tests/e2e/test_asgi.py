@@ -18,8 +18,8 @@ from PIL import Image
 from cascade import Client, Engine, ItemError, Options, Prediction
 from cascade.client import ClientError
 from tests.e2e.conftest import CLIENT, NotStarted, Running
-from tests.e2e.test_torchserve import answer, encoded, error, lone, post, same
 from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.http import answer, encoded, error, lone, post, same
 from tests.helpers.torments import terminated, until
 
 pytestmark = pytest.mark.e2e
@@ -155,7 +155,7 @@ def test_slow_and_long_heads_are_refused(asgi: Asgi) -> None:
                 pass
             return found
 
-    start = b"GET /v2 HTTP/1.1\r\nHost: x\r\n"
+    start = b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n"
     with ThreadPoolExecutor(4) as pool:
         slow = pool.submit(talk, start)
         silent = pool.submit(talk)
@@ -195,13 +195,16 @@ def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> Non
         assert error(post(server, photos[0])) == (401, "key_missing")
         two = {"Authorization": "Bearer secret-of-two", "X_Cascade_Bundle": "two"}
         assert error(post(server, photos[0], **two)) == (401, "key_unknown")
-        (tmp_path / "new").write_text(f"two {sha256(b'secret-of-two').hexdigest()}\n")
+        keys = {"two": b"secret-of-two", "*": b"secret-of-all"}
+        (tmp_path / "new").write_text("".join(f"{name} {sha256(key).hexdigest()}\n" for name, key in keys.items()))
         (tmp_path / "new").rename(file)
         until(lambda: post(server, photos[0], **two).status_code == 200)
         assert error(post(server, photos[0], Authorization="Bearer secret-of-one")) == (401, "key_unknown")
         server.worker().kill()
         until(server.answers)
-        assert server.metrics()["cascade_engine_restarts_total"] == 1
+        assert CLIENT.get(server.metrics_url).status_code == 401
+        metrics = CLIENT.get(server.metrics_url, headers={"Authorization": "Bearer secret-of-all"}).text
+        assert "cascade_engine_restarts_total 1.0" in metrics
         assert post(server, photos[0], **two).status_code == 200
         assert "secret-of" not in server.log()
         too_many_connections(server)
@@ -230,7 +233,7 @@ def test_the_end_does_not_wait_longer_than_the_drain_time(store: Path, photos: l
     took: list[float] = []
     while len(took) < 3 and min(took, default=5) >= 5:  # again where the machine stood still
         with serving_asgi(store, "--drain", "1") as server, socket.create_connection(server.address) as slow:
-            slow.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx")
+            slow.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx")
             time.sleep(0.3)
             start = time.monotonic()
             assert server.end(signal.SIGTERM) == 0
@@ -245,6 +248,7 @@ def test_what_cannot_start_is_one_line(store: Path, asgi: Asgi, tmp_path: Path) 
         ((tmp_path / "store",), "no bundle could be loaded"),
         ((store, "--api-keys", str(tmp_path / "keys")), "line 1: write BUNDLE"),
         ((store, "--port", str(asgi.address[1])), "choose another address or port"),
+        ((store, "--host", "0.0.0.0"), "give --api-keys FILE, or --no-auth"),
     )
 
     def said(options: tuple[Path | str, ...]) -> str:

@@ -10,7 +10,6 @@ import struct
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +26,10 @@ from PIL import Image
 import cascade
 from cascade.bundle.format import write
 from tests.e2e.conftest import CLIENT, EXECUTOR, NO_TLS
-from tests.e2e.test_torchserve import encoded
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.bundles import handmade
+from tests.helpers.hostile_images import bomb, mutated
+from tests.helpers.http import encoded
 from tests.helpers.torments import (
     NO_FILES,
     Clock,
@@ -350,35 +350,6 @@ def refused(answer: httpx.Response) -> None:
     assert answer.status_code != 503 or int(answer.headers["retry-after"]) >= 1
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of side x side black pixels, in a few KB."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((1 + (side + 7) // 8) * side), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def mutated(image: bytes, draw: random.Random) -> bytes:
-    """Bytes flipped, cut out, doubled, or the end missing."""
-    body = bytearray(image)
-    for _ in range(draw.choice((1, 3, 30))):
-        at = draw.randrange(len(body))
-        match draw.randrange(4):
-            case 0:
-                body[at] ^= 1 << draw.randrange(8)
-            case 1:
-                del body[at : at + draw.randrange(1, 200)]
-            case 2:
-                body[at:at] = body[at : at + draw.randrange(1, 200)]
-            case 3:
-                body[at:] = draw.randbytes(draw.randrange(50))
-        body = body or bytearray(b"\0")
-    return bytes(body)
-
-
 class Hostile:
     """Requests by strangers, of ten kinds."""
 
@@ -461,7 +432,7 @@ def test_hostile_requests(survivor: Asgi, photos: list[bytes], cifar: list[Image
 
 @pytest.mark.parametrize("clients", short_and_whole(100, 800))
 def test_slow_bodies_do_not_keep_others_out(survivor: Asgi, photos: list[bytes], clients: int) -> None:
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Cascade-Bundle: one\r\nContent-Length: 100000\r\n\r\n"
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nX-Cascade-Bundle: one\r\nContent-Length: 100000\r\n\r\n"
     slow = [socket.create_connection(survivor.address, timeout=60) for _ in range(clients)]
     try:
         for connection in slow:
@@ -480,7 +451,9 @@ def test_slow_bodies_do_not_keep_others_out(survivor: Asgi, photos: list[bytes],
 def test_who_hangs_up_leaves_its_place(survivor: Asgi, photos: list[bytes], cifar: list[Image.Image]) -> None:
     """In the queue, among the bodies and among the requests in progress (tests/handlers: it costs no pass either)."""
     file = encoded(cifar[0], "png")
-    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Cascade-Bundle: one\r\nContent-Length: {len(file)}\r\n\r\n"
+    head = (
+        f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nX-Cascade-Bundle: one\r\nContent-Length: {len(file)}\r\n\r\n"
+    )
     load = Load(survivor.url, photos).start(16)
     for i in range(200):
         with socket.create_connection(survivor.address, timeout=60) as connection:

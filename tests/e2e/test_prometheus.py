@@ -17,8 +17,8 @@ import yaml
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
 from tests.e2e.conftest import CLIENT, ROOT, Running
-from tests.e2e.test_torchserve import post
 from tests.helpers.asgi_server import Asgi
+from tests.helpers.http import post
 from tests.helpers.torments import settled
 from tests.test_deploy import PROMETHEUS, dashboard, expressions
 

@@ -22,8 +22,8 @@ from PIL import Image
 
 from cascade.bundle.format import read, write
 from tests.e2e.conftest import CLIENT, NO_TLS, Running, serving
-from tests.e2e.test_asgi_survival import bomb, mutated
-from tests.e2e.test_torchserve import encoded
+from tests.helpers.hostile_images import bomb, mutated
+from tests.helpers.http import encoded
 from tests.helpers.torments import (
     DAY,
     NO_FILES,
