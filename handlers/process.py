@@ -69,13 +69,17 @@ def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def environment() -> dict[str, str]:
+def environment(threads: int | None = None) -> dict[str, str]:
     """Our own, with our packages first in the search path, and OpenMP threads that sleep while they wait.
 
     Threads that spin cost a second an image where another process needs the core.
+
+    Args:
+        threads: of OpenMP and numba; None leaves the environment's.
     """
+    counts = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     search = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_WAIT_POLICY": "passive"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_WAIT_POLICY": "passive"} | counts
 
 
 def kill(process: subprocess.Popen[bytes], timeout: float = 10) -> None:

@@ -7,7 +7,6 @@ once and batches grow with the load. Admission, decoding and deadlines are bound
 import asyncio
 import logging
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from functools import partial
 from typing import Self
 
 from cascade import metrics
+from cascade.cpus import cpu_count
 from cascade.engine.decoders import Decoders, OverBudget
 from cascade.engine.engine import Engine, Source
 from cascade.engine.forward import Item, trunk
@@ -77,7 +77,7 @@ class Batcher:
         if min(max_batch, queue) < 1 or patience < 0:
             raise CascadeError("a batcher needs max_batch and queue of 1 at least, and no negative patience")
         self.engine, self.max_batch, self.patience, self.queue = engine, max_batch, patience, queue
-        self._decoders = Decoders(decoders or len(os.sched_getaffinity(0)), decode_seconds)
+        self._decoders = Decoders(decoders or cpu_count(), decode_seconds)
         self._groups: dict[Hashable, _Group] = {}
         self._waiting = self._decoding = self._running = 0
         self._seconds = 0.0  # an image takes, lately

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from types import FrameType
 
+from cascade.cpus import cpu_count
 from cascade.errors import CascadeError
 from cascade.logs import say
 from handlers import process
@@ -71,7 +73,7 @@ class Supervisor:
         command = process.python("handlers.asgi.worker", json.dumps(settings, default=_plain))
         self.starts += 1
         try:
-            self.worker = process.start(command, process.environment(), pass_fds=fds)
+            self.worker = process.start(command, process.environment(self.settings.threads), pass_fds=fds)
         finally:
             os.close(writing)
         if self.stopping:  # the signal came before there was a process to pass it on to
@@ -142,5 +144,6 @@ def serve(settings: AsgiSettings) -> None:
     Raises:
         ServerError: the address is taken, or the engine process does not come up.
     """
+    settings = replace(settings, threads=settings.threads or cpu_count())
     with listen(settings.host, settings.port) as listening:
         Supervisor(listening, settings).run()

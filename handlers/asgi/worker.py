@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from cascade.cpus import cpu_count
 from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
@@ -101,8 +102,9 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, restar
     os.set_blocking(heartbeat, False)
     os.set_inheritable(heartbeat, False)
     log_to_stderr(settings.log_level)
-    threads = settings.threads or len(os.sched_getaffinity(0))
+    threads = settings.threads or cpu_count()
     torch.set_num_threads(threads)
+    log.info("%d CPU threads", threads)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     keys = None if settings.api_keys is None else Watched(settings.api_keys)
