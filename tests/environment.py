@@ -15,6 +15,7 @@ def pytest_load_initial_conftests() -> None:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     # The plain executor starts at once. Tests of the other executors name them.
     os.environ["CASCADE_EXECUTOR"] = "plain"
+    os.environ |= {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}  # servers of the tests
     import torch
 
     if not torch.cuda.is_available():

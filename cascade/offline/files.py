@@ -1,35 +1,69 @@
-"""Files of this machine and at URLs that fsspec knows: found, opened, fetched; what is read at a time is bounded."""
+"""Find, open and fetch image files, on this machine and at URLs that fsspec knows; reads are bounded.
+
+Prediction and training walk folders with the same rules: `images_in`, SUFFIXES and `is_leftover`.
+"""
 
 import glob
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 from urllib.parse import urlsplit
 
-from cascade.errors import CascadeError, brief
+from cascade.errors import CascadeError, brief, printable
 from cascade.model.preprocessing import LIMITS, ImageError, Limits
 
 Load = Callable[[], bytes]
-"""Gives the bytes of one image file, in any thread; raises ImageError where they can't be had."""
+"""Returns the bytes of one image file, in any thread; raises ImageError if they cannot be read."""
 
-CONNECT, SILENCE, WHOLE = 10, 30, 120  # seconds: for a connection, between two bytes, for one image
-TRIES, PAUSE = 3, 0.5  # of one image that is elsewhere; seconds before the second try, then twice as many
+CONNECT, SILENCE, WHOLE = 10, 30, 120  # seconds: to connect, between two bytes, for one image
+TRIES, PAUSE = 3, 0.5  # of one remote image; seconds before the second try, doubled for each further one
+EXAMPLES = 5  # names that a warning about files that were left out gives
 
-# What a folder is searched for. Those in the second line cannot be decoded and become rows with an error,
-# lest a folder of GIFs pass for an empty one.
+# A folder is searched for these. Those in the second line cannot be decoded; they become rows with an error, so that a
+# folder of GIFs is not reported as empty.
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp"}
     | {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl"}
 )
+# Folders that archivers and network drives leave behind, besides all hidden ones.
+LEFTOVERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information"})
+
+log = logging.getLogger(__name__)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or a system's leftover, such as ``._x.jpg`` or ``__MACOSX``."""
+    return name in LEFTOVERS or (name.startswith(".") and name not in (".", ".."))
+
+
+@dataclass
+class LeftOut:
+    """Hidden images and folders that a search left out, to be named in one warning."""
+
+    where: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(name)
+
+    def log(self) -> None:
+        if self.count:
+            names = printable(", ".join(self.examples))
+            log.warning("%s: left out %d hidden files or folders: %s", printable(self.where), self.count, names)
 
 
 @dataclass(frozen=True)
 class Held:
-    """A Load of what is in memory already."""
+    """A Load of bytes that are in memory."""
 
     data: bytes
 
@@ -37,41 +71,50 @@ class Held:
         return self.data
 
 
+def failing(why: str) -> Load:
+    """A Load that raises ImageError, "unreadable"."""
+
+    def fail(message: str) -> NoReturn:
+        raise ImageError("unreadable", message)
+
+    return partial(fail, why)
+
+
 def is_url(name: str) -> bool:
-    """Whether a source is a URL and no path of this machine."""
+    """Whether a source is a URL rather than a local path."""
     return "://" in name
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a source that nothing is called stands for what it matches."""
+    """Whether a source that does not exist as a file is a glob pattern."""
     return any(c in name for c in "*?[")
 
 
 def suffix(name: str) -> str:
-    """Of a path or URL, as ``.png``: in lower case, without a URL's query."""
+    """The suffix of a path or URL in lower case, like ``.png``; a URL's query is ignored."""
     return os.path.splitext(urlsplit(name).path if is_url(name) else name)[1].lower()
 
 
 def open_file(where: str, whole: bool = False) -> AbstractContextManager[IO[bytes]]:
-    """A file of this machine or at a URL, for reading.
+    """Open a local file or a URL for reading.
 
     Args:
-        whole: it will be read once from beginning to end: one request where HTTP would take two.
+        whole: it will be read once from beginning to end, which takes one HTTP request instead of two.
     """
     if not is_url(where):
         return open(where, "rb")
     fs, path = _filesystem(where)
     stream = whole and _scheme(where) in ("http", "https")
-    kwargs = {"block_size": 0, "size": 1} if stream else {}  # a size, whatever it is, saves asking for it
+    kwargs = {"block_size": 0, "size": 1} if stream else {}  # any size saves the request that asks for it
     opened: AbstractContextManager[IO[bytes]] = fs.open(path, "rb", **kwargs)
     return opened
 
 
 def fetch(url: str, limits: Limits = LIMITS) -> bytes:
-    """The file at a URL, at most one byte more than an image may have.
+    """Download a file, at most one byte more than an image may have. Proxies are taken from the environment.
 
     Raises:
-        ImageError: "unreadable", after three tries where another one may help.
+        ImageError: "unreadable", after three tries if the error may be temporary.
     """
     end = time.monotonic() + WHOLE
     for attempt in range(TRIES):
@@ -87,7 +130,7 @@ def fetch(url: str, limits: Limits = LIMITS) -> bytes:
         except (FileNotFoundError, PermissionError, ValueError, ImportError) as error:
             why: Exception = error
             break
-        except Exception as error:  # each client has classes of its own
+        except Exception as error:  # each client has exceptions of its own
             why = error
             if time.monotonic() > end:
                 break
@@ -96,40 +139,57 @@ def fetch(url: str, limits: Limits = LIMITS) -> bytes:
     raise ImageError("unreadable", f"{url} cannot be read ({brief(why)}): check the URL") from why
 
 
-def find(source: str) -> Iterator[str]:
-    """The files that a path, a folder, a pattern or a URL of one of these means, see ``sources.expand``.
+def find(source: str, patterns: bool = True) -> Iterator[str]:
+    """The files that a path, a folder, a pattern or a URL stands for, see ``sources.expand``.
+
+    Args:
+        patterns: whether ``*``, ``?`` and ``[`` match; otherwise they are part of a name.
 
     Raises:
-        CascadeError: a URL can't be listed, or holds a password.
+        CascadeError: a URL cannot be listed, or holds a password.
     """
     if is_url(source):
-        yield from _elsewhere(source)
+        yield from _remote(source, patterns)
     elif os.path.isdir(source):
-        yield from _images_in(source, set())
-    elif is_pattern(source) and not os.path.lexists(source):
+        yield from images_in(source)
+    elif patterns and is_pattern(source) and not os.path.lexists(source):
         for match in sorted(set(glob.iglob(source, recursive=True)), key=Path):
             if os.path.lexists(match):  # "gone/**" matches "gone/" in some Pythons
-                yield from _images_in(match, set()) if os.path.isdir(match) else [match]
+                yield from images_in(match) if os.path.isdir(match) else [match]
     else:
         yield source
 
 
-def _images_in(folder: str, seen: set[str]) -> Iterator[str]:
-    """Files and folders by name, so that paths come sorted; a link to a folder counts where it is met first."""
+def images_in(folder: str) -> Iterator[str]:
+    """The images below a folder at any depth, by suffix, sorted.
+
+    Links are followed, but no folder is visited twice. Hidden files and leftovers are left out, and named in a warning.
+    A folder that cannot be listed is yielded itself, so that it becomes an error.
+    """
+    left_out = LeftOut(folder)
+    yield from _images_in(folder, set(), left_out)
+    left_out.log()
+
+
+def _images_in(folder: str, seen: set[str], left_out: LeftOut) -> Iterator[str]:
     if (real := os.path.realpath(folder)) in seen:
         return
     seen.add(real)
     try:
         with os.scandir(folder) as listed:
-            entries = sorted((e.name, _is_folder(e)) for e in listed)
+            entries = sorted((entry.name, _is_folder(entry)) for entry in listed)
     except OSError:
         yield folder
         return
     for name, is_folder in entries:
         path = os.path.join(folder, name)
-        if is_folder:
-            yield from _images_in(path, seen)
-        elif suffix(name) in SUFFIXES:
+        if not (is_folder or suffix(name) in SUFFIXES):
+            continue
+        if is_leftover(name):
+            left_out.add(path)
+        elif is_folder:
+            yield from _images_in(path, seen, left_out)
+        else:
             yield path
 
 
@@ -140,10 +200,10 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _elsewhere(url: str) -> Iterator[str]:
+def _remote(url: str, patterns: bool) -> Iterator[str]:
     if urlsplit(url).password:
         raise CascadeError("a source's URL holds a password: give it by the environment or fsspec's configuration")
-    folder, pattern = url.endswith("/"), "*" in url
+    folder, pattern = url.endswith("/"), patterns and "*" in url
     if not (folder or pattern):
         yield url
         return
@@ -151,23 +211,29 @@ def _elsewhere(url: str) -> Iterator[str]:
         fs, path = _filesystem(url)
         names = sorted(map(str, fs.glob(path) if pattern else fs.find(path)))
     except Exception as error:
-        raise CascadeError(f"{url} can't be listed ({brief(error)}): is it in reach?") from error
+        raise CascadeError(f"{url} cannot be listed ({brief(error)}): check the address") from error
+    left_out = LeftOut(url)
     for name in names:
-        if pattern or suffix(name) in SUFFIXES:
+        if not (pattern or suffix(name) in SUFFIXES):
+            continue
+        if any(map(is_leftover, name.removeprefix(path).split("/"))):
+            left_out.add(name)
+        else:
             yield str(fs.unstrip_protocol(name))
+    left_out.log()
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it, with times after which a silent server is given up."""
+    """fsspec's file system and the path in it, with time limits for servers that do not answer."""
     import fsspec
 
     options: dict[str, Any] = {}
     match _scheme(url):
         case "http" | "https":
-            from fsspec.implementations.http import aiohttp  # what fsspec itself takes these times as
+            from fsspec.implementations.http import aiohttp  # the one that fsspec uses
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENCE)
-            options["client_kwargs"] = {"timeout": timeout}
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}  # proxies of the environment
         case "s3":
             options["config_kwargs"] = {"connect_timeout": CONNECT, "read_timeout": SILENCE}
         case "gs" | "gcs":

@@ -1,10 +1,10 @@
-"""Sources of an offline job: what they stand for, cut into units of work, and the images of a unit, one at a time.
+"""Sources of an offline job: what they stand for, how they are split into units of work, and the images of a unit.
 
-A source is an image, a folder, a pattern, a tar shard, a Parquet file that holds images, a text file of further
-sources, or a URL of one of these. A unit is what one worker does from its first image to its last, and becomes one
-file of the output.
+A source is an image, a folder, a pattern, a tar shard, a Parquet file of images, a text file that lists names, or a URL
+of one of these. One worker processes a unit from beginning to end, and it becomes one file of the output.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -15,10 +15,11 @@ from typing import Literal
 
 from cascade.errors import CascadeError, brief
 from cascade.model.preprocessing import LIMITS, Limits, load
-from cascade.offline.archives import cut_parquet, cut_tar, read_parquet, read_rows, read_tar
 from cascade.offline.files import SUFFIXES, Load, fetch, find, is_pattern, is_url, open_file, suffix
+from cascade.offline.parquet_files import cut_parquet, read_parquet, read_rows
+from cascade.offline.tar_files import cut_tar, read_tar
 
-ROWS = 4096  # images of a unit, where a source can be cut
+ROWS = 4096  # images of a unit, if the source can be split
 LINE = 8192  # bytes of a line in a list
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 KNOWN = {*SUFFIXES, ".tar", ".parquet", *(suffix(f"x{packed}") for packed in PACKED)}
@@ -26,14 +27,14 @@ KNOWN = {*SUFFIXES, ".tar", ".parquet", *(suffix(f"x{packed}") for packed in PAC
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of the work.
+    """A piece of a job.
 
     Attributes:
-        kind: what ``read`` does with it.
-        count: images, each of which becomes a row; None where that shows only when it is read (a tar elsewhere).
+        kind: how ``read`` reads it.
+        count: number of images, each of which becomes a row; None if unknown before reading (a remote tar).
         names: files: paths and URLs.
         where: tar, parquet: the file.
-        start: tar: byte at which the first member begins; parquet: the first row group.
+        start: tar: byte offset of the first member; parquet: the first row group.
         stop: parquet: the row group after the last.
         row: parquet: number of the first row.
     """
@@ -47,7 +48,7 @@ class Unit:
     row: int = 0
 
     def to_json(self) -> str:
-        """One line. Names that are not UTF-8 survive: their bytes are escaped."""
+        """One line of JSON. Names that are not UTF-8 survive: their bytes are escaped."""
         return json.dumps({k: v for k, v in asdict(self).items() if v or k == "count"}, separators=(",", ":"))
 
     @classmethod
@@ -58,14 +59,14 @@ class Unit:
 
 
 def plan(sources: Iterable[str | Path], rows: int = ROWS) -> Iterator[Unit]:
-    """The units of ``sources``, in their order, sorted within each; no image is read for that.
+    """The units of ``sources`` in order, sorted within each source. No image is read.
 
     Args:
         sources: see ``expand``.
-        rows: images of a unit. A Parquet row group and a tar elsewhere are not cut.
+        rows: images of a unit. A Parquet row group and a remote tar are not split.
 
     Raises:
-        CascadeError: one of them has no images, or is not what its name says.
+        CascadeError: a source has no images, or is not what its name says.
     """
     names: list[str] = []
     nothing = True
@@ -97,10 +98,10 @@ def plan(sources: Iterable[str | Path], rows: int = ROWS) -> Iterator[Unit]:
 
 
 def read(unit: Unit, limits: Limits = LIMITS) -> Iterator[tuple[str, Load]]:
-    """The images of a unit in its order, each as its key and what loads its bytes; both are the same in every run.
+    """The images of a unit in order: key, and a Load of its bytes. They are the same in every run.
 
-    Keys are the path or URL of a file, ``SHARD.tar#MEMBER``, ``FILE.parquet#ROW``. Where an archive is damaged the
-    rest of it is one image that can't be loaded. The iterator is for one thread, what it gives for any.
+    Keys are the path or URL of a file, ``SHARD.tar#MEMBER`` or ``FILE.parquet#ROW``. The rest of a damaged tar is one
+    image that cannot be loaded. Use the iterator in one thread, the Loads in any.
     """
     match unit.kind:
         case "files":
@@ -113,9 +114,9 @@ def read(unit: Unit, limits: Limits = LIMITS) -> Iterator[tuple[str, Load]]:
 
 
 def again(keys: Iterable[str]) -> Iterator[tuple[str, Load]]:
-    """The images behind keys that ``read`` gave, in any order, each once, for a look at a few of them.
+    """Find a few images again by the keys that ``read`` gave, each once, in any order.
 
-    Archives elsewhere would have to be read from the beginning: what lies in one is left out, and so is what is gone.
+    Images in remote archives, which would have to be read from the beginning, and missing ones are left out.
     """
     inside: dict[str, set[str]] = {}
     for key in dict.fromkeys(keys):
@@ -138,25 +139,24 @@ def again(keys: Iterable[str]) -> Iterator[tuple[str, Load]]:
 
 
 def expand(source: str) -> Iterator[str]:
-    """The files that a source means, as they come: images, tar shards, Parquet files.
+    """The files that a source stands for: images, tar shards, Parquet files.
 
-    An image stands for itself, there or not. A folder stands for the images in it, by suffix, to any depth, links
-    followed but no folder twice; one that cannot be listed stands for itself. A pattern (``*``, ``?``, ``[]``,
-    ``**``) stands for what it matches, a text file (.txt) for the sources that it has, one a line. At a URL
-    a folder ends in ``/`` and a pattern has a ``*``.
+    An image stands for itself, even if it is missing. A folder stands for the images in it, see ``files.images_in``. A
+    pattern (``*``, ``?``, ``[]``, ``**``) stands for what it matches. A text file (.txt) lists names, one a
+    line: files, folders and URLs, but no patterns. In a URL, a folder ends in ``/`` and a pattern has a ``*``.
 
     Raises:
-        CascadeError: a list or a URL can't be read, an archive is compressed, or nothing is there by a name that is
-            no image's: a folder's, most likely, in which there is a slip.
+        CascadeError: a list or a URL cannot be read, an archive is compressed, or a name exists nowhere and is not an
+            image's, such as a mistyped folder.
     """
     listed = source.endswith(".txt")
     if not (listed or is_url(source) or is_pattern(source) or os.path.lexists(source) or suffix(source) in KNOWN):
-        raise CascadeError(f"{source} is not there: name images, folders, patterns, .tar or .parquet files, or URLs")
+        raise CascadeError(f"{source} does not exist: name images, folders, patterns, .tar or .parquet files, or URLs")
     for line in _lines(source) if listed else [source]:
-        for name in find(line):
+        for name in find(line, patterns=not listed):
             if name.lower().endswith(PACKED):
                 raise CascadeError(
-                    f"{name} is compressed: images gain nothing by it; unpack it to a .tar and name that"
+                    f"{name} is compressed, which saves nothing on images: unpack it to a .tar, name that"
                 )
             yield name
 
@@ -172,24 +172,32 @@ def _cut(name: str, rows: int) -> Iterator[Unit]:
 
 
 def _lines(where: str) -> Iterator[str]:
-    """The lines of a list that say something. Read as it goes: a list may be long."""
+    """The names in a list, without blank lines and comments. Read block by block: a list may be long.
+
+    Raises:
+        CascadeError: the list cannot be read, is UTF-16, or has a line of more than LINE bytes.
+    """
     try:
         number, rest = 0, b""
         with open_file(where, whole=True) as file:
-            while part := file.read(LINE):
-                *whole, rest = (rest + part).split(b"\n")
-                for raw in whole if len(rest) <= LINE else [*whole, rest]:
+            while block := file.read(LINE):
+                if not number and not rest:
+                    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise CascadeError(f"{where} is UTF-16: save it as UTF-8")
+                    block = block.removeprefix(codecs.BOM_UTF8)
+                *complete, rest = (rest + block).split(b"\n")
+                for raw in complete if len(rest) <= LINE else [*complete, rest]:
                     number += 1
-                    yield from _line_of(where, number, raw)
-        yield from _line_of(where, number + 1, rest)
+                    yield from _name_of(where, number, raw)
+        yield from _name_of(where, number + 1, rest)
     except CascadeError:
         raise
-    except Exception as error:  # of a URL each client has classes of its own
-        message = f"{where} can't be read ({brief(error)}): name a text file with one source a line"
+    except Exception as error:  # each client has exceptions of its own
+        message = f"{where} cannot be read ({brief(error)}): name a text file with one source a line"
         raise CascadeError(message) from error
 
 
-def _line_of(where: str, number: int, raw: bytes) -> Iterator[str]:
+def _name_of(where: str, number: int, raw: bytes) -> Iterator[str]:
     if len(raw) > LINE:
         raise CascadeError(f"{where}, line {number}: longer than {LINE} bytes; write one source a line")
     line = os.fsdecode(raw).strip()
@@ -198,7 +206,7 @@ def _line_of(where: str, number: int, raw: bytes) -> Iterator[str]:
 
 
 def _parted(key: str) -> tuple[str, str | None]:
-    """The archive that a key points into and what is meant there; None for a file by itself."""
+    """The archive that a key points into, and the name or row there; None for a plain file."""
     for mark in (".tar#", ".parquet#"):
         at = key.lower().find(mark)
         if at >= 0:

@@ -101,3 +101,35 @@ def test_servers_that_fail_never_end_or_never_begin(monkeypatch: pytest.MonkeyPa
                 fetch(f"{url}/silent.png")
         finally:
             silence.set()
+
+
+def test_leftovers_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "._a.png", ".thumbnails/a.png", "__MACOSX/._a.png", "@eaDir/a.png", ".DS_Store", "b/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        copy(PHOTOS[0], tmp_path / name)
+    assert list(find(str(tmp_path))) == [str(tmp_path / "a.png"), str(tmp_path / "b" / "c.png")]
+    assert "left out 4 hidden files or folders: " in caplog.text and "__MACOSX" in caplog.text
+    assert list(find(str(tmp_path / "__MACOSX" / "._a.png"))) == [str(tmp_path / "__MACOSX" / "._a.png")], (
+        "named itself"
+    )
+
+
+def test_images_at_urls_are_fetched_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(BYTES[0])
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(Proxy) as url:
+        monkeypatch.setenv("http_proxy", url)
+        assert fetch("http://images.invalid/cat.png") == BYTES[0]
+    assert seen == ["http://images.invalid/cat.png"]

@@ -1,6 +1,6 @@
 """What sources mean, here and elsewhere, how they are cut into units, and how images are found again."""
 
-import io
+import codecs
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -44,7 +44,7 @@ def test_no_images_says_what_to_do(tmp_path: Path, source: str) -> None:
 @pytest.mark.parametrize("name", ["fotos", "fotos/", "photos.old", ""])
 def test_a_slip_in_a_folders_name_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CascadeError, match=f"{name} is not there: name images, folders"):
+    with pytest.raises(CascadeError, match=f"{name} does not exist: name images, folders"):
         list(plan([name]))
     (tmp_path / "list.txt").write_text("fotos\n")
     assert images(plan(["list.txt"])) == {"fotos": "unreadable"}, "a long list goes on"
@@ -71,7 +71,7 @@ def test_lists_name_anything_but_lists(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 9000)
     with pytest.raises(CascadeError, match="long.txt, line 1: longer than 8192 bytes"):
         list(plan([tmp_path / "long.txt"]))
-    with pytest.raises(CascadeError, match="gone.txt can't be read .* one source a line"):
+    with pytest.raises(CascadeError, match="gone.txt cannot be read .* one source a line"):
         list(plan([tmp_path / "gone.txt"]))
 
 
@@ -79,23 +79,24 @@ def test_lists_name_anything_but_lists(tmp_path: Path, folder: Path) -> None:
 def memory() -> Iterator[str]:
     fs = fsspec.filesystem("memory")
     shard = tar({f"{i}.png": data for i, data in enumerate(BYTES[:3])})
-    table = io.BytesIO()
-    pq.write_table(pa.table({"image": BYTES[:4]}), table, row_group_size=2)
     fs.pipe({"/m/a/0.png": BYTES[0], "/m/a/b/1.png": BYTES[1], "/m/a/notes.md": b"x", "/m/s.tar": shard})
-    fs.pipe({"/m/t.parquet": table.getvalue(), "/m/list.txt": b"memory://m/a/0.png\nmemory://m/none.png\n"})
+    fs.pipe({"/m/list.txt": b"memory://m/a/0.png\nmemory://m/none.png\n"})
     yield "memory://m"
     fs.rm("/m", recursive=True)
 
 
-def test_every_kind_at_a_url(memory: str) -> None:
-    units = list(plan([f"{memory}/a/", f"{memory}/*.tar", f"{memory}/t.parquet", f"{memory}/list.txt"], rows=2))
+def test_every_kind_at_a_url(memory: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": BYTES[:4]}), tmp_path / "t.parquet", row_group_size=2)
+    units = list(
+        plan([f"{memory}/a/", f"{memory}/*.tar", f"file://{tmp_path}/t.parquet", f"{memory}/list.txt"], rows=2)
+    )
     assert [unit.count for unit in units] == [2, None, 2, 2, 2]
     found: list[tuple[str, bytes | str]] = [pair for unit in units for pair in images([unit]).items()]
     assert [value for _, value in found] == [*BYTES[:2], *BYTES[:3], *BYTES[:4], BYTES[0], "unreadable"]
     assert found[0][0] == "memory:///m/a/0.png" and found[2][0] == "memory:///m/s.tar#0.png"
     with pytest.raises(CascadeError, match="holds a password"):
         list(plan(["ftp://me:secret@host/x.png"]))
-    with pytest.raises(CascadeError, match="can't be listed"):
+    with pytest.raises(CascadeError, match="cannot be listed"):
         list(plan(["nowhere://x/"]))
 
 
@@ -132,3 +133,26 @@ def test_images_are_found_again_by_their_keys(tmp_path: Path, memory: str) -> No
     }
     gone = [f"{shard}#x.png", f"{table}#99", f"{table}#x", f"{tmp_path}/no.tar#1.png"]
     assert {key: load() for key, load in again([*gone, *wanted, *wanted])} == wanted
+
+
+def test_a_list_holds_names_and_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy(PHOTOS[0], tmp_path / "img1.png")
+    lines = [
+        f"{tmp_path}/img[1].png",
+        f"{tmp_path}/what?.png",
+        f"{tmp_path}/*.png",
+        "http://images.invalid/b.png?crop=10*20",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert list(expand(str(tmp_path / "list.txt"))) == lines
+
+
+def test_lists_as_windows_writes_them(tmp_path: Path) -> None:
+    lines = f"{PHOTOS[0]}\r\n{PHOTOS[1]}\r\n"
+    (tmp_path / "bom.txt").write_bytes(codecs.BOM_UTF8 + lines.encode())
+    assert list(images(plan([tmp_path / "bom.txt"])).values()) == BYTES[:2]
+    (tmp_path / "utf16.txt").write_bytes(lines.encode("utf-16"))
+    with pytest.raises(CascadeError, match="utf16.txt is UTF-16: save it as UTF-8"):
+        list(plan([tmp_path / "utf16.txt"]))
+    (tmp_path / "nul.txt").write_bytes(f"{PHOTOS[0]}\nx\0.png\n".encode())
+    assert list(images(plan([tmp_path / "nul.txt"])).values()) == [BYTES[0], "unreadable"]

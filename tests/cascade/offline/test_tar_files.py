@@ -1,22 +1,15 @@
-"""How shards and Parquet files are cut and read, and what hostile ones may cost."""
+"""How tar shards are split and read, and what hostile ones may cost."""
 
 import io
 import tarfile
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import ImageError, decode
-from cascade.offline import archives
 from cascade.offline.sources import plan
 from tests.helpers.photos import BYTES, images, tar
-
-# Tar
 
 
 @pytest.mark.parametrize("how", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -81,54 +74,34 @@ def test_what_was_lost_of_a_shard_is_a_row(tmp_path: Path) -> None:
         assert list(found.values())[:good] == BYTES[:good]
         assert list(found.values())[-1] == "unreadable" and list(found)[-1] == f"{tmp_path / name}#"
     (tmp_path / "none.tar").write_bytes(BYTES[0])
-    for name, text in (("none.tar", "is no tar file"), ("gone.tar", "can't be read"), ("a.tar.gz", "is compressed")):
+    for name, text in (("none.tar", "is not a tar file"), ("gone.tar", "can't be read"), ("a.tar.gz", "is compressed")):
         with pytest.raises(CascadeError, match=text):
             list(plan([tmp_path / name]))
 
 
-# Parquet
+def header(name: str, size: int) -> bytes:
+    """A tar header that gives any size, negative ones too."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    block[148:156] = b" " * 8
+    block[148:156] = (f"{sum(block):06o}\0 ").encode()
+    return bytes(block)
 
 
-@pytest.mark.parametrize("kind", ["struct", "image", "only"])
-def test_parquet_by_row_groups(tmp_path: Path, kind: str) -> None:
-    """As Hugging Face's datasets writes images, and with plain bytes."""
-    column: list[Any] = [{"bytes": data, "path": None} for data in BYTES] if kind == "struct" else list(BYTES)
-    names = {"struct": "image", "image": "image", "only": "content"}[kind]
-    table = pa.table({"label": list(range(10)), names: column})
-    pq.write_table(table, path := tmp_path / "images.parquet", row_group_size=3)
-    units = list(plan([path], rows=5))
-    assert [(unit.start, unit.stop, unit.row, unit.count) for unit in units] == [(0, 2, 0, 6), (2, 4, 6, 4)]
-    assert images(units) == {f"{path}#{row}": data for row, data in enumerate(BYTES)}
+@pytest.mark.parametrize("size", [-1, -512, -(2**40)])
+def test_a_member_of_negative_size_is_one_image_that_cannot_be_loaded(tmp_path: Path, size: int) -> None:
+    good = tar({"a.png": BYTES[0]})
+    good = good[: 512 + -(-len(BYTES[0]) // 512) * 512]
+    with (shard := tmp_path / "s.tar").open("wb") as file:
+        file.write(good + header("b.png", size) + bytes(1024))
+        file.truncate(2 * 2**30)  # a hole on the disk
+    assert list(images(list(plan([shard]))).values()) == [BYTES[0], "unreadable"]
 
 
-def test_parquet_rows_without_an_image(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [BYTES[0], None, b""]}), path := tmp_path / "images.parquet")
-    found = images(list(plan([path])))
-    assert list(found.values()) == [BYTES[0], b"", b""]
-    with pytest.raises(ImageError, match="zero bytes"):
-        decode(b"")
-
-
-def test_parquet_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "text.parquet").write_text("PAR1 or so")
-    pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "two.parquet")
-    pq.write_table(pa.table({"a": ["x"]}), tmp_path / "words.parquet")
-    pq.write_table(pa.table({"image": BYTES}), tmp_path / "big.parquet")
-    monkeypatch.setattr(archives, "GROUP", 100)
-    for name, text in (
-        ("text", "can't be read as Parquet"),
-        ("gone", "can't be read as Parquet"),
-        ("two", "has 2 columns of bytes: call the one with the images 'image'"),
-        ("words", "has 0 columns of bytes"),
-        ("big", "row group 0 has .* bytes of images"),
-    ):
-        with pytest.raises(CascadeError, match=text):
-            list(plan([tmp_path / f"{name}.parquet"]))
-
-
-def test_parquet_that_is_damaged_later_keeps_its_rows(tmp_path: Path) -> None:
-    table = pa.table({"image": BYTES})
-    pq.write_table(table, path := tmp_path / "images.parquet", row_group_size=5, compression="none")
-    units = list(plan([path], rows=5))
-    path.write_bytes(path.read_bytes()[: 3 * len(BYTES[0])])
-    assert list(images(units).values()) == ["unreadable"] * 10
+def test_leftovers_in_a_shard_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = tmp_path / "s.tar"
+    shard.write_bytes(
+        tar({"./._a.png": b"fork", "./a.png": BYTES[0], "__MACOSX/._a.png": b"fork", "../b.png": BYTES[1]})
+    )
+    assert list(images(list(plan([shard])))) == [f"{shard}#./a.png", f"{shard}#../b.png"]
+    assert "left out 2 hidden files or folders: ./._a.png" in caplog.text
