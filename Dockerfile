@@ -1,17 +1,27 @@
-# The same server as `make serve`:
+# `cascade serve` in a container:
 #
-#     docker build -t cascade .                          on CPU
-#     docker build -t cascade --build-arg DEVICE=gpu .   on CUDA (x86-64); run it with --gpus all
-#     docker run --rm -p 8080:8080 -p 8082:8082 -v "$PWD/model_store:/app/model_store:ro" cascade
+#     docker build -t cascade .                          for CPU
+#     docker build -t cascade --build-arg DEVICE=gpu .   for CUDA (x86-64); run it with --gpus all
+#     docker run --rm -p 8080:8080 -v "$PWD/model_store:/app/model_store:ro" -v "$PWD/keys:/etc/cascade/keys:ro" cascade
+#     docker run --rm -p 127.0.0.1:8080:8080 cascade --host 0.0.0.0 --no-auth      for this machine only, without keys
 #
-# 8080 takes images, 8082 has the metrics; with `--host 0.0.0.0 --frontend asgi` as arguments 8080 has both. Every RUN
-# line is one that `make system` or `make env` runs (tests/test_dockerfile.py). CUDA's libraries come as wheels with torch, so its base image is the smallest.
+# `keys` has lines BUNDLE SHA256 (docs/http.md). Port 8080 takes images and has /metrics; with `--frontend torchserve` the
+# metrics are at 8082. To listen on another port, set PORT (-e PORT=9000) and not --port: the health check reads it, too.
+#
+# The bases are tags of exact versions. To pin one by its digest (docker buildx imagetools inspect IMAGE shows it):
+#
+#     docker build --build-arg CPU_BASE=python:3.12.12-slim-bookworm@sha256:... .
+#
+# Every RUN line is one that `make system` or `make env` runs (tests/test_dockerfile.py). torch installs CUDA's libraries
+# as wheels, so the smallest CUDA base will do.
 
 ARG DEVICE=cpu
+ARG CPU_BASE=python:3.12.12-slim-bookworm
+ARG GPU_BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
-FROM python:3.12-slim-bookworm AS cpu
+FROM ${CPU_BASE} AS cpu
 
-FROM nvidia/cuda:13.0.1-base-ubuntu24.04 AS gpu
+FROM ${GPU_BASE} AS gpu
 # The distribution's Python, in the version that it has.
 # hadolint ignore=DL3008
 RUN --mount=type=tmpfs,target=/var/lib/apt/lists \
@@ -31,12 +41,12 @@ RUN python3 -m venv .venv && \
 COPY . .
 RUN .venv/bin/python -u -m pip install --quiet --no-deps --no-build-isolation --editable .
 
-# The code belongs to root and the server writes to /tmp alone, so `docker run --read-only --tmpfs /tmp` works, too.
+# The code belongs to root and the server writes to /tmp only, so `docker run --read-only --tmpfs /tmp` works.
 USER 10001:10001
-ENV HOME=/tmp USER=cascade
-EXPOSE 8080 8082
+ENV HOME=/tmp USER=cascade PORT=8080
+EXPOSE 8080
 
 HEALTHCHECK --interval=10s --timeout=5s --start-period=2m CMD ["python", "-m", "handlers.health"]
 
 ENTRYPOINT ["cascade", "serve"]
-CMD ["--frontend", "torchserve", "--host", "0.0.0.0"]
+CMD ["--host", "0.0.0.0", "--api-keys", "/etc/cascade/keys"]

@@ -1,4 +1,4 @@
-"""What lies in deploy/: valid by the tools' own checks, and about metrics that there are."""
+"""The files in deploy/: valid by the tools' own checks, and about options and metrics that exist."""
 
 import json
 import re
@@ -7,12 +7,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import typer
+import yaml
+from typer.testing import CliRunner
+
 import handlers.asgi.metrics  # noqa: F401  adds its metrics to the registry
 from cascade import metrics
+from cascade.cli import main
 from tests.conftest import need
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
+DEPLOYMENT = Path(__file__).parents[1] / "docs" / "deployment.md"
 DOCS = Path(__file__).parents[1] / "docs" / "observability.md"
 
 
@@ -69,3 +75,57 @@ def test_panels_have_their_own_place_and_number() -> None:
 def test_every_metric_is_documented() -> None:
     families = {f.name + ("_total" if f.type == "counter" else "") for f in metrics.REGISTRY.collect()}
     assert {name for name in families if name.startswith("cascade_")} <= named(DOCS.read_text())
+
+
+def options() -> set[str]:
+    """The environment variable of each option of `cascade serve`."""
+    command: Any = typer.main.get_command(main.app)
+    return {f"CASCADE_SERVE_{parameter.name.upper()}" for parameter in command.commands["serve"].params}
+
+
+def configuration() -> dict[str, str]:
+    text = (DEPLOY / "cascade.env").read_text()
+    return dict(re.findall(r"^(?:# )?(CASCADE_SERVE_\w+)=(\S+)$", text, re.MULTILINE))
+
+
+def test_the_configuration_file_names_options_of_serve() -> None:
+    assert len(configuration()) > 4 and configuration().keys() <= options()
+    assert set(re.findall(r"CASCADE_SERVE_[A-Z_]*[A-Z]", DEPLOYMENT.read_text())) <= options() | {"CASCADE_SERVE_"}
+
+
+def test_options_come_from_the_environment() -> None:
+    done = CliRunner().invoke(main.app, ["serve"], env={"CASCADE_SERVE_PORT": "none"})
+    assert done.exit_code == 2 and "--port" in done.output
+
+
+def test_compose_is_closed_and_starts_the_server() -> None:
+    compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
+    for service in compose["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+        assert set(service["secrets"]) <= compose["secrets"].keys()
+    server = compose["services"]["cascade"]
+    assert server["read_only"] and f"/run/secrets/{server['secrets'][0]}" in server["command"]
+    assert (DEPLOY / "docker" / server["env_file"]).resolve() == DEPLOY / "cascade.env"
+    assert (DEPLOY / "docker" / server["build"] / "Dockerfile").exists()
+    grace, drain = int(server["stop_grace_period"][:-1]), int(configuration()["CASCADE_SERVE_DRAIN_TIMEOUT"])
+    assert grace > drain
+    config = yaml.safe_load(compose["configs"]["prometheus"]["content"])
+    assert config["scrape_configs"][0]["authorization"]["credentials_file"] == "/run/secrets/metrics-key"
+
+
+def test_the_systemd_unit_has_few_rights() -> None:
+    unit = dict(
+        line.split("=", 1)
+        for line in (DEPLOY / "systemd" / "cascade.service").read_text().splitlines()
+        if "=" in line and not line.startswith("#")
+    )
+    assert unit["DynamicUser"] == unit["NoNewPrivileges"] == "yes" and unit["ProtectSystem"] == "strict"
+    assert unit["CapabilityBoundingSet"] == "" and "--api-keys" in unit["ExecStart"]
+    assert int(unit["TimeoutStopSec"]) > int(configuration()["CASCADE_SERVE_DRAIN_TIMEOUT"])
+    if analyze := shutil.which("systemd-analyze"):
+        done = subprocess.run(
+            [analyze, "verify", DEPLOY / "systemd" / "cascade.service"], capture_output=True, text=True
+        )
+        problems = [line for line in done.stderr.splitlines() if "is not executable" not in line]
+        assert not [line for line in problems if "cascade.service" in line], done.stderr

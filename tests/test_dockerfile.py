@@ -40,8 +40,21 @@ def test_runs_what_make_runs(device: str) -> None:
     assert set(steps) <= made
 
 
-def test_health_check_is_a_module_that_there_is() -> None:
+def test_health_check_is_a_module_that_exists() -> None:
     (check,) = instructions("HEALTHCHECK")
     assert json.loads(check.partition("CMD ")[2]) == ["python", "-m", health.__name__]
     (exposed,) = instructions("EXPOSE")
-    assert str(health.PORT) in exposed.split() and "--host" in instructions("CMD")[-1]
+    assert exposed == str(health.PORT) and f"PORT={health.PORT}" in instructions("ENV")[-1].split()
+
+
+def test_is_closed_by_default_and_not_root() -> None:
+    (user,) = instructions("USER")
+    assert user == "10001:10001"
+    command = json.loads(instructions("CMD")[-1])
+    assert "--host" in command and "--api-keys" in command and "--no-auth" not in command
+
+
+def test_bases_are_exact_versions() -> None:
+    bases = [default for name, _, default in (line.partition("=") for line in instructions("ARG")) if "BASE" in name]
+    assert len(bases) == 2
+    assert all(re.search(r":\d+\.\d+\.\d+", base) for base in bases), "a moving tag is another image next week"

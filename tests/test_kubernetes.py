@@ -1,4 +1,4 @@
-"""What lies in deploy/ against its schemas, and against what it starts: ports, paths, options, settings."""
+"""The manifests in deploy/ against their schemas, and against what they start: ports, paths, options, settings."""
 
 import json
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ def documents(name: str) -> dict[str, Any]:
 PLAIN = documents("kubernetes/deployment.yaml")
 MONITOR = documents("kubernetes/servicemonitor.yaml")["ServiceMonitor"]
 RAY = documents("kubernetes/rayservice.yaml")["RayService"]
+POLICIES = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/networkpolicy.yaml").read_text()))
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -91,7 +92,31 @@ def test_pods_are_bounded_and_may_do_little(spec: dict[str, Any]) -> None:
             assert {"cpu", "memory"} <= container["resources"][kind].keys()
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert writable <= {"/tmp", "/dev/shm"}
         assert container["readinessProbe"] and container["livenessProbe"]
+
+
+def test_closed_by_default() -> None:
+    """Every pod has a network policy, and every front end wants keys."""
+    labels = [PLAIN["Deployment"]["spec"]["template"]["metadata"]["labels"]]
+    labels += [template["metadata"]["labels"] for template in templates(RAY)]
+    for policy in POLICIES:
+        validate(policy, KUBERNETES, strict=True)
+        assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+        assert all(rule.get("from") for rule in policy["spec"]["ingress"]), "an empty `from` lets everybody in"
+    for pod in labels:
+        selectors = [policy["spec"]["podSelector"]["matchLabels"] for policy in POLICIES]
+        assert [selector for selector in selectors if selector.items() <= pod.items()], pod
+    arguments = PLAIN["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    (application,) = yaml.safe_load(RAY["spec"]["serveConfigV2"])["applications"]
+    keys = {arguments[arguments.index("--api-keys") + 1], application["args"]["api_keys"]}
+    for spec in pods():
+        (path,) = (mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "keys")
+        (volume,) = (volume["secret"] for volume in spec["volumes"] if volume["name"] == "keys")
+        assert keys == {f"{path}/{item['path']}" for item in volume["items"]}
+    assert RAY["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}, "the dashboard runs code"
 
 
 def test_services_find_their_pods_and_ports() -> None:

@@ -42,6 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"auto_envvar_prefix": "CASCADE"},  # --port of serve is CASCADE_SERVE_PORT, too
 )
 # Training parses its own options.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(train)
