@@ -11,7 +11,7 @@ def brief(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters, surrogates and line breaks escaped, as ``\\x1b``.
+    r"""``text`` with control characters, surrogates and line breaks escaped, as ``\x1b``.
 
     For text from bundles, images' names and remote servers: a terminal would obey its escape sequences.
     """

@@ -95,4 +95,5 @@ def unwrap(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

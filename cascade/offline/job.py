@@ -109,6 +109,7 @@ def todo(folder: Path) -> Iterator[tuple[int, Unit]]:
 
 
 def part_path(folder: Path, number: int) -> Path:
+    """Where the part with this number is, whether it exists or not."""
     return folder / f"part-{number:05d}.parquet"
 
 

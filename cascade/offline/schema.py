@@ -99,5 +99,5 @@ def _embeddings(job: Job, answers: Sequence[Answer]) -> "pa.Array":
 
 
 def _text(name: str) -> str:
-    """A file's name need not be UTF-8 on Linux, a Parquet string must: other bytes become ``\\xff``."""
+    r"""A file's name need not be UTF-8 on Linux, a Parquet string must: other bytes become ``\xff``."""
     return os.fsencode(name).decode(errors="backslashreplace")

@@ -272,6 +272,7 @@ def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> Bloc
 
 
 def session_options(onnxruntime: Any, level: Any) -> Any:
+    """Options of a session: its optimization level, torch's number of threads, and no spinning."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
     options.intra_op_num_threads = torch.get_num_threads()
