@@ -7,7 +7,7 @@ import time
 
 
 class JsonLines(logging.Formatter):
-    """time (UTC), level, logger, message, traceback if there is one, and the members of ``extra={"about": {...}}``."""
+    """time (UTC), level, logger, message, traceback if there is one, and the members of ``extra={"fields": {...}}``."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -15,7 +15,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, "about", {}),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

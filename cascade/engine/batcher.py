@@ -33,6 +33,7 @@ STOPPING = ItemError("stopping", "the server is stopping: send the request again
 FAILED = ItemError("failed", "the pass with this image failed: the server's log says why")
 TOO_COSTLY = ItemError("too_costly", "decoding this image takes too much CPU time: send a baseline JPEG or a PNG")
 REMEMBERED = 0.2  # weight of the newest pass in the seconds that an image takes
+PASS_TIMEOUT = 120.0  # seconds after which a pass counts as hung; it takes one or two
 DECODE_SECONDS = 3.0  # of CPU time for one image; the largest that the limits allow take about one
 
 

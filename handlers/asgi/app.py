@@ -137,12 +137,12 @@ def _predictions(app: FastAPI, service: Service) -> None:
         (answer,) = await service.answers(request, [image], options)
         if isinstance(answer, ItemError):
             raise Refusal(answer)
-        request.state.about.update(bundle=answer.bundle, version=answer.version)
+        request.state.log_fields.update(bundle=answer.bundle, version=answer.version)
         try:
-            text, kind, about = encode(answer, wants_bytes(request.headers))
+            text, content_type, headers = encode(answer, wants_bytes(request.headers))
         except ValueError:
             raise Refusal(NOT_FINITE) from None
-        return Response(text, headers=about, media_type=kind)
+        return Response(text, headers=headers, media_type=content_type)
 
 
 def _protocol(app: FastAPI, service: Service) -> None:
@@ -173,10 +173,10 @@ def _protocol(app: FastAPI, service: Service) -> None:
     tensors: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     body = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}} | tensors
     description: dict[str, Any] = {"requestBody": {"required": True, "content": body}}
-    about: dict[str, Any] = {"responses": JSON_OR_BYTES, "summary": "Predict images"}
+    shared: dict[str, Any] = {"responses": JSON_OR_BYTES, "summary": "Predict images"}
 
-    @app.post("/v2/models/{model}/infer", openapi_extra=description, **about)
-    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description | VERSION, **about)
+    @app.post("/v2/models/{model}/infer", openapi_extra=description, **shared)
+    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description | VERSION, **shared)
     async def infer(request: Request, model: str) -> Response:
         service.admit(request)
         found(request, model)  # before the body is read
@@ -192,7 +192,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
                 isinstance(a, ItemError) and a.kind == "unknown_version" for a in answers
             ):
                 break
-        request.state.about.update(bundle=bundle.name, version=bundle.version, images=len(answers))
+        request.state.log_fields.update(bundle=bundle.name, version=bundle.version, images=len(answers))
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
         if len(errors) == len(answers) and status_of(errors[0]) >= 500:
             raise Refusal(errors[0])
@@ -257,7 +257,7 @@ def _pages(app: FastAPI, service: Service) -> None:
         bank = next((bank for name, bank in whole.banks.items() if name == (mode or whole.card.mode)), None)
         if bank is None:
             raise Refusal(ItemError("no_bank", "this bundle has no neighbor bank for that mode"))
-        return await asyncio.to_thread(ui.flat, bank) | {"thumbnails": whole.thumbnails is not None}
+        return await asyncio.to_thread(ui.bank_map, bank) | {"thumbnails": whole.thumbnails is not None}
 
     @app.get(
         "/v1/thumbnails/{bundle}/{version}/{row}",

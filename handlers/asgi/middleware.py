@@ -75,8 +75,8 @@ class Guard:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if ID.fullmatch(given) else uuid4().hex.encode()
-        about: dict[str, Any] = {"request_id": request_id.decode()}
-        scope.setdefault("state", {})["about"] = about
+        fields: dict[str, Any] = {"request_id": request_id.decode()}
+        scope.setdefault("state", {})["log_fields"] = fields
         status, begin = 0, time.perf_counter()
 
         async def answer(message: Message) -> None:
@@ -98,7 +98,7 @@ class Guard:
             else:
                 await self.app(scope, body.receive, answer)
         except Exception:
-            log.exception("a request failed", extra={"about": about})  # the answer, 500, is sent
+            log.exception("a request failed", extra={"fields": fields})  # the answer, 500, is sent
         finally:
             self.requests -= not polled
             HTTP_IN_PROGRESS.dec(not polled)
@@ -106,9 +106,9 @@ class Guard:
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "none")
             HTTP_SECONDS.labels(route, str(status)).observe(seconds)
-            about |= {"method": scope["method"], "path": scope["path"][:200], "status": status}
-            about |= {"ms": round(1000 * seconds, 1), "bytes": body.size}
-            log.log(_level(status, polled), "request", extra={"about": about})
+            fields |= {"method": scope["method"], "path": scope["path"][:200], "status": status}
+            fields |= {"ms": round(1000 * seconds, 1), "bytes": body.size}
+            log.log(_level(status, polled), "request", extra={"fields": fields})
 
 
 def host_of(headers: Mapping[bytes, bytes]) -> str:

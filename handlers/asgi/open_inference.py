@@ -135,14 +135,14 @@ def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | It
     described, blobs = [], []
     for name, binary in asked.outputs.items():
         values = _column(name, bundle, answers)
-        about: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": list(np.shape(values))}
+        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": list(np.shape(values))}
         if binary:
             texts = isinstance(values, list)
             blobs.append(packed([text.encode() for text in values]) if texts else values.tobytes())
-            about["parameters"] = {"binary_data_size": len(blobs[-1])}
+            tensor["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
-            about["data"] = values if isinstance(values, list) else values.ravel().tolist()
-        described.append(about)
+            tensor["data"] = values if isinstance(values, list) else values.ravel().tolist()
+        described.append(tensor)
     found = {"model_name": bundle.name, "model_version": bundle.version}
     head = found | ({} if asked.id is None else {"id": asked.id}) | {"outputs": described}
     try:

@@ -1,4 +1,4 @@
-"""POST /v1/search: one image in, what is nearest to it in an index out (``cascade serve --index INDEX``)."""
+"""POST /v1/search: the images of an index that are most similar to one (``cascade serve --index INDEX``)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -25,7 +25,7 @@ STALE = ItemError("index_stale", "the index was made with another bundle of this
 def add(
     app: FastAPI, service: Service, index: Index, body_of: Callable[[Request], Awaitable[tuple[bytes, str]]]
 ) -> None:
-    """Add the route. Whoever may use the index's bundle may search; the image waits its turn as for a prediction.
+    """Add the route. It needs the key of the index's bundle; the image is queued like one to predict.
 
     Args:
         body_of: body and content type of a request, as /v1/predict takes it.
@@ -39,7 +39,7 @@ def add(
         service.check(request, index.about.bundle)  # before the body is read
         number = request.query_params.get("k", "10")
         if not (number.isascii() and number.isdecimal() and len(number) < 4 and 1 <= int(number) <= MOST):
-            raise Refusal(ItemError("bad_option", f"k is how many results there may be: 1 to {MOST}"))
+            raise Refusal(ItemError("bad_option", f"k is the number of results: 1 to {MOST}"))
         body, kind = await body_of(request)
         asked = await asyncio.to_thread(parse, body, kind, {})
         if isinstance(asked, ItemError):
@@ -56,5 +56,5 @@ def add(
             raise Refusal(answer)
         assert answer.embedding is not None
         results = await asyncio.to_thread(found, index, answer.embedding, int(number))
-        request.state.about.update(bundle=answer.bundle, version=answer.version)
+        request.state.log_fields.update(bundle=answer.bundle, version=answer.version)
         return {"bundle": answer.bundle, "version": answer.version, "mode": answer.mode, "results": results}

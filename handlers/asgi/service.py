@@ -92,7 +92,7 @@ class Service:
 
     def problem(self, request: Request, error: ItemError) -> Response:
         """An error as a response: an object for /v1, a text under "error" where the v2 protocol wants one."""
-        request.scope["state"]["about"]["error"] = error.kind
+        request.scope["state"]["log_fields"]["error"] = error.kind
         headers = {}
         status = status_of(error)
         if status == 503:

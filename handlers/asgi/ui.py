@@ -1,4 +1,4 @@
-"""The page to look at, and what only it asks for: a flat map of a bundle's neighbor bank."""
+"""The HTML pages, and the two-dimensional map of a bundle's neighbor bank that one of them draws."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +12,7 @@ from torch import Tensor
 from cascade.model.heads import Bank
 
 HERE = Path(__file__).parent
-POLICY = (  # the pages load nothing from elsewhere and send nothing there
+POLICY = (  # pages load nothing from other sites and send nothing to them
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob:; connect-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -25,7 +25,7 @@ class Map:
     """The first two principal components of a bank, as plain numbers.
 
     Attributes:
-        mean: [dim]; axes: [2, dim]. An L2-normalized embedding e lies at axes @ (e - mean).
+        mean: [dim]; axes: [2, dim]. The point of an L2-normalized embedding e is axes @ (e - mean).
         points: [rows, 2].
     """
 
@@ -40,14 +40,14 @@ def page(name: str) -> str:
     return HERE.joinpath(name).read_text()
 
 
-def flat(bank: Bank) -> dict[str, Any]:
+def bank_map(bank: Bank) -> dict[str, Any]:
     """The map of a bank, with the names and labels of its images; computed once, which takes milliseconds."""
-    if (found := _maps.get(bank)) is None:
-        found = _maps[bank] = _pca(bank.embeddings.float())
+    if (pca := _maps.get(bank)) is None:
+        pca = _maps[bank] = _pca(bank.embeddings.float())
     return {
-        "mean": found.mean,
-        "axes": found.axes,
-        "points": found.points,
+        "mean": pca.mean,
+        "axes": pca.axes,
+        "points": pca.points,
         "names": list(bank.names),
         "labels": list(bank.labels),
     }
@@ -58,5 +58,5 @@ def _pca(embeddings: Tensor) -> Map:
     _, _, axes = torch.linalg.svd(embeddings - mean, full_matrices=False)
     axes = torch.nn.functional.pad(axes[:2], (0, 0, 0, max(0, 2 - len(axes))))
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    axes = axes * torch.where(largest < 0, -1, 1)  # a component's sign means nothing: always the same one
+    axes = axes * torch.where(largest < 0, -1, 1)  # the sign of a component is arbitrary: keep it stable
     return Map(mean.tolist(), axes.tolist(), ((embeddings - mean) @ axes.T).tolist())

@@ -23,7 +23,7 @@ import torch
 import uvicorn
 
 from cascade.cpus import cpu_count
-from cascade.engine.batcher import Batcher
+from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
 from cascade.errors import CascadeError
@@ -39,7 +39,6 @@ from handlers.asgi.service import Service
 from handlers.settings import AsgiSettings
 
 TICKS = 10  # of uvicorn, per second
-HUNG = 120  # seconds; a pass takes one or two
 SPARE_FILES = 32  # descriptors for everything that is no connection: loading bundles, reading keys, metrics
 log = logging.getLogger("cascade.worker")
 
@@ -78,8 +77,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         drained = self.service.stopping and (self.guard.requests == 0 or time.monotonic() > self.end)
         dead = not self.service.batcher.alive  # then the supervisor starts another process
-        if self.service.batcher.pass_seconds > HUNG:
-            log.error("a pass has been running for %d s: this process ends, and the next one takes over", HUNG)
+        if self.service.batcher.pass_seconds > PASS_TIMEOUT:
+            log.error("a pass has been running for %d s: this process ends, and the next one takes over", PASS_TIMEOUT)
             os.kill(os.getpid(), signal.SIGKILL)  # nothing else ends a thread that hangs in a driver
         if counter % TICKS == 0:
             self._beat()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ray import serve
 from ray.serve import Application, Deployment
 
-from cascade.engine.batcher import Batcher
+from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
 from cascade.engine.results import ItemError
@@ -26,7 +26,6 @@ from handlers.asgi.app import create_app
 from handlers.asgi.keys import EVERY, Watched
 from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
-from handlers.asgi.worker import HUNG
 from handlers.ray.middleware import App, Receive, Send, bundle_of
 from handlers.ray.multiplexing import Part, Shelf
 
@@ -93,8 +92,8 @@ class Replica:
             self._service.keys = self._keys.refresh()
         if not self._batcher.alive:
             raise RuntimeError("the batcher has ended")
-        if self._batcher.pass_seconds > HUNG:
-            raise RuntimeError(f"a pass hangs for {HUNG} s")
+        if self._batcher.pass_seconds > PASS_TIMEOUT:
+            raise RuntimeError(f"a pass has been running for {PASS_TIMEOUT:g} s")
 
     def __del__(self) -> None:
         self._stack.close()

@@ -134,16 +134,16 @@ def _plain(headers: Mapping[str, Any]) -> dict[str, str]:
 
 def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction | ItemError, **batch: float) -> None:
     """One line for a request: level info, error where the fault is ours. TorchServe answers with the same id."""
-    about: dict[str, Any] = {"request_id": request_id}
+    fields: dict[str, Any] = {"request_id": request_id}
     theirs = next((str(value) for name, value in headers.items() if name.lower() == "x-request-id"), "")
     if REQUEST_ID.fullmatch(theirs):
-        about["client_request_id"] = theirs
+        fields["client_request_id"] = theirs
     if isinstance(answer, ItemError):
-        about |= {"status": status_of(answer), "error": answer.kind}
+        fields |= {"status": status_of(answer), "error": answer.kind}
     else:
-        about |= {"status": 200, "bundle": answer.bundle, "version": answer.version, "cluster": answer.cluster}
-    about |= {"batch": batch["batch"], "ms": round(1000 * batch["seconds"], 1)}
-    log.log(logging.ERROR if about["status"] == 500 else logging.INFO, "request", extra={"about": about})
+        fields |= {"status": 200, "bundle": answer.bundle, "version": answer.version, "cluster": answer.cluster}
+    fields |= {"batch": batch["batch"], "ms": round(1000 * batch["seconds"], 1)}
+    log.log(logging.ERROR if fields["status"] == 500 else logging.INFO, "request", extra={"fields": fields})
 
 
 def _log_to_stderr(level: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from cascade import Engine
-from cascade.engine.batcher import Batcher
+from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.malloc_trim import resident
 from handlers.asgi import worker
 from handlers.asgi.app import create_app
@@ -61,7 +61,7 @@ def test_ends_when_a_pass_hangs(server: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(worker.os, "kill", lambda *args: killed.append(args))
     leaves(server)
     assert killed == []
-    monkeypatch.setattr(Batcher, "pass_seconds", worker.HUNG + 1)
+    monkeypatch.setattr(Batcher, "pass_seconds", PASS_TIMEOUT + 1)
     leaves(server)
     assert killed == [(os.getpid(), signal.SIGKILL)]
 
