@@ -36,7 +36,7 @@ class Client:
             TorchServe; without one to ``/v1/predict``.
         key: API key, sent as a header.
         timeout: seconds for one request.
-        patience: seconds to go on trying while the server is overloaded or away; a prediction may be asked twice.
+        patience: seconds to retry while the server is overloaded or down; a request may be sent twice.
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout: float = 60, patience: float = 0) -> None:
@@ -81,7 +81,7 @@ class Client:
         mode: str | None = None,
         outputs: Sequence[str] = tuple(OUTPUTS),
     ) -> dict[str, Any]:
-        """Many images in one request of the Open Inference Protocol (the ASGI front end only).
+        """Many images in one request of the Open Inference Protocol (ASGI front end only).
 
         Args:
             images: files, or float32 [N, 3, H, W], preprocessed.
@@ -114,7 +114,7 @@ class Client:
         return _understood(answer, lambda: _columns(answer))
 
     def models(self) -> dict[str, list[str]]:
-        """The versions of each bundle (the ASGI front end only). Raises ClientError."""
+        """The versions of each bundle (ASGI front end only). Raises ClientError."""
         answer = self._ask("GET", "/v2/models")
         if not _good(answer):
             raise ClientError(f"no list of bundles, status {answer.status_code}: {_error(answer).message}")
@@ -158,7 +158,7 @@ def _understood(answer: httpx.Response, make: Callable[[], T]) -> T:
 
 
 def _error(answer: httpx.Response) -> ItemError:
-    """Of our own servers an ItemError; what TorchServe or a proxy answers itself has another body, or none."""
+    """The error of our own servers; TorchServe itself and proxies send other bodies, or none."""
     try:
         error = answer.json()["error"]
         return (
@@ -170,14 +170,14 @@ def _error(answer: httpx.Response) -> ItemError:
 
 
 def _columns(answer: httpx.Response) -> dict[str, Any]:
-    at = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
-    head = json.loads(answer.content[:at])
-    found: dict[str, Any] = {"version": head["model_version"]}
+    offset = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
+    head = json.loads(answer.content[:offset])
+    columns: dict[str, Any] = {"version": head["model_version"]}
     for output in head["outputs"]:
-        data = answer.content[at : at + output["parameters"]["binary_data_size"]]
-        at += len(data)
+        data = answer.content[offset : offset + output["parameters"]["binary_data_size"]]
+        offset += len(data)
         if output["datatype"] == "BYTES":
-            found[output["name"]] = [each.decode() for each in unpacked(data)]
+            columns[output["name"]] = [text.decode() for text in unpacked(data)]
         else:
-            found[output["name"]] = np.frombuffer(data, NUMPY[output["datatype"]]).reshape(output["shape"])
-    return found
+            columns[output["name"]] = np.frombuffer(data, NUMPY[output["datatype"]]).reshape(output["shape"])
+    return columns

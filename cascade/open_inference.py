@@ -1,4 +1,4 @@
-"""What both ends of the Open Inference Protocol, version 2, agree on: the outputs, and texts as binary data."""
+"""What client and server of the Open Inference Protocol, version 2, share: outputs, and strings as binary data."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,18 @@ NUMPY = {"INT64": "<i8", "FP32": "<f4"}
 
 def packed(elements: Sequence[bytes]) -> bytes:
     """A tensor of BYTES as binary data: each element with its length in front, 4 bytes, little-endian."""
-    return b"".join(struct.pack("<I", len(each)) + each for each in elements)
+    return b"".join(struct.pack("<I", len(element)) + element for element in elements)
 
 
 def unpacked(data: bytes | memoryview) -> Iterator[bytes]:
-    """The inverse of ``packed``. Raises ValueError where the data ends early."""
-    at = 0
-    while at < len(data):
-        if at + 4 > len(data):
+    """The inverse of ``packed``. Raises ValueError if the data ends early."""
+    offset = 0
+    while offset < len(data):
+        if offset + 4 > len(data):
             raise ValueError("the binary data ends inside a length")
-        (length,) = struct.unpack_from("<I", data, at)
-        at += 4
-        if at + length > len(data):
+        (length,) = struct.unpack_from("<I", data, offset)
+        offset += 4
+        if offset + length > len(data):
             raise ValueError("an element of the binary data is longer than the data")
-        yield bytes(data[at : at + length])
-        at += length
+        yield bytes(data[offset : offset + length])
+        offset += length
