@@ -18,12 +18,15 @@ from cascade import metrics
 from cascade.bundle.format import BundleError
 from cascade.bundle.store import Identity, Store, StoreError
 from cascade.engine.engine import Engine, number
+from cascade.engine.journal import Journal
 from cascade.errors import CascadeError
 
 log = logging.getLogger(__name__)
 RETRY = 60.0
 """Seconds until another try where the fault may lie outside the bundle: memory, disk, network, weights."""
 LASTING = float("inf")
+MOST_DEATHS = 2
+"""Processes that may die while they load a bundle. The first death may have had another reason, like kill -9."""
 REMEMBERED = 100
 """Removed bundles whose state is still told."""
 Kind = Literal["ready", "loading", "refused", "removed"]
@@ -60,10 +63,13 @@ class Registry:
         engine: to serve them; nothing else adds to it or removes from it.
         store: where they lie.
         pins: version by bundle name, for requests that name none; the latest version of all others.
+        journal: of the bundles that killed earlier processes.
     """
 
-    def __init__(self, engine: Engine, store: Store, pins: Mapping[str, str] | None = None) -> None:
-        self.engine, self.store = engine, store
+    def __init__(
+        self, engine: Engine, store: Store, pins: Mapping[str, str] | None = None, journal: Journal | None = None
+    ) -> None:
+        self.engine, self.store, self.journal = engine, store, journal or Journal()
         engine.pins = dict(pins or {})
         self._held: dict[Identity, tuple[str, str]] = {}  # (stamp, digest) of what is served
         self._bad: dict[Identity, _Bad] = {}
@@ -138,15 +144,21 @@ class Registry:
             return
         if bad and bad.stamp == stamp and time.monotonic() < bad.again:
             return
+        if (deaths := self.journal.deaths(identity, stamp)) and bad is None:
+            again = time.monotonic() + RETRY if deaths < MOST_DEATHS else LASTING
+            reason = f"the engine process died while loading it, {deaths} times: it may need more memory than there is"
+            self._set(identity, "refused", reason, _Bad(stamp, again))
+            return
         known = self._states.get(identity)
         if known is None or known.state == "removed":
             self._set(identity, "loading")
         try:
-            bundle, digest = self.store.read(*identity)
-            if held and digest != held[1]:
-                raise BundleError("its files are no longer those that are served: give a change the next version")
-            if not held:
-                self.engine.add(bundle, warm=True)
+            with self.journal.loading(identity, stamp):
+                bundle, digest = self.store.read(*identity)
+                if held and digest != held[1]:
+                    raise BundleError("its files are no longer those that are served: give a change the next version")
+                if not held:
+                    self.engine.add(bundle, warm=True)
         except Exception as error:
             ours = isinstance(error, CascadeError)
             if not ours and not (bad and bad.stamp == stamp):  # from a library, over what no check of ours foresaw
@@ -202,18 +214,23 @@ class Registry:
 
 
 def load_store(
-    engine: Engine, where: str | Path | Store, pins: Mapping[str, str] | None = None, cache: Path | None = None
+    engine: Engine,
+    where: str | Path | Store,
+    pins: Mapping[str, str] | None = None,
+    cache: Path | None = None,
+    journal: Journal | None = None,
 ) -> Registry:
     """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
 
     Args:
         where, cache: as of :class:`cascade.bundle.store.Store`.
+        pins, journal: as of :class:`Registry`.
 
     Raises:
         CascadeError: no bundle at all could be loaded.
     """
     store = where if isinstance(where, Store) else Store(where, cache)
-    registry = Registry(engine, store, pins)
+    registry = Registry(engine, store, pins, journal)
     states = registry.reload()
     if not engine.bundles:
         refused = [s.reason for s in states if s.reason]

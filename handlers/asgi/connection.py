@@ -14,7 +14,7 @@ MAX_HEAD = 16 * 2**10  # bytes of the request line and all headers, and of all t
 HEAD_SECONDS = 10.0  # from a connection, or a head's first byte, to the head's end
 BODY_SECONDS = LIMITS.body_seconds + 5
 """From the end of the head to the end of the request. The application, if it reads the body, answers 408 before."""
-WRITE_SECONDS = 30.0  # in which a client must read what it was sent
+WRITE_SECONDS = 15.0  # in which a client must read what it was sent
 
 
 class Connection(HttpToolsProtocol):

@@ -43,6 +43,7 @@ class Supervisor:
         self.starts = 0
         self.was_ready = False
         self.worker: subprocess.Popen[bytes] | None = None
+        self.journal = os.memfd_create("cascade-journal")  # see cascade.engine.journal
 
     def run(self) -> None:
         """Return after an orderly end. Raises ServerError where the first engine process does not come up."""
@@ -64,16 +65,19 @@ class Supervisor:
         finally:
             if self.worker is not None:
                 process.kill(self.worker)
+            os.close(self.journal)
 
     def _start(self) -> tuple["subprocess.Popen[bytes]", int]:
         """Start an engine process; return it and the reading end of its heartbeat, a pipe."""
         reading, writing = os.pipe()
-        fds = (self.listening.fileno(), writing)
-        settings = self.settings.options() | {"socket": fds[0], "heartbeat": writing, "restarts": self.starts}
+        inherited = {"socket": self.listening.fileno(), "heartbeat": writing, "journal": self.journal}
+        settings = self.settings.options() | inherited | {"restarts": self.starts}
         command = process.python("handlers.asgi.worker", json.dumps(settings, default=_plain))
         self.starts += 1
         try:
-            self.worker = process.start(command, process.environment(self.settings.threads), pass_fds=fds)
+            self.worker = process.start(
+                command, process.environment(self.settings.threads), pass_fds=inherited.values()
+            )
         finally:
             os.close(writing)
         if self.stopping:  # the signal came before there was a process to pass it on to

@@ -25,6 +25,7 @@ import uvicorn
 from cascade.cpus import cpu_count
 from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
+from cascade.engine.journal import Journal
 from cascade.engine.registry import load_store
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
@@ -96,10 +97,11 @@ class Server(uvicorn.Server):
             os.write(self.heartbeat, b".")
 
 
-def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, restarts: int) -> None:
+def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journal: int, restarts: int) -> None:
     """Serve until SIGTERM or SIGINT. Raises CascadeError."""
     os.set_blocking(heartbeat, False)
-    os.set_inheritable(heartbeat, False)
+    for descriptor in (heartbeat, journal):
+        os.set_inheritable(descriptor, False)
     log_to_stderr(settings.log_level)
     threads = settings.threads or cpu_count()
     torch.set_num_threads(threads)
@@ -110,7 +112,7 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, restar
     ENGINE_RESTARTS.inc(restarts)
     index = None if settings.index is None else read_index(settings.index)
     engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
-    registry = load_store(engine, settings.model_store, settings.pins)
+    registry = load_store(engine, settings.model_store, settings.pins, journal=Journal(journal))
     with ExitStack() as stack:
         stack.enter_context(listening)
         batcher = stack.enter_context(
@@ -160,6 +162,6 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     try:
         inherited = socket.socket(fileno=options["socket"])
-        run(_settings(options), inherited, options["heartbeat"], options["restarts"])
+        run(_settings(options), inherited, options["heartbeat"], options["journal"], options["restarts"])
     except CascadeError as error:
         sys.exit(f"error: {error}")
