@@ -1,5 +1,6 @@
 """A bundle that killed a process is known to the next one, and does not kill it, too."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,28 +55,17 @@ def test_what_a_dying_process_wrote_in_part_is_nothing(file: int) -> None:
     assert Journal(file).deaths(BAD, "stamp") == 0
 
 
+@pytest.mark.parametrize(("deaths", "later"), [(1, "ready"), (2, "refused")])
 def test_the_next_process_leaves_the_bundle_out_and_names_it(
-    file: int, cifar: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: int, cifar: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int, later: str
 ) -> None:
     for name in ("bad", "good"):
         write(handmade(cifar[:20], name=name, experts=0, size=32), tmp_path / name / "1")
     stamp = Store(tmp_path).look()[BAD]
-    os.pwrite(file, f'{{"[\\"bad\\", \\"1\\", \\"{stamp}\\"]": 1}}'.encode(), 0)
+    os.pwrite(file, json.dumps({json.dumps([*BAD, stamp]): deaths}).encode(), 0)
     monkeypatch.setattr(registry, "RETRY", 0.0)
     known = load_store(Engine(), tmp_path, journal=Journal(file))
     bad, good = known.states()
-    assert good.state == "ready" and bad.state == "refused"
-    assert bad.reason and "process died" in bad.reason
-    assert [s.state for s in known.reload()] == ["ready", "ready"], "tried again after a minute"
-
-
-def test_two_deaths_are_the_last(
-    file: int, cifar: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("bad", "good"):
-        write(handmade(cifar[:20], name=name, experts=0, size=32), tmp_path / name / "1")
-    stamp = Store(tmp_path).look()[BAD]
-    os.pwrite(file, f'{{"[\\"bad\\", \\"1\\", \\"{stamp}\\"]": 2}}'.encode(), 0)
-    monkeypatch.setattr(registry, "RETRY", 0.0)
-    known = load_store(Engine(), tmp_path, journal=Journal(file))
-    assert [s.state for s in known.reload()] == ["refused", "ready"]
+    assert (bad.state, good.state) == ("refused", "ready")
+    assert bad.reason and "process died while loading it" in bad.reason
+    assert [state.state for state in known.reload()] == [later, "ready"]
