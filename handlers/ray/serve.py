@@ -1,17 +1,16 @@
 """``cascade serve --frontend ray``: Serve's proxies and replicas, on this machine or on the cluster of RAY_ADDRESS."""
 
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cascade.ray_session import RayError
 from handlers.ray.cluster import running
+from handlers.signals import on_stop
 
 NAME = "cascade"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Serve itself; replicas write a line a request
@@ -21,12 +20,8 @@ def serve(model_store: Path | str, **options: Any) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C, then return; the arguments are those of ``serving``."""
     stop = threading.Event()
 
-    def stopped(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
     with serving(model_store, **options) as url:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, stopped)  # only now: Ray sets its own when it starts
+        on_stop(stop.set)  # only now: Ray sets its own handlers when it starts
         print(f"ready: curl -T IMAGE {url}/v1/predict\npage: {url}/ui\nmetrics: {url}/metrics", flush=True)
         stop.wait()
 
