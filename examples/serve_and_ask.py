@@ -7,7 +7,7 @@ import sys
 import cascade
 
 images = sys.argv[1:] or ["tests/data/photos/cat-0000.png", "tests/data/photos/ship-0001.png"]
-command = "cascade serve --frontend asgi --model-store model_store --port 0 --log-level warning"
+command = "cascade serve --model-store model_store --port 0 --log-level warning"
 server = subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True)
 try:
     assert server.stdout is not None
