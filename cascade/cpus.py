@@ -13,7 +13,7 @@ def cpu_count() -> int:
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdecimal() and int(threads) > 0:
         return int(threads)
-    return max(1, min(len(os.sched_getaffinity(0)), math.ceil(cgroup_quota())))
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cgroup_quota())))
 
 
 def cgroup_quota() -> float:
