@@ -13,6 +13,7 @@ from benchmarks.subprocesses import Peer, peers, ratios, rounds
 from tests.helpers.subprocess_ways import broken, build
 
 
+@pytest.mark.slow
 def test_each_peer_is_a_process_of_its_own_and_its_death_is_seen() -> None:
     with peers({"a": (build, 10), "b": (build, 20)}) as running:
         (_, (a, first)), (_, (b, second)) = running["a"].time(1), running["b"].time(1)

@@ -132,6 +132,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", EXACT)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_equals_separately_built_models(cifar: list[Image.Image], shape: str, executor: Kind) -> None:
@@ -202,6 +203,7 @@ def mixture(*names: str, count: int = 24) -> list[Options]:
     return [kinds[i % len(kinds)] for i in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", EXACT)
 @pytest.mark.parametrize("budget", [None, "one mask"])
 def test_alone_as_in_a_mixed_batch(
@@ -352,6 +354,7 @@ def materialized(monkeypatch: pytest.MonkeyPatch) -> Materialized:
     return Materialized(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", EXACT)
 @pytest.mark.parametrize("room", [1, 1.7, 3])
 def test_the_budget_is_kept_and_evicted_weights_are_freed(
