@@ -1,6 +1,6 @@
-"""What runs in Serve's HTTP proxies: which bundle a request is for, and clean errors where no replica answered.
+"""Middleware of Serve's HTTP proxies: routes a request by its bundle, and answers 503 if no replica answered.
 
-The proxies import it by the environment variable that ``ENVIRONMENT`` holds.
+The proxies import it through the environment variable in ``ENVIRONMENT``.
 """
 
 import json
@@ -20,7 +20,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "handlers.ray.middleware:middlewares"}
 MODEL_ID = b"serve_multiplexed_model_id"
-"""Serve sends a request with this header to a replica that holds what it names, where there is one."""
+"""Serve sends a request with this header to a replica that holds the named model, if there is one."""
 OURS = b"server-timing"
 """Every answer of a replica has this header (handlers.asgi.middleware); one without it was made by Serve."""
 BUNDLE = b"x-cascade-bundle"
@@ -30,21 +30,21 @@ AWAY = "no replica answered: send the request again"
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve's proxies call when they start."""
-    return [Middleware(Door)]
+    """Called by Serve's proxies when they start."""
+    return [Middleware(RoutingMiddleware)]
 
 
 def bundle_of(scope: MutableMapping[str, Any], headers: Headers) -> bytes | None:
-    """The bundle's name where the path or the header says it; one that only a JSON body names is not seen."""
+    """The name of the bundle in the path or the header; a name in a JSON body is not seen."""
     if found := PATH.match(scope.get("raw_path") or scope["path"].encode()):
         return unquote_to_bytes(found[1] or found[2])
     return dict(headers).get(BUNDLE)
 
 
-class Door:
+class RoutingMiddleware:
     """ASGI middleware: adds the header by which Serve routes, and answers 503 where Serve itself had no answer.
 
-    A prediction changes nothing, so a client may send it again: 503 and Retry-After say so.
+    A prediction changes nothing, so a client may retry: 503 and Retry-After tell it to.
     """
 
     def __init__(self, app: App) -> None:
@@ -56,7 +56,7 @@ class Door:
         headers = [(n, v) for n, v in scope["headers"] if n.replace(b"-", b"_") != MODEL_ID]
         bundle = bundle_of(scope, headers)
         scope = {**scope, "headers": [*headers, (MODEL_ID, bundle)] if bundle else headers}
-        begun = instead = False  # an answer; ours in the place of Serve's
+        begun = instead = False  # an answer; our 503 instead of Serve's
 
         async def answer(message: Message) -> None:
             nonlocal begun, instead
@@ -81,7 +81,7 @@ class Door:
 
 
 def _once(name: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The headers with the first of that name only."""
+    """The headers, of this name only the first."""
     first = next(((n, v) for n, v in headers if n.lower() == name), None)
     return [each for each in headers if each[0].lower() != name] + ([] if first is None else [first])
 

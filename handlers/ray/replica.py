@@ -1,12 +1,10 @@
-"""The ASGI application as a Ray Serve deployment: every replica has an engine, and a batcher in front of it.
+"""The ASGI application as a Ray Serve deployment. Each replica has an engine and a batcher.
 
 ``serve run deploy/ray/serve.yaml`` builds it from ``handlers.ray.replica:build``, ``cascade serve --frontend ray`` from
 options.
 """
 
-import logging
 import os
-import sys
 from collections.abc import MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,21 +19,21 @@ from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
 from cascade.engine.results import ItemError
-from cascade.logs import JsonLines
+from cascade.logs import log_to_stderr
 from handlers.asgi.app import create_app
 from handlers.asgi.keys import EVERY, Watched
 from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
 from handlers.ray.middleware import App, Receive, Send, bundle_of
-from handlers.ray.multiplexing import Part, Shelf
+from handlers.ray.multiplexing import ResidentBundles, StoreView
 
 TARGET = 16
-"""Requests in progress of a replica, above which another one is started."""
+"""Requests in progress per replica; above, Serve starts another one."""
 Scope = MutableMapping[str, Any]
 
 
 class Settings(BaseModel):
-    """Of the replicas: the options of ``cascade serve`` under their long names."""
+    """Settings of the replicas: the options of ``cascade serve``."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model_store: str = "model_store"
@@ -60,18 +58,18 @@ class Replica:
     """
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
-        # Ray gives OpenMP as many threads as the replica has CPUs; numba would give it one a core of the machine.
+        # Ray gives OpenMP as many threads as the replica has CPUs; numba would take one per core of the machine.
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         self._stack = ExitStack()
-        _log(settings.log_level)
+        log_to_stderr(settings.log_level)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._keys = None if settings.api_keys is None else Watched(Path(settings.api_keys))
         engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
-        part = Part(settings.model_store)
-        registry = load_store(engine, part, settings.pins)
-        shelf = Shelf(registry, part)
-        await shelf.begin()
+        store = StoreView(settings.model_store)
+        registry = load_store(engine, store, settings.pins)
+        bundles = ResidentBundles(registry, store)
+        await bundles.begin()
         batching: dict[str, Any] = {
             "max_batch": settings.max_batch,
             "patience": settings.patience,
@@ -80,14 +78,15 @@ class Replica:
         self._batcher = self._stack.enter_context(Batcher(engine, **batching))
         self._stack.enter_context(registry.watching(settings.poll))
         opened = None if self._keys is None else self._keys.keys
-        self._service = Service(self._batcher, opened, registry=shelf)
-        self._application = application(create_app(self._service), self._service, shelf)
+        self._service = Service(self._batcher, opened, registry=bundles)
+        self._application = application(create_app(self._service), self._service, bundles)
 
     def __serve_build_asgi_app__(self) -> App:
+        """Called by Serve: the application that it sends requests to."""
         return self._application
 
     def check_health(self) -> None:
-        """Serve asks every few seconds, and puts another replica in the place of one that raises."""
+        """Called by Serve every few seconds: it replaces a replica that raises."""
         if self._keys is not None:
             self._service.keys = self._keys.refresh()
         if not self._batcher.alive:
@@ -96,25 +95,26 @@ class Replica:
             raise RuntimeError(f"a pass has been running for {PASS_TIMEOUT:g} s")
 
     def __del__(self) -> None:
+        """Stop the batcher and the watch over the store. Serve's documented hook at the end of a replica."""
         self._stack.close()
 
 
-def application(guard: Guard, service: Service, shelf: Shelf) -> App:
-    """The ASGI application with the bundle of a request on the shelf while it is in progress."""
+def application(guard: Guard, service: Service, bundles: ResidentBundles) -> App:
+    """The ASGI application, which keeps the bundle of a request in memory while it is in progress."""
 
     async def serve_one(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await guard(scope, receive, send)
         named = bundle_of(scope, scope["headers"])
         name = None if named is None else named.decode(errors="replace")
-        async with shelf.holding(name if _may(service, scope, name) else None):
+        async with bundles.using(name if _may(service, scope, name) else None):
             await guard(scope, receive, send)
 
     return serve_one
 
 
 def _may(service: Service, scope: Scope, name: str | None) -> bool:
-    """Whether the caller has a key for the bundle: who has none must not have others' bundles driven out."""
+    """Whether the caller has a key for the bundle: without one, a request must not evict others' bundles."""
     if service.keys is None:
         return True
     opened = service.keys.allowed(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
@@ -135,11 +135,3 @@ DEPLOYMENT: Deployment = serve.deployment(
 def build(settings: Settings) -> Application:
     """The application for ``serve run``; its arguments are the settings."""
     return DEPLOYMENT.bind(settings)
-
-
-def _log(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    ours = logging.getLogger("cascade")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(level.upper())

@@ -13,13 +13,12 @@ from handlers.ray.cluster import running
 from handlers.signals import on_stop
 
 NAME = "cascade"
-QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Serve itself; replicas write a line a request
+QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Serve itself; replicas write one line per request
 
 
 def serve(model_store: Path | str, **options: Any) -> None:
-    """Serve in the foreground until SIGTERM or Ctrl-C, then return; the arguments are those of ``serving``."""
+    """Serve in the foreground until SIGTERM, Ctrl-C or SIGHUP, then drain and return. Arguments as of ``serving``."""
     stop = threading.Event()
-
     with serving(model_store, **options) as url:
         on_stop(stop.set)  # only now: Ray sets its own handlers when it starts
         print(f"ready: curl -T IMAGE {url}/v1/predict\npage: {url}/ui\nmetrics: {url}/metrics", flush=True)
@@ -38,15 +37,16 @@ def serving(
     pins: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Iterator[str]:
-    """Serve until the block ends, which lets the requests in progress finish; gives the URL.
+    """Serve until the block ends, then drain the requests in progress; yields the URL.
 
     Args:
-        replicas: at most; there are as many as the requests in progress call for. least: at any time.
+        replicas: at most; their number follows the requests in progress. least: at any time.
         drain_timeout: seconds for the requests in progress to finish.
-        settings: others of ``handlers.ray.replica.Settings``.
+        settings: the others of ``handlers.ray.replica.Settings``.
 
     Raises:
-        RayError: Ray is not installed or does not start, or no replica comes up.
+        ExtraError: Ray is not installed.
+        RayError: Ray does not start, or no replica does.
     """
     with (
         tempfile.TemporaryDirectory(prefix="cascade-", ignore_cleanup_errors=True) as metrics,
@@ -56,10 +56,10 @@ def serving(
 
         from handlers.ray.replica import DEPLOYMENT, TARGET, Settings
 
-        where = str(model_store) if "://" in str(model_store) else str(Path(model_store).resolve())
+        store = str(model_store) if "://" in str(model_store) else str(Path(model_store).resolve())
         keys = None if api_keys is None else str(api_keys.resolve())
-        asked = Settings(model_store=where, api_keys=keys, pins=dict(pins or {}), **settings)
-        environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}  # of the replicas alone: Ray's processes would use it, too
+        chosen = Settings(model_store=store, api_keys=keys, pins=dict(pins or {}), **settings)
+        environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}  # not for Ray's own processes
         if "CASCADE_EXECUTOR" in os.environ:
             environment["CASCADE_EXECUTOR"] = os.environ["CASCADE_EXECUTOR"]
         deployment = DEPLOYMENT.options(
@@ -70,10 +70,10 @@ def serving(
         ray_serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
         try:
             try:
-                ray_serve.run(deployment.bind(asked), name=NAME, logging_config=QUIET)
+                ray_serve.run(deployment.bind(chosen), name=NAME, logging_config=QUIET)
             except Exception as error:
                 why = " ".join(str(error).split())[-400:]
-                raise RayError(f"no replica comes up: {why}") from error
+                raise RayError(f"no replica starts: {why}") from error
             yield f"http://{host}:{port}"
             ray_serve.delete(NAME)  # waits for the requests in progress
         finally:

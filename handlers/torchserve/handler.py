@@ -1,14 +1,13 @@
-"""What TorchServe's worker runs: requests in, one engine call for the whole batch, JSON text out.
+"""The handler that TorchServe's worker runs: requests in, one engine call per batch, JSON out.
 
-TorchServe 0.12 fails the whole batch when a handler raises, so whatever is wrong with one request becomes
-that request's own status and error body. It also demands exactly one class in this module.
+TorchServe 0.12 fails the whole batch when a handler raises, so a bad request gets its own status and error body.
+TorchServe also requires that this module defines exactly one class.
 """
 
 import atexit
 import fcntl
 import logging
 import re
-import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from cascade import metrics
 from cascade.engine.engine import Engine, ItemError, Options, Prediction
 from cascade.engine.registry import load_store
 from cascade.errors import CascadeError
-from cascade.logs import JsonLines
+from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident
 from handlers import requests
 from handlers.statuses import status_of
@@ -35,7 +34,7 @@ STOPPING = ItemError("stopping", "the server is stopping: send the request again
 
 
 class CascadeHandler:
-    """One engine with every bundle of the model store, over one resident backbone."""
+    """An engine with every bundle of the model store, over one resident backbone."""
 
     def initialize(self, context: Any) -> None:
         """Load the model store that the `cascade` part of model-config.yaml names, and follow its changes.
@@ -56,7 +55,7 @@ class CascadeHandler:
         memory = settings["memory_bytes"]
         self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
         registry = load_store(self.engine, settings["model_store"], settings["pins"])
-        _log_to_stderr(settings["log_level"])
+        log_to_stderr(settings["log_level"])  # Java takes each line there for a warning, which log4j2.xml passes on
         if metrics.TROUBLE:
             log.error(metrics.TROUBLE)
         if registry.trouble:
@@ -65,19 +64,19 @@ class CascadeHandler:
             if state.reason:
                 log.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
         resources = ExitStack()
-        # TorchServe brings the next batch when this one is answered: while a batch is decoded, no pass needs the cores.
+        # TorchServe sends the next batch after this one is answered, so no pass needs the cores during decoding.
         self.decoding = resources.enter_context(ThreadPoolExecutor(settings["threads"], "cascade-decode"))
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
         self.memory = Resident()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
-        """An answer and a status for each request of a batch, in order; never raises for one of them."""
+        """Return an answer and set a status for each request of a batch, in order; a bad request never raises."""
         begin = time.perf_counter()
         headers = [context.get_all_request_header(i) for i in range(len(data))]
         try:
             gate = self.gate.open()
-        except FileNotFoundError:  # the entrypoint took it away: no new work, see Server.drain
+        except FileNotFoundError:  # removed by the entrypoint, which drains: no new work
             answers: list[Any] = [STOPPING] * len(data)
         else:
             with gate:
@@ -102,7 +101,7 @@ class CascadeHandler:
         return bodies
 
     def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:
-        """One engine call for the requests that could be read; the errors of the others keep their places."""
+        """Predict the valid requests in one engine call; the errors of the others keep their places."""
         readable = [request for request in requests if not isinstance(request, ItemError)]
         images, wishes = [image for image, _ in readable], [wish for _, wish in readable]
         decode = self.decoding.map if len(readable) > 1 else map
@@ -133,7 +132,7 @@ def _plain(headers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction | ItemError, **batch: float) -> None:
-    """One line for a request: level info, error where the fault is ours. TorchServe answers with the same id."""
+    """Log one line per request: at level info, or error if the fault is ours. TorchServe answers with the same id."""
     fields: dict[str, Any] = {"request_id": request_id}
     theirs = next((str(value) for name, value in headers.items() if name.lower() == "x-request-id"), "")
     if REQUEST_ID.fullmatch(theirs):
@@ -144,17 +143,3 @@ def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction 
         fields |= {"status": 200, "bundle": answer.bundle, "version": answer.version, "cluster": answer.cluster}
     fields |= {"batch": batch["batch"], "ms": round(1000 * batch["seconds"], 1)}
     log.log(logging.ERROR if fields["status"] == 500 else logging.INFO, "request", extra={"fields": fields})
-
-
-def _log_to_stderr(level: str) -> None:
-    """Ours from ``level`` on, of all others warnings, to stderr as JSON. TorchServe's worker has a line a request.
-
-    Java takes what a worker writes to stderr for a warning, and log4j2.xml shows warnings to who serves.
-    """
-    root = logging.getLogger()
-    root.setLevel(logging.WARNING)
-    logging.getLogger("cascade").setLevel(level.upper())
-    for handler in root.handlers:
-        handler.setFormatter(JsonLines())
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
-            handler.setStream(sys.stderr)

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from handlers.ray.middleware import MODEL_ID, Door, Message, Receive, Send, bundle_of
+from handlers.ray.middleware import MODEL_ID, Message, Receive, RoutingMiddleware, Send, bundle_of
 
 Headers = list[tuple[bytes, bytes]]
 GUARDED = (b"server-timing", b"total;dur=1.0")
 
 
 def ask(path: str, headers: Headers, status: int, answer: Headers) -> tuple[Headers, list[Message]]:
-    """What the application behind the door sees as headers, and what the client gets of its answer."""
+    """What the application behind it sees as headers, and what the client gets of its answer."""
     seen: Headers = []
     sent: list[Message] = []
 
@@ -29,7 +29,7 @@ def ask(path: str, headers: Headers, status: int, answer: Headers) -> tuple[Head
         sent.append(message)
 
     scope = {"type": "http", "path": path, "raw_path": path.encode(), "headers": headers}
-    asyncio.run(Door(app)(scope, receive, send))
+    asyncio.run(RoutingMiddleware(app)(scope, receive, send))
     return seen, sent
 
 
@@ -96,5 +96,5 @@ def test_a_replica_that_dies_before_it_answers(raises: bool) -> None:
         sent.append(message)
 
     scope = {"type": "http", "path": "/v1/predict", "headers": []}
-    asyncio.run(Door(dying)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(RoutingMiddleware(dying)(scope, None, send))  # type: ignore[arg-type]
     assert [sent[0]["status"], json.loads(sent[1]["body"])["error"]["kind"]] == [503, "away"]
