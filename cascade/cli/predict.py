@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cascade.cli.options import Executor, ExecutorKind, Weights
+from cascade.errors import CascadeError
 from cascade.extras import library
 
 
@@ -16,13 +17,6 @@ class EmbeddingKind(StrEnum):
     none = "none"
     float16 = "float16"
     float32 = "float32"
-
-
-class Machines(StrEnum):
-    """Where ``cascade predict`` computes."""
-
-    local = "local"
-    ray = "ray"
 
 
 def predict(
@@ -37,17 +31,14 @@ def predict(
     threads: Annotated[int | None, typer.Option(help="Decoding threads; one a core if left out.", min=1)] = None,
     rows: Annotated[int, typer.Option(help="Rows of a Parquet file.", min=1)] = 4096,
     report: Annotated[Path | None, typer.Option(help="HTML file to write: clusters, errors, pictures, a map.")] = None,
-    machines: Annotated[
-        Machines,
-        typer.Option("--engine", help="local: this process; ray: actors on the cluster of RAY_ADDRESS, or here."),
-    ] = Machines.local,
-    actors: Annotated[int | None, typer.Option(help="ray: engines at most; one a CPU if left out.", min=1)] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray: RAY_ADDRESS, or this machine.")] = False,
+    workers: Annotated[int | None, typer.Option(help="--ray: engines at most; one per CPU if left out.", min=1)] = None,
     executor: Executor = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
     """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/demo/1[/]
 
-    Killed and started again with the same options it goes on where it was.
+    If it was killed, the same command resumes it.
 
     [bold]cascade predict 'photos/**/*.jpg' more.tar --out predictions.parquet --report report.html[/]
 
@@ -58,16 +49,18 @@ def predict(
     from cascade.offline.predict import bar, predict_files
     from cascade.offline.report import check, write
 
+    if workers is not None and not ray:
+        raise CascadeError("--workers is an option of --ray: omit it, or add --ray")
     library("pyarrow")  # before the weights are read
     if report is not None:
         check(report, out)
     engine = load(bundle, weights=weights, executor=executor.value)
     options = Options(mode=mode, labels=labels, neighbors=neighbors)
     numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
-    if machines is Machines.ray:
+    if ray:
         from handlers.ray.batch_predict import on_ray
 
-        numbers |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, actors)}
+        numbers |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, workers)}
     with bar("predicting") as progress:
         found = predict_files(engine, sources, out, options, embedding=embedding.value, progress=progress, **numbers)
     speed = f"{found.fresh} of them now, {found.images_per_second:.1f} images a second" if found.fresh else "all before"

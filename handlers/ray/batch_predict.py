@@ -1,4 +1,4 @@
-"""``cascade predict --engine ray``: the units of an offline job, done by the actors of a Ray cluster.
+"""``cascade predict --ray``: the units of an offline job, done by the actors of a Ray cluster.
 
 The job, its folder, units and rows are those of ``cascade.offline.predict``. An actor makes the part of a unit
 and sends it whole; this process alone writes. What was lost with an actor or a node another one does again. A job that

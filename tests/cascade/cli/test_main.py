@@ -144,6 +144,11 @@ def test_a_corrupt_bundle_is_one_line(command: str, hand: Path, cifar_folder: Pa
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_workers_without_ray_are_an_error(tmp_path: Path) -> None:
+    done = run("predict", "photos", "--out", tmp_path / "out", "--workers", 2)
+    assert (done.exit_code, done.stderr) == (1, "error: --workers is an option of --ray: omit it, or add --ray\n")
+
+
 def test_predict_in_a_mode_that_is_none(hand: Path, cifar_folder: Path, tmp_path: Path) -> None:
     images, out = cifar_folder / "test" / "dog", tmp_path / "predictions.parquet"
     result = run("predict", images, "--out", out, "--bundle", hand, "--mode", "sideways")
