@@ -1,18 +1,20 @@
 """Label accuracy of a finished bundle on other images: ``cascade evaluate``."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 from rich.table import Table
 
 from cascade.bundle.format import read
 from cascade.engine.engine import Engine, Options
-from cascade.engine.results import Prediction
+from cascade.engine.results import ItemError, Prediction
 from cascade.errors import CascadeError
+from cascade.progress import track
 from training.data import dataset
 
 BATCH = 64
+log = logging.getLogger(__name__)
 
 
 def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path | None = None) -> Table:
@@ -31,12 +33,18 @@ def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path |
     truth = np.array(images.classes)[images.labels]
     table = Table("mode", "head", "nearest neighbors", title=f"accuracy in % on {len(images)} images")
     for mode in bundle.fusions:
-        answers: list[Prediction] = []
-        for begin in track(range(0, len(images), BATCH), f"{mode:<14}"):
+        head, near, failed = [], [], 0
+        for begin in track(range(0, len(images), BATCH), f"{mode:<14}", -(-len(images) // BATCH)):
             batch = [images.open(i) for i in range(begin, min(begin + BATCH, len(images)))]
-            answers += [a for a in engine.predict(batch, Options(mode=mode, labels=1)) if isinstance(a, Prediction)]
-        head = [a.labels[0].name == t for a, t in zip(answers, truth, strict=True) if a.labels]
-        near = [_vote(a) == t for a, t in zip(answers, truth, strict=True) if a.neighbors]
+            answers = engine.predict(batch, Options(mode=mode, labels=1))
+            for answer, label in zip(answers, truth[begin : begin + BATCH], strict=True):
+                if isinstance(answer, ItemError):
+                    failed += 1
+                    continue
+                head += [answer.labels[0].name == label] if answer.labels else []
+                near += [_vote(answer) == label] if answer.neighbors else []
+        if failed:
+            log.warning("%s: %d of %d images could not be predicted and are not counted", mode, failed, len(images))
         table.add_row(mode, *(f"{100 * float(np.mean(right)):.1f}" if right else "-" for right in (head, near)))
     return table
 

@@ -21,56 +21,65 @@ class EmbeddingKind(StrEnum):
 
 def predict(
     sources: Annotated[list[str], typer.Argument(help="Images, folders, globs, .tar, .parquet, lists (.txt), URLs.")],
-    out: Annotated[Path, typer.Option(help="Folder for Parquet files, or one file where it ends in .parquet.")],
+    out: Annotated[Path, typer.Option(help="Folder for Parquet files, or a file that ends in .parquet.")],
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/demo/1"),
     mode: Annotated[str | None, typer.Option(help="dispatcher, conditional or unconditional.")] = None,
     embedding: Annotated[EmbeddingKind, typer.Option(help="How embeddings are stored.")] = EmbeddingKind.float16,
-    labels: Annotated[int, typer.Option(help="Labels of an image at most.", min=0)] = 5,
-    neighbors: Annotated[int, typer.Option(help="Neighbors of an image at most.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Images in a pass.", min=1)] = 256,
-    threads: Annotated[int | None, typer.Option(help="Decoding threads; one a core if left out.", min=1)] = None,
-    rows: Annotated[int, typer.Option(help="Rows of a Parquet file.", min=1)] = 4096,
-    report: Annotated[Path | None, typer.Option(help="HTML file to write: clusters, errors, pictures, a map.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray: RAY_ADDRESS, or this machine.")] = False,
-    workers: Annotated[int | None, typer.Option(help="--ray: engines at most; one per CPU if left out.", min=1)] = None,
+    labels: Annotated[int, typer.Option(help="Maximum labels per image.", min=0)] = 5,
+    neighbors: Annotated[int, typer.Option(help="Maximum neighbors per image.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
+    threads: Annotated[int | None, typer.Option(help="Decoding threads; default: one per core.", min=1)] = None,
+    rows: Annotated[int, typer.Option(help="Rows per Parquet file.", min=1)] = 4096,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML report to write: clusters, errors, pictures, a map.")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Use the Ray cluster of RAY_ADDRESS, or start one here.")] = False,
+    workers: Annotated[int | None, typer.Option(help="--ray: engines at most; default: one per CPU.", min=1)] = None,
     executor: Executor = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
     """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/demo/1[/]
 
-    If it was killed, the same command resumes it.
+    An interrupted job resumes when it is started again with the same options.
 
     [bold]cascade predict 'photos/**/*.jpg' more.tar --out predictions.parquet --report report.html[/]
 
     [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
     """
     from cascade.engine.engine import Options, load
-    from cascade.offline.job import files_of
-    from cascade.offline.predict import bar, predict_files
+    from cascade.offline.job import files_of, parts_folder
+    from cascade.offline.predict import predict_files
     from cascade.offline.report import check, write
+    from cascade.progress import progress
 
+    # What is wrong with the options is said before the weights are read, which takes longer.
+    library("pyarrow")
     if workers is not None and not ray:
         raise CascadeError("--workers is an option of --ray: omit it, or add --ray")
-    library("pyarrow")  # before the weights are read
+    parts_folder(out)
     if report is not None:
         check(report, out)
     engine = load(bundle, weights=weights, executor=executor.value)
     options = Options(mode=mode, labels=labels, neighbors=neighbors)
-    numbers: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows}
+    settings: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows, "embedding": embedding.value}
     if ray:
         from handlers.ray.batch_predict import on_ray
 
-        numbers |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, workers)}
-    with bar("predicting") as progress:
-        found = predict_files(engine, sources, out, options, embedding=embedding.value, progress=progress, **numbers)
-    speed = f"{found.fresh} of them now, {found.images_per_second:.1f} images a second" if found.fresh else "all before"
-    typer.echo(f"{found.rows} rows in {out}, {speed}")
-    if found.fresh:
-        typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.shares.items()))
-    for cluster, share in found.clusters.items():
+        settings |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, workers)}
+    with progress("predicting") as advance:
+        summary = predict_files(engine, sources, out, options, progress=advance, **settings)
+    speed = (
+        f"{summary.fresh} of them now, {summary.images_per_second:.1f} images a second"
+        if summary.fresh
+        else "all before"
+    )
+    typer.echo(f"{summary.rows} rows in {out}, {speed}")
+    if summary.fresh:
+        typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in summary.shares.items()))
+    for cluster, share in summary.clusters.items():
         typer.echo(f"  {100 * share:.1f} % in cluster {cluster}")
-    for kind, number in found.errors.items():
+    for kind, number in summary.errors.items():
         typer.echo(f"  {number} with error {kind}")
     if report is not None:
-        write(found, files_of(out), found.trained, report)
+        write(summary, files_of(out), summary.trained, report)
         typer.echo(f"report in {report}")

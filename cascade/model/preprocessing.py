@@ -28,6 +28,7 @@ from cascade.errors import CascadeError
 from cascade.model.image_metadata import TooComplex, jpeg_pixels, png_pixels
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -319,24 +320,36 @@ class Preprocessing:
         would compete with the forward pass for cores.
         """
         import numpy as np
-        import torch
+
+        geometry = self.geometry()
+        return lambda image: self.normalize(np.asarray(geometry(image)).transpose(2, 0, 1))
+
+    def geometry(self) -> Callable[[Image.Image], Image.Image]:
+        """The first part of ``transform``: resize and crop to [size, size]."""
         from timm.data import create_transform
 
         settings = asdict(self)
         whole = create_transform(input_size=(3, settings.pop("size"), self.size), is_training=False, **settings)
-        *geometry, _, _ = whole.transforms  # the last two are ToTensor and Normalize
-        mean, std = (np.array(each, np.float32)[:, None, None] for each in (self.mean, self.std))
+        *steps, _, _ = whole.transforms  # the last two are ToTensor and Normalize
 
-        def transformed(image: Image.Image) -> torch.Tensor:
-            for step in geometry:
+        def resized(image: Image.Image) -> Image.Image:
+            for step in steps:
                 image = step(image)
-            pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
-            pixels /= 255
-            pixels -= mean
-            pixels /= std
-            return torch.from_numpy(pixels)
+            return image
 
-        return transformed
+        return resized
+
+    def normalize(self, pixels: np.ndarray) -> torch.Tensor:
+        """The second part of ``transform``: uint8 [..., 3, size, size] -> float32 of the same shape."""
+        import numpy as np
+        import torch
+
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+        numbers = pixels.astype(np.float32, order="C")
+        numbers /= 255
+        numbers -= mean
+        numbers /= std
+        return torch.from_numpy(numbers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, as in cascade.json."""

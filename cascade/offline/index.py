@@ -1,10 +1,10 @@
-"""An index over the embeddings of an offline job: FAISS, cosine similarity, and what each row was.
+"""A search index over the embeddings of an offline job: FAISS with cosine similarity, and the rows' columns.
 
     INDEX/index.json      kind, bundle with its digest, mode, rows, and SHA-256 of the other two
           index.faiss     FAISS's own format
           rows.parquet    path, cluster, ood
 
-An index that was built elsewhere is read by FAISS itself: take it from people whom you trust.
+FAISS itself reads index.faiss: open only indices from sources that you trust.
 """
 
 import hashlib
@@ -83,12 +83,12 @@ class Index:
 
 
 def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu") -> About:
-    """An index of the embeddings that ``cascade predict`` stored, written to a new folder; rows with an error stay out.
+    """Index the embeddings that ``cascade predict`` stored, in a new folder; rows with an error are left out.
 
     Args:
         predictions: a Parquet file or a folder of them.
-        kind: flat is exact; ivf searches the part of the lists that lies near; hnsw a graph, fast and larger.
-        device: cuda trains and fills a flat or ivf index there (needs the extra ``gpu``).
+        kind: flat is exact; ivf searches the nearest lists only; hnsw is a graph, fast and larger.
+        device: cuda builds a flat or ivf index on the GPU (needs the extra ``gpu``).
 
     Raises:
         CascadeError: there are no embeddings, they are of several bundles, or ``out`` can't be written.
@@ -132,10 +132,10 @@ def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu"
 
 
 def read(folder: Path, device: str = "cpu") -> Index:
-    """An index from its folder, every byte checked against its card.
+    """Read an index from its folder and check every byte against its card.
 
     Raises:
-        CascadeError: it is none, or damaged.
+        CascadeError: the folder holds no index, or a damaged one.
     """
     import pyarrow.parquet as pq
 
@@ -159,14 +159,14 @@ def read(folder: Path, device: str = "cpu") -> Index:
 
 
 def unit(embeddings: np.ndarray) -> np.ndarray:
-    """float32 [n, dim], L2-normalized; an embedding of zeros stays one."""
+    """float32 [n, dim], L2-normalized; an embedding of zeros stays zero."""
     found = np.ascontiguousarray(embeddings, np.float32)
     scaled: np.ndarray = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
     return scaled
 
 
 def search(index: Index, engine: "Engine", images: Sequence["Source"], k: int = 10) -> list[Any]:
-    """For each image what is nearest to it, as ``Index.described`` has it, the nearest first, or its ItemError.
+    """For each image the nearest rows, see ``Index.described``, nearest first, or its ItemError.
 
     Raises:
         CascadeError: the engine does not hold the bundle that the index was made with.
@@ -177,7 +177,7 @@ def search(index: Index, engine: "Engine", images: Sequence["Source"], k: int = 
 
 
 def fits(index: Index, engine: "Engine") -> None:
-    """Raise CascadeError where the engine does not hold the bundle that the index was made with."""
+    """Raise CascadeError unless the engine holds the bundle that the index was made with."""
     from cascade.bundle.format import digest
 
     bundle = engine.find(index.about.bundle, index.about.version)
@@ -189,36 +189,32 @@ def fits(index: Index, engine: "Engine") -> None:
 
 
 def duplicates(index: Index, threshold: float = 0.98) -> "pa.Table":
-    """Groups of images that look alike: linked, one after the other, by a cosine similarity of at least ``threshold``.
+    """Groups of near-duplicates: connected components of pairs with a cosine similarity of at least ``threshold``.
 
     Returns:
         group (0 is the largest), path, similarity to the group's first image; in the order of the groups.
     """
     import pyarrow as pa
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    parent = np.arange(index.about.rows)
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = int(parent[row])
-        return row
-
+    left, right = [], []
     for first, block in index.chunks(1024):
         similarities, rows = index.nearest(block, NEAREST)
-        for at, to in zip(*np.nonzero((similarities >= threshold) & (rows >= 0)), strict=True):
-            a, b = root(first + int(at)), root(int(rows[at, to]))
-            parent[max(a, b)] = min(a, b)
-    groups: dict[int, list[int]] = {}
-    for row in range(index.about.rows):
-        if (top := root(row)) != row:
-            groups.setdefault(top, [top]).append(row)
-    members = sorted(groups.values(), key=lambda each: (-len(each), each[0]))
+        query, place = np.nonzero((similarities >= threshold) & (rows >= 0))
+        left.append(first + query)
+        right.append(rows[query, place])
+    pairs = np.concatenate(left), np.concatenate(right)
+    links = coo_array((np.ones(len(pairs[0]), bool), pairs), shape=(index.about.rows, index.about.rows))
+    count, component = connected_components(links, directed=False)
+    order = np.argsort(component, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(component, minlength=count))[:-1])
+    members = sorted((g for g in groups if len(g) > 1), key=lambda group: (-len(group), group[0]))
     numbers, paths, similarities_to = [], [], []
     for number, group in enumerate(members):
-        vectors = np.stack([index.vectors.reconstruct(row) for row in group])
+        vectors = np.stack([index.vectors.reconstruct(int(row)) for row in group])
         numbers += [number] * len(group)
-        paths += [index.rows["path"][row].as_py() for row in group]
+        paths += index.rows["path"].take(pa.array(group)).to_pylist()
         similarities_to += (vectors @ vectors[0]).clip(-1, 1).tolist()
     kinds = {"group": pa.int64(), "path": pa.string(), "similarity": pa.float32()}
     return pa.table([numbers, paths, similarities_to], schema=pa.schema(kinds))
@@ -236,7 +232,7 @@ def outliers(index: Index, top: int = 100, k: int = 10) -> "pa.Table":
     for first, block in index.chunks(1024):
         similarities, rows = index.nearest(block, k + 1)
         own = rows == first + np.arange(len(block))[:, None]
-        own[~own.any(1), -1] = True  # among more than k twins its own row may not be there
+        own[~own.any(1), -1] = True  # its own row may be missing among more than k equal ones
         others = np.where(rows >= 0, similarities, -1)[~own].reshape(len(block), -1)
         distances[first : first + len(block)] = 1 - others.mean(1) if others.shape[1] else 0
     order = np.argsort(-distances, kind="stable")[:top]
@@ -245,7 +241,7 @@ def outliers(index: Index, top: int = 100, k: int = 10) -> "pa.Table":
 
 
 def found(index: Index, embedding: np.ndarray | None, k: int) -> list[dict[str, Any]]:
-    """What is nearest to one embedding, in plain types, the nearest first."""
+    """The rows nearest to one embedding, in plain types, nearest first."""
     assert embedding is not None
     (similarities,), (rows,) = index.nearest(embedding[None], k)
     pairs = zip(rows.tolist(), similarities.tolist(), strict=True)
@@ -263,7 +259,7 @@ def _files(predictions: Path) -> list[Path]:
 
 
 def _embeddings(files: list[Path]) -> Iterator[tuple[np.ndarray, "pa.Table"]]:
-    """Embeddings, L2-normalized, and their rows, some thousands at a time, errors left out."""
+    """Embeddings, L2-normalized, and their rows, CHUNK at a time, without errors."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -278,7 +274,7 @@ def _embeddings(files: list[Path]) -> Iterator[tuple[np.ndarray, "pa.Table"]]:
 
 
 def _some(files: list[Path], rows: int, most: int) -> np.ndarray:
-    """Embeddings spread evenly over all."""
+    """About ``most`` embeddings, spread evenly."""
     step = max(1, rows // most)
     found, first = [], 0
     for embeddings, _ in _embeddings(files):
@@ -311,12 +307,12 @@ def _empty(kind: Kind, dim: int, rows: int) -> Any:
 
 
 def _placed(index: Any, device: str) -> Any:
-    """The one place that knows of FAISS on a GPU; HNSW is for the CPU alone."""
+    """Move an index to ``device``; HNSW indices stay on the CPU."""
     module = faiss()
     if device == "cpu" or isinstance(index, module.IndexHNSWFlat):
         return index
     if not getattr(module, "get_num_gpus", lambda: 0)():
-        raise CascadeError("FAISS sees no GPU here: pip install 'cascade-vision[gpu]', or leave --device away")
+        raise CascadeError("FAISS sees no GPU here: pip install 'cascade-vision[gpu]', or omit --device")
     return module.index_cpu_to_all_gpus(index)
 
 

@@ -1,15 +1,14 @@
-"""Offline prediction: sources in, Parquet out, one row for each image, whatever is wrong with some of them.
+"""Offline prediction: sources in, Parquet out, one row for each image, also for images that cannot be predicted.
 
-Reading, decoding (in a pool), passes and writing go on beside each other, each at most a batch ahead of the next: the
-slowest sets the speed, and memory stays what a few batches take. ``table`` does the same for a few images at once, and
-needs nothing but an engine: it is what a job on many machines is made of.
+Reading, decoding (in a pool), forward passes and writing are a pipeline, in which each step is at most one batch ahead
+of the next. Memory is bounded by a few batches. ``table`` does the same for a few images at once.
 """
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +22,7 @@ from cascade.offline.files import Held, Load, is_url
 from cascade.offline.job import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
 from cascade.offline.schema import Answer, count, rows_of, schema
 from cascade.offline.sources import ROWS, Unit, read
+from cascade.progress import Advance
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,28 +31,43 @@ if TYPE_CHECKING:
     from cascade.engine.forward import Item
 
 T = TypeVar("T")
-Advance = Callable[[int, int | None], object]
-"""Told how many images are done, of how many (None while nobody knows)."""
-Run = Callable[["Engine", Job, Path, int, int, Advance], int]
-"""Makes every missing part of a job (engine, job, folder, batch, threads, progress); how many rows that were."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run of a job did.
+
+    Attributes:
+        rows: rows that it wrote.
+        stages: seconds in each stage of ``cascade.metrics``, summed over engines and threads.
+        engines: engines that worked at the same time.
+    """
+
+    rows: int
+    stages: dict[str, float]
+    engines: int = 1
+
+
+Run = Callable[["Engine", Job, Path, int, int, Advance], Work]
+"""Makes every missing part of a job: engine, job, folder, batch, threads, progress."""
 
 BATCH = 256
-HELD = 256 * 2**20  # bytes of encoded images in a batch, of the sources that can't be read out of order
+HELD = 256 * 2**20  # bytes of encoded images in a batch, from sources that must be read in order
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job came to.
+    """The result of a job.
 
     Attributes:
         bundle, version, mode: what predicted.
-        rows: images, which is the rows of the output.
-        errors: how many of them have none but an error, by kind.
-        clusters: the share of each cluster among the others.
-        fresh: rows of this run; the others were done before.
+        rows: images, one row each.
+        errors: number of images with an error, by kind.
+        clusters: share of each cluster among the other images.
+        fresh: rows written by this run; earlier runs wrote the others.
         seconds: of this run.
         trained: share of each cluster in training; empty without a router.
-        shares: of that time, by what it went to: ``forward``, ``swap``, and ``decode`` as a share of all its threads.
+        shares: of that time, by stage: ``forward``, ``swap``, and ``decode`` as a share of all decoding threads.
     """
 
     bundle: str
@@ -84,26 +99,26 @@ def predict_files(
     progress: Advance = lambda done, total: None,
     run: Run | None = None,
 ) -> Summary:
-    """Predict every image of ``sources`` and write a folder of Parquet files, or one.
+    """Predict every image of ``sources`` and write a folder of Parquet files, or one file.
 
-    Killed at any moment and called again it goes on with what has no part yet (see ``cascade.offline.job``).
+    An interrupted job resumes with the units that have no part yet (see ``cascade.offline.job``).
 
     Args:
         engine: holds the bundle.
         sources: see ``cascade.offline.sources.expand``.
-        out: a folder, or a file where it ends in ``.parquet``: then the parts lie in ``OUT.parts`` until they are
-            joined, and an older file is replaced at the end. Columns are those of ``cascade.offline.schema.schema``.
-        options: for all images, their ``embedding`` aside. The bundle's version is settled at the start.
-        embedding: how it is stored, if at all.
-        batch: images of a pass at most.
-        threads: that decode; None for one a core.
-        rows: of a part, where the source can be cut there.
-        progress: told after each batch; ``bar`` makes one.
-        run: who makes the parts; None for this process.
+        out: a folder; or a file that ends in ``.parquet``, whose parts are in ``OUT.parts`` until they are joined. An
+            older file is replaced at the end. Columns are those of ``cascade.offline.schema.schema``.
+        options: for all images, except ``embedding``. The bundle's version is resolved at the start.
+        embedding: how embeddings are stored, if at all.
+        batch: maximum number of images in a pass.
+        threads: decoding threads; None for one per core.
+        rows: rows of a part, if the source can be split.
+        progress: called after each batch, see ``cascade.progress``.
+        run: makes the parts; None for this process.
 
     Raises:
-        CascadeError: no images, an unknown bundle, version or mode, other settings than the job was begun with, or
-            what cannot be written.
+        CascadeError: no images, an unknown bundle, version or mode, settings that differ from those of the
+            interrupted job, or an output that cannot be written.
     """
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     if min(batch, threads, rows) < 1:
@@ -111,27 +126,27 @@ def predict_files(
     job = settle(engine, sources, options, embedding, rows)
     folder = parts_folder(out)
     with opened(folder, job):
-        start, before = time.perf_counter(), metrics.stage_seconds()
-        fresh = (run or _run)(engine, job, folder, batch, threads, progress)
+        start = time.perf_counter()
+        work = (run or _run)(engine, job, folder, batch, threads, progress)
         seconds = time.perf_counter() - start
-        spent = {name: value - before[name] for name, value in metrics.stage_seconds().items()}
+        stages, available = work.stages, seconds * work.engines
         shares = {
-            "forward": sum(spent[name] for name in ("dispatch", "expert", "fuse")) / seconds,
-            "swap": spent["swap"] / seconds,
-            "decode": spent["decode"] / seconds / threads,
+            "forward": sum(stages[name] for name in ("dispatch", "expert", "fuse")) / available,
+            "swap": stages["swap"] / available,
+            "decode": stages["decode"] / available / threads,
         }
         done = count(parts(folder))
         bundle = engine.find(job.bundle, job.version)
         trained = () if isinstance(bundle, ItemError) or not bundle.card.router else tuple(bundle.card.router.shares)
         if folder != out:
             join(folder, out)
-    return Summary(job.bundle, job.version, job.mode, *done, fresh, seconds, trained, shares)
+    return Summary(job.bundle, job.version, job.mode, *done, work.rows, seconds, trained, shares)
 
 
 def settle(
     engine: "Engine", sources: Sequence[str | Path], options: Options, embedding: Embedding = "none", rows: int = ROWS
 ) -> Job:
-    """The job that is meant, with everything in it that was left open.
+    """The job, with mode and version resolved.
 
     Raises:
         CascadeError: an unknown bundle, version or mode.
@@ -162,11 +177,11 @@ def settle(
 
 
 def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa.Table":
-    """The rows of a few images, see ``schema``, in their order: load, decode, one pass, no thread of its own.
+    """The rows of a few images in order, see ``schema``: load, decode, one pass, in the calling thread.
 
     Args:
         engine: holds the job's bundle.
-        images: key and what loads the bytes, as ``cascade.offline.sources.read`` gives them.
+        images: keys and Loads, as ``cascade.offline.sources.read`` yields them.
     """
     keys, loads = zip(*images, strict=True) if (images := list(images)) else ((), ())
     return rows_of(job, keys, answer(engine, [prepare(engine, job, load) for load in loads]))
@@ -190,31 +205,8 @@ def answer(engine: "Engine", prepared: Sequence["Item | ItemError"]) -> list[Ans
     return [item if isinstance(item, ItemError) else next(answers) for item in prepared]
 
 
-@contextmanager
-def bar(what: str = "predict") -> Iterator[Advance]:
-    """A progress bar on stderr, with rate and time left; gives what to pass as ``progress``."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    start, before = time.perf_counter(), -1
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shown:
-        task = shown.add_task(what, total=None, rate="")
-
-        def advance(done: int, total: int | None) -> None:
-            nonlocal before
-            if before < 0:
-                before = done
-                shown.reset(task, completed=done, total=total, rate="")  # what was done before says nothing of the rate
-                return
-            rate = (done - before) / (time.perf_counter() - start)
-            shown.update(task, completed=done, total=total, rate=f"{rate:.1f} images/s")
-
-        yield advance
-
-
 def make_part(engine: "Engine", job: Job, unit: Unit, path: Path, batch: int = BATCH, threads: int = 1) -> int:
-    """The part of one unit as a Parquet file at ``path``; how many rows it has."""
+    """Write the part of one unit to a Parquet file; returns its number of rows."""
     rows = 0
     with (
         closing(_answers(engine, job, [(0, unit)], batch, threads)) as answers,
@@ -226,9 +218,14 @@ def make_part(engine: "Engine", job: Job, unit: Unit, path: Path, batch: int = B
     return rows
 
 
-def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, progress: Advance) -> int:
+def stages_since(before: dict[str, float]) -> dict[str, float]:
+    """Seconds in each stage since ``before``, an earlier ``metrics.stage_seconds()``."""
+    return {name: seconds - before[name] for name, seconds in metrics.stage_seconds().items()}
+
+
+def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, progress: Advance) -> Work:
     done, total = extent(folder)
-    fresh = 0
+    fresh, before = 0, metrics.stage_seconds()
     progress(done, total)
     with closing(_answers(engine, job, todo(folder), batch, threads)) as answers:
         for number, group in groupby(answers, key=lambda each: each[0]):
@@ -237,13 +234,13 @@ def _run(engine: "Engine", job: Job, folder: Path, batch: int, threads: int, pro
                     write(rows_of(job, keys, found))
                     fresh += len(keys)
                     progress(done + fresh, total)
-    return fresh
+    return Work(fresh, stages_since(before))
 
 
 def _answers(
     engine: "Engine", job: Job, units: Iterable[tuple[int, Unit]], batch: int, threads: int
 ) -> Generator[tuple[int, list[str], list[Answer]], None, None]:
-    """Number of the unit, keys and answers, batch by batch, in order; each unit ends a batch, an empty one too."""
+    """Number of the unit, keys and answers, batch by batch, in order. No batch spans two units."""
     with ThreadPoolExecutor(threads, "cascade-batch-decode") as pool:
         try:
             with closing(_ahead(_batches(engine, job, units, batch, pool), "cascade-batch-read")) as batches:
@@ -257,7 +254,7 @@ def _answers(
 def _batches(
     engine: "Engine", job: Job, units: Iterable[tuple[int, Unit]], batch: int, pool: ThreadPoolExecutor
 ) -> Generator[tuple[int, list[str], list["Future[Item | ItemError]"]], None, None]:
-    """The images batch by batch, on their way through the decoding threads."""
+    """The images batch by batch, submitted to the decoding threads."""
     for number, unit in units:
         keys: list[str] = []
         futures: list[Future[Item | ItemError]] = []
@@ -280,7 +277,7 @@ def _passes(
 
 
 def _ahead(items: Generator[T, None, None], name: str) -> Generator[T, None, None]:
-    """The items, the next of which is made in a thread while the one before it is used."""
+    """The items; a thread makes the next one while the current one is used."""
     with ThreadPoolExecutor(1, name) as pool:
         try:
             coming = pool.submit(next, items, None)

@@ -1,10 +1,11 @@
-"""``cascade predict --ray``: the units of an offline job, done by the actors of a Ray cluster.
+"""``cascade predict --ray``: the units of an offline job, processed by the actors of a Ray cluster.
 
-The job, its folder, units and rows are those of ``cascade.offline.predict``. An actor makes the part of a unit
-and sends it whole; this process alone writes. What was lost with an actor or a node another one does again. A job that
-was killed goes on when it is started again, with Ray or without.
+The job, its folder, units and rows are those of ``cascade.offline.predict``. An actor makes the part of a unit and
+sends it to this process, which writes it. If an actor or a node is lost, another actor repeats its unit. A killed job
+resumes when it is started again, with or without Ray.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cascade import metrics
 from cascade.atomic import write_bytes
 from cascade.bundle.format import digest
 from cascade.engine.engine import Engine
@@ -23,26 +25,27 @@ from cascade.engine.executors.selection import Kind
 from cascade.engine.results import ItemError
 from cascade.errors import CascadeError
 from cascade.offline.job import Job, extent, part_path, todo
-from cascade.offline.predict import Advance, Run, make_part
+from cascade.offline.predict import Run, Work, make_part, stages_since
 from cascade.offline.sources import Unit
+from cascade.progress import Advance
 from cascade.ray_session import RayError
 from handlers.ray.cluster import running
 
-BLOCKS = 2000  # of the list of units, at most: Ray Data moves whole blocks
+BLOCKS = 2000  # of the list of units, at most; Ray Data moves whole blocks
 Rows = dict[str, np.ndarray]
 
 
 class Actor:
-    """Holds an engine and makes parts.
+    """An engine that makes parts.
 
     Raises:
-        CascadeError: the bundle can't be loaded on this node, or is not the job's.
+        CascadeError: the bundle cannot be loaded on this node, or is not the job's.
     """
 
     def __init__(self, job: Job, bundle: Path, weights: Path | None, executor: Kind, batch: int, threads: int) -> None:
         from cascade.engine.engine import load
 
-        # Ray gives OpenMP as many threads as the actor has CPUs; numba would give it one a core of the machine.
+        # Ray limits OpenMP to the CPUs of the actor; numba would start a thread per core of the machine.
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         self.job, self.batch, self.threads = job, batch, threads
         self.engine = load(bundle, weights=weights, executor=executor)
@@ -53,14 +56,15 @@ class Actor:
             os.chdir(job.folder)  # relative sources are relative to it
 
     def __call__(self, units: Rows) -> dict[str, Any]:
-        """Numbers and units in, numbers, rows and whole Parquet files out."""
-        rows, parts = [], []
+        """Takes numbers and units; gives numbers, rows, Parquet files and the seconds of each stage."""
+        rows, parts, before = [], [], metrics.stage_seconds()
         with tempfile.TemporaryDirectory(prefix="cascade-") as folder:
             path = Path(folder, "part.parquet")
             for unit in map(Unit.from_json, units["unit"].tolist()):
                 rows.append(make_part(self.engine, self.job, unit, path, self.batch, self.threads))
                 parts.append(path.read_bytes())
-        return {"number": units["number"], "rows": np.array(rows), "part": parts}
+        stages = json.dumps(stages_since(before))
+        return {"number": units["number"], "rows": np.array(rows), "part": parts, "stages": [stages] * len(rows)}
 
 
 def on_ray(
@@ -70,12 +74,12 @@ def on_ray(
     actors: int | None = None,
     cluster: Callable[[int], AbstractContextManager[Any]] = running,
 ) -> Run:
-    """What makes the parts of a job on Ray, for ``cascade.offline.predict.predict_files``.
+    """Make the parts of a job on Ray, for ``cascade.offline.predict.predict_files``.
 
     Args:
         bundle, weights, executor: as ``cascade.engine.engine.load`` takes them, the same on every node.
-        actors: at most, a CPU each; None for as many as the cluster has CPUs.
-        cluster: Ray for as long as a block runs, given the CPUs of one on this machine.
+        actors: maximum number, with a CPU each; None for all CPUs of the cluster.
+        cluster: context manager that starts Ray, given the CPUs to use on this machine.
     """
     return partial(_run, bundle.resolve(), weights and weights.resolve(), executor, actors, cluster)
 
@@ -92,13 +96,13 @@ def _run(
     batch: int,
     threads: int,
     progress: Advance,
-) -> int:
+) -> Work:
     missing = [{"number": number, "unit": unit.to_json()} for number, unit in todo(folder)]
     done, total = extent(folder)
-    fresh = 0
+    work = Work(0, dict.fromkeys(metrics.stage_seconds(), 0.0))
     progress(done, total)
     if not missing:
-        return 0
+        return work
     with cluster(actors or len(os.sched_getaffinity(0))):
         import ray
 
@@ -113,15 +117,17 @@ def _run(
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
         )
         try:
-            for each in made.iter_rows():
-                write_bytes(part_path(folder, each["number"]), [each["part"]])
-                fresh += int(each["rows"])
-                progress(done + fresh, total)
+            for row in made.iter_rows():
+                write_bytes(part_path(folder, row["number"]), [row["part"]])
+                spent = json.loads(row["stages"])
+                stages = {name: seconds + spent[name] for name, seconds in work.stages.items()}
+                work = Work(work.rows + int(row["rows"]), stages, most)
+                progress(done + work.rows, total)
         except ray.exceptions.RayError as error:
-            raise RayError(f"the job stopped: {_last_line(error)}; started again it goes on") from error
-    return fresh
+            raise RayError(f"the job stopped: {_last_line(error)}; start it again to resume") from error
+    return work
 
 
 def _last_line(error: Exception) -> str:
-    """What an actor said at last: Ray puts its whole traceback into the message."""
+    """The last line of an actor's traceback, which Ray puts into the message."""
     return str(error).strip().splitlines()[-1][:300]

@@ -1,6 +1,7 @@
 """Images for training and evaluation: from a folder, or a published data set by name.
 
-`load` finds them, `cache` decodes them once into one array, `batches` says which of them each step takes.
+`load` finds them, `cache` and `cache_evaluation` decode them once into one array, `batches` gives the indices of each
+step.
 """
 
 import hashlib
@@ -8,7 +9,8 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,8 +18,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from cascade.errors import CascadeError
-from cascade.model.preprocessing import read
+from cascade.errors import CascadeError, printable
+from cascade.model.preprocessing import Preprocessing, read
 from training.data import arrays, published
 from training.data.array_cache import stored
 from training.data.scan import digest, scan, threaded, walk
@@ -25,6 +27,9 @@ from training.data.scan import digest, scan, threaded, walk
 Split = Literal["train", "test"]
 
 HOLD_OUT = 0.2
+TRAIN = ("train", "training")  # names of split folders, in lower case
+TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")  # the first that exists is used
+LIKE_SPLIT = re.compile(rf"(?:^|[^a-z])(?:{'|'.join((*TRAIN, *TEST))})(?:[^a-z]|$)", re.IGNORECASE)
 NAMES = (*arrays.CLASSES, *published.PLACES)
 NAMED = 20  # broken images that the warning names; `Images.broken` has them all
 
@@ -32,18 +37,18 @@ log = logging.getLogger(__name__)
 
 
 class DataError(CascadeError):
-    """There are no images to work with."""
+    """There are no images to work with, or their folders are ambiguous."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """An ordered set of images, decoded when opened.
+    """An ordered set of images, decoded when they are opened.
 
     Attributes:
         names: stable ids: the path inside the folder, or e.g. "cifar10/train/00042".
         labels: int64 [N], indices into `classes`, or None.
         classes: class names, empty without labels. The same for both splits.
-        items: where the pixels are: paths (object [N]) or pixels (uint8 [N, H, W] or [N, H, W, 3]).
+        items: paths (object [N]) or pixels (uint8 [N, H, W] or [N, H, W, 3]).
         digests: a hash of each image's pixels.
         broken: name and reason of each image that was left out.
     """
@@ -83,16 +88,16 @@ class Images:
 def load(source: str | Path, split: Split, limit: int | None = None, seed: int = 0) -> Images:
     """The training or the test images of a folder, or of a data set by name (``NAMES``).
 
-    A folder's own `train` and `test` (or `val`) subfolders are its splits; without them a fixed fifth, chosen
-    by the hash of the names and so never by `seed`, is held out as test. Labels come from the first folder
-    below, if every image lies in one and there are at least two. Every file is decoded once; broken ones are
-    left out and named.
+    Subfolders with usual names (`train` and `test`, `valid`, ... in any case) are the splits. Without them a fixed
+    fifth is held out as test, by the hash of the names and not by `seed`. Labels come from the first folder below, if
+    every image is in one and there are at least two. Every file is decoded once; a warning names those left out.
 
     Args:
-        limit: at most so many, drawn with `seed`, evenly over the classes; a larger one only adds images.
+        limit: maximum number of images, drawn with `seed`, evenly over the classes; a larger limit only adds images.
 
     Raises:
-        DataError: no such folder, or no image left. SourceError: a named data set can't be got.
+        DataError: no such folder, no image left, or subfolders that look like splits and are not understood.
+        SourceError: a named data set cannot be found or downloaded.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}: ask for at least one image")
@@ -126,22 +131,20 @@ def _published(name: str, split: Split) -> Images:
     files, labels, classes = published.listing(name, split)
     folder = arrays.root() / published.PLACES[name].folder
     names = [path.relative_to(folder).as_posix() for path in files]
+    good, images = _decodable(folder, names, split)
     label = dict(zip(names, labels, strict=True))
-    images = _decodable(folder, names, split)
-    return replace(images, labels=np.array([label[n] for n in images.names], np.int64), classes=classes)
+    return replace(images, labels=np.array([label[n] for n in good], np.int64), classes=classes)
 
 
 def _folder(folder: Path, split: Split) -> Images:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: name a folder of images, or {', '.join(NAMES)}")
-    names = walk(folder)
-    test = next((part for part in ("test", "val") if (folder / part).is_dir()), None)
-    depth = 0
-    if test and (folder / "train").is_dir():
-        depth = 1
-        names = [name for name in names if name.split("/")[0] in ("train", test)]
-        part = "train" if split == "train" else test
-        mine = [name for name in names if name.startswith(f"{part}/")]
+    names, closed = walk(folder)
+    splits = split_folders(folder)
+    depth = 1 if splits else 0
+    if splits:
+        names = [name for name in names if name.split("/")[0] in splits.values()]
+        mine = [name for name in names if name.split("/")[0] == splits[split]]
     else:
         by_hash = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
         held_out = set(by_hash[: max(1, round(HOLD_OUT * len(names)))] if len(names) > 1 else [])
@@ -149,55 +152,122 @@ def _folder(folder: Path, split: Split) -> Images:
     if not mine:
         raise DataError(f"no {split} images in {folder}: put JPEG, PNG or WebP files there")
 
-    images = _decodable(folder, mine, split)
-    classes = sorted({name.split("/")[depth] for name in names})
-    if len(classes) < 2 or any(name.count("/") <= depth for name in names):
+    good, images = _decodable(folder, mine, split, closed)
+    classes = _classes(folder, names, depth)
+    if not classes:
         return images
     index = {name: i for i, name in enumerate(classes)}
-    labels = np.array([index[name.split("/")[depth]] for name in images.names], np.int64)
-    return replace(images, labels=labels, classes=classes)
+    labels = np.array([index[name.split("/")[depth]] for name in good], np.int64)
+    return replace(images, labels=labels, classes=[_text(name) for name in classes])
 
 
-def _decodable(folder: Path, names: list[str], split: Split) -> Images:
-    """Those of the files that can be read, without labels; the others are named in a warning."""
-    found = scan(folder, names)
-    broken = [(name, reason) for name, (_, reason) in found.items() if reason]
-    good = [name for name in names if not found[name][1]]
+def split_folders(folder: Path) -> dict[Split, str]:
+    """The subfolders that are the splits of a folder, by any usual name in any case; empty if it has none.
+
+    Raises:
+        DataError: several subfolders look like splits, but not as one for training and one for testing.
+    """
+    subfolders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not (similar := [name for name in subfolders if LIKE_SPLIT.search(name)])[1:]:
+        return {}  # one alone may be a class of trains
+    train = [name for name in subfolders if name.lower() in TRAIN]
+    tests = [[name for name in subfolders if name.lower() == usual] for usual in TEST]
+    test = next((names for names in tests if names), [])
+    if len(train) != 1 or len(test) != 1:
+        some = printable(", ".join(similar))
+        raise DataError(f"{folder} has folders that look like splits ({some}): name them train and test")
+    if unused := [name for name in subfolders if name not in (*train, *test)]:
+        log.warning("%s: training uses %s, tests use %s; left out: %s", folder, train[0], test[0], _some(unused))
+    return {"train": train[0], "test": test[0]}
+
+
+def _classes(folder: Path, names: list[str], depth: int) -> list[str]:
+    """The class folders, sorted; none if there are fewer than two, or images beside them."""
+    classes = sorted({name.split("/")[depth] for name in names if name.count("/") > depth})
+    if len(classes) < 2:
+        return []
+    if stray := [name for name in names if name.count("/") <= depth]:
+        log.warning(
+            "%s: labels are not used, as %d images lie beside the class folders (%s): move them into one",
+            folder, len(stray), _some(stray),
+        )  # fmt: skip
+        return []
+    return classes
+
+
+def _decodable(folder: Path, names: list[str], split: Split, closed: Sequence[str] = ()) -> tuple[list[str], Images]:
+    """The names of the files that can be read, and their images without labels; a warning names the others.
+
+    Args:
+        closed: subfolders that could not be listed.
+    """
+    verdicts = scan(folder, names)
+    broken = [(_text(name), "the folder cannot be listed: check its permissions") for name in closed]
+    broken += [(_text(name), reason) for name, (_, reason) in verdicts.items() if reason]
+    good = [name for name in names if not verdicts[name][1]]
     if not good:
-        name, reason = broken[0]
+        name, reason = broken[-1]
         raise DataError(f"none of the {len(names)} {split} images in {folder} can be read; {name}: {reason}")
     if broken:
-        lines = [f"left out {len(broken)} of {len(names)} {split} images in {folder}:"]
-        lines += [f"  {name}: {reason}" for name, reason in broken[:NAMED]]
+        lines = [f"left out {len(broken)} of {len(names) + len(closed)} {split} images and folders in {folder}:"]
+        lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in broken[:NAMED]]
         lines += [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
         log.warning("\n".join(lines))
     items = np.array([folder / name for name in good], object)
-    return Images(good, None, [], items, [found[name][0] for name in good], broken)
+    digests = [verdicts[name][0] for name in good]
+    return good, Images([_text(name) for name in good], None, [], items, digests, broken)
+
+
+def _text(name: str) -> str:
+    """A name that need not be UTF-8 as text that can be written; other bytes become ``\\xff``."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _some(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def cache(images: Images, size: int, path: Path | None = None) -> np.ndarray:
     """Every image decoded once: uint8 [N, 3, size, size], the shorter side resized to `size` (bicubic,
     antialiased), the longer one cut to its middle.
 
-    In memory; or, with a `path` such as run/images.npy, mapped from a file beside it whose name tells the
-    size and the images' fingerprint too. By that name it is complete or not there; an interrupted start
-    leaves a part that the next one continues.
+    In memory; or, with a `path` such as run/images.npy, mapped from a file beside it whose name has the size and the
+    images' fingerprint. The file is written atomically; an interrupted start is resumed.
     """
 
     def square(i: int) -> np.ndarray:
         image = ImageOps.fit(images.open(i), (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
 
+    return _decoded(images, size, square, str(size), path)
+
+
+def cache_evaluation(images: Images, preprocessing: Preprocessing, path: Path | None = None) -> np.ndarray:
+    """Every image decoded once, as the evaluation transform resizes and crops it: uint8 [N, 3, S, S].
+
+    ``preprocessing.normalize`` makes the backbone's input of it, equal to ``preprocessing.transform``. Files are named
+    and written as by `cache`.
+    """
+    resize = preprocessing.geometry()
+
+    def view(i: int) -> np.ndarray:
+        return np.asarray(resize(images.open(i))).transpose(2, 0, 1)
+
+    settings = hashlib.sha256(json.dumps(preprocessing.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+    return _decoded(images, preprocessing.size, view, f"eval-{settings}", path)
+
+
+def _decoded(images: Images, size: int, view: Callable[[int], np.ndarray], name: str, path: Path | None) -> np.ndarray:
     everything = range(len(images))
     shape = (len(images), 3, size, size)
     if path is None:
         pixels = np.empty(shape, np.uint8)
-        for i, one in enumerate(threaded(square, everything, "decoding")):
+        for i, one in enumerate(threaded(view, everything, "decoding")):
             pixels[i] = one
         return pixels
 
-    file = path.with_name(f"{path.stem}-{size}-{images.fingerprint()[:16]}.npy")
-    return stored(file, shape, np.dtype("u1"), lambda done: threaded(square, everything[done:], "decoding"))
+    file = path.with_name(f"{path.stem}-{name}-{images.fingerprint()[:16]}.npy")
+    return stored(file, shape, np.dtype("u1"), lambda done: threaded(view, everything[done:], "decoding"))
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
@@ -208,9 +278,8 @@ def steps_per_epoch(n: int, batch: int) -> int:
 def batches(n: int, batch: int, seed: int, start_step: int = 0) -> Iterator[np.ndarray]:
     """Indices int64 [batch] into n images for step `start_step`, `start_step` + 1 and so on, without end.
 
-    A step's batch depends on `seed` and the step alone, so that training goes on anywhere exactly as if
-    undisturbed: each epoch is a permutation of its own. Where n < batch, an epoch is one batch that goes
-    round the images again.
+    A step's batch depends on `seed` and the step alone, so that training can resume at any step with the same
+    result. Each epoch is a new permutation. If n < batch, an epoch is one batch that repeats images.
     """
     steps = steps_per_epoch(n, batch)
     for epoch in itertools.count(start_step // steps):

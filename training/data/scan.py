@@ -1,4 +1,4 @@
-"""Which files below a folder are images that can be read; every one is decoded to know."""
+"""Find the images below a folder, and decode each one once to see whether it can be read."""
 
 import hashlib
 import itertools
@@ -11,39 +11,38 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 import cascade
 from cascade import atomic
 from cascade.model.preprocessing import LIMITS, ImageError, read
+from cascade.offline.files import images_in
+from cascade.progress import track
 from training.data.arrays import root
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Files named so are taken for images. Not all can be decoded: better named as left out than passed over.
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif")
-CHUNK = 1024  # images in the threads' queue at a time
+CHUNK = 1024  # images in the threads' queue
 
 log = logging.getLogger(__name__)
 
 
-def walk(folder: Path) -> list[str]:
-    """Every image file at any depth, sorted; hidden files and folders are passed over, links are followed."""
-    names, seen = [], set()
-    for base, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(base))
-        folders[:] = sorted(f for f in folders if f[0] != "." and os.path.realpath(Path(base, f)) not in seen)
-        names += [Path(base, f) for f in files if f[0] != "." and f.lower().endswith(SUFFIXES)]
-    return sorted(path.relative_to(folder).as_posix() for path in names)
+def walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Image files at any depth, and subfolders that cannot be listed; both relative to ``folder`` and sorted.
+
+    The rules are those of ``cascade predict``.
+    """
+    paths = [Path(path) for path in images_in(str(folder))]
+    closed = [path for path in paths if path.is_dir()]
+    names, folders = ([p.relative_to(folder).as_posix() for p in some] for some in (set(paths) - set(closed), closed))
+    return sorted(names), sorted(folders)
 
 
 def scan(folder: Path, names: list[str]) -> dict[str, tuple[str, str]]:
     """Decode every file: name -> (digest of the pixels, reason why it is broken); one of the two is empty.
 
-    Verdicts are remembered beside the data sets, by size and time of each file, so that only the first of the
-    many starts of a training decodes the folder.
+    Results are cached beside the data sets, by each file's size and modification time, so that only the first start
+    of a training decodes the folder.
     """
     key = f"{folder.resolve()} {LIMITS} {cascade.__version__}"
     memo_file = root() / "scans" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.json"
@@ -87,11 +86,11 @@ def digest(pixels: np.ndarray) -> str:
 
 
 def threaded(work: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
-    """`work` of every item, in order, with a progress bar; in threads, as Pillow lets go of Python's lock."""
-    pool, console = ThreadPoolExecutor(os.cpu_count()), Console(stderr=True)
+    """`work` of every item, in order, with progress; in threads, as Pillow releases the GIL."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
         chunks = (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))
         results: Iterable[R] = itertools.chain.from_iterable(pool.map(work, chunk) for chunk in chunks)
-        yield from track(results, what, len(items), console=console, transient=True, disable=not console.is_terminal)
+        yield from track(results, what, len(items))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -149,6 +149,11 @@ def test_workers_without_ray_are_an_error(tmp_path: Path) -> None:
     assert (done.exit_code, done.stderr) == (1, "error: --workers is an option of --ray: omit it, or add --ray\n")
 
 
+def test_predict_checks_its_output_before_it_loads_anything(tmp_path: Path) -> None:
+    line = fails("predict", tmp_path, "--out", tmp_path / "a" / "b", "--bundle", "none")
+    assert "b cannot be written: name a folder" in line
+
+
 def test_predict_in_a_mode_that_is_none(hand: Path, cifar_folder: Path, tmp_path: Path) -> None:
     images, out = cifar_folder / "test" / "dog", tmp_path / "predictions.parquet"
     result = run("predict", images, "--out", out, "--bundle", hand, "--mode", "sideways")

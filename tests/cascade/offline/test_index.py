@@ -21,7 +21,7 @@ from cascade.offline import index as indices
 from cascade.offline.index import Index, Kind, build, duplicates, outliers, read, search, unit
 from cascade.offline.job import files_of
 from cascade.offline.predict import Summary, predict_files
-from cascade.offline.report import flat, sample
+from cascade.offline.report import project_2d, sample
 from cascade.offline.report import write as write_report
 from tests.helpers.bundles import handmade
 
@@ -262,7 +262,7 @@ def test_a_sample_is_bounded_and_fair(predicted: tuple[Path, Summary], monkeypat
 def test_the_map_is_the_first_two_components(generator: np.random.Generator) -> None:
     points = generator.normal(size=(50, 1)) * [[3, 0, 0, 0]] + generator.normal(size=(50, 1)) * [[0, 1, 0, 0]]
     points = unit(points + [[0, 0, 5, 0]])
-    places = flat(points)
+    places = project_2d(points)
     assert places.min() == 0 and places.max() == 1
     assert abs(np.corrcoef(places[:, 0], points[:, 0])[0, 1]) > 0.99
-    assert flat(np.ones((2, 1))).shape == (2, 2)
+    assert project_2d(np.ones((2, 1))).shape == (2, 2)

@@ -290,14 +290,6 @@ def test_progress_counts_up_to_the_total(engine: Engine, folder: Path, tmp_path:
     assert [done for done, _ in told] == sorted({done for done, _ in told})
 
 
-def test_bar_shows_count_and_rate(capfd: pytest.CaptureFixture[str]) -> None:
-    with predict.bar("predict") as advance:
-        advance(0, 20)
-        advance(20, 20)
-    shown = capfd.readouterr().err
-    assert "20/20" in shown and "images/s" in shown
-
-
 def test_import_stays_light() -> None:
     heavy = ["torch", "timm", "pyarrow", "rich", "faiss"]
     modules = "cascade.offline.predict, cascade.model.preprocessing"

@@ -1,17 +1,21 @@
 """Images from folders and by name, the decode-once cache, and the stream of batches."""
 
 import itertools
+import json
 import logging
+import os
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as reference
 
 from cascade.errors import CascadeError
+from cascade.model.preprocessing import Preprocessing
 from tests.helpers.datasets import photo, put
 from tests.helpers.paths import DATA
 from training.data import dataset, scan
@@ -243,3 +247,62 @@ def test_an_epoch_takes_every_image_at_most_once_and_differs_from_the_next() -> 
 def test_fewer_images_than_a_batch_go_round() -> None:
     for indices in itertools.islice(dataset.batches(3, 8, seed=0), 5):
         assert sorted(np.bincount(indices)) == [2, 3, 3]
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "valid"), ("training", "Validation"), ("train", "dev")])
+def test_usual_names_of_splits_in_any_case(tmp_path: Path, train: str, test: str) -> None:
+    folder = put(tmp_path, [f"{train}/a/0.png", f"{train}/b/1.png", f"{test}/a/2.png", f"{test}/b/3.png"])
+    images = dataset.load(folder, "train")
+    assert images.names == [f"{train}/a/0.png", f"{train}/b/1.png"] and images.classes == ["a", "b"]
+    assert dataset.load(folder, "test").names == [f"{test}/a/2.png", f"{test}/b/3.png"]
+
+
+@pytest.mark.parametrize(
+    "folders", [("train2017", "val2017"), ("my_train", "my_test"), ("test", "val"), ("train", "Train", "test")]
+)
+def test_folders_that_look_like_splits_are_never_classes(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    folder = put(tmp_path, [f"{name}/{i}.png" for name in folders for i in range(2)])
+    with pytest.raises(CascadeError, match=r"look like splits \(.*\): name them train and test"):
+        dataset.load(folder, "train")
+
+
+def test_a_class_of_trains_is_a_class(tmp_path: Path) -> None:
+    folder = put(tmp_path, [f"{name}/{i}.png" for name in ("train", "bus", "trainer") for i in range(3)])
+    assert dataset.load(folder, "train").classes == ["bus", "train", "trainer"]
+
+
+def test_a_stray_image_beside_class_folders_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = put(tmp_path, [*(f"{name}/{i}.png" for name in ("a", "b") for i in range(3)), "stray.png"])
+    assert dataset.load(folder, "train").labels is None
+    assert "labels are not used, as 1 images lie beside the class folders (stray.png)" in caplog.text
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
+    folder = put(tmp_path, [f"{name}/{i}.png" for name in ("a", "b") for i in range(3)])
+    (folder / "b").rename(folder / os.fsdecode(b"caf\xe9"))
+    images = dataset.load(folder, "train")
+    assert images.classes == ["a", "caf\\xe9"]
+    json.dumps(images.names, ensure_ascii=False).encode()
+    assert all(images.open(i).size == (32, 32) for i in range(len(images)))
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scandir = put(tmp_path, [*(f"{i}.png" for i in range(6)), "locked/x.png"]), os.scandir
+
+    def denied(path: str) -> object:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)  # chmod does not stop root
+    images = dataset.load(folder, "train")
+    assert images.broken == [("locked", "the folder cannot be listed: check its permissions")]
+
+
+def test_evaluation_views_are_those_of_the_transform(tmp_path: Path) -> None:
+    images = dataset.load(put(tmp_path, [f"{i}.png" for i in range(5)]), "train")
+    preprocessing = Preprocessing(24, 0.875, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    pixels = dataset.cache_evaluation(images, preprocessing, tmp_path / "run" / "images.npy")
+    assert pixels.dtype == np.uint8 and pixels.shape == (4, 3, 24, 24)
+    expected = torch.stack([preprocessing.transform()(images.open(i)) for i in range(4)])
+    assert torch.equal(preprocessing.normalize(pixels), expected)
