@@ -219,7 +219,7 @@ def _decodable(folder: Path, names: list[str], split: Split, closed: Sequence[st
 
 
 def _text(name: str) -> str:
-    """A name that need not be UTF-8 as text that can be written; other bytes become ``\\xff``."""
+    r"""A name that need not be UTF-8 as text that can be written; other bytes become ``\xff``."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
