@@ -40,11 +40,11 @@ class Client:
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout: float = 60, patience: float = 0) -> None:
-        whole = httpx.URL(url)
-        self._predict = whole.path if whole.path != "/" else "/v1/predict"
+        address = httpx.URL(url)
+        self._predict = address.path if address.path != "/" else "/v1/predict"
         self.patience = patience
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=whole.copy_with(path="/"), headers=headers, timeout=timeout)
+        self._http = httpx.Client(base_url=address.copy_with(path="/"), headers=headers, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +118,7 @@ class Client:
         answer = self._ask("GET", "/v2/models")
         if not _good(answer):
             raise ClientError(f"no list of bundles, status {answer.status_code}: {_error(answer).message}")
-        return _understood(answer, lambda: {each["name"]: each["versions"] for each in answer.json()["models"]})
+        return _understood(answer, lambda: {model["name"]: model["versions"] for model in answer.json()["models"]})
 
     def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         end = time.monotonic() + self.patience
@@ -128,8 +128,8 @@ class Client:
                 answer = self._http.request(method, path, **request)
                 if answer.status_code != 503 or time.monotonic() + pause > end:
                     return answer
-                wish = answer.headers.get("retry-after", "")
-                pause = max(pause, float(wish) if wish.isdigit() else 0)
+                wait = answer.headers.get("retry-after", "")
+                pause = max(pause, float(wait) if wait.isdigit() else 0)
             except httpx.TransportError as e:
                 if time.monotonic() + pause > end:
                     raise ClientError(f"{self._http.base_url} does not answer ({e!r}): is the server running?") from e

@@ -314,7 +314,7 @@ def choose(groups: dict[Hashable, _Group], engine: Engine, max_batch: int, overd
     if head.bundle.dispatcher.start > 0:
         shared = (key for key in groups if key != first and trunk(groups[key][0].item) == trunk(head))
         for key in sorted(shared, key=worth, reverse=True):
-            if len(groups[key]) <= left:  # whole ones only: a group in two passes is swapped in twice
+            if len(groups[key]) <= left:  # never a part: a group in two passes is swapped in twice
                 chosen.append(key)
                 left -= len(groups[key])
     return chosen

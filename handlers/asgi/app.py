@@ -93,9 +93,9 @@ def create_app(service: Service, index: Index | None = None, hosts: Collection[s
     def described() -> dict[str, Any]:
         """FastAPI's description, and the body of /infer, which FastAPI does not read itself."""
         schema = open_inference.InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        whole = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        whole["components"]["schemas"] |= schema.pop("$defs") | {"InferRequest": schema}
-        return whole
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        document["components"]["schemas"] |= schema.pop("$defs") | {"InferRequest": schema}
+        return document
 
     app.openapi = described  # type: ignore[method-assign]
     return Guard(app, service.limits, hosts)
@@ -159,13 +159,13 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.get("/v2/models/{model}", summary="Bundle metadata")
     @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata", openapi_extra=VERSION)
     async def model_metadata(request: Request, model: str) -> dict[str, Any]:
-        bundle = found(request, model)
+        bundle = find_bundle(request, model)
         return open_inference.metadata(bundle) | _versions(service.states(request, model).get(model, []))
 
     @app.get("/v2/models/{model}/ready", summary="Bundle readiness")
     @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness", openapi_extra=VERSION)
     async def model_ready(request: Request, model: str) -> dict[str, Any]:
-        bundle = found(request, model)
+        bundle = find_bundle(request, model)
         if not service.ready:
             raise Refusal(STOPPING)
         return {"name": bundle.name, "ready": True}
@@ -179,15 +179,15 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description | VERSION, **shared)
     async def infer(request: Request, model: str) -> Response:
         service.admit(request)
-        found(request, model)  # before the body is read
+        find_bundle(request, model)  # before the body is read
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
         asked = await asyncio.to_thread(open_inference.parse, body, request.headers.get(LENGTH_HEADER), most)
         for _ in range(ATTEMPTS):
-            bundle = found(request, model)  # one for all images of the request
+            bundle = find_bundle(request, model)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
-            wish = Options(model, bundle.version, asked.mode, embedding, labels, 0)
-            answers = await service.answers(request, asked.images, wish)
+            options = Options(model, bundle.version, asked.mode, embedding, labels, 0)
+            answers = await service.answers(request, asked.images, options)
             if "version" in request.path_params or not any(
                 isinstance(a, ItemError) and a.kind == "unknown_version" for a in answers
             ):
@@ -201,7 +201,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
             return Response(content, media_type="application/json")
         return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
-    def found(request: Request, model: str) -> Bundle:
+    def find_bundle(request: Request, model: str) -> Bundle:
         service.check(request, model)
         if request.query_params:  # ignored, ?version=1 would be answered by the latest version
             raise Refusal(V2_QUERY)
@@ -244,7 +244,7 @@ def _pages(app: FastAPI, service: Service) -> None:
     async def docs() -> Response:
         return HTMLResponse(ui.page("docs.html"), headers=ui.HEADERS)
 
-    def found(request: Request, name: str, version: str) -> Bundle:
+    def find_bundle(request: Request, name: str, version: str) -> Bundle:
         service.check(request, name)
         bundle = service.engine.find(name, version)
         if isinstance(bundle, ItemError):
@@ -253,11 +253,11 @@ def _pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/map/{bundle}/{version}", summary="The neighbor bank in two dimensions")
     async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
-        whole = found(request, bundle, version)
-        bank = next((bank for name, bank in whole.banks.items() if name == (mode or whole.card.mode)), None)
+        loaded = find_bundle(request, bundle, version)
+        bank = next((bank for name, bank in loaded.banks.items() if name == (mode or loaded.card.mode)), None)
         if bank is None:
             raise Refusal(ItemError("no_bank", "this bundle has no neighbor bank for that mode"))
-        return await asyncio.to_thread(ui.bank_map, bank) | {"thumbnails": whole.thumbnails is not None}
+        return await asyncio.to_thread(ui.bank_map, bank) | {"thumbnails": loaded.thumbnails is not None}
 
     @app.get(
         "/v1/thumbnails/{bundle}/{version}/{row}",
@@ -266,7 +266,7 @@ def _pages(app: FastAPI, service: Service) -> None:
         responses={200: {"content": {kind: {"schema": PICTURE} for kind in ("image/webp", "image/png", "image/jpeg")}}},
     )
     async def thumbnail(request: Request, bundle: str, version: str, row: str) -> Response:
-        pictures = found(request, bundle, version).thumbnails
+        pictures = find_bundle(request, bundle, version).thumbnails
         if pictures is None or not ROW.fullmatch(row) or int(row) >= len(pictures):
             raise Refusal(ItemError("no_thumbnail", "this bundle has no picture of that row of its neighbor bank"))
         file = pictures[int(row)]

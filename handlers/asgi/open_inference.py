@@ -143,8 +143,8 @@ def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | It
         else:
             tensor["data"] = values if isinstance(values, list) else values.ravel().tolist()
         described.append(tensor)
-    found = {"model_name": bundle.name, "model_version": bundle.version}
-    head = found | ({} if asked.id is None else {"id": asked.id}) | {"outputs": described}
+    model = {"model_name": bundle.name, "model_version": bundle.version}
+    head = model | ({} if asked.id is None else {"id": asked.id}) | {"outputs": described}
     try:
         text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
     except ValueError:
@@ -173,18 +173,18 @@ def _files(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:
     count = _count(tensor, most)
     if tensor.data is None:
         try:
-            found = [*unpacked(rest)]
+            files = [*unpacked(rest)]
         except ValueError as e:
             raise _bad(str(e)) from None
     else:
-        texts = [each for row in tensor.data for each in (row if isinstance(row, list) else [row])]
+        texts = [text for row in tensor.data for text in (row if isinstance(row, list) else [row])]
         try:
-            found = [base64.b64decode(text, validate=True) for text in texts]
+            files = [base64.b64decode(text, validate=True) for text in texts]
         except (ValueError, TypeError, binascii.Error):
             raise _bad("data of input image is files in base64; send others as binary data") from None
-    if len(found) != count:
-        raise _bad(f"input image holds {len(found)} files where its shape says {count}")
-    return [*found]
+    if len(files) != count:
+        raise _bad(f"input image holds {len(files)} files where its shape says {count}")
+    return [*files]
 
 
 def _pixels(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:

@@ -70,12 +70,13 @@ class Service:
         if self.registry is not None:
             known = self.registry.states(name)
         else:
-            known = [State(*each, "ready") for each in self.engine.bundles if name in (None, each[0])]
-        opened, found = self.opened(request), dict[str, list[State]]()
+            known = [State(n, version, "ready") for n, version in self.engine.bundles if name in (None, n)]
+        opened = self.opened(request)
+        states: dict[str, list[State]] = {}
         for state in known:
             if EVERY in opened or state.name in opened:
-                found.setdefault(state.name, []).append(state)
-        return found
+                states.setdefault(state.name, []).append(state)
+        return states
 
     async def answers(self, request: Request, images: list[bytes | Tensor], options: Options) -> list[Answer]:
         """The batcher's answers; given up when the client closes the connection."""

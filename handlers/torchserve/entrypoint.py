@@ -28,6 +28,7 @@ from rich.console import Console
 
 from cascade import metrics
 from cascade.bundle.store import is_url
+from cascade.cpus import cpu_count
 from cascade.errors import CascadeError
 from cascade.logs import say
 from cascade.model.preprocessing import LIMITS
@@ -108,7 +109,7 @@ class Server:
         if not remote and not any(Path(model_store).glob("*/*/cascade.json")):
             raise ServerError(f"no bundle in {model_store}: it has to hold <name>/<version>/cascade.json")
         inside = [(LOOPBACK, each) for each in (management_port, 0, 0)]
-        self.threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        self.threads = threads or max(1, cpu_count() // workers)
         ports = claim_ports((host, port), (host, metrics_port), *inside)
         self.settings = dict(zip(PORTS, ports, strict=True)) | {
             "host": host,
