@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -164,6 +165,19 @@ def test_locks_agree_and_keep_the_twins_apart() -> None:
     assert {name: cpu[name] for name in cpu.keys() & gpu} == {name: gpu[name] for name in cpu.keys() & gpu}
     assert {"faiss-cpu", "onnxruntime"} <= cpu.keys() - gpu.keys()
     assert {"faiss-gpu", "onnxruntime-gpu"} <= gpu.keys() - cpu.keys()
+
+
+def test_citation_has_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == cascade.__version__ and citation["license"] == project()["license"]
+
+
+def test_pre_commit_runs_what_make_check_runs() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"] for hook in repository["hooks"]]
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].split("\n\n")[0]
+    for command in (".venv/bin/ruff check", ".venv/bin/ruff format", ".venv/bin/mypy"):
+        assert command in recipe and any(entry.startswith(command) for entry in entries)
 
 
 def imports(node: ast.AST, inside_functions: bool) -> Iterator[str]:

@@ -83,8 +83,16 @@ def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> N
     assert (model / manifest["model"]["configFile"]).exists()
 
 
-def test_log_configuration_is_well_formed() -> None:
-    assert ElementTree.parse(entrypoint.HERE / "log4j2.xml").getroot().tag == "Configuration"
+def test_what_java_logs_of_requests_does_not_quote_them() -> None:
+    root = ElementTree.parse(entrypoint.HERE / "log4j2.xml").getroot()
+    assert root.tag == "Configuration"
+    appenders = {each.get("name"): each for each in root.findall("Appenders/Console")}
+    for name in ("org.pytorch.serve.http", "io.netty"):
+        (logger,) = (each for each in root.findall("Loggers/Logger") if each.get("name") == name)
+        assert logger.get("additivity") == "false"
+        for reference in logger.findall("AppenderRef"):
+            pattern = str(appenders[reference.get("ref")].find("PatternLayout").get("pattern"))  # type: ignore[union-attr]
+            assert "%m" not in pattern and "message}" not in pattern
 
 
 def test_temporary_folder_too_deep_for_a_socket(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
