@@ -37,11 +37,12 @@ def pack(folder: Path, file: Path) -> Path:
         raise BundleError(f"{file} exists: choose another name")
     tensors = {f"{part}/{n}": t for part, ts in bundles.contents(bundle, compress=False).items() for n, t in ts.items()}
     about = {"format": FORMAT, "card": bundle.card.model_dump_json(), "sha256": _digest(tensors)}
-    for i, mask in enumerate(bundle.card.masks):
-        known = [tail(tensors[_plain(of)], of, mask) for of in bundle.card.masks[:i]]
+    stored = [mask for mask in bundle.card.masks if _plain(mask) in tensors]  # the others keep all weights
+    for i, mask in enumerate(stored):
+        known = [tail(tensors[_plain(of)], of, mask) for of in stored[:i]]
         coded = coder.encode(tensors[_plain(mask)].numpy(), known)
         tensors[_coded(mask)] = torch.from_numpy(np.frombuffer(coded, np.uint8).copy())
-    for mask in bundle.card.masks:
+    for mask in stored:
         del tensors[_plain(mask)]
     try:
         write_bytes(file, [safetensors.torch.save(tensors, about)])
@@ -70,8 +71,9 @@ def unpack(file: Path, folder: Path) -> Path:
         raise BundleError(damaged)
     try:
         card = Card.model_validate_json(about["card"])
-        for i, mask in enumerate(card.masks):
-            known = [tail(tensors[_plain(of)], of, mask) for of in card.masks[:i]]
+        stored = [mask for mask in card.masks if _coded(mask) in tensors]
+        for i, mask in enumerate(stored):
+            known = [tail(tensors[_plain(of)], of, mask) for of in stored[:i]]
             coded = tensors.pop(_coded(mask)).numpy().tobytes()
             tensors[_plain(mask)] = torch.from_numpy(coder.decode(coded, -(-mask.weights // 8), known))
         if _digest(tensors) != about["sha256"]:

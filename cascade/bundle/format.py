@@ -26,9 +26,9 @@ from cascade.bundle.thumbnails import Thumbnails
 from cascade.bundle.validate import inconsistencies
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
-from cascade.model.fusion import MODES, Fusion, Mode
+from cascade.model.fusion import MODES, Fusion, Identity, Mode
 from cascade.model.heads import Bank, Linear
-from cascade.model.masks import Mask
+from cascade.model.masks import Mask, all_ones
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import KINDS, Calibration, Router, tensors
@@ -111,15 +111,15 @@ def read(path: Path) -> Bundle:
     except OSError as error:
         raise BundleError(f"{error.filename or path}: {error.strerror}; copy the bundle again, whole") from None
     try:
-        if (found := Versioned.model_validate_json(files[CARD]).format) != FORMAT:
+        if not 1 <= (found := Versioned.model_validate_json(files[CARD]).format) <= FORMAT:
             raise BundleError(
-                f"{path / CARD}: format {found}, this Cascade reads {FORMAT}; rebuild the bundle or update"
+                f"{path / CARD}: format {found}, this Cascade reads 1 to {FORMAT}; rebuild the bundle or update"
             )
         card = Card.model_validate_json(files[CARD])
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path / CARD}: {where}: {first['msg']}; this is not a bundle of format {FORMAT}") from None
+        where = f"{path / CARD}: {'.'.join(map(str, first['loc']))}"
+        raise BundleError(f"{where}: {first['msg']}; this is not a bundle of format 1 to {FORMAT}") from None
     parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
     try:
         bundle = assemble(path, card, parts)
@@ -156,6 +156,13 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
                 raise BundleError(
                     f"{here}: mask {mask.name}: {backbone.name} has no statistics {name} {list(tensor.shape)}"
                 )
+        trainable = backbone.channels(mask.start)
+        for name, tensor in mask.channels.items():
+            if trainable.get(name) != tensor.shape:
+                raise BundleError(
+                    f"{here}: mask {mask.name}: from its first stage on {backbone.name} has no parameter {name}"
+                    f" {list(tensor.shape)} with a value for each channel"
+                )
 
 
 def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
@@ -171,7 +178,8 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
         raise BundleError(f"{path} exists; versions are never overwritten: choose the next number")
     held = contents(bundle, compress=compress)
     files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in held.items() if tensors}
-    card = bundle.card.model_copy(update={"bytes": {name: len(raw) for name, raw in sorted(files.items())}})
+    sizes = {name: len(raw) for name, raw in sorted(files.items())}
+    card = bundle.card.model_copy(update={"format": format_of(bundle), "bytes": sizes})
     files[CARD] = (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
     sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
     files[SUMS] = sums.encode()
@@ -183,6 +191,20 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     except OSError as error:
         raise BundleError(f"can't write {path}: {error.strerror}; make room or choose another folder") from error
     return path
+
+
+def format_of(bundle: Bundle) -> int:
+    """The oldest format that can hold the bundle."""
+    halves = any(head.weight.dtype != torch.float32 for head in bundle.linear.values())
+    new = halves or any(isinstance(f, Identity) for f in bundle.fusions.values())
+    for mask, card in zip(bundle.masks, bundle.card.masks, strict=True):
+        new |= bool(mask.channels) or _keeps_all(mask, card)
+    return 2 if new else 1
+
+
+def _keeps_all(mask: Mask, card: MaskCard) -> bool:
+    """Whether all bits are ones: they are not stored then."""
+    return mask.bits.cpu().equal(all_ones(card.weights))
 
 
 def digest(bundle: Bundle) -> str:
@@ -233,12 +255,15 @@ def _tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
 def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
     """The tensors of each file, by its name without the ending."""
     masks: dict[str, Tensor] = {}
-    for m in bundle.masks:
-        masks |= {f"{m.name}.bits.zst": _zstd(m.bits)} if compress else {f"{m.name}.bits": m.bits}
+    for m, card in zip(bundle.masks, bundle.card.masks, strict=True):
+        if not _keeps_all(m, card):
+            masks |= {f"{m.name}.bits.zst": _zstd(m.bits)} if compress else {f"{m.name}.bits": m.bits}
         masks |= {f"{m.name}.norms.{name}": t for name, t in m.norms.items()}
+        masks |= {f"{m.name}.channels.{name}": t for name, t in m.channels.items()}
     router = {} if bundle.router is None else {f"router.{n}": t for n, t in tensors(bundle.router).items()}
     ood = {} if bundle.ood is None else {f"ood.{f.name}": getattr(bundle.ood, f.name) for f in fields(bundle.ood)}
-    fusion = {f"{mode}.{n}": getattr(f, n) for mode, f in bundle.fusions.items() for n in ("weight", "bias")}
+    projected = [(mode, f) for mode, f in bundle.fusions.items() if not isinstance(f, Identity)]
+    fusion = {f"{mode}.{n}": getattr(f, n) for mode, f in projected for n in ("weight", "bias")}
     heads = {f"{mode}.linear.{n}": getattr(h, n) for mode, h in bundle.linear.items() for n in ("weight", "bias")}
     for mode, bank in bundle.banks.items():
         heads |= {f"{mode}.bank": bank.embeddings, "bank.names": _text(bank.names)}
@@ -252,9 +277,9 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
 
 def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
     """A bundle of its card and the tensors of each file; ``read`` has more to check than this."""
-    masks = [_mask(parts["masks.safetensors"], m) for m in card.masks]
+    masks = [_mask(parts.get("masks.safetensors", {}), m, card.format) for m in card.masks]
     routing = parts.get("router.safetensors", {})
-    fusion, heads = parts["fusion.safetensors"], parts.get("heads.safetensors", {})
+    fusion, heads = parts.get("fusion.safetensors", {}), parts.get("heads.safetensors", {})
     pictures = parts.get("thumbnails.safetensors", {})
     router = None
     if card.router is not None:
@@ -273,20 +298,28 @@ def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) 
         router=router,
         calibration=Calibration(card.router.slope, card.router.intercept) if card.router else Calibration(),
         ood=OutOfDomain(**strip_prefix(routing, "ood.")) if "ood.mean" in routing else None,
-        fusions={m: Fusion(**strip_prefix(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion},
+        fusions={m: Fusion(**strip_prefix(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion}
+        or {"dispatcher": Identity.of(card.dim)},
         linear={m: Linear(**strip_prefix(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
         thumbnails=Thumbnails(**strip_prefix(pictures, "thumbnails.")) if pictures else None,
     )
 
 
-def _mask(stored: Mapping[str, Tensor], card: MaskCard) -> Mask:
+def _mask(stored: Mapping[str, Tensor], card: MaskCard, version: int) -> Mask:
     size = -(-card.weights // 8)
-    packed = stored.get(f"{card.name}.bits.zst")
-    bits = stored[f"{card.name}.bits"] if packed is None else _unzstd(packed, size)
+    if (packed := stored.get(f"{card.name}.bits.zst")) is not None:
+        bits = _unzstd(packed, size)
+    elif f"{card.name}.bits" in stored or version == 1:
+        bits = stored[f"{card.name}.bits"]
+    else:
+        bits = all_ones(card.weights)
     if bits.dtype != torch.uint8 or bits.shape != (size,):
         raise ValueError(f"mask {card.name} has {bits.numel()} bytes, not {size}")
-    return Mask(card.name, card.start, bits, strip_prefix(stored, f"{card.name}.norms."))
+    norms, channels = (strip_prefix(stored, f"{card.name}.{part}.") for part in ("norms", "channels"))
+    if channels and version == 1:
+        raise ValueError(f"mask {card.name} has trained channels, which format 1 does not know")
+    return Mask(card.name, card.start, bits, norms, channels)
 
 
 def _moved(part: T, device: str) -> T:

@@ -39,7 +39,7 @@ def _masks(card: Card) -> Table:
     for k, mask in enumerate(card.masks):
         share = f"{card.router.shares[k - 1]:.1%}" if k and card.router else ""
         differs = f"{mask.differs_from_dispatcher:.2%}" if k else ""
-        stage = card.backbone.stages[mask.start]
+        stage = [*card.backbone.stages, "none (frozen)"][mask.start]
         table.add_row(mask.name, stage, f"{mask.weights:,}", f"{mask.density:.2%}", differs, share)
     return table
 

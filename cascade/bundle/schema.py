@@ -7,12 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Mode
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format. A bundle that uses nothing new in it is written as format 1, so that older readers take it."""
 MAX_WEIGHTS = 2**32  # of one mask: half a gigabyte of bits
 
 
 class BackboneCard(BaseModel):
-    """Which backbone the masks are for."""
+    """The backbone that the masks belong to."""
 
     name: str
     source: str

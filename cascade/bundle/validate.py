@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cascade.bundle.thumbnails import Thumbnails
-from cascade.model.fusion import MODES, Fusion
+from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Prototypes, Router
@@ -21,8 +21,13 @@ def inconsistencies(bundle: "Bundle") -> Iterator[str]:
     names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
     if [m.name for m in bundle.masks] != names:
         yield f"its masks should be {' '.join(names)}"
-    if any(m.start >= len(card.backbone.stages) for m in bundle.masks):
+    last = len(card.backbone.stages) - (0 if k == 0 and card.format > 1 else 1)  # all stages: a frozen dispatcher
+    if any(m.start > last for m in bundle.masks):
         yield "a mask starts after the last stage"
+    for m in bundle.masks:
+        for name, values in m.channels.items():
+            if values.dtype != torch.float16 or values.dim() != 1 or not values.isfinite().all():
+                yield f"mask {m.name}: the trained values {name} are not finite float16 numbers in one dimension"
     if any(m.start < bundle.dispatcher.start for m in bundle.experts):
         yield "an expert starts before the dispatcher"
     if len({m.start for m in bundle.experts}) > 1:
@@ -46,7 +51,10 @@ def inconsistencies(bundle: "Bundle") -> Iterator[str]:
     for mode in MODES:
         yield from _misshapen(f"fusion {mode}", bundle.fusions.get(mode), sizes)
         yield from _misshapen(f"head {mode}", bundle.linear.get(mode), sizes)
-        if (fusion := bundle.fusions.get(mode)) and len(fusion.weight) not in slots[mode]:
+        fusion = bundle.fusions.get(mode)
+        if isinstance(fusion, Identity) and (card.format == 1 or k or card.dim != card.backbone.features):
+            yield "it has no fusion"
+        if fusion and len(fusion.weight) not in slots[mode]:
             yield f"fusion {mode} has {len(fusion.weight)} slots"
         if bank := bundle.banks.get(mode):
             yield from _misshapen(f"bank {mode}", bank, sizes | {"rows": len(bank.names)})
@@ -61,11 +69,11 @@ def inconsistencies(bundle: "Bundle") -> Iterator[str]:
 def _misshapen(
     what: str, part: Router | OutOfDomain | Fusion | Linear | Bank | Thumbnails | None, sizes: dict[str, int]
 ) -> Iterator[str]:
-    """Tensors that are not as the part's layout says; an axis that ``sizes`` lacks has the length that comes first."""
+    """Tensors that do not have the part's layout; an axis that ``sizes`` lacks takes the first length that occurs."""
     sizes = dict(sizes)
     for name, layout in part.layout.items() if part else ():
-        found, (dtype, *axes) = getattr(part, name), layout.split()
-        shape = list(found.shape)
+        tensor, (dtype, *axes) = getattr(part, name), layout.split()
+        shape = list(tensor.shape)
         fits = len(axes) == len(shape) and [sizes.setdefault(a, n) for a, n in zip(axes, shape, strict=True)] == shape
-        if found.dtype != getattr(torch, dtype) or not fits:
-            yield f"{what}: {name} is {str(found.dtype).removeprefix('torch.')} {shape}, should be {layout}"
+        if not any(tensor.dtype == getattr(torch, d) for d in dtype.split("|")) or not fits:
+            yield f"{what}: {name} is {str(tensor.dtype).removeprefix('torch.')} {shape}, should be {layout}"

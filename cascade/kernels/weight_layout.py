@@ -64,8 +64,10 @@ class WeightLayout:
     """The pristine weights of a folded backbone in an executor's order.
 
     Attributes:
-        pristine: float32 [n], the plain backbone's folded weights. shifts: float32 [rows], its shifts. loose: its
-            loose tensors, see ``Folded``.
+        pristine: float32 [n], the folded weights, which masks multiply.
+        plain: float32 [n], the weights of a pass without a mask: the same tensor, unless the backbone switches
+            channels off (BatchNorm scale 0).
+        shifts: float32 [rows], the shifts without a mask. loose: the backbone's loose tensors, see ``Folded``.
         begin: where each unit's weights begin, int64 [units + 1]; row: where its rows begin.
     """
 
@@ -81,10 +83,17 @@ class WeightLayout:
         self.loose = {name: state[name].detach().clone() for name in folded.loose}
         self.pristine = torch.zeros(int(self.begin[-1]), device=device)
         self.shifts = torch.zeros(int(self.row[-1]), device=device)
+        off = {}  # the plain backbone's scales, where they are not all 1
         for i, (unit, order) in enumerate(zip(units, orders, strict=True)):
-            weight, shift = folded.plain(unit)
-            self.pristine[self.begin[i] : self.begin[i] + sizes[i]] = order.arrange(weight)
-            self.shifts[self.row[i] : self.row[i] + unit.rows] = shift
+            affine = folded.plain(unit)
+            self.pristine[self.begin[i] : self.begin[i] + sizes[i]] = order.arrange(folded.weight(unit))
+            self.shifts[self.row[i] : self.row[i] + unit.rows] = torch.from_numpy(affine.shift)
+            if not (affine.scale == 1).all():
+                off[i] = torch.from_numpy(affine.scale).float().to(device)
+        self.plain = self.pristine.clone() if off else self.pristine
+        for i, scale in off.items():
+            weight = folded.weight(units[i]) * scale[:, None]
+            self.plain[self.begin[i] : self.begin[i] + sizes[i]] = orders[i].arrange(weight)
         # Pieces with one set of scales: a row, or a block of rows.
         per = [len(o.columns) * o.block for o in orders]
         begin = np.concatenate([b + np.arange(n) * p for b, n, p in zip(self.begin, blocks, per, strict=False)])

@@ -77,6 +77,14 @@ class Backbone:
         """First weight of the flat buffer that belongs to ``stage`` or a later one."""
         return next((s.offset for s in self.segments if s.stage >= stage), self.weights.numel())
 
+    def channels(self, start: int = 0) -> dict[str, torch.Size]:
+        """Shapes of the parameters that an adapter may carry trained values of, from stage ``start`` on, by name.
+
+        These are the one-dimensional parameters: scales and shifts of norms, biases, and layer scales.
+        """
+        parameters = self._parameters.items()
+        return {n: p.shape for n, p in parameters if p.dim() == 1 and stage_of(n, self.stages) >= start}
+
     def stage(self, name_or_index: str | int) -> int:
         """A stage's index from its name or number; negative numbers count from the end."""
         names = [stage.name for stage in self.stages]

@@ -1,10 +1,11 @@
-"""Folding: every BatchNorm goes into the convolution before it, so that a mask is bits, scales and shifts.
+"""Folding: each BatchNorm goes into the convolution before it, so that an adapter is bits, scales and shifts.
 
     BN(W * M / alpha (*) x + b)  =  (W' * M * scale) (*) x + shift
 
 ``W'`` is the weight with the backbone's own BatchNorm folded in, one copy for all masks. A mask's alpha, its
-BatchNorm statistics, its masked biases and affines are all in ``scale`` and ``shift``, one number a row (output
-channel), computed once in float64 (paper §3, eq. 3; method.md §1). Linear layers carry 1 / alpha the same way.
+BatchNorm statistics, its masked biases and affines and its trained channels all end up in ``scale`` and ``shift``,
+one number for each row (output channel), computed once in float64 (paper §3, eq. 3; method.md §1). Linear layers
+carry 1 / alpha the same way.
 """
 
 import copy
@@ -23,11 +24,13 @@ from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 
 PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
-"""Layers that use their weight as it stands; a subclass may standardize it first."""
-
+"""Layers that use their weight unchanged; a subclass may standardize it first."""
 
 LOOSE = 0.05
-"""Share of the masked weights that may lie outside of units: every mask keeps them in float32."""
+"""Share of the masked weights that may lie outside of units: every mask keeps its own copy in float32."""
+
+OFF = 1e-20
+"""A channel whose BatchNorm scale is below this is switched off in the backbone, and is not folded with that scale."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Affine:
-    """What a mask does to the rows of one unit: float64 [rows] each."""
+    """How a mask changes the rows of one unit: float64 [rows] each, ``scale`` relative to the folded weight."""
 
     scale: np.ndarray
     shift: np.ndarray
@@ -69,10 +72,11 @@ class Folded:
 
     Attributes:
         units: in the order of the flat buffer, by stage.
-        model: a copy of the backbone's model without those BatchNorms, which shares the parameters that no mask
-            changes. Every unit has a weight and a bias, both empty: they are for an executor to set.
-        loose: tensors beside the units' that a mask changes all the same (a BatchNorm that could not be folded, an
-            affine of another norm), by name.
+        model: a copy of the backbone's model without those BatchNorms. It shares the parameters that no mask
+            changes. Each unit has an empty weight and an empty bias for an executor to set.
+        loose: names of the tensors outside of units that a mask may change (a LayerNorm's scale, the statistics of a
+            BatchNorm that could not be folded).
+        always: those of them that every mask changes, because they are masked or are running statistics.
 
     Raises:
         CascadeError: too many weights are loose.
@@ -84,20 +88,23 @@ class Folded:
         gone = {unit.norm for unit in self.units if unit.norm}
         inside = {f"{unit.module}.weight" for unit in self.units} | {f"{unit.module}.bias" for unit in self.units}
         inside |= {f"{norm}.{part}" for norm in gone for part in ("weight", "bias", "running_mean", "running_var")}
-        self.loose = [name for name in (*backbone.spans, *backbone.norms) if name not in inside]
-        weights = sum(end - begin for name, (begin, end) in backbone.spans.items() if name in self.loose)
+        self.always = [name for name in (*backbone.spans, *backbone.norms) if name not in inside]
+        others = backbone.channels().keys() - inside - set(self.always)
+        self.loose = self.always + [name for name in backbone.channels() if name in others]
+        weights = sum(end - begin for name, (begin, end) in backbone.spans.items() if name in self.always)
         if weights > LOOSE * backbone.weights.numel():
             raise CascadeError(
                 f"{weights / backbone.weights.numel():.0%} of the masked weights of {backbone.name} are in layers that"
                 " can't be folded: choose the plain executor"
             )
-        self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.loose)}
+        self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.always)}
         shared = {id(t): t for t in (*backbone.model.parameters(), *backbone.model.buffers())}
         state = backbone.model.state_dict(keep_vars=True)
-        for name in self.loose:  # they are views of the backbone's flat buffer, or will change with every mask
-            own = state[name]
-            shared[id(own)] = (
-                nn.Parameter(own.detach().clone(), requires_grad=False) if name in backbone.spans else own.clone()
+        for name in self.loose:  # copies, because masks change them
+            tensor = state[name]
+            copied = tensor.detach().clone()
+            shared[id(tensor)] = (
+                nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
             )
         self.model = copy.deepcopy(backbone.model, shared)
         for unit in self.units:  # or they would keep the backbone's flat buffer
@@ -110,33 +117,34 @@ class Folded:
             _replace(self.model, name, nn.Sequential(*parts) if parts else nn.Identity())
 
     def bytes(self) -> int:
-        """Memory of the small tensors that new masks are folded with."""
+        """Memory of the small tensors that are used to fold new masks."""
         return sum(values.nbytes for values in self._small.values())
 
-    def plain(self, unit: Unit) -> tuple[Tensor, Tensor]:
-        """A unit without any mask: folded weight float32 [rows, columns], shift float32 [rows]."""
-        weight = self.backbone.weights[unit.offset : unit.offset + unit.rows * unit.columns].view(
-            unit.rows, unit.columns
-        )
-        gain = torch.from_numpy(self._gain(unit)).to(weight)
-        shift = self.affine(unit, _State(self)).shift
-        return weight * gain[:, None], torch.from_numpy(shift).float()
+    def weight(self, unit: Unit) -> Tensor:
+        """The folded weight ``W'`` of a unit, float32 [rows, columns]."""
+        flat = self.backbone.weights[unit.offset : unit.offset + unit.rows * unit.columns]
+        weight = flat.view(unit.rows, unit.columns)
+        return weight * torch.from_numpy(self._gain(unit)).to(weight)[:, None]
+
+    def plain(self, unit: Unit) -> Affine:
+        """Scale and shift of a unit without a mask; the scale is 1 unless the backbone switches a channel off."""
+        return self.affine(unit, _State(self))
 
     def affines(self, mask: Mask) -> list[Affine]:
-        """What ``mask`` does to each unit from its first stage on."""
+        """How ``mask`` changes each unit from its first stage on."""
         state = _State(self, mask)
         return [self.affine(unit, state) for unit in self.units if unit.stage >= mask.start]
 
     def loosened(self, mask: Mask) -> dict[str, Tensor]:
-        """The ``loose`` tensors under ``mask``, those of its own stages."""
-        if not self.loose:
+        """The ``loose`` tensors that ``mask`` changes, by name."""
+        if not self.always and not mask.channels:
             return {}
         state, shapes = _State(self, mask), self.model.state_dict()
         covered = [name for name in self.loose if state.covers(name)]
         return {name: torch.from_numpy(state(name)).float().view(shapes[name].shape) for name in covered}
 
     def affine(self, unit: Unit, state: "_State") -> Affine:
-        """Scale relative to the folded weight, and shift, of one unit."""
+        """Scale and shift of one unit."""
         scale = 1 / state.alphas(unit)
         shift = np.zeros(unit.rows)
         layer = self.backbone.model.get_submodule(unit.module)
@@ -145,22 +153,27 @@ class Folded:
         if unit.norm is None:
             return Affine(scale, shift)
         norm = cast(nn.BatchNorm2d, self.backbone.model.get_submodule(unit.norm))
-        own = np.sqrt(self._small[f"{unit.norm}.running_var"] + norm.eps)
-        deviation = np.sqrt(state(f"{unit.norm}.running_var") + norm.eps)
-        gamma, beta = (state(f"{unit.norm}.{p}") if norm.affine else float(p == "weight") for p in ("weight", "bias"))
-        shift = (shift - state(f"{unit.norm}.running_mean")) * gamma / deviation + beta
-        # Never a division by the backbone's gamma, which may be zero: a masked gamma is gamma * M / alpha.
-        ratio = state.ratio(f"{unit.norm}.weight")
-        return Affine(scale * ratio * own / deviation, shift)
+        multiplier = self._multiplier(unit, state)
+        beta = state(f"{unit.norm}.bias") if norm.affine else 0.0
+        shift = (shift - state(f"{unit.norm}.running_mean")) * multiplier + beta
+        return Affine(scale * multiplier / self._gain(unit), shift)
 
     def _gain(self, unit: Unit) -> np.ndarray:
-        """What the backbone's own BatchNorm multiplies a unit's rows with, float64 [rows]."""
+        """The factor of each row that is folded into the weight, float64 [rows], never zero.
+
+        It is the backbone's own BatchNorm multiplier, but 1 where the backbone switches the channel off: a mask with
+        a trained scale may switch it on.
+        """
+        gain = self._multiplier(unit, _State(self))
+        return np.where(np.abs(gain) < OFF, 1.0, gain)
+
+    def _multiplier(self, unit: Unit, state: "_State") -> np.ndarray:
+        """The factor that a unit's BatchNorm applies to each row, float64 [rows]; ones without a BatchNorm."""
         if unit.norm is None:
             return np.ones(unit.rows)
         norm = cast(nn.BatchNorm2d, self.backbone.model.get_submodule(unit.norm))
-        state = _State(self)
-        gamma = state(f"{unit.norm}.weight") if norm.affine else 1.0
-        return np.asarray(gamma / np.sqrt(state(f"{unit.norm}.running_var") + norm.eps) * np.ones(unit.rows))
+        gamma = state(f"{unit.norm}.weight") if norm.affine else np.ones(unit.rows)
+        return np.asarray(gamma / np.sqrt(state(f"{unit.norm}.running_var") + norm.eps))
 
 
 class _State:
@@ -172,7 +185,7 @@ class _State:
         self.first = backbone.offset(mask.start) if mask else backbone.weights.numel()
         if mask is None:
             return
-        from cascade.kernels.cpu import count  # numba takes a second to come up
+        from cascade.kernels.cpu import count  # numba takes a second to import
 
         self.bits = mask.bits.cpu().numpy()
         covered = [s for s in backbone.segments if s.offset >= self.first]
@@ -181,21 +194,23 @@ class _State:
         self.alpha = {s.offset: a for s, a in zip(covered, np.sqrt(share).tolist(), strict=True)}
 
     def __call__(self, name: str) -> np.ndarray:
-        """A bias, an affine or a statistic."""
-        if self.mask and name in self.mask.norms:
-            return np.asarray(self.mask.norms[name].double().cpu().numpy())
-        return self.small[name] * self.ratio(name)
+        """A bias, an affine or a statistic, flat."""
+        for trained in (self.mask.norms, self.mask.channels) if self.mask else ():
+            if name in trained:
+                return np.asarray(trained[name].double().cpu().numpy())
+        return self.small[name] * self._ratio(name)
 
     def covers(self, name: str) -> bool:
         """Whether the mask changes a loose tensor."""
         assert self.mask is not None
-        return name in self.mask.norms or (name in self.backbone.spans and self.backbone.spans[name][0] >= self.first)
+        masked = name in self.backbone.spans and self.backbone.spans[name][0] >= self.first
+        return masked or name in self.mask.norms or name in self.mask.channels
 
-    def ratio(self, name: str) -> np.ndarray | float:
+    def _ratio(self, name: str) -> np.ndarray | float:
         """M / alpha of a small parameter, each row block with its own; 1 where it carries no mask."""
         if name not in self.backbone.spans or self.backbone.spans[name][0] < self.first:
             return 1.0
-        begin, end = (at - self.first for at in self.backbone.spans[name])
+        begin, end = (index - self.first for index in self.backbone.spans[name])
         bits = np.unpackbits(self.bits[begin // 8 : -(-end // 8)], bitorder="little")
         return bits[begin % 8 :][: end - begin] / self._blocks(name)
 
@@ -221,9 +236,9 @@ def _units(backbone: Backbone) -> Iterator[Unit]:
 
 @torch.inference_mode()
 def _follows(backbone: Backbone) -> dict[str, str]:
-    """The BatchNorm that takes each convolution's output, seen in one pass."""
+    """The BatchNorm that takes each convolution's output, observed in one pass."""
     made: dict[int, tuple[str, Tensor]] = {}
-    found: dict[str, str] = {}
+    follows: dict[str, str] = {}
     hooks = []
     for name, module in backbone.model.named_modules():
         if type(module) in PLAIN:
@@ -232,7 +247,7 @@ def _follows(backbone: Backbone) -> dict[str, str]:
 
             def see(m: nn.Module, inputs: tuple[Tensor, ...], norm: str = name) -> None:
                 if (maker := made.get(id(inputs[0]))) is not None:
-                    found[maker[0]] = norm
+                    follows[maker[0]] = norm
 
             hooks.append(module.register_forward_pre_hook(see))
     try:
@@ -240,11 +255,11 @@ def _follows(backbone: Backbone) -> dict[str, str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return follows
 
 
 def _small(backbone: Backbone, units: list[Unit], loose: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """All statistics, and the biases and affines that belong to units or are loose."""
+    """All running statistics, and the biases and affines that belong to units or are loose."""
     yield from backbone.norms.items()
     parameters = dict(backbone.model.named_parameters())
     owners = {f"{module}.{part}" for u in units for module in (u.module, u.norm) for part in ("weight", "bias")}

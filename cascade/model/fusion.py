@@ -3,6 +3,7 @@
 ``dispatcher`` uses the first block alone, ``conditional`` the dispatcher's and the routed expert's,
 ``unconditional`` all of them. Centering, PCA and whitening are one affine map, folded when it was
 fitted: ``embedding = bias + sum over blocks of block_i @ weight_i``, absent blocks counting as zero.
+In ``dispatcher`` mode a bundle may do without: then the embedding is the features themselves.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,21 @@ class Fusion:
         slots = self.weight.shape[0]
         slot = 0 if expert is None else 1 if slots == 2 else expert + 1
         return features.float() @ self.weight[slot].float()
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Fusion):
+    """No projection, in ``dispatcher`` mode: the embedding is the features. Nothing of it is stored in a bundle."""
+
+    layout: ClassVar[dict[str, str]] = {"bias": "float32 dim"}
+
+    @classmethod
+    def of(cls, features: int) -> "Identity":
+        """For features of this width."""
+        return cls(torch.empty(1, features, 0, dtype=torch.float16), torch.zeros(features))
+
+    def project(self, features: Tensor, expert: int | None) -> Tensor:
+        return features.float()
 
 
 def fold(mean: Tensor, basis: Tensor, slots: int) -> Fusion:

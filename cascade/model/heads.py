@@ -17,16 +17,16 @@ class Linear:
     """A linear classifier: multinomial logistic regression or a supervised mask's own head.
 
     Attributes:
-        weight: float32 [classes, dim]; bias: float32 [classes].
+        weight: float32 or float16 [classes, dim]; bias: float32 [classes].
     """
 
-    layout: ClassVar[dict[str, str]] = {"weight": "float32 classes dim", "bias": "float32 classes"}
+    layout: ClassVar[dict[str, str]] = {"weight": "float32|float16 classes dim", "bias": "float32 classes"}
     weight: Tensor
     bias: Tensor
 
     def scores(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, dim] to class probabilities [B, classes]."""
-        return torch.nn.functional.linear(embeddings, self.weight, self.bias).softmax(dim=1)
+        return torch.nn.functional.linear(embeddings, self.weight.float(), self.bias).softmax(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,11 @@
-"""Masks: one bit a weight, one alpha a tensor (paper §3, eq. 1-3; method.md §1).
+"""Adapters: one bit for each weight, and trained values for each channel (paper §3, eq. 1-3; method.md §1).
 
-The weight that a mask makes of ``W`` is ``W * M / alpha`` with ``alpha = sqrt(mean(M))``, which keeps
-the variance of the layer's output. Bits are packed eight to a byte, the first weight in the lowest
-bit, over the backbone's flat buffer from the mask's first stage to the end.
+A mask turns a weight ``W`` into ``W * M / alpha`` with ``alpha = sqrt(mean(M))``, one alpha for each tensor, which
+keeps the variance of the layer's output. Bits are packed eight to a byte, the first weight in the lowest bit, over the
+backbone's flat buffer from the mask's first stage to the end.
+
+Beside its bits a mask may carry trained *channels*: BatchNorm and LayerNorm scales and shifts, and biases. They fold
+into the scale and shift that each output channel has anyway, so they cost no extra work in a pass.
 """
 
 from collections.abc import Iterator
@@ -18,23 +21,26 @@ _SHIFTS = torch.arange(8, dtype=torch.uint8)
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """One adapted model, as far as it differs from the backbone.
+    """How one adapted model differs from the backbone.
 
     Attributes:
         name: ``dispatcher`` or ``expert-3``.
-        start: first stage that it covers; earlier weights are not its own.
-        bits: packed bits, uint8 [ceil(n / 8)], n weights from stage ``start`` to the end.
+        start: first stage that it adapts. The number of stages means that it changes nothing ("frozen").
+        bits: packed bits, uint8 [ceil(n / 8)], for the n maskable weights from stage ``start`` to the end.
         norms: BatchNorm running statistics that differ from the backbone's, by buffer name.
+        channels: trained values of one-dimensional parameters (see ``Backbone.channels``) from stage ``start`` on,
+            float16, by parameter name. Each replaces the parameter: no bits apply to it.
     """
 
     name: str
     start: int
     bits: Tensor
     norms: dict[str, Tensor] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
 
     def bytes(self) -> int:
         """Resident memory of the packed mask."""
-        return self.bits.nbytes + sum(t.nbytes for t in self.norms.values())
+        return self.bits.nbytes + sum(t.nbytes for t in (*self.norms.values(), *self.channels.values()))
 
 
 def pack(active: Tensor) -> Tensor:
@@ -46,6 +52,19 @@ def pack(active: Tensor) -> Tensor:
 def unpack(bits: Tensor, n: int) -> Tensor:
     """The first ``n`` bits of uint8 [ceil(n / 8)] as bool [n]."""
     return ((bits[:, None] >> _SHIFTS.to(bits.device)) & 1).flatten()[:n].bool()
+
+
+def all_ones(n: int) -> Tensor:
+    """Packed bits of a mask that keeps all ``n`` weights."""
+    bits = torch.full((-(-n // 8),), 255, dtype=torch.uint8)
+    if n % 8:
+        bits[-1] = (1 << n % 8) - 1
+    return bits
+
+
+def frozen(backbone: Backbone) -> Mask:
+    """The dispatcher of a bundle that leaves the backbone as it is."""
+    return Mask("dispatcher", len(backbone.stages), all_ones(0))
 
 
 def alpha(active: Tensor) -> float:

@@ -43,7 +43,7 @@ def features(mask: Mask, backbone: Backbone, inputs: Tensor) -> np.ndarray:
     own = backbones.load(backbone.name, backbone.source)
     own.point(materialize(own, mask), own.offset(mask.start))
     state = own.model.state_dict()
-    for name, tensor in mask.norms.items():
+    for name, tensor in (mask.norms | mask.channels).items():
         state[name].copy_(tensor)
     return own.model(inputs).numpy()
 

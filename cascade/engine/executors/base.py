@@ -48,14 +48,17 @@ class BaseExecutor:
         if mask is None:
             return
         assert isinstance(mask, PackedMask), "a mask is packed before it is swapped"
-        weights = self.weight_cache.get(mask, self.size(mask), lambda out: self.materialize(mask, out))
+        weights = self.layout.pristine[:0]
+        if self.size(mask):
+            weights = self.weight_cache.get(mask, self.size(mask), lambda out: self.materialize(mask, out))
         self.point(self.layout.first(mask.start), weights, mask.shifts, mask.loose)
         self._now = mask
 
     def prefetch(self, mask: Mask) -> None:
-        """Begin with the weights of the mask that comes next."""
+        """Start to materialize the weights of the next mask."""
         assert isinstance(mask, PackedMask), "a mask is packed before it is swapped"
-        self.weight_cache.prefetch(mask, self.size(mask), lambda out: self.materialize(mask, out))
+        if self.size(mask):
+            self.weight_cache.prefetch(mask, self.size(mask), lambda out: self.materialize(mask, out))
 
     def materialize(self, mask: PackedMask, out: Tensor | None) -> Tensor:
         """The mask's weights, from its first stage on, in ``out`` where one is given."""
@@ -80,6 +83,7 @@ class BaseExecutor:
         models = {**self.backbone.model.state_dict(), **folded.model.state_dict()}
         held = [
             self.layout.pristine,
+            self.layout.plain,
             self.layout.shifts,
             self.plain,
             *self.layout.loose.values(),

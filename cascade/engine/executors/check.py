@@ -85,10 +85,13 @@ def _features(executor: Executor, mask: Mask | None, x: Tensor) -> Tensor:
 
 
 def _mask(backbone: Backbone, generator: torch.Generator) -> Mask:
-    """Nine of ten weights, and every statistic moved a little."""
+    """A mask that changes everything a mask can change: nine of ten weights, each statistic and trained channel."""
     bits = pack(torch.rand(backbone.weights.numel(), generator=generator) < 0.9).to(backbone.weights.device)
-    norms = {}
-    for name, tensor in backbone.norms.items():
-        moved = tensor.cpu() * (0.9 + 0.2 * torch.rand(tensor.shape, generator=generator))
-        norms[name] = moved.to(tensor)
-    return Mask("check", 0, bits, norms)
+    norms = {name: _moved(tensor, generator) for name, tensor in backbone.norms.items()}
+    state = backbone.model.state_dict()
+    channels = {name: _moved(state[name], generator).half() for name in [*backbone.channels()][::3]}
+    return Mask("check", 0, bits, norms, channels)
+
+
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return (tensor.cpu() * (0.9 + 0.2 * torch.rand(tensor.shape, generator=generator))).to(tensor)

@@ -81,12 +81,14 @@ class CudaExecutor(FoldedExecutor):
         self.layout.loose = {name: t.to(dtype) for name, t in self.layout.loose.items()}
         self._shifts = self.layout.shifts.clone()
         self._loose = {name: t.clone() for name, t in self.layout.loose.items()}
+        self._changed: set[str] = set()  # loose tensors that the last mask changed
         self._first = len(self.layout.folded.units)  # the first unit of the buffer
         self._buffer: Callable[[], Tensor | None] = lambda: None  # never owned: evicted weights must be free
         self._last: PackedMask | None = None  # whose weights are in it, as long as the weight_cache holds them
         self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if self.plain.is_cuda else None
-        self._bound = Bound(self.plain, kernels=self.plain.is_cuda)
+        masked = self.plain if self.layout.plain is self.layout.pristine else self.layout.pristine.to(dtype)
+        self._bound = Bound(masked, kernels=self.plain.is_cuda)
         self._distinct = distinct_model(self.layout, self._bound)
         self._distinct_row = stages(self._distinct) if self._distinct else []
 
@@ -139,7 +141,8 @@ class CudaExecutor(FoldedExecutor):
         packed = [mask for mask in masks if isinstance(mask, PackedMask)]
         assert len(packed) == len(masks) == len(x) and all(mask.start <= start for mask in packed)
         self.swap(None)
-        if self._distinct is None or all(mask is packed[0] for mask in packed):
+        alone = self._distinct is None or any(mask.loose for mask in packed)
+        if alone or all(mask is packed[0] for mask in packed):
             return self._one_by_one(x, packed, start, stop)
         parts = []
         for begin in range(0, len(x), BUCKETS[-1]):
@@ -207,8 +210,9 @@ class CudaExecutor(FoldedExecutor):
             buffer = self.plain.new_empty(int(begin[-1] - begin[self._first]))
         self.materialize(mask, buffer[begin[first] - begin[self._first] :])
         self._shifts[row[first] :].copy_(mask.shifts)
-        for name, tensor in self._loose.items():  # all: the graphs know no mask that leaves some of them as they were
-            tensor.copy_(mask.loose.get(name, self.layout.loose[name]))
+        for name in self._changed | mask.loose.keys():  # also those that only the last mask changed
+            self._loose[name].copy_(mask.loose.get(name, self.layout.loose[name]))
+        self._changed = set(mask.loose)
         return buffer
 
     def _forget(self) -> None:

@@ -37,7 +37,7 @@ class FoldedExecutor(BaseExecutor):
         if dtype != torch.float32:  # what no mask changes; a copy, for the backbone keeps its own
             folded.model = copy.deepcopy(folded.model).to(dtype)
             self.layout.shifts = self.layout.shifts.to(dtype)
-        self.plain = self.layout.pristine.to(dtype)
+        self.plain = self.layout.plain.to(dtype)
         self._scratch: Tensor | None = None
         self._row = stages(folded.model)
         self.point(0, self.plain, self.layout.shifts, {})

@@ -57,7 +57,7 @@ class OnnxExecutor(BaseExecutor):
         x = torch.zeros(2, *backbone.config["input_size"], device=backbone.weights.device)
         graph = _graph(folded, x, 0, None)
         self.layout = WeightLayout(folded, graph.orders)
-        self.plain = self.layout.pristine
+        self.plain = self.layout.plain
         self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
         self.place = [(self.plain, 0)] * len(folded.units)
         self.shift = [(self.layout.shifts, 0)] * len(folded.units)
@@ -65,12 +65,12 @@ class OnnxExecutor(BaseExecutor):
         self.point(0, self.plain, self.layout.shifts, {})
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
-        # What all pointers of a session follow from; loose tensors would have to be in it, too.
-        self.pointing = None if self.loose else (first, weights.data_ptr(), shifts.data_ptr())
+        self.loose.update(loose)
+        # Everything that a session's pointers depend on.
+        self.pointing = (first, weights.data_ptr(), shifts.data_ptr(), *(t.data_ptr() for t in self.loose.values()))
         for i in range(first, len(self.place)):
             self.place[i] = weights, int(self.layout.begin[i] - self.layout.begin[first])
             self.shift[i] = shifts, int(self.layout.row[i] - self.layout.row[first])
-        self.loose.update(loose)
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
@@ -117,7 +117,7 @@ class _Session:
     def _bound(self) -> Any:
         """Everything but the image, bound; kept for a few masks, because a hundred pointers take half a millisecond."""
         executor, key = self._executor, self._executor.pointing
-        if key is not None and key in self._bindings:
+        if key in self._bindings:
             self._bindings.move_to_end(key)
             return self._bindings[key]
         binding = self._session.io_binding()
@@ -127,10 +127,9 @@ class _Session:
             tensor, offset = places[int(index)] if places else (executor.loose[name], 0)
             pointer = tensor.data_ptr() + 4 * offset
             binding.bind_input(name, tensor.device.type, tensor.device.index or 0, np.float32, shape, pointer)
-        if key is not None:
-            self._bindings[key] = binding
-            while len(self._bindings) > BINDINGS:
-                self._bindings.popitem(last=False)
+        self._bindings[key] = binding
+        if len(self._bindings) > BINDINGS:
+            self._bindings.popitem(last=False)
         return binding
 
 
@@ -183,12 +182,22 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
 
 
 def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
-    """The folded model with weights that are their own positions: v of a weight stood at place v - 1 - index."""
+    """The folded model with weights that are their own positions: a value v of a weight was at place v - 1 - index.
+
+    Loose tensors get random values, because the exporter merges constants that are equal.
+    """
     shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
     model = copy.deepcopy(folded.model, shared)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]  # plain products: it fuses them itself
+    generator = torch.Generator().manual_seed(0)
+    for name in folded.loose:
+        path, _, part = name.rpartition(".")
+        old = getattr(model.get_submodule(path), part)
+        drawn = 0.5 + torch.rand(old.shape, generator=generator)
+        new = nn.Parameter(drawn, requires_grad=False) if isinstance(old, nn.Parameter) else drawn
+        setattr(model.get_submodule(path), part, new)
     for i, unit in inside:
         size = unit.rows * unit.columns
         if size + i >= 1 << 24 or unit.rows > 1 << _ROWS or i >= 1 << 24 - _ROWS:

@@ -49,11 +49,11 @@ class Distinct(nn.Module):
 def distinct_model(flat: WeightLayout, bound: Bound) -> nn.Module | None:
     """A copy of the folded model with every unit replaced; all else is shared.
 
-    None where a mask changes more than the units' weights and biases, or where the way through the model is not known
-    (``cascade.model.stages``): there a layer's weight may be read past the layer.
+    None if every mask changes more than the units' weights and biases, or if the way through the model is unknown
+    (``cascade.model.stages``): such a model may read a layer's weight past the layer.
     """
     folded = flat.folded
-    if folded.loose or len(folded.backbone.stages) == 1:
+    if folded.always or len(folded.backbone.stages) == 1:
         return None
     shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
     model = copy.deepcopy(folded.model, shared)

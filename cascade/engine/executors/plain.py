@@ -1,4 +1,7 @@
-"""The plain PyTorch executor: parameters are views, and a swap points them to the mask's materialized weights."""
+"""The plain PyTorch executor: parameters are views, and a swap points them to the mask's materialized weights.
+
+It writes an adapter's values into the model as they are, without folding: other executors are tested against it.
+"""
 
 from dataclasses import replace
 
@@ -22,37 +25,45 @@ class PlainExecutor:
     def __init__(self, backbone: Backbone, weight_cache: WeightCache) -> None:
         self.backbone, self.weight_cache = backbone, weight_cache
         self._norms = {name: _module_of(backbone, name) for name in backbone.norms}
+        self._parameters = dict(backbone.model.named_parameters())
+        self._pristine: dict[str, Tensor] = {}  # of the parameters that the mask in place has trained values of
         self._now: Mask | None = None
 
     def pack(self, mask: Mask) -> Mask:
-        """The mask as it is, on the backbone's device."""
+        """The mask on the backbone's device, its trained channels in float32."""
         device = self.backbone.weights.device
-        return replace(mask, bits=mask.bits.to(device), norms={n: t.to(device) for n, t in mask.norms.items()})
+        norms = {n: t.to(device) for n, t in mask.norms.items()}
+        channels = {n: t.float().to(device) for n, t in mask.channels.items()}
+        return replace(mask, bits=mask.bits.to(device), norms=norms, channels=channels)
 
     def bytes(self) -> int:
         """Memory of the resident backbone."""
         return self.backbone.bytes()
 
     def swap(self, mask: Mask | None) -> None:
-        """Put the weights and BatchNorm statistics of ``mask`` in place, from its first stage on.
+        """Put the weights, BatchNorm statistics and trained channels of ``mask`` in place, from its first stage on.
 
-        Stages before it keep whatever they had: a caller runs a mask from its own first stage only.
+        Earlier stages keep whatever they had: a caller runs a mask from its own first stage only.
         """
         if mask is self._now:
             return
         self._release()
         if mask is None:
             return
-        first = self.backbone.offset(mask.start)
-        flat = self.weight_cache.get(mask, self.size(mask), lambda out: materialize(self.backbone, mask, out))
-        self.backbone.point(flat, first)
+        if self.size(mask):
+            flat = self.weight_cache.get(mask, self.size(mask), lambda out: materialize(self.backbone, mask, out))
+            self.backbone.point(flat, self.backbone.offset(mask.start))
         for name, tensor in mask.norms.items():
             self._set_norm(name, tensor)
+        for name, tensor in mask.channels.items():
+            self._pristine[name] = self._parameters[name].data
+            self._parameters[name].data = tensor.float()
         self._now = mask
 
     def prefetch(self, mask: Mask) -> None:
-        """Begin with the weights of the mask that comes next."""
-        self.weight_cache.prefetch(mask, self.size(mask), lambda out: materialize(self.backbone, mask, out))
+        """Start to materialize the weights of the next mask."""
+        if self.size(mask):
+            self.weight_cache.prefetch(mask, self.size(mask), lambda out: materialize(self.backbone, mask, out))
 
     def size(self, mask: Mask) -> int:
         """Bytes of the mask's materialized weights."""
@@ -67,6 +78,9 @@ class PlainExecutor:
     def _release(self) -> None:
         """Back to the plain backbone; so no parameter keeps evicted weights alive."""
         if self._now is not None:
+            for name, tensor in self._pristine.items():
+                self._parameters[name].data = tensor
+            self._pristine.clear()
             first = self.backbone.offset(self._now.start)
             self.backbone.point(self.backbone.weights[first:], first)
             for name in self._now.norms:

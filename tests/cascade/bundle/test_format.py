@@ -312,9 +312,9 @@ def test_read_error_is_one_line(written: Path, monkeypatch: pytest.MonkeyPatch) 
 # --- right checksums, wrong contents
 
 CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "format 2": (lambda c: c.update(format=2), "format 2, this Cascade reads 1"),
-    "a later format": (lambda c: c.update(format=2, novelty=[1]), "format 2, this Cascade reads 1"),
-    "format 0": (lambda c: c.update(format=0), "format 0, this Cascade reads 1"),
+    "format 3": (lambda c: c.update(format=3), "format 3, this Cascade reads 1 to 2"),
+    "a later format": (lambda c: c.update(format=3, novelty=[1]), "format 3, this Cascade reads 1 to 2"),
+    "format 0": (lambda c: c.update(format=0), "format 0, this Cascade reads 1 to 2"),
     "no format": (lambda c: c.pop("format"), "format: Field required"),
     "format in words": (lambda c: c.update(format="one"), "format: "),
     "unknown field": (lambda c: c.update(novelty=1), "novelty: Extra inputs"),
@@ -334,7 +334,7 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no router": (lambda c: c.update(router=None), "experts need a router"),
     "shares": (lambda c: c["router"].update(shares=[1.0]), "one share for each expert"),
     "fewer masks": (lambda c: c["masks"].pop(), "one share for each expert"),
-    "classes": (lambda c: c["classes"].pop(), "head dispatcher: weight is float32 [3, 8], should be float32 classes"),
+    "classes": (lambda c: c["classes"].pop(), "head dispatcher: weight is float32 [3, 8], should be float32|float16 classes"),
     "dim": (lambda c: c.update(dim=9), "fusion dispatcher: weight is float16 [1, 96, 8], should be float16 slots F"),
     "features": (lambda c: c["backbone"].update(features=97), "router: head is float16 [16, 96], should be"),
 }
@@ -351,7 +351,7 @@ def test_card_that_does_not_fit(written: Path, case: str) -> None:
 def test_card_that_is_none(written: Path, raw: bytes) -> None:
     (written / "cascade.json").write_bytes(raw)
     seal(written)
-    assert "this is not a bundle of format 1" in refusal(written)
+    assert "this is not a bundle of format 1 to 2" in refusal(written)
 
 
 def bump(name: str, **kwargs: Any) -> Callable[[dict[str, Tensor]], object]:
