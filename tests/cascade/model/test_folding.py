@@ -18,7 +18,7 @@ def test_what_is_folded(name: str, folded: int, loose: int) -> None:
     """A DenseNet has norms that no convolution precedes: their statistics stay what they are."""
     found = Folded(backbones.load(name, "random:0"))
     assert sum(unit.norm is not None for unit in found.units) == folded
-    assert len(found.loose) == loose
+    assert len(found.always) == loose
     norms = [n for n, m in found.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == loose // 2, "the others are gone from the model"
 
