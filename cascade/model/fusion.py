@@ -1,9 +1,9 @@
-"""Fusion: the blocks ``[D(x), E1(x) .. EK(x)]`` to one embedding (paper §3.4; method.md §3).
+"""Fusion combines the blocks ``[D(x), E1(x) .. EK(x)]`` into one embedding (paper §3.4; method.md §3).
 
-``dispatcher`` uses the first block alone, ``conditional`` the dispatcher's and the routed expert's,
-``unconditional`` all of them. Centering, PCA and whitening are one affine map, folded when it was
-fitted: ``embedding = bias + sum over blocks of block_i @ weight_i``, absent blocks counting as zero.
-In ``dispatcher`` mode a bundle may do without: then the embedding is the features themselves.
+``dispatcher`` uses the first block only, ``conditional`` the dispatcher's block and the routed expert's,
+``unconditional`` all of them. Centering, PCA and whitening are folded into one affine map:
+``embedding = bias + sum over blocks of block_i @ weight_i``, where absent blocks count as zero.
+A bundle whose only mode is ``dispatcher`` may omit the fusion: then the embedding is the features themselves.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Fusion:
 
     Attributes:
         weight: float16 [slots, F, dim]. With two slots in conditional mode all experts share the second
-            ("one slot"); with K + 1 each has its own and the others count as zero (the paper's).
-        bias: float32 [dim], the embedding of no blocks at all.
+            ("one slot"); with K + 1 each has its own and the others count as zero, as in the paper.
+        bias: float32 [dim], the embedding if all blocks are zero.
     """
 
     layout: ClassVar[dict[str, str]] = {"weight": "float16 slots F dim", "bias": "float32 dim"}
@@ -31,11 +31,11 @@ class Fusion:
     bias: Tensor
 
     def project(self, features: Tensor, expert: int | None) -> Tensor:
-        """What one block adds to the embedding: features [B, F] to float32 [B, dim].
+        """The contribution of one block to the embedding: features [B, F] to float32 [B, dim].
 
         Args:
             features: of one mask.
-            expert: which expert's (from 0), None for the dispatcher's.
+            expert: index of the expert, or None for the dispatcher.
         """
         slots = self.weight.shape[0]
         slot = 0 if expert is None else 1 if slots == 2 else expert + 1
@@ -66,6 +66,6 @@ def fold(mean: Tensor, basis: Tensor, slots: int) -> Fusion:
         slots: number of blocks.
     """
     weight = basis.to(torch.float16)
-    # The bias is taken from the rounded weight, so that the training mean still lands on zero.
+    # Computed from the rounded weight, so that the training mean still maps to zero.
     bias = -(mean.double() @ weight.double()).float()
     return Fusion(weight.view(slots, -1, basis.shape[1]).contiguous(), bias)

@@ -1,4 +1,4 @@
-"""Heads on the fused embedding: labels from a linear layer, neighbors from a bank of images (method.md §4)."""
+"""Heads on the fused embedding: a linear layer gives labels, a bank of images gives neighbors (method.md §4)."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,12 +31,12 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Embeddings of training images to look neighbors up in.
+    """Embeddings of training images, in which neighbors are searched.
 
     Attributes:
         embeddings: float16 [rows, dim], L2-normalized.
         names: the images' names, ``rows`` of them.
-        labels: their classes, where there are any.
+        labels: their classes; empty without labels.
     """
 
     layout: ClassVar[dict[str, str]] = {"embeddings": "float16 rows dim"}
@@ -45,7 +45,7 @@ class Bank:
     labels: tuple[str, ...] = field(default=())
 
     def bytes(self) -> int:
-        """Resident memory: the rows as they are stored, and in float32 as FAISS holds them."""
+        """Resident memory: the float16 rows, and the float32 copy in FAISS."""
         return self.embeddings.nbytes + 4 * self.embeddings.numel()
 
     @cached_property
@@ -56,7 +56,7 @@ class Bank:
         return index
 
     def nearest(self, embeddings: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine similarities float32 [B, k], falling, and rows int64 [B, k] of the k nearest images."""
+        """Cosine similarities float32 [B, k], descending, and rows int64 [B, k] of the k nearest images."""
         queries = normalize(embeddings.float()).cpu().numpy()
         similarities, rows = self.index.search(queries, min(k, len(self.names)))
         return similarities, rows

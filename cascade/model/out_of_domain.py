@@ -1,8 +1,8 @@
-"""The out-of-domain score: how unlike the training images an image is, in [0, 1].
+"""The out-of-domain score in [0, 1]: how unusual an image is compared with the training images.
 
-Raw measure: Mahalanobis distance of the dispatcher's L2-normalized features under probabilistic PCA
-(Tipping & Bishop 1999), in which whatever lies outside the principal subspace counts, too, by the mean
-variance there. The score is its percentile among held-out training images.
+The raw measure is the Mahalanobis distance of the dispatcher's L2-normalized features under probabilistic PCA
+(Tipping & Bishop 1999). It also counts the energy outside the principal subspace, relative to the mean variance
+there. The score is the percentile of this distance among held-out training images.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class OutOfDomain:
 
     Attributes:
         mean: float32 [F]. basis: float16 [F, d], orthonormal columns.
-        variance: float32 [d] along the columns. noise: float32 [1], mean variance of all the rest.
-        quantiles: float32 [q], rising: the raw measure of held-out images at evenly spaced percentiles.
+        variance: float32 [d] along the columns. noise: float32 [1], mean variance of the other dimensions.
+        quantiles: float32 [q], ascending: the raw measure of held-out images at evenly spaced percentiles.
     """
 
     layout: ClassVar[dict[str, str]] = {
@@ -44,7 +44,7 @@ class OutOfDomain:
         return (inside / self.variance).sum(dim=1) + outside / self.noise
 
     def score(self, features: Tensor) -> Tensor:
-        """Features [B, F] to scores [B]: the share of held-out training images that are less unusual."""
+        """Features [B, F] to scores [B]: the fraction of held-out training images that are less unusual."""
         raw = self.raw(features)
         last = len(self.quantiles) - 1
         right = torch.searchsorted(self.quantiles, raw).clamp(1, last)

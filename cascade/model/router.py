@@ -1,12 +1,12 @@
-"""The router: which cluster, and so which expert, an image belongs to (method.md §3).
+"""The router assigns an image to a cluster, and so to an expert (method.md §3; paper §3.3).
 
-Three kinds, each a small dataclass of tensors with one method, ``probabilities``: fitted offline
-with the libraries named in ``training/clusters.py``, run here as plain tensor algebra.
+There are three kinds, each a small dataclass of tensors with one method, ``probabilities``. They are fitted offline
+in ``training/clusters.py`` and evaluated here with plain tensor algebra.
 
     features [B, F] of the dispatcher -> p(cluster) [B, K]
 
-A new kind is one more dataclass with ``kind``, ``probabilities``, tensor fields and their ``layout``;
-``KINDS`` is what the bundle reads it back with.
+A new kind is a dataclass with ``kind``, ``probabilities``, tensor fields and their ``layout``. Add it to ``KINDS``, so
+that bundles can contain it.
 """
 
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ TEMPERATURE = 0.1  # SwAV's, method.md §2
 
 
 class Router(Protocol):
-    """What the engine and the training ask of a router."""
+    """What the engine and training need from a router."""
 
     kind: ClassVar[str]
     layout: ClassVar[dict[str, str]]
@@ -33,16 +33,16 @@ class Router(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Prototypes:
-    """Self-supervised prototypes, grouped into clusters; the default.
+    """Self-supervised prototypes, grouped into clusters (the default).
 
-    ``p(k) = sum over the prototypes c of cluster k of softmax(z . c / 0.1)``, z the L2-normalized output of
-    the dispatcher's own SwAV head.
+    ``p(k) = sum over the prototypes c of cluster k of softmax(z . c / 0.1)``, where z is the L2-normalized output
+    of the dispatcher's SwAV head.
 
     Attributes:
         head: float16 [P, F], bias: float16 [P]: SwAV's linear head.
         prototypes: float16 [C, P], L2-normalized rows.
         cluster: int64 [C], the cluster of each prototype.
-        clusters: int64 [1], their number K.
+        clusters: int64 [1], the number of clusters K.
     """
 
     kind: ClassVar[str] = "prototypes"
@@ -67,7 +67,7 @@ class Prototypes:
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    """Full-covariance mixture on whitened PCA of the L2-normalized features; the paper's (§3.3).
+    """Gaussian mixture with full covariances on whitened PCA of the L2-normalized features (paper §3.3).
 
     Attributes:
         mean: float64 [F], basis: float64 [F, d]: PCA with whitening folded in.
@@ -99,7 +99,7 @@ class GaussianMixture:
 
 @dataclass(frozen=True, eq=False)
 class Centroids:
-    """Nearest centroid in the same whitened space; p is a softmax over minus half the squared distances.
+    """Nearest centroid in the same whitened space; p is a softmax of minus half the squared distances.
 
     Attributes:
         mean: float64 [F], basis: float64 [F, d]: PCA with whitening folded in.
@@ -125,15 +125,15 @@ KINDS: tuple[type[Prototypes] | type[GaussianMixture] | type[Centroids], ...] = 
 
 
 def tensors(router: Router) -> dict[str, Tensor]:
-    """A router's tensors by field name, as they stand in the bundle."""
+    """A router's tensors by field name, as the bundle stores them."""
     return {f.name: getattr(router, f.name) for f in fields(router)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Platt scaling of the winning probability's log-odds to a calibrated confidence.
+    """Platt scaling of the log-odds of the highest probability to a calibrated confidence.
 
-    The confidence is the probability that another view of the same image goes to the same cluster,
+    The confidence is the probability that another view of the same image is routed to the same cluster. It is
     fitted on held-out images; see docs/decisions/0003-routing-confidence.md.
     """
 
@@ -146,12 +146,12 @@ class Calibration:
 
 
 def log_odds(p: Tensor) -> Tensor:
-    """Log-odds of probabilities, finite at 0 and 1."""
+    """Log-odds of probabilities, finite even at 0 and 1."""
     return torch.logit(p.double(), eps=1e-6).float()
 
 
 def route(router: Router | None, calibration: Calibration, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Cluster int64 [B] and calibrated confidence float [B]; one cluster, surely, without a router."""
+    """Cluster int64 [B] and calibrated confidence float [B]; without a router cluster 0 with confidence 1."""
     if router is None:
         return torch.zeros(len(features), dtype=torch.int64), torch.ones(len(features))
     probabilities = router.probabilities(features)
