@@ -3,7 +3,7 @@
 ``dispatcher`` uses the first block only, ``conditional`` the dispatcher's block and the routed expert's,
 ``unconditional`` all of them. Centering, PCA and whitening are folded into one affine map:
 ``embedding = bias + sum over blocks of block_i @ weight_i``, where absent blocks count as zero.
-A bundle whose only mode is ``dispatcher`` may omit the fusion: then the embedding is the features themselves.
+In ``dispatcher`` mode a bundle may omit the fusion: then the embedding is the features themselves.
 """
 
 from dataclasses import dataclass
