@@ -93,7 +93,7 @@ class Server:
         budget_bytes: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
-        start_timeout: float = 120,
+        start_timeout: float = 300,
         drain_timeout: float = 8,
         log_to_stderr: bool = False,
         auth: bool = True,
@@ -108,7 +108,7 @@ class Server:
         remote = is_url(str(model_store))
         if not remote and not any(Path(model_store).glob("*/*/cascade.json")):
             raise ServerError(f"no bundle in {model_store}: it has to hold <name>/<version>/cascade.json")
-        inside = [(LOOPBACK, each) for each in (management_port, 0, 0)]
+        inside = [(LOOPBACK, number) for number in (management_port, 0, 0)]
         self.threads = threads or max(1, cpu_count() // workers)
         ports = claim_ports((host, port), (host, metrics_port), *inside)
         self.settings = dict(zip(PORTS, ports, strict=True)) | {
@@ -248,7 +248,8 @@ class Server:
                 raise ServerError(f"the worker does not start: {self._why_it_died()}")
             seen |= alive
             if time.monotonic() > end:
-                raise ServerError(f"not ready within {self.start_timeout:g} s: {self._tail('worker.log')}")
+                limit = f"not ready within {self.start_timeout:g} s (--startup-timeout)"
+                raise ServerError(f"{limit}: {self._tail('worker.log')}")
             time.sleep(0.1)
 
     def _drain(self) -> None:

@@ -289,6 +289,13 @@ def test_predictions_need_the_token(server: Running, photos: list[bytes]) -> Non
     assert post(server, photos[0], X_Cascade_Bundle="one").status_code == 200
 
 
+def test_metrics_need_the_token(server: Running) -> None:
+    """Their labels are the names of bundles."""
+    refused = CLIENT.get(server.metrics_url)
+    assert refused.status_code == 401 and b"bundle" not in refused.content
+    assert server.metrics()["cascade_backbones"] == 1
+
+
 def test_tokens_are_made_anew_on_sigusr1(server: Running, photos: list[bytes]) -> None:
     before, keys = server.headers, server.keys()
     server.process.send_signal(signal.SIGUSR1)
