@@ -1,13 +1,13 @@
-"""Both front ends against the bare engine in the same run: throughput, latency, and whose processor time it takes.
+"""Both front ends against the bare engine in the same run: throughput, latency and CPU time.
 
     python -m benchmarks.http --backbone resnet50
     python -m benchmarks.http --backbone tf_efficientnet_lite0
 
-JPEG files in, answers out, decoding on both sides. The bundle is one mask over all of the backbone (seeded random
-weights: time does not depend on their values), the images are of the backbone's own size. Rounds are interleaved: in
-each, every way answers as many images at each concurrency; one at a time they take turns every few images. The bare
-engine takes the concurrency as its batch, 32 at most. Client, Java and engine share the cores, so the processor time
-of each stands beside the figures. The first round only warms up; it is where Java compiles.
+JPEG files in, answers out; both sides decode. The bundle is one mask over the whole backbone (with seeded random weights:
+time does not depend on them), and images have the backbone's own size. Rounds are interleaved: in each, every
+method answers the same number of images at each concurrency. At concurrency 1 they take turns. The bare engine
+takes the concurrency as its batch size, at most 32. Client, Java and engine share the cores, so CPU times are shown.
+The first round is a warm-up, in which Java compiles.
 """
 
 import argparse
@@ -41,80 +41,81 @@ from handlers.signals import exit_on_signals
 from handlers.torchserve.entrypoint import Server
 
 CONCURRENCIES = (1, 8, 32, 128)
-MOST = 32  # images in a pass of the bare engine, and of the ASGI front end by default
-TURN = 8  # images one at a time, before it is the next way's turn
+MAX_BATCH = 32  # images in a pass of the bare engine, and of the ASGI server by default
+TURN = 8  # single images before the next method takes its turn
 ENGINE, ASGI, TORCHSERVE = "bare engine", "ASGI", "TorchServe"
 
 
 @dataclass
-class Taken:
-    """What some images took one way.
+class Timing:
+    """The time that one method took for some images.
 
     Attributes:
-        wall: seconds for all. each: seconds of each request (of the engine: of the pass that it was in).
-        client, server: processor seconds.
+        wall: seconds for all of them.
+        latencies: seconds of each request; for the bare engine, of its pass.
+        client, server: CPU seconds.
     """
 
     wall: float
-    each: list[float]
+    latencies: list[float]
     client: float
     server: float
 
 
-Way = Callable[[int, int], Taken]
-"""Answers so many at a time, and so many images in all."""
+Method = Callable[[int, int], Timing]
+"""Answers a number of images (second argument) at a concurrency (first argument)."""
 
 
 @dataclass
 class Totals:
-    """All rounds of one way at one concurrency."""
+    """All rounds of one method at one concurrency."""
 
     rates: list[float] = field(default_factory=list)
-    each: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
     medians: list[float] = field(default_factory=list)
     client: list[float] = field(default_factory=list)
     server: list[float] = field(default_factory=list)
 
-    def add(self, turns: list[Taken]) -> None:
-        """A round, which may have been taken in turns."""
-        each = [seconds for turn in turns for seconds in turn.each]
-        self.rates.append(len(each) / sum(turn.wall for turn in turns))
-        self.each += each
-        self.medians.append(float(np.median(each)))
-        self.client.append(1000 * sum(turn.client for turn in turns) / len(each))
-        self.server.append(1000 * sum(turn.server for turn in turns) / len(each))
+    def add(self, turns: list[Timing]) -> None:
+        """Add a round of one or more turns."""
+        latencies = [seconds for turn in turns for seconds in turn.latencies]
+        self.rates.append(len(latencies) / sum(turn.wall for turn in turns))
+        self.latencies += latencies
+        self.medians.append(float(np.median(latencies)))
+        self.client.append(1000 * sum(turn.client for turn in turns) / len(latencies))
+        self.server.append(1000 * sum(turn.server for turn in turns) / len(latencies))
 
 
-Found = dict[tuple[str, int], Totals]
+Results = dict[tuple[str, int], Totals]
 
 
 def engine_peer(bundle: Path, images: list[bytes], threads: int, pipe: Connection) -> None:
-    """A process: answers (concurrency, count) with what that took."""
+    """Body of the engine's process: answers each (concurrency, count) with its Timing."""
     torch.set_num_threads(threads)
     engine = load(bundle)
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         concurrency, count = asked
-        batch = min(concurrency, MOST)
-        each: list[float] = []
+        batch = min(concurrency, MAX_BATCH)
+        latencies: list[float] = []
         begin, cpu = time.perf_counter(), time.process_time()
         for first in range(0, count, batch):
             start = time.perf_counter()
             answers = engine.predict([images[i % len(images)] for i in range(first, min(first + batch, count))])
-            each += [time.perf_counter() - start] * len(answers)
-        pipe.send(Taken(time.perf_counter() - begin, each, 0, time.process_time() - cpu))
+            latencies += [time.perf_counter() - start] * len(answers)
+        pipe.send(Timing(time.perf_counter() - begin, latencies, 0, time.process_time() - cpu))
 
 
 async def ask(url: httpx.URL, images: list[bytes], concurrency: int, count: int) -> list[float]:
-    """Seconds of each of ``count`` requests over ``concurrency`` connections, with next to no work on this side."""
+    """Latencies in seconds of ``count`` requests over ``concurrency`` connections, with little work on this side."""
     head = [f"POST {url.path} HTTP/1.1", f"Host: {url.host}", "Content-Type: image/jpeg"]
     requests = ["\r\n".join([*head, f"Content-Length: {len(image)}", "", ""]).encode() + image for image in images]
-    left = iter(range(count))
-    each: list[float] = []
+    pending = iter(range(count))
+    latencies: list[float] = []
 
     async def connection() -> None:
         reader, writer = await asyncio.open_connection(url.host, url.port)
-        for i in left:
+        for i in pending:
             start = time.perf_counter()
             writer.write(requests[i % len(requests)])
             answer = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -122,31 +123,31 @@ async def ask(url: httpx.URL, images: list[bytes], concurrency: int, count: int)
             body = await reader.readexactly(length)
             if b" 200 " not in answer.partition(b"\r\n")[0]:
                 raise RuntimeError(f"{url}: {answer.decode()}{body.decode()}")
-            each.append(time.perf_counter() - start)
+            latencies.append(time.perf_counter() - start)
         writer.close()
 
     await asyncio.gather(*(connection() for _ in range(min(concurrency, count))))
-    return each
+    return latencies
 
 
-def processor_seconds(root: int) -> float:
-    """Of a process and all its descendants, so far."""
+def cpu_seconds(root: int) -> float:
+    """CPU seconds of a process and all its descendants so far."""
     process = psutil.Process(root)
-    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    times = [member.cpu_times() for member in (process, *process.children(recursive=True))]
     return float(sum(t.user + t.system for t in times))
 
 
-def over_http(url: str, root: int, images: list[bytes], concurrency: int, count: int) -> Taken:
-    """``count`` images to the server whose first process is ``root``."""
-    before, cpu, begin = processor_seconds(root), time.process_time(), time.perf_counter()
-    each = asyncio.run(ask(httpx.URL(url), images, concurrency, count))
+def over_http(url: str, root: int, images: list[bytes], concurrency: int, count: int) -> Timing:
+    """Send ``count`` images to the server whose main process is ``root``."""
+    before, cpu, begin = cpu_seconds(root), time.process_time(), time.perf_counter()
+    latencies = asyncio.run(ask(httpx.URL(url), images, concurrency, count))
     wall = time.perf_counter() - begin
-    return Taken(wall, each, time.process_time() - cpu, processor_seconds(root) - before)
+    return Timing(wall, latencies, time.process_time() - cpu, cpu_seconds(root) - before)
 
 
 @contextmanager
 def asgi(store: Path) -> Iterator[tuple[str, int]]:
-    """The ASGI front end as its command starts it: where to post, and the supervisor's pid."""
+    """Start the ASGI server by its command; yields the URL to post to and the pid of the supervisor."""
     command = [sys.executable, "-m", "cascade.cli.main", "serve", "--frontend", "asgi", "--port", "0"]
     options = ["--model-store", str(store), "--log-level", "warning"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
@@ -154,49 +155,51 @@ def asgi(store: Path) -> Iterator[tuple[str, int]]:
         line = process.stdout.readline()
         try:
             if not line.startswith("ready"):
-                raise SystemExit("the ASGI front end does not start: its reason stands above")
+                raise SystemExit("the ASGI server does not start: see the error above")
             yield line.split()[-1], process.pid
         finally:
             process.terminate()
 
 
 @contextmanager
-def bare(bundle: Path, images: list[bytes], threads: int) -> Iterator[Way]:
-    """The engine in a process of its own."""
+def bare(bundle: Path, images: list[bytes], threads: int) -> Iterator[Method]:
+    """The bare engine in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
     process = spawn.Process(target=engine_peer, args=(bundle, images, threads, theirs), daemon=True)
     process.start()
     pipe.recv()
 
-    def take(concurrency: int, count: int) -> Taken:
+    def take(concurrency: int, count: int) -> Timing:
         pipe.send((concurrency, count))
-        taken: Taken = pipe.recv()
-        return taken
+        timing: Timing = pipe.recv()
+        return timing
 
     yield take
     pipe.send(None)
     process.join()
 
 
-def measured(ways: dict[str, Way], concurrencies: list[int], requests: int, rounds: int, seconds: float) -> Found:
-    """At least one round, and no new one once the seconds are over."""
-    totals = {(way, c): Totals() for way in ways for c in concurrencies}
+def measured(
+    methods: dict[str, Method], concurrencies: list[int], requests: int, rounds: int, seconds: float
+) -> Results:
+    """Run at least one round, and start no new one after ``seconds``."""
+    totals = {(method, c): Totals() for method in methods for c in concurrencies}
     end = time.monotonic() + seconds
     for nth in range(-1, rounds):
         if nth > 0 and time.monotonic() > end:
             print(f"{nth} rounds in {seconds:g} s", file=sys.stderr)
             break
-        order = [*ways][nth % len(ways) :] + [*ways][: nth % len(ways)]  # nobody is always the first
+        order = [*methods][nth % len(methods) :] + [*methods][: nth % len(methods)]  # each method is first in turn
         for c in concurrencies:
             count, turns = (TURN, max(1, requests // (4 * TURN))) if c == 1 else (requests, 1)
-            taken: dict[str, list[Taken]] = {way: [] for way in order}
+            timings: dict[str, list[Timing]] = {method: [] for method in order}
             for _ in range(turns):
-                for way in order:
-                    taken[way].append(ways[way](c, count))
-            for way, each in taken.items():
+                for method in order:
+                    timings[method].append(methods[method](c, count))
+            for method, timings_of_method in timings.items():
                 if nth >= 0:
-                    totals[way, c].add(each)
+                    totals[method, c].add(timings_of_method)
     return totals
 
 
@@ -206,49 +209,53 @@ def main() -> None:
     options.add_argument("--frontends", nargs="+", default=["asgi", "torchserve"], choices=["asgi", "torchserve"])
     options.add_argument("--concurrency", nargs="+", type=int, default=[*CONCURRENCIES])
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--seconds", type=float, default=400, help="no round begins after so many")
-    options.add_argument("--requests", type=int, default=96, help="in a round, at each concurrency; a 4th at 1")
-    options.add_argument("--out", type=Path, help="the JSON; else it goes to benchmarks/results")
+    options.add_argument("--seconds", type=float, default=400, help="start no new round after this time")
+    options.add_argument(
+        "--requests", type=int, default=96, help="images per round and concurrency; a quarter of that at 1"
+    )
+    options.add_argument("--out", type=Path, help="JSON file to write instead of the one in benchmarks/results")
     chosen = options.parse_args()
-    exit_on_signals(1)  # in order: no server and no folder stays
-    threads = len(os.sched_getaffinity(0))  # as both front ends have them
+    exit_on_signals(1)  # stops the servers and removes the folder
+    threads = len(os.sched_getaffinity(0))  # as many as both servers use
     with ExitStack() as stack:
         store = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-http-")))
         bundle = write(single(backbones.load(chosen.backbone, "random:0"), "bench", 0), store / "bench" / "1")
         images = jpegs(read(bundle).preprocessing.size)
-        ways = {ENGINE: stack.enter_context(bare(bundle, images, threads))}
+        methods = {ENGINE: stack.enter_context(bare(bundle, images, threads))}
         if "asgi" in chosen.frontends:
-            ways[ASGI] = partial(over_http, *stack.enter_context(asgi(store)), images)
+            methods[ASGI] = partial(over_http, *stack.enter_context(asgi(store)), images)
         if "torchserve" in chosen.frontends:
             server = stack.enter_context(Server(store, auth=False, threads=threads))
-            ways[TORCHSERVE] = partial(over_http, server.url, server.java.pid, images)
-        found = measured(ways, chosen.concurrency, chosen.requests, chosen.rounds, chosen.seconds)
-    show(chosen.backbone, found, chosen.out)
+            methods[TORCHSERVE] = partial(over_http, server.url, server.java.pid, images)
+        results = measured(methods, chosen.concurrency, chosen.requests, chosen.rounds, chosen.seconds)
+    show(chosen.backbone, results, chosen.out)
 
 
-def show(backbone: str, totals: Found, out: Path | None) -> None:
-    """The table and the figures."""
-    title = f"{backbone}, JPEG files, one mask; CPU ms are processor time for an image"
-    table = Table("way", "at a time", "images/s", "p50 ms", "p95", "p99", "CPU ms server", "CPU ms client", title=title)
+def show(backbone: str, totals: Results, out: Path | None) -> None:
+    """Report the table and the figures."""
+    title = f"{backbone}, JPEG files, one mask; CPU ms per image"
+    table = Table(
+        "method", "concurrent", "images/s", "p50 ms", "p95", "p99", "CPU ms server", "CPU ms client", title=title
+    )
     figures: dict[str, Figure] = {}
-    for (way, c), total in totals.items():
-        p50, p95, p99 = (1000 * float(np.percentile(total.each, p)) for p in (50, 95, 99))
+    for (method, c), total in totals.items():
+        p50, p95, p99 = (1000 * float(np.percentile(total.latencies, p)) for p in (50, 95, 99))
         rate, server, client = map(figure, (total.rates, total.server, total.client))
         times = [f"{ms:.1f}" for ms in (p50, p95, p99, server.value)]
-        table.add_row(way, str(c), f"{rate.value:.1f}", *times, f"{client.value:.2f}")
-        slug = f"{way.replace(' ', '_').lower()}_{c}"
+        table.add_row(method, str(c), f"{rate.value:.1f}", *times, f"{client.value:.2f}")
+        slug = f"{method.replace(' ', '_').lower()}_{c}"
         figures[f"images_per_second_{slug}"] = rate
         figures[f"p50_ms_{slug}"] = figure([1000 * s for s in total.medians])
         figures[f"p95_ms_{slug}"], figures[f"p99_ms_{slug}"] = figure([p95]), figure([p99])
         figures[f"server_cpu_ms_{slug}"] = server
-        if way != ENGINE:
+        if method != ENGINE:
             figures[f"client_cpu_ms_{slug}"] = client
             ratios = [a / b for a, b in zip(total.rates, totals[ENGINE, c].rates, strict=True)]
             figures[f"throughput_{slug}"] = figure(ratios, ">= 0.9" if c == 32 else None)
-    for way, goal in ((ASGI, "<= 3"), (TORCHSERVE, "<= 5")):
-        if (way, 1) in totals:
-            pairs = zip(totals[way, 1].medians, totals[ENGINE, 1].medians, strict=True)
-            figures[f"added_ms_{way.lower()}_1"] = figure([1000 * (a - b) for a, b in pairs], goal)
+    for method, goal in ((ASGI, "<= 3"), (TORCHSERVE, "<= 5")):
+        if (method, 1) in totals:
+            pairs = zip(totals[method, 1].medians, totals[ENGINE, 1].medians, strict=True)
+            figures[f"added_ms_{method.lower()}_1"] = figure([1000 * (a - b) for a, b in pairs], goal)
     report(f"http-{backbone}", figures, table, executor=executor_name(backbone), out=out)
 
 
