@@ -3,11 +3,11 @@
     python -m benchmarks.http --backbone resnet50
     python -m benchmarks.http --backbone tf_efficientnet_lite0
 
-JPEG files in, answers out; both sides decode. The bundle is one mask over the whole backbone (with seeded random weights:
-time does not depend on them), and images have the backbone's own size. Rounds are interleaved: in each, every
-method answers the same number of images at each concurrency. At concurrency 1 they take turns. The bare engine
-takes the concurrency as its batch size, at most 32. Client, Java and engine share the cores, so CPU times are shown.
-The first round is a warm-up, in which Java compiles.
+JPEG files in, answers out; both sides decode. The bundle is one mask over the whole backbone, with seeded random
+weights, because time does not depend on their values. Images have the backbone's own size. Rounds are interleaved:
+in each, every method answers the same number of images at each concurrency; at concurrency 1 they take turns. The
+bare engine takes the concurrency as its batch size, at most 32. Client, Java and engine share the cores, so CPU
+times are shown. The first round is a warm-up, in which Java compiles.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def single(value: float, goal: str | None = None) -> Figure:
 
 
 class Rows:
-    """A table to read: what, median, least, most, and memory where it was measured."""
+    """A table with name, median, minimum, maximum, and memory if it was measured."""
 
     def __init__(self, title: str) -> None:
         self.table = Table("what", "median", "least", "most", "unit", "MB", title=title)

@@ -1,17 +1,17 @@
-"""A fleet on paper: thousands of tenants under zipf traffic over 1 to 64 devices, masks against one copy a tenant.
+"""Simulate thousands of tenants under Zipf traffic on 1 to 64 devices: masks against one copy per tenant.
 
     python -m benchmarks.simulate_fleet                            # both columns, half a minute
-    python -m benchmarks.simulate_fleet --measure                  # the first column's times measured here, now
+    python -m benchmarks.simulate_fleet --measure                  # measure the times of the first column here
     python -m benchmarks.simulate_fleet --forward-ms 1 --rate 500  # another what-if
 
-A discrete-event simulation. An image comes at a random moment (Poisson) from a random tenant (zipf) and goes to the
-device that would finish it first: what waits there, plus what that tenant costs there. A device does one image after
-another. It holds some tenants by levels, each an LRU: of masks the materialized ones, and the packed ones where not all
-fit; of copies those in its memory. No batches: a CPU gains nothing from them (docs/performance.md), a GPU would.
+A discrete-event simulation. An image arrives at a random moment (Poisson) from a random tenant (Zipf) and goes to the
+device that would finish it first, given its queue and the cost of that tenant there. A device processes one image after
+another. It keeps tenants in LRU caches: with masks the materialized ones, and the packed ones if not all fit; with
+copies those in its memory. There are no batches: a CPU gains nothing from them (docs/performance.md), a GPU would.
 
-The first column, "measured", has times and bytes that were measured on two CPU cores. The second, "what-if", is a GPU
-of which **nothing was measured**: every time in it is an assumption, and an option. Memory, rate, goal and price are
-assumptions in both.
+The first column, "measured", has times and bytes measured on two CPU cores. The second, "what-if", is a GPU of which
+**nothing was measured**: all its times are assumptions and options. Memory, rate, goal and price are assumptions in
+both.
 """
 
 import argparse

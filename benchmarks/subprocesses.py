@@ -1,4 +1,4 @@
-"""Peers: ways to do the same work, each in a process of its own, timed in interleaved rounds."""
+"""Peers are alternatives that do the same work, each in a process of its own, timed in interleaved rounds."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ TRIES = 4
 
 
 class Peer:
-    """A process that builds its way once and then does what it is sent."""
+    """A process that is built once and then does the work it is sent."""
 
     def __init__(self, build: Build, *arguments: Any) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -33,13 +33,13 @@ class Peer:
         self._receive()
 
     def grown(self) -> int:
-        """Bytes by which the process has grown since before it built its way."""
+        """Growth of the process in bytes since before it was built."""
         self._pipe.send(resident_bytes)
         grown: int = self._receive()
         return grown
 
     def time(self, work: Any) -> tuple[float, Any]:
-        """Seconds that the work took in the peer, and what it gave back."""
+        """Seconds that the work took in the peer, and its result."""
         self._pipe.send(work)
         seconds, result = self._receive()
         return seconds, result
@@ -66,7 +66,7 @@ class Peer:
 
 @contextmanager
 def peers(builds: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Peer]]:
-    """Start one peer a name, one after the other; all are stopped at the end."""
+    """Start one peer for each name, one after the other; stop all of them at the end."""
     running: dict[str, Peer] = {}
     try:
         for name, (build, *arguments) in builds.items():
@@ -106,7 +106,7 @@ def ratios(a: list[float], b: list[float]) -> list[float]:
 
 
 def resident_bytes() -> int:
-    """Of this process, after it gave back to the kernel what it no longer uses."""
+    """Resident memory of this process, after it has returned freed memory to the kernel."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(psutil.Process().memory_info().rss)

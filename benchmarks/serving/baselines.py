@@ -29,7 +29,7 @@ Answer = Callable[[Batch], object]
 
 
 def ours(name: str, models: int, held: int, executor: Kind = "auto") -> Answer:
-    """Packed masks over one backbone, ``held`` of them materialized at most."""
+    """Packed masks over one backbone, at most ``held`` of them materialized."""
     backbone = synthetic.load(name)
     pixels, size = synthetic.noise(backbone, 64), synthetic.mask_bytes(backbone)
     engine = synthetic.engine_of([synthetic.single(backbone, str(i), i) for i in range(models)], held * size, executor)
@@ -42,7 +42,7 @@ def ours(name: str, models: int, held: int, executor: Kind = "auto") -> Answer:
 
 
 def unmasked(name: str, executor: Kind = "auto") -> Answer:
-    """The backbone alone in one of our executors: whatever model is asked for, it is this one."""
+    """The unmasked backbone in one of our executors, whichever model is requested."""
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 64)
     chosen = choose(backbone, WeightCache(0), executor)
@@ -50,7 +50,7 @@ def unmasked(name: str, executor: Kind = "auto") -> Answer:
 
 
 def static_copies(name: str, models: int) -> Answer:
-    """A copy of the weights for each, in a static ONNX Runtime session: the fastest executor of a copy."""
+    """A static ONNX Runtime session for each model, the fastest executor of copies."""
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 64)
     sessions = [static_session(backbone, synthetic.mask(backbone, "", 0, i), pixels) for i in range(models)]
@@ -62,7 +62,7 @@ def static_copies(name: str, models: int) -> Answer:
 
 
 def files(name: str, models: int) -> Answer:
-    """One resident model that loads a state_dict from disk (page cache) whenever another one is asked for."""
+    """One resident model that loads a state_dict from disk (page cache) whenever the model changes."""
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 64)
     keep = tempfile.TemporaryDirectory(prefix="cascade-files-")
@@ -82,7 +82,7 @@ def files(name: str, models: int) -> Answer:
 
 
 def hooks(name: str, models: int) -> Answer:
-    """Forward hooks that multiply each layer's weight with its mask on the fly, masks as bool tensors."""
+    """Forward hooks that multiply each layer's weight by its mask on the fly; masks are bool tensors."""
     backbone = synthetic.load(name)
     pixels, model = synthetic.noise(backbone, 64), deepcopy(backbone.model)
     active = []
@@ -114,7 +114,7 @@ def hooks(name: str, models: int) -> Answer:
 
 
 def eager(name: str, layout: str) -> Answer:
-    """The unmasked model as timm gives it, images contiguous or channels last."""
+    """The unmasked timm model, with contiguous or channels-last images."""
     backbone = synthetic.load(name)
     pixels, model = synthetic.noise(backbone, 64), backbone.model
     last = layout == "channels_last"
@@ -126,7 +126,7 @@ def eager(name: str, layout: str) -> Answer:
 
 
 def grouped(run: Callable[[int, Tensor], Any], pixels: Tensor) -> Answer:
-    """A batch's images, group by group of one model."""
+    """Yield the images of a batch, grouped by model."""
 
     def answer(batch: Batch) -> None:
         groups: dict[int, list[int]] = {}
@@ -140,7 +140,7 @@ def grouped(run: Callable[[int, Tensor], Any], pixels: Tensor) -> Answer:
 
 
 def copy_of(backbone: Backbone, mask: Mask) -> nn.Module:
-    """A whole model with the mask's weights and statistics in it."""
+    """A full model with the mask's weights and statistics."""
     model = deepcopy(backbone.model)
     flat, parameters = materialize(backbone, mask), dict(model.named_parameters())
     for name, (begin, end) in backbone.spans.items():
@@ -150,7 +150,7 @@ def copy_of(backbone: Backbone, mask: Mask) -> nn.Module:
 
 
 def static_session(backbone: Backbone, mask: Mask, pixels: Tensor) -> Any:
-    """BatchNorm folded, weights constant: ONNX Runtime may bring them into whatever order it likes."""
+    """BatchNorm folded and weights constant, so that ONNX Runtime may reorder them."""
     onnxruntime = library("onnxruntime")
     folded = Folded(backbone)
     flat = WeightLayout(

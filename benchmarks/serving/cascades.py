@@ -17,7 +17,7 @@ CASES: dict[str, tuple[int, Mode, str]] = {
 
 
 def build(name: str, expert_from: int, mode: Mode) -> Callable[[int], set[int]]:
-    """Requests through the engine; gives back the clusters that were seen."""
+    """Requests through the engine; returns the clusters of the answers."""
     backbone = synthetic.load(name)
     stage = backbone.stage(expert_from)
     while backbone.offset(stage) == backbone.weights.numel():  # a stage without weights is none to adapt
@@ -33,7 +33,7 @@ def build(name: str, expert_from: int, mode: Mode) -> Callable[[int], set[int]]:
 
 
 def plain(name: str) -> Callable[[int], object]:
-    """The unmasked backbone in the executor that the engine takes."""
+    """The unmasked backbone in the engine's executor."""
     from cascade.engine.executors.selection import choose
 
     backbone = synthetic.load(name)

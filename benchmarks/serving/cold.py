@@ -1,4 +1,4 @@
-"""A mask never seen: from disk, with verification, to the answer; over a warm request. The backbone is resident."""
+"""Time from a new bundle on disk to its first answer, verified, over a warm request. The backbone is resident."""
 
 import os
 import tempfile

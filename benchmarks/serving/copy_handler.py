@@ -1,4 +1,4 @@
-"""What a TorchServe user writes today: a whole model a worker, a worker a model. TorchServe wants one class here."""
+"""A typical TorchServe handler: one worker with a full copy for each model. TorchServe requires a single class here."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from cascade.model.preprocessing import Preprocessing, decode
 
 
 class CopyHandler:
-    """A timm model with weights of its own, plain PyTorch, images channels last."""
+    """A timm model with its own weights in plain PyTorch, images channels last."""
 
     def initialize(self, context: Any) -> None:
         settings = context.model_yaml_config["copy"]

@@ -1,4 +1,4 @@
-"""Every executor of the unmasked backbone at batch 8, over what a user of timm gets without thinking."""
+"""Every executor of the unmasked backbone at batch 8, over eager timm."""
 
 from benchmarks.report import Figure, Rows, figure
 from benchmarks.serving import baselines

@@ -1,4 +1,4 @@
-"""Batches that mix masks: B = 32 images, against copies and against what servers do today."""
+"""Batches that mix masks: B = 32 images, against copies and against common alternatives."""
 
 import numpy as np
 
@@ -18,13 +18,13 @@ def uniform(models: int, count: int, seed: int = 0) -> list[Batch]:
 
 
 def zipf(models: int, count: int, seed: int = 0, size: int = BATCH) -> list[Batch]:
-    """``count`` batches for models drawn by a zipf law with exponent 1.5."""
+    """``count`` batches for models drawn from a Zipf distribution with exponent 1.5."""
     draw, weight = np.random.default_rng(seed), np.arange(1, models + 1) ** -1.5
     return [draw.choice(models, size, p=weight / weight.sum()).tolist() for _ in range(count)]
 
 
 def against_copies(name: str, what: str, models: int, works: list[Batch], goal: str, same: bool, rows: Rows) -> Figures:
-    """Throughput over resident copies in their fastest executor, and in ours where they fit into memory."""
+    """Throughput over resident copies in their fastest executor, and in ours if they fit into memory."""
     builds = {"masks": (baselines.ours, name, models, HELD), "copies": (baselines.static_copies, name, models)}
     if same:
         builds["same"] = (baselines.ours, name, models, models)
@@ -69,7 +69,7 @@ def against_today(name: str, works: list[Batch], models: int, rows: Rows) -> Fig
 
 
 def identical(name: str, count: int, rows: Rows) -> Figures:
-    """One mask throughout, through the engine, over the unmasked backbone in the same executor."""
+    """A single mask through the engine, over the unmasked backbone in the same executor."""
     with peers({"masks": (baselines.ours, name, 1, 1), "plain": (baselines.unmasked, name)}) as running:
         seconds = rounds(running, [[0] * BATCH] * count, warm=1)
     rows.add("one mask throughout", figure([1000 * s / BATCH for s in seconds["masks"]]), "ms an image")

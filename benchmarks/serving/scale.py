@@ -15,11 +15,11 @@ from cascade.engine.batcher import Batcher
 
 QUEUED = 256
 PATIENCE = 20.0
-"""Seconds until the oldest image comes first, whatever its group; at this queue a wait is about ten anyway."""
+"""Seconds after which the oldest image goes first, whatever its group; the wait is about ten anyway."""
 
 
 def build(name: str, models: int, at: int) -> Callable[[tuple[str, list[int]]], Any]:
-    """An engine of ``models`` masks; ``("bytes", [])`` gives what the process grew by for the first ``at`` of them.
+    """An engine of ``models`` masks; ``("bytes", [])`` returns the growth of the process for the first ``at`` of them.
 
     ``("queue", models)`` keeps QUEUED images of these models waiting until there are no more, and gives the waits.
     ``("arrival", models)`` runs them in batches in the order in which they came, and gives what the weight_cache did.
@@ -68,7 +68,7 @@ def build(name: str, models: int, at: int) -> Callable[[tuple[str, list[int]]], 
 
 
 def measure(name: str, models: int, images: int, count: int, rows: Rows) -> dict[str, Figure]:
-    """``images`` a round, zipf 1.5."""
+    """``images`` per round, Zipf 1.5."""
     out: dict[str, Figure] = {}
     few = [zipf(5, 1, seed, images)[0] for seed in range(count)]
     many = [zipf(models, 1, seed, images)[0] for seed in range(count)]

@@ -1,4 +1,4 @@
-"""The swap alone: packed bits and pristine weights in, masked weights out, over a plain copy of the weights."""
+"""The swap only: packed bits and original weights in, masked weights out, over a plain copy of the weights."""
 
 import time
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from cascade.model import masks
 from cascade.model.masks import Mask
 
 OFF = (0.075, 0.25, 0.5)
-"""Shares of weights that are off."""
+"""Fractions of weights that are off."""
 
 
 def build(name: str) -> Callable[[float], dict[str, float]]:
-    """Seconds of a swap and of a copy, one after the other, at a share of weights that are off."""
+    """Seconds of a swap and of a copy, one after the other, at a given fraction of weights that are off."""
     backbone = synthetic.load(name)
     executor = choose(synthetic.load(name), WeightCache(0), "onnx")
     flat = executor.layout  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""TorchServe with N models, as its users run it today, over one TorchServe with N masks; JPEG over HTTP."""
+"""Our TorchServe handler with N masks over TorchServe with N models; JPEG over HTTP."""
 
 import atexit
 import io
@@ -35,7 +35,7 @@ MANIFEST = {
 
 
 class Copies(Server):
-    """The same server with one model a copy of the weights, each in a worker of its own with one thread."""
+    """The same server with a copy of the weights for each model, each in a worker with one thread."""
 
     def __init__(self, store: Path, weights: list[Path], backbone: str) -> None:
         super().__init__(store, auth=False, threads=1, poll=0)
@@ -69,11 +69,11 @@ class Copies(Server):
         return found
 
     def _drain(self) -> None:
-        """There is nothing in progress: the last request was answered."""
+        """Nothing to wait for: the last request was answered."""
 
 
 def build(way: str, name: str, models: int, store: Path, weights: list[Path]) -> Callable[[list[int]], int]:
-    """A server in this process's care; sends it a request for each model, and gives the bytes that it takes."""
+    """Start a server. The returned work sends it a request for each model and returns its memory in bytes."""
     budget = HELD * synthetic.mask_bytes(synthetic.load(name))
     masks = way == "masks"
     server = Server(store, auth=False, budget_bytes=budget, poll=0) if masks else Copies(store, weights, name)
@@ -124,14 +124,14 @@ def _send(addresses: list[tuple[str, dict[str, str]]], bodies: list[bytes]) -> N
 
 
 def _memory(server: Server) -> int:
-    """Of Java and all workers; what they share is shared out."""
+    """Proportional memory (PSS) of Java and all workers."""
     java = psutil.Process(server.java.pid)
     return sum(int(p.memory_full_info().pss) for p in (java, *java.children(recursive=True)))
 
 
 @contextmanager
 def _prepared(name: str, models: int) -> Iterator[tuple[Path, list[Path]]]:
-    """A store with one mask a bundle, and the same models as whole files of weights."""
+    """Write a store with one mask per bundle, and the same models as full weight files."""
     backbone = synthetic.load(name)
     with tempfile.TemporaryDirectory(prefix="cascade-copies-") as folder:
         store, weights = Path(folder, "store"), []
