@@ -1,1 +1,1 @@
-"""The paper's tables and figures, one a file: `python -m training.experiments.<name>`; docs/paper.md maps them."""
+"""The paper's tables and figures, one per file: `python -m training.experiments.<name>`; docs/paper.md maps them."""

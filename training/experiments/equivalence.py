@@ -1,4 +1,4 @@
-"""Appendix A, figure 1: equivalent hyperparameters give the same curves and masks, each change alone does not.
+"""Appendix A, figure 1: equivalent hyperparameters give the same curves and masks; a single change does not.
 
 python -m training.experiments.equivalence
 
@@ -33,7 +33,7 @@ WINDOW = 10  # steps that a drawn point is the mean of
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """Loss and mask of each setting beside the standard one's."""
+    """Loss and mask of each setting, compared with the standard setting."""
     table = Table("Figure 1: supervised masks of equivalent and of other hyperparameters", digits=4)
     for name in lab.sets():
         drawn: dict[str, report.Curve] = {}
@@ -63,12 +63,12 @@ def experiment(lab: Lab) -> list[Table]:
 
 
 def losses(path: Path) -> np.ndarray:
-    """Of every step of a curve, float64 [steps]."""
+    """Loss of every step of a curve, float64 [steps]."""
     return np.array([json.loads(line)["loss"] for line in path.read_text().splitlines()])
 
 
 def smooth(loss: np.ndarray) -> report.Curve:
-    """Running means, with the step that each ends at."""
+    """Running means, with the last step of each."""
     window = min(WINDOW, len(loss))
     means = np.convolve(loss, np.ones(window) / window, "valid")
     return list(range(window - 1, len(loss))), list(means)

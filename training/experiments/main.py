@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """One table a data set: k-NN plain, whitened and by the paper's wording, linear probe."""
+    """One table per data set: k-NN plain, whitened and by the paper's wording, linear probe."""
     tables = []
     for name in lab.sets():
         short = name_of(name)

@@ -17,7 +17,7 @@ PUBLISHED = {
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """One mask for each number, beside what it must be compared with."""
+    """One mask for each number of prototypes, with the baselines."""
     table = Table("Table 1a: number of prototypes; accuracy in %", published=PUBLISHED)
     for name in lab.sets():
         for seed in lab.seeds:

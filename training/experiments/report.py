@@ -1,4 +1,4 @@
-"""What every experiment leaves: tables as Markdown and JSON, mean and standard deviation over seeds, and figures."""
+"""The output of an experiment: tables as Markdown and JSON with mean and standard deviation over seeds, and figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ class Table:
 
 
 def write(path: Path, tables: Sequence[Table], about: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """``path``.md and ``path``.json, each whole or not there; returns the Markdown."""
+    """Write ``path``.md and ``path``.json atomically; returns the Markdown."""
     settings = ", ".join(f"{k} {v}" for k, v in about.items() if not isinstance(v, dict))
     parts = [t.markdown() for t in tables] + [f"{settings}\n"] + [f"- {note}\n" for note in notes]
     text = "\n".join(parts)
@@ -83,7 +83,7 @@ def write(path: Path, tables: Sequence[Table], about: Mapping[str, Any], notes: 
 
 
 def plots() -> Any:
-    """matplotlib's pyplot without a screen; only who draws needs it."""
+    """matplotlib's pyplot without a display, imported only when a figure is drawn."""
     try:
         import matplotlib
     except ImportError as error:
@@ -107,7 +107,7 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], x: str, y: str, 
 
 
 def save(figure: Any, path: Path) -> None:
-    """The figure as PNG; it is closed then."""
+    """Write the figure as PNG and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     with atomic.file(path) as beside:

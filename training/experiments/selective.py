@@ -19,7 +19,7 @@ SHARES = {"small": (0.1, 0.5), "paper": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """Accuracy against the number of trainable masks and the bytes that they take."""
+    """Accuracy against the number of trainable masks and the their bytes."""
     tables = []
     for name in lab.sets():
         short = name_of(name)
@@ -49,7 +49,7 @@ def experiment(lab: Lab) -> list[Table]:
 
 
 def ways(lab: Lab, name: str) -> dict[str, dict[str, Any]]:
-    """What each row changes in the recipe: random draws as large as the first stages, too."""
+    """Changes of the recipe for each row; includes random draws of the same size as the first stages."""
     out: dict[str, dict[str, Any]] = {"all": {}}
     everything = trainable(lab.run(name))
     for stage in UP_TO[lab.preset]:
@@ -63,7 +63,7 @@ def ways(lab: Lab, name: str) -> dict[str, dict[str, Any]]:
 
 
 def trainable(run: Run) -> int:
-    """Weights that a run's mask may switch off; which ones they are follows from its recipe and costs nothing."""
+    """The weights that a run's mask may switch off. They follow from the recipe and need no storage."""
     inside = {s.parameter: s.stage for s in run.backbone.segments if run.mask_from <= s.stage < run.mask_to}
     if run.free is not None:
         return sum(int(np.count_nonzero(run.free[name].cpu().numpy())) for name in inside)

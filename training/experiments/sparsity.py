@@ -1,4 +1,4 @@
-"""Appendix D, table 4 and figures 2 and 3: how much of what is active, with labels and without.
+"""Appendix D, table 4 and figures 2 and 3: shares of active weights, with and without labels.
 
 python -m training.experiments.sparsity
 """
@@ -94,13 +94,13 @@ def active(run: Run) -> dict[str, dict[str, float]]:
 
 
 def block(parameter: str) -> str:
-    """``layer1.0.conv1.weight`` lies in ``layer1.0``, ``blocks.3.attn.qkv.weight`` in ``blocks.3``."""
+    """The block: ``layer1.0`` of ``layer1.0.conv1.weight``, ``blocks.3`` of ``blocks.3.attn.qkv.weight``."""
     found = re.match(r".*?\w+\.\d+(\.\d+(?=\.\w*[a-z]))?(?=\.)", parameter)
     return found.group() if found else parameter.partition(".")[0]
 
 
 def kind_of(parameter: str, nth: int) -> str:
-    """What a parameter is, without where: ``conv1.weight``, ``attn.key.bias``."""
+    """The kind of a parameter without its block: ``conv1.weight``, ``attn.key.bias``."""
     inside = parameter.removeprefix(block(parameter)).strip(".")
     return inside.replace("qkv", VIT_ROWS[nth]) if "qkv" in inside else inside
 

@@ -1,4 +1,4 @@
-"""Main tables 1 and 2: masks against full fine-tuning, by labels with a new head and without labels; linear probes.
+"""Main tables 1 and 2: masks against full fine-tuning, with labels (and a new head) and without; linear probes.
 
 python -m training.experiments.supervised
 """
