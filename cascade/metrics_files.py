@@ -1,17 +1,20 @@
-"""Room on the disk for the metrics of a process that shares them with others through a folder."""
+"""Preallocate the Prometheus multiprocess files of a process, so that a full disk cannot kill it later."""
 
 import os
 from pathlib import Path
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-ROOM = 2**20  # bytes of each of a process's files from the start: thousands of series
+ROOM = 2**20  # bytes preallocated for each file: thousands of series
 
 
 def reserve(folder: Path) -> str | None:
-    """Make this process's files in the multiprocess folder, with their disk blocks; or say why there is no room.
+    """Create this process's files in the multiprocess folder and allocate their disk blocks.
 
-    prometheus_client maps them into memory, and would begin them as holes: with the disk full, the first write into a
-    hole kills the process.
+    prometheus_client maps them into memory as sparse files: if the disk is full, the first write to a hole kills the
+    process (SIGBUS).
+
+    Returns:
+        Why there is no room, or None.
     """
     kinds = ("counter", "histogram", "gauge_livesum", "gauge_livemax")
     files = [folder / f"{kind}_{os.getpid()}.db" for kind in kinds]
@@ -23,11 +26,11 @@ def reserve(folder: Path) -> str | None:
     except OSError as error:
         for file in files:
             file.unlink(missing_ok=True)
-        return f"no room for metrics in {folder} ({error.strerror}): make some, then start again; served without them"
+        return f"no room for metrics in {folder} ({error.strerror}): free space and restart; serving without them"
     return None
 
 
 TROUBLE = reserve(Path(os.environ[FOLDER])) if os.environ.get(FOLDER) else None
-"""Why nobody sees the metrics of this process: it counts for itself alone."""
+"""Why the metrics of this process are not shared, or None."""
 if TROUBLE:
     del os.environ[FOLDER]

@@ -1,4 +1,4 @@
-"""What a training costs (appendix J): wall time, peak memory, GPU-hours, and money for a given price.
+"""The cost of training (appendix J): wall time, peak memory, GPU-hours, and money for a given price.
 
 with Cost(price=2.0) as cost:
     ...
@@ -15,10 +15,10 @@ import torch
 
 
 class Cost:
-    """Measures what lies between entering and leaving it, in this process; what an earlier start did is not in it.
+    """Measures this process between entering and leaving the context; earlier runs are not included.
 
     Args:
-        price: of one GPU, or of this machine where there is none, per hour; 0: money is not told.
+        price: per hour, of one GPU, or of this machine without one; 0: no money is reported.
     """
 
     def __init__(self, price: float = 0.0) -> None:

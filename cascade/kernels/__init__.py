@@ -1,1 +1,1 @@
-"""Kernels: the few loops that no tensor library has. Each stands beside a plain reference that it is tested against."""
+"""Kernels: the loops that no tensor library provides. Each is tested against a plain reference in the same package."""

@@ -1,8 +1,8 @@
-"""A backbone as a row of stages, so that a pass can stop, and start again, between any two of them.
+"""A backbone as a list of stages, so that a pass can stop and resume between any two of them.
 
-A mask may cover only the stages from some point on; everything before is then shared with whoever
-has the same weights there. ``stages(model)`` gives that row for the timm families that are named
-here; any other timm model is one single stage, which is always right and never shares anything.
+A mask may start at a later stage. The stages before it are then shared with all masks that have the same weights
+there. ``stages(model)`` returns this list for the timm families below. Any other timm model is a single stage, which
+is always correct and shares nothing.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ class Stage:
     """One step of the forward pass.
 
     Attributes:
-        name: its name in timm's own words, e.g. ``layer4`` or ``blocks.6``.
+        name: its name in timm, such as ``layer4`` or ``blocks.6``.
         run: features in, features out.
-        prefixes: parameters whose name begins with one of these (and a dot) live here.
+        prefixes: the stage owns the parameters whose name begins with one of these and a dot.
     """
 
     name: str

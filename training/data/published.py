@@ -1,10 +1,10 @@
-"""The paper's data sets of files, by name and with their published splits (appendix I), where they lie on disk.
+"""The paper's file-based data sets, by name, with their published splits (appendix I).
 
-    python -m training.data.published flowers102        # downloads it; nothing else here ever does
+    python -m training.data.published flowers102        # downloads it; nothing else here does
 
-Layouts are torchvision's, below ``training.data.arrays.root()``; torchvision reads those that it has a split for. A
-``split_zhou_*.json`` of CoOp (Zhou et al. 2022) in a data set's folder goes first: those are the splits behind the
-paper's figures. Without it validation images, where there are any, count as training images.
+Layouts are torchvision's, below ``training.data.arrays.root()``; torchvision reads those for which it has a split. A
+``split_zhou_*.json`` of CoOp (Zhou et al. 2022) in a data set's folder takes precedence: these are the splits of the
+paper. Without it, validation images are used for training.
 """
 
 import json
@@ -22,11 +22,11 @@ Rows = tuple[list[Path], list[int], list[str]]  # files, their labels, the class
 
 @dataclass(frozen=True)
 class Place:
-    """Where a data set lies and where it comes from.
+    """The location and origin of a data set.
 
     Attributes:
-        folder: below the root. images: below that. dataset: torchvision's class, empty where it has none that fits.
-        origin: what to fetch by hand, where torchvision can't.
+        folder: below the root. images: below that. dataset: torchvision's class; empty if none fits.
+        origin: what to download by hand if torchvision cannot.
     """
 
     folder: str
