@@ -1,18 +1,22 @@
 """A bundle's card for a person: ``cascade inspect``."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from cascade.bundle.format import Bundle
 from cascade.bundle.schema import Card
+from cascade.errors import printable
+
+T = TypeVar("T")
 
 
 def show(bundle: Bundle, console: Console | None = None) -> None:
     """Print what the bundle adapts, its masks and clusters, its measured accuracies and its bytes."""
-    console, card = console or Console(markup=False), bundle.card  # a bundle's words are no markup
+    console, card = console or Console(markup=False), _printable(bundle.card)  # a bundle's words are no markup
     console.print(f"{bundle.name}/{bundle.version} · {card.mode} · {card.dim}-d embedding", style="bold")
     back = card.backbone
     console.print(f"backbone {back.name} from {back.source} · fingerprint {back.fingerprint[:12]}")
@@ -32,6 +36,22 @@ def show(bundle: Bundle, console: Console | None = None) -> None:
                 f"out-of-domain score against {other}: AUROC {found['ood']:.3f}"
                 f" (1 - confidence: {found['one_minus_confidence']:.3f})"
             )
+
+
+def _printable(value: T) -> T:
+    """The card with control characters escaped in every text: a terminal would obey them."""
+    cleaned: Any = value
+    match cleaned:
+        case str():
+            cleaned = printable(cleaned)
+        case BaseModel():
+            fields = {name: _printable(getattr(cleaned, name)) for name in type(cleaned).model_fields}
+            cleaned = cleaned.model_copy(update=fields)
+        case dict():
+            cleaned = {_printable(key): _printable(item) for key, item in cleaned.items()}
+        case list() | tuple():
+            cleaned = type(cleaned)(map(_printable, cleaned))
+    return cast(T, cleaned)
 
 
 def _masks(card: Card) -> Table:

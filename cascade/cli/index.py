@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cascade.cli.options import Weights
+from cascade.errors import printable
 
 
 class IndexKind(StrEnum):
@@ -69,7 +70,7 @@ def index_search(
             continue
         typer.echo(str(image))
         for each in results:
-            typer.echo(f"  {each['similarity']:.3f}  {each['path']}")
+            typer.echo(f"  {each['similarity']:.3f}  {printable(each['path'])}")
     if failed:
         raise typer.Exit(1)
 

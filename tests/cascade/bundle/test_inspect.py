@@ -89,3 +89,11 @@ def test_on_a_console_of_ones_own(hand: Bundle, tmp_path: Path) -> None:
     out = StringIO()
     show(hand, Console(file=out, width=200))
     assert "hand/1" in out.getvalue()
+
+
+def test_no_escape_sequence_of_a_card_reaches_the_terminal(hand: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    training = {"recipe": {}, "images": 3, "data": "x\x1b]0;owned\x07"}
+    backbone = hand.card.backbone.model_copy(update={"source": "file:\x1b[31mred"})
+    show(changed(hand, training=training, backbone=backbone))
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and "x\\x1b]0;owned" in printed
