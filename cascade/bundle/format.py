@@ -163,6 +163,13 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
                     f"{here}: mask {mask.name}: from its first stage on {backbone.name} has no parameter {name}"
                     f" {list(tensor.shape)} with a value for each channel"
                 )
+        rows = backbone.rows(mask.start)
+        for name, tensor in mask.deltas.items():
+            if list(tensor.shape) != [rows.get(name)]:
+                raise BundleError(
+                    f"{here}: delta {mask.name}: from its first stage on {backbone.name} has no weight {name} with"
+                    f" {list(tensor.shape)} output channels"
+                )
 
 
 def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
@@ -198,7 +205,7 @@ def format_of(bundle: Bundle) -> int:
     halves = any(head.weight.dtype != torch.float32 for head in bundle.linear.values())
     new = halves or any(isinstance(f, Identity) for f in bundle.fusions.values())
     for mask, card in zip(bundle.masks, bundle.card.masks, strict=True):
-        new |= bool(mask.channels) or _keeps_all(mask, card)
+        new |= bool(mask.channels or mask.deltas) or _keeps_all(mask, card)
     return 2 if new else 1
 
 
@@ -260,6 +267,7 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
             masks |= {f"{m.name}.bits.zst": _zstd(m.bits)} if compress else {f"{m.name}.bits": m.bits}
         masks |= {f"{m.name}.norms.{name}": t for name, t in m.norms.items()}
         masks |= {f"{m.name}.channels.{name}": t for name, t in m.channels.items()}
+        masks |= {f"{m.name}.deltas.{name}": t for name, t in m.deltas.items()}
     router = {} if bundle.router is None else {f"router.{n}": t for n, t in tensors(bundle.router).items()}
     ood = {} if bundle.ood is None else {f"ood.{f.name}": getattr(bundle.ood, f.name) for f in fields(bundle.ood)}
     projected = [(mode, f) for mode, f in bundle.fusions.items() if not isinstance(f, Identity)]
@@ -316,10 +324,10 @@ def _mask(stored: Mapping[str, Tensor], card: MaskCard, version: int) -> Mask:
         bits = all_ones(card.weights)
     if bits.dtype != torch.uint8 or bits.shape != (size,):
         raise ValueError(f"mask {card.name} has {bits.numel()} bytes, not {size}")
-    norms, channels = (strip_prefix(stored, f"{card.name}.{part}.") for part in ("norms", "channels"))
-    if channels and version == 1:
-        raise ValueError(f"mask {card.name} has trained channels, which format 1 does not know")
-    return Mask(card.name, card.start, bits, norms, channels)
+    parts = [strip_prefix(stored, f"{card.name}.{part}.") for part in ("norms", "channels", "deltas")]
+    if version == 1 and any(parts[1:]):
+        raise ValueError(f"mask {card.name} has trained channels or deltas, which format 1 does not have")
+    return Mask(card.name, card.start, bits, *parts)
 
 
 def _moved(part: T, device: str) -> T:

@@ -25,7 +25,7 @@ def inconsistencies(bundle: "Bundle") -> Iterator[str]:
     if any(m.start > last for m in bundle.masks):
         yield "a mask starts after the last stage"
     for m in bundle.masks:
-        for name, values in m.channels.items():
+        for name, values in (m.channels | m.deltas).items():
             if values.dtype != torch.float16 or values.dim() != 1 or not values.isfinite().all():
                 yield f"mask {m.name}: the trained values {name} are not finite float16 numbers in one dimension"
     if any(m.start < bundle.dispatcher.start for m in bundle.experts):

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cascade import CascadeError, __version__
+from cascade.cli.adapters import export, import_checkpoint
 from cascade.cli.bundles import inspect, pack, unpack, verify
 from cascade.cli.index import index
 from cascade.cli.measure import bench, evaluate
@@ -46,7 +47,8 @@ app = typer.Typer(
 )
 # Training parses its own options.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(train)
-for command in (predict, serve, inspect, verify, pack, unpack, evaluate, bench):
+app.command("import")(import_checkpoint)
+for command in (export, predict, serve, inspect, verify, pack, unpack, evaluate, bench):
     app.command()(command)
 app.add_typer(index, name="index")
 

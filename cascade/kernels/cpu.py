@@ -39,6 +39,26 @@ def masked(
         _masked(words, bits, weights, begin, end, scales, past_caches, out)
 
 
+def signed(
+    bits: np.ndarray,
+    weights: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    scales: np.ndarray,
+    deltas: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Write ``W * scale + s * delta`` into ``out``, with s = 1 where the bit is set and -1 where it is not.
+
+    Args:
+        deltas: float32 [P, 16], like ``scales``. The other arguments are those of :func:`masked`.
+    """
+    words = bits[: len(bits) // 2 * 2].view(np.uint16)
+    past_caches = out.nbytes >= STREAM and out.ctypes.data % (4 * LANES) == 0
+    with _alone:
+        _signed(words, bits, weights, begin, end, scales, deltas, past_caches, out)
+
+
 def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Active weights of each segment, int64 [segments].
 
@@ -65,8 +85,11 @@ def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.nd
         _reorder(bits, tasks, columns, out)
 
 
-def _make_step(nontemporal: bool) -> Any:
-    """An intrinsic ``step(out, weights, scale, at, word)`` for 16 weights at once.
+def _make_step(nontemporal: bool, sign: bool = False) -> Any:
+    """An intrinsic ``step(out, weights, scale, delta, at, word)`` for 16 weights at once.
+
+    With ``sign`` it writes ``weights * scale`` plus or minus ``delta``. Without it writes ``weights * scale`` or 0, and
+    does not read ``delta``.
 
     LLVM makes no vector code of a loop over single bits that comes near the speed of memory; so the three vector
     operations are written down. They are target independent: a masked multiply with AVX-512, a few more elsewhere.
@@ -74,7 +97,7 @@ def _make_step(nontemporal: bool) -> Any:
     lanes, bools = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(1), LANES)
 
     @intrinsic
-    def step(typing: Any, out: Any, weights: Any, scale: Any, at: Any, word: Any) -> Any:
+    def step(typing: Any, out: Any, weights: Any, scale: Any, delta: Any, at: Any, word: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             def place(which: int, index: Any = None) -> Any:
                 array = context.make_array(signature.args[which])(context, builder, arguments[which])
@@ -86,20 +109,27 @@ def _make_step(nontemporal: bool) -> Any:
                 value.align = 4
                 return value
 
-            product = builder.fmul(load(place(1, arguments[3])), load(place(2)))
-            kept = builder.select(builder.bitcast(arguments[4], bools), product, ir.Constant(lanes, [0.0] * LANES))
-            store = builder.store(kept, place(0, arguments[3]))
+            fuse = ("contract",) if sign else ()  # one fused multiply-add
+            product = builder.fmul(load(place(1, arguments[4])), load(place(2)), flags=fuse)
+            word = builder.bitcast(arguments[5], bools)
+            if sign:
+                delta = load(place(3))
+                result = builder.fadd(product, builder.select(word, delta, builder.fneg(delta)), flags=fuse)
+            else:
+                result = builder.select(word, product, ir.Constant(lanes, [0.0] * LANES))
+            store = builder.store(result, place(0, arguments[4]))
             store.align = 4 * LANES if nontemporal else 4
             if nontemporal:
                 store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
             return context.get_dummy_value()
 
-        return types.void(out, weights, scale, types.int64, types.uint16), code
+        return types.void(out, weights, scale, delta, types.int64, types.uint16), code
 
     return step
 
 
 _step, _step_past_caches = _make_step(False), _make_step(True)
+_sign_step, _sign_step_past_caches = _make_step(False, sign=True), _make_step(True, sign=True)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -121,12 +151,40 @@ def _masked(
         whole = max(i, stop & ~15)
         if past_caches:
             for word in range(i >> 4, whole >> 4):
-                _step_past_caches(out, weights, scale, word << 4, words[word])
+                _step_past_caches(out, weights, scale, scale, word << 4, words[word])
         else:
             for word in range(i >> 4, whole >> 4):
-                _step(out, weights, scale, word << 4, words[word])
+                _step(out, weights, scale, scale, word << 4, words[word])
         for k in range(whole, stop):
             out[k] = weights[k] * (scale[k & 15] * np.float32((bits[k >> 3] >> (k & 7)) & 1))
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _signed(
+    words: np.ndarray,
+    bits: np.ndarray,
+    weights: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    scales: np.ndarray,
+    deltas: np.ndarray,
+    past_caches: bool,
+    out: np.ndarray,
+) -> None:  # pragma: no cover - compiled
+    for p in prange(len(begin)):
+        i, stop, scale, delta = begin[p], end[p], scales[p], deltas[p]
+        while i < stop and i & 15:
+            out[i] = weights[i] * scale[i & 15] + delta[i & 15] * np.float32(((bits[i >> 3] >> (i & 7)) & 1) * 2 - 1.0)
+            i += 1
+        whole = max(i, stop & ~15)
+        if past_caches:
+            for word in range(i >> 4, whole >> 4):
+                _sign_step_past_caches(out, weights, scale, delta, word << 4, words[word])
+        else:
+            for word in range(i >> 4, whole >> 4):
+                _sign_step(out, weights, scale, delta, word << 4, words[word])
+        for k in range(whole, stop):
+            out[k] = weights[k] * scale[k & 15] + delta[k & 15] * np.float32(((bits[k >> 3] >> (k & 7)) & 1) * 2 - 1.0)
 
 
 @njit(parallel=True, nogil=True, cache=True)

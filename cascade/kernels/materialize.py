@@ -1,4 +1,7 @@
-"""A mask's weights in the model's own order: ``W * M / alpha`` from its first stage to the end (paper §3, eq. 1-3)."""
+"""An adapter's weights in the model's own order, from its first stage to the end (paper §3, eq. 1-3).
+
+``W * M / alpha`` for a mask, ``W + s * delta`` for a 1-bit delta.
+"""
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ def materialize(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Te
     first = backbone.offset(mask.start)
     pristine = backbone.weights[first:]
     out = torch.empty_like(pristine) if out is None else out
-    if pristine.device.type != "cpu":
+    if pristine.device.type != "cpu" or mask.deltas:
         return materialize_plain(backbone, mask, out)
     from cascade.kernels import cpu  # numba takes a second to come up
 
@@ -45,6 +48,13 @@ def materialize_plain(backbone: Backbone, mask: Mask, out: Tensor) -> Tensor:
     """``materialize`` in plain PyTorch: the reference for every kernel, on any device."""
     first = backbone.offset(mask.start)
     active = unpack(mask.bits, len(out))
+    if mask.deltas:
+        out.copy_(backbone.weights[first:])
+        for name, delta in mask.deltas.items():
+            span = slice(*(index - first for index in backbone.spans[name]))
+            sign = torch.where(active[span].view(len(delta), -1), 1.0, -1.0)
+            out[span] += (sign * delta.to(out)[:, None]).flatten()
+        return out
     torch.mul(backbone.weights[first:], active, out=out)
     for segment, part in split(backbone, mask.start, active):
         out[segment.offset - first : segment.end - first] /= alpha(part)

@@ -44,20 +44,21 @@ class BlockOrder:
 
 @dataclass(frozen=True, eq=False)
 class PackedMask(Mask):
-    """A mask as an executor keeps it: bits in its order, and what remains of alphas, norms and biases.
+    """A mask as an executor keeps it: bits in its order, and the numbers that everything else folds into.
 
     Attributes:
         scales, shifts: float32 [rows], padded to whole blocks, from the mask's first stage to the end.
+        steps: of a 1-bit delta, the folded delta of each row, like ``scales``; empty for a mask.
         loose: what else it changes, by name, see ``Folded``.
     """
 
     scales: Tensor = field(default_factory=lambda: torch.empty(0))
     shifts: Tensor = field(default_factory=lambda: torch.empty(0))
+    steps: Tensor = field(default_factory=lambda: torch.empty(0))
     loose: dict[str, Tensor] = field(default_factory=dict)
 
     def bytes(self) -> int:
-        held = (self.bits, self.scales, self.shifts, *self.loose.values())
-        return sum(t.nbytes for t in held)
+        return sum(t.nbytes for t in (self.bits, self.scales, self.shifts, self.steps, *self.loose.values()))
 
 
 class WeightLayout:
@@ -102,6 +103,7 @@ class WeightLayout:
         self._pieces = begin, end, rows
         self._plans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._tiles: dict[int, Tensor] = {}
+        self._paddings: dict[int, Tensor] = {}
 
     def first(self, stage: int) -> int:
         """Index of the first unit that belongs to ``stage`` or a later one."""
@@ -114,16 +116,17 @@ class WeightLayout:
     def pack(self, mask: Mask) -> PackedMask:
         """A mask in this order; the model's order of its bits is not kept."""
         first, device = self.first(mask.start), self.pristine.device
-        scales, shifts = (np.zeros(self.row[-1] - self.row[first], np.float32) for _ in range(2))
+        scales, shifts, steps = (np.zeros(self.row[-1] - self.row[first], np.float32) for _ in range(3))
         for i, affine in enumerate(self.folded.affines(mask), first):
             rows = slice(self.row[i] - self.row[first], self.row[i] - self.row[first] + len(affine.scale))
-            scales[rows], shifts[rows] = affine.scale, affine.shift
+            scales[rows], shifts[rows], steps[rows] = affine.scale, affine.shift, affine.delta
         return PackedMask(
             mask.name,
             mask.start,
             self._reorder(mask).to(device),
             scales=torch.from_numpy(scales).to(device),
             shifts=torch.from_numpy(shifts).to(device),
+            steps=torch.from_numpy(steps if mask.deltas else steps[:0]).to(device),
             loose={name: t.to(device) for name, t in self.folded.loosened(mask).items()},
         )
 
@@ -134,6 +137,8 @@ class WeightLayout:
         """
         pristine = self.pristine[self.begin[self.first(mask.start)] :]
         out = torch.empty_like(pristine) if out is None else out
+        if pristine.is_cuda and mask.steps.numel():  # in a few passes; there is no fused kernel for it yet
+            return out.copy_(self.materialize_plain(mask))
         if pristine.is_cuda:
             from cascade.kernels import triton
 
@@ -142,17 +147,41 @@ class WeightLayout:
         from cascade.kernels import cpu  # numba takes a second to come up
 
         begin, end, rows = self._plan(mask.start)
-        cpu.masked(mask.bits.numpy(), pristine.numpy(), begin, end, mask.scales.numpy()[rows], out.numpy())
+        bits, scales = mask.bits.numpy(), mask.scales.numpy()[rows]
+        if not mask.steps.numel():
+            cpu.masked(bits, pristine.numpy(), begin, end, scales, out.numpy())
+            return out
+        cpu.signed(bits, pristine.numpy(), begin, end, scales, mask.steps.numpy()[rows], out.numpy())
+        out[self._padding(mask.start)] = 0  # its bits are zeros, which mean minus here
         return out
 
     def materialize_plain(self, mask: PackedMask) -> Tensor:
         """``materialize`` in plain PyTorch: the reference for every kernel, on any device."""
         pristine = self.pristine[self.begin[self.first(mask.start)] :]
-        begin, end, rows = self._plan(mask.start)
-        scale = torch.zeros_like(pristine)
-        for b, e, lanes in zip(begin, end, mask.scales.cpu().numpy()[rows], strict=True):
-            scale[b:e] = torch.from_numpy(np.resize(lanes, e - b)).to(scale)
-        return pristine * unpack(mask.bits, len(pristine)) * scale
+        rows = self._rows(mask.start)
+        active = unpack(mask.bits, len(pristine))
+        scale = torch.where(rows < 0, 0, mask.scales[rows])
+        if not mask.steps.numel():
+            return pristine * active * scale
+        step = torch.where(rows < 0, 0, mask.steps[rows])
+        return pristine * scale + torch.where(active, step, -step)
+
+    def _rows(self, stage: int) -> Tensor:
+        """The row of each weight of a suffix, int64 [n]; -1 for padding."""
+        first = self.first(stage)
+        rows = torch.full((int(self.begin[-1] - self.begin[first]),), -1)
+        for i, order in enumerate(self.orders[first:], first):
+            unit = self.folded.units[i]
+            own = torch.arange(unit.rows)[:, None].expand(-1, unit.columns) + int(self.row[i] - self.row[first]) + 1
+            arranged = order.arrange(own.contiguous()) - 1  # padding is 0 before, -1 after
+            rows[self.begin[i] - self.begin[first] :][: len(arranged)] = arranged
+        return rows.to(self.pristine.device)
+
+    def _padding(self, stage: int) -> Tensor:
+        """Where a suffix has padding, int64 [places]."""
+        if stage not in self._paddings:
+            self._paddings[stage] = (self._rows(stage) < 0).nonzero().flatten()
+        return self._paddings[stage]
 
     def tiles(self, stage: int) -> Tensor:
         """What a launch on a GPU is told about a suffix, see ``cascade.kernels.triton``; made once for all masks."""

@@ -85,6 +85,11 @@ class Backbone:
         parameters = self._parameters.items()
         return {n: p.shape for n, p in parameters if p.dim() == 1 and stage_of(n, self.stages) >= start}
 
+    def rows(self, start: int = 0) -> dict[str, int]:
+        """Output channels of the maskable weights with two or more axes, from stage ``start`` on, by name."""
+        first, shapes = self.offset(start), {name: self._parameters[name].shape for name in self.spans}
+        return {n: shapes[n][0] for n, (begin, _) in self.spans.items() if begin >= first and len(shapes[n]) > 1}
+
     def stage(self, name_or_index: str | int) -> int:
         """A stage's index from its name or number; negative numbers count from the end."""
         names = [stage.name for stage in self.stages]

@@ -2,6 +2,8 @@
 
     BN(W * M / alpha (*) x + b)  =  (W' * M * scale) (*) x + shift
 
+    BN((W + s * delta) (*) x + b)  =  (W' * scale + s * delta') (*) x + shift
+
 ``W'`` is the weight with the backbone's own BatchNorm folded in, one copy for all masks. A mask's alpha, its
 BatchNorm statistics, its masked biases and affines and its trained channels all end up in ``scale`` and ``shift``,
 one number for each row (output channel), computed once in float64 (paper §3, eq. 3; method.md §1). Linear layers
@@ -61,10 +63,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Affine:
-    """How a mask changes the rows of one unit: float64 [rows] each, ``scale`` relative to the folded weight."""
+    """How a mask changes the rows of one unit: float64 [rows] each.
+
+    Attributes:
+        scale: relative to the folded weight. shift: of the output.
+        delta: of a 1-bit delta, what is added to or subtracted from each folded weight; zeros for a mask.
+    """
 
     scale: np.ndarray
     shift: np.ndarray
+    delta: np.ndarray
 
 
 class Folded:
@@ -146,17 +154,17 @@ class Folded:
     def affine(self, unit: Unit, state: "_State") -> Affine:
         """Scale and shift of one unit."""
         scale = 1 / state.alphas(unit)
-        shift = np.zeros(unit.rows)
+        shift, delta = np.zeros(unit.rows), state.delta(unit)
         layer = self.backbone.model.get_submodule(unit.module)
         if getattr(layer, "bias", None) is not None:
             shift = state(f"{unit.module}.bias")
         if unit.norm is None:
-            return Affine(scale, shift)
+            return Affine(scale, shift, delta)
         norm = cast(nn.BatchNorm2d, self.backbone.model.get_submodule(unit.norm))
         multiplier = self._multiplier(unit, state)
         beta = state(f"{unit.norm}.bias") if norm.affine else 0.0
         shift = (shift - state(f"{unit.norm}.running_mean")) * multiplier + beta
-        return Affine(scale * multiplier / self._gain(unit), shift)
+        return Affine(scale * multiplier / self._gain(unit), shift, delta * multiplier)
 
     def _gain(self, unit: Unit) -> np.ndarray:
         """The factor of each row that is folded into the weight, float64 [rows], never zero.
@@ -191,14 +199,24 @@ class _State:
         covered = [s for s in backbone.segments if s.offset >= self.first]
         bounds = np.array([s.offset - self.first for s in covered] + [backbone.weights.numel() - self.first])
         share = np.maximum(count(self.bits, bounds), 1) / np.diff(bounds)
-        self.alpha = {s.offset: a for s, a in zip(covered, np.sqrt(share).tolist(), strict=True)}
+        roots = np.ones(len(share)) if mask.deltas else np.sqrt(share)
+        self.alpha = {s.offset: a for s, a in zip(covered, roots.tolist(), strict=True)}
 
     def __call__(self, name: str) -> np.ndarray:
         """A bias, an affine or a statistic, flat."""
         for trained in (self.mask.norms, self.mask.channels) if self.mask else ():
             if name in trained:
                 return np.asarray(trained[name].double().cpu().numpy())
+        if self.mask and name in self.mask.deltas:
+            delta = self.mask.deltas[name].double().cpu().numpy()
+            sign = 2.0 * self._active(name) - 1
+            return np.asarray(self.small[name] + (sign.reshape(len(delta), -1) * delta[:, None]).ravel())
         return self.small[name] * self._ratio(name)
+
+    def delta(self, unit: Unit) -> np.ndarray:
+        """The delta of each row of a unit's weight; zeros for a mask."""
+        delta = self.mask.deltas.get(f"{unit.module}.weight") if self.mask else None
+        return np.zeros(unit.rows) if delta is None else np.asarray(delta.double().cpu().numpy())
 
     def covers(self, name: str) -> bool:
         """Whether the mask changes a loose tensor."""
@@ -210,9 +228,15 @@ class _State:
         """M / alpha of a small parameter, each row block with its own; 1 where it carries no mask."""
         if name not in self.backbone.spans or self.backbone.spans[name][0] < self.first:
             return 1.0
+        if self.mask and self.mask.deltas:
+            return 1.0
+        return np.asarray(self._active(name) / self._blocks(name))
+
+    def _active(self, name: str) -> np.ndarray:
+        """The bits of one parameter, uint8 [n]."""
         begin, end = (index - self.first for index in self.backbone.spans[name])
         bits = np.unpackbits(self.bits[begin // 8 : -(-end // 8)], bitorder="little")
-        return bits[begin % 8 :][: end - begin] / self._blocks(name)
+        return bits[begin % 8 :][: end - begin]
 
     def alphas(self, unit: Unit) -> np.ndarray:
         """Alpha of each row of a unit's weight."""

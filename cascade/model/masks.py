@@ -4,8 +4,11 @@ A mask turns a weight ``W`` into ``W * M / alpha`` with ``alpha = sqrt(mean(M))`
 keeps the variance of the layer's output. Bits are packed eight to a byte, the first weight in the lowest bit, over the
 backbone's flat buffer from the mask's first stage to the end.
 
-Beside its bits a mask may carry trained *channels*: BatchNorm and LayerNorm scales and shifts, and biases. They fold
-into the scale and shift that each output channel has anyway, so they cost no extra work in a pass.
+A *1-bit delta* reads the same bits as signs: ``W + s * delta`` with s = 1 or -1 for each weight and a delta for each
+output channel. It is what remains of a fine-tuned copy (BitDelta, arXiv 2402.10193).
+
+Beside its bits a mask or delta may carry trained *channels*: BatchNorm and LayerNorm scales and shifts, and biases.
+They fold into the scale and shift that each output channel has anyway, so they cost no extra work in a pass.
 """
 
 from collections.abc import Iterator
@@ -30,6 +33,8 @@ class Mask:
         norms: BatchNorm running statistics that differ from the backbone's, by buffer name.
         channels: trained values of one-dimensional parameters (see ``Backbone.channels``) from stage ``start`` on,
             float16, by parameter name. Each replaces the parameter: no bits apply to it.
+        deltas: of a 1-bit delta, the delta of each output channel, float16 [rows], by weight name. Empty for a mask.
+            The maskable parameters that it does not name keep the backbone's values, or those of ``channels``.
     """
 
     name: str
@@ -37,10 +42,12 @@ class Mask:
     bits: Tensor
     norms: dict[str, Tensor] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
+    deltas: dict[str, Tensor] = field(default_factory=dict)
 
     def bytes(self) -> int:
         """Resident memory of the packed mask."""
-        return self.bits.nbytes + sum(t.nbytes for t in (*self.norms.values(), *self.channels.values()))
+        small = (*self.norms.values(), *self.channels.values(), *self.deltas.values())
+        return self.bits.nbytes + sum(t.nbytes for t in small)
 
 
 def pack(active: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from cascade.errors import CascadeError
 
 COUNTERS = "num_batches_tracked"  # BatchNorm's: no forward pass reads them, many files lack them
 WHOLE = ("state_dict", "model", "teacher")  # under which a training's checkpoint keeps the network
-WRAPPERS = ("module.", "backbone.")  # what DistributedDataParallel and DINO put before each name
+WRAPPERS = ("module.", "backbone.", "timm_model.")
+"""What DistributedDataParallel, DINO and Hugging Face's wrapper of timm put before each name."""
 
 
 class BackboneError(CascadeError):

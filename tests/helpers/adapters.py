@@ -21,6 +21,11 @@ def random_channels(backbone: Backbone, start: int, generator: torch.Generator) 
     return channels
 
 
+def random_deltas(backbone: Backbone, start: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A delta for each output channel, as large as the weights."""
+    return {n: (torch.rand(rows, generator=generator) / 10).half() for n, rows in backbone.rows(start).items()}
+
+
 def adapters(backbone: Backbone, start: int, seed: int = 0) -> dict[str, Mask]:
     """One adapter of each kind that begins at stage ``start``."""
     generator = torch.Generator().manual_seed(seed)
@@ -33,6 +38,8 @@ def adapters(backbone: Backbone, start: int, seed: int = 0) -> dict[str, Mask]:
         "mask+channels": Mask("m", start, bits, norms, channels),
         "some channels": Mask("m", start, bits, {}, dict([*channels.items()][::3])),
         "channels": Mask("m", start, all_ones(n), {}, channels),
+        "delta": Mask("m", start, bits, norms, channels, random_deltas(backbone, start, generator)),
+        "delta alone": Mask("m", start, bits, deltas=random_deltas(backbone, start, generator)),
         "frozen": Mask("m", len(backbone.stages), all_ones(0)),
     }
 

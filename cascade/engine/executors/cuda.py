@@ -141,7 +141,7 @@ class CudaExecutor(FoldedExecutor):
         packed = [mask for mask in masks if isinstance(mask, PackedMask)]
         assert len(packed) == len(masks) == len(x) and all(mask.start <= start for mask in packed)
         self.swap(None)
-        alone = self._distinct is None or any(mask.loose for mask in packed)
+        alone = self._distinct is None or any(mask.loose or mask.steps.numel() for mask in packed)
         if alone or all(mask is packed[0] for mask in packed):
             return self._one_by_one(x, packed, start, stop)
         parts = []

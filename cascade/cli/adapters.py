@@ -1,0 +1,78 @@
+"""``cascade import | export``: fine-tuned copies in, plain checkpoints out."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascade.cli.options import BundlePath, Weights
+
+
+class Target(StrEnum):
+    """What ``cascade export`` writes."""
+
+    timm = "timm"
+    onnx = "onnx"
+    torchscript = "torchscript"
+
+
+def import_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="Fine-tuned copy (.safetensors, .pth) or folder of a PEFT LoRA.")],
+    backbone: Annotated[str, typer.Option(help="timm's name of the network that was fine-tuned.")],
+    out: Annotated[Path, typer.Option(help="Folder <store>/<name>/<version> to make; must not exist.")],
+    source: Annotated[str, typer.Option(help="Weights before fine-tuning: timm, file:PATH or package:PATH.")] = "timm",
+    classes: Annotated[Path | None, typer.Option(help="File with the classes' names, one a line.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Or a folder with a folder for each class.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images, pixels; default: the network's.")] = None,
+    distill: Annotated[Path | None, typer.Option(help="Folder of unlabeled images to train the delta on.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of 64 images for --distill.", min=1)] = 100,
+    check: Annotated[Path | None, typer.Option(help="Class folders: compare the accuracy before and after.")] = None,
+    weights: Weights = None,
+) -> None:
+    """Import a fine-tuned copy: [bold]cascade import copy.safetensors --backbone resnet18 --out model_store/mine/1[/]
+
+    It becomes a 1-bit delta: a thirtieth of the copy's size.
+
+    [bold]cascade import copy.pth --backbone resnet18 --images photos --distill photos --check test --out mine/1[/]
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from cascade.errors import CascadeError
+    from training.delta import compare, import_copy, load_backbone
+
+    if classes is not None and images is not None:
+        raise CascadeError("give the classes' names by --classes or by --images, not both")
+    names = None
+    if classes is not None:
+        names = classes.read_text().splitlines()
+    elif images is not None:
+        names = sorted(folder.name for folder in images.iterdir() if folder.is_dir())
+    plain = load_backbone(backbone, source, weights)
+    path, tuned, losses = import_copy(checkpoint, plain, out, classes=names, size=size, distill=distill, steps=steps)
+    table = Table("weight", "change", "lost before distillation", title="what the delta keeps")
+    for loss in losses:
+        table.add_row(loss.weight, f"{loss.change:.1%}", f"{loss.lost:.1%}")
+    Console().print(table)
+    size_of = sum(file.stat().st_size for file in path.iterdir())
+    typer.echo(f"wrote {path}: {size_of / 1e6:.2f} MB; the copy has {_bytes(checkpoint) / 1e6:.2f} MB")
+    if check is not None:
+        before, after = compare(path, plain, tuned, check)
+        typer.echo(f"accuracy on {check}: {before:.1%} before, {after:.1%} after")
+
+
+def export(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Option(help="File to write; must not exist.")],
+    to: Annotated[Target, typer.Option(help="timm: safetensors with timm's names; onnx; torchscript.")] = Target.timm,
+    weights: Weights = None,
+) -> None:
+    """Write a bundle as a plain model: [bold]cascade export model_store/mine/1 --to onnx --out mine.onnx[/]"""
+    from cascade.bundle.export import export as write
+
+    typer.echo(f"wrote {write(bundle, out, to.value, weights)}")
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,191 @@
+"""``cascade import``: a fine-tuned copy of a backbone as a bundle with a 1-bit delta.
+
+Without images this takes seconds. With ``--distill`` the deltas are then trained on unlabeled images, so that the
+pooled features match those of the fine-tuned copy: for networks with depthwise layers most of the accuracy needs that.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import mse_loss
+
+from cascade.bundle.format import Bundle, read, write
+from cascade.bundle.schema import BackboneCard, Card, MaskCard
+from cascade.engine.engine import Engine, Options
+from cascade.engine.results import Prediction
+from cascade.errors import CascadeError
+from cascade.model import backbone as backbones
+from cascade.model import finetuned, preprocessing
+from cascade.model.backbone import Backbone
+from cascade.model.delta import Loss, compress
+from cascade.model.finetuned import FineTuned
+from cascade.model.fusion import Identity
+from cascade.model.heads import Linear
+from cascade.model.masks import Mask, unpack
+from cascade.model.preprocessing import Preprocessing
+from cascade.model.router import Calibration
+
+BATCH, RATE = 64, 2e-4
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def import_copy(
+    checkpoint: Path,
+    backbone: Backbone,
+    out: Path,
+    *,
+    classes: list[str] | None = None,
+    size: int | None = None,
+    distill: Path | None = None,
+    steps: int = 100,
+    seed: int = 0,
+) -> tuple[Path, FineTuned, list[Loss]]:
+    """Write the bundle of a fine-tuned copy to ``out`` (``<name>/<version>``).
+
+    Args:
+        checkpoint: see ``cascade.model.finetuned.read``.
+        classes: names of the classifier's rows; numbers if left out.
+        size: side of the images, pixels; the backbone's own if left out.
+        distill: folder of images to train the deltas on, for ``steps`` steps of 64 images.
+
+    Raises:
+        CascadeError: the checkpoint is not a copy of this backbone, or there are not as many names as classes.
+    """
+    tuned = finetuned.read(checkpoint, backbone)
+    rows = 0 if tuned.weight is None else len(tuned.weight)
+    names = [str(i) for i in range(rows)] if classes is None else classes
+    if len(names) != rows:
+        raise CascadeError(f"{checkpoint} has {rows} classes, but {len(names)} names are given: give one for each")
+    view = Preprocessing.of(backbone.config, size)
+    mask, losses = compress(backbone, tuned.state)
+    if distill is not None:
+        mask = fit_deltas(backbone, mask, tuned.state, images_in(distill), view, steps, seed)
+    weights = backbone.weights.numel() - backbone.offset(mask.start)
+    heads = {} if tuned.weight is None or tuned.bias is None else {"dispatcher": Linear(tuned.weight, tuned.bias)}
+    bundle = Bundle(
+        name=out.parent.name,
+        version=out.name,
+        card=Card(
+            format=2,
+            backbone=BackboneCard.of(backbone),
+            preprocessing=view.to_json(),
+            masks=[MaskCard(name=mask.name, start=mask.start, weights=weights, density=1.0)],
+            mode="dispatcher",
+            dim=backbone.features,
+            classes=names,
+            training={"imported": checkpoint.name, "distilled_steps": steps if distill is not None else 0},
+        ),
+        preprocessing=view,
+        dispatcher=mask,
+        experts=(),
+        router=None,
+        calibration=Calibration(),
+        ood=None,
+        fusions={"dispatcher": Identity.of(backbone.features)},
+        linear=dict(heads),  # type: ignore[arg-type]
+    )
+    return write(bundle, out), tuned, losses
+
+
+def fit_deltas(
+    backbone: Backbone,
+    mask: Mask,
+    tuned: dict[str, Tensor],
+    images: list[Path],
+    view: Preprocessing,
+    steps: int,
+    seed: int = 0,
+) -> Mask:
+    """The delta with its numbers trained so that pooled features match the fine-tuned copy's (mean squared error).
+
+    Args:
+        tuned: the copy's state dict. images: files, unlabeled. view: how the network sees them.
+    """
+    teacher, student = copy.deepcopy(backbone.model).eval(), copy.deepcopy(backbone.model).eval()
+    teacher.load_state_dict(tuned, strict=False)
+    student.load_state_dict({**mask.norms, **mask.channels}, strict=False)
+    pristine = {n: backbone.model.get_parameter(n).detach() for n in mask.deltas}
+    active = unpack(mask.bits, backbone.weights.numel() - backbone.offset(mask.start))
+    signs = {n: _sign(backbone, mask, active, n) for n in mask.deltas}
+    deltas = {n: nn.Parameter(t.float()) for n, t in mask.deltas.items()}
+    optimizer = torch.optim.Adam(deltas.values(), RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    for x in track(_batches(images, view, steps, seed), "distilling", total=steps):
+        with torch.no_grad():
+            wanted = teacher(x)
+        shaped = {n: d.view(-1, *[1] * (pristine[n].dim() - 1)) for n, d in deltas.items()}
+        weights = {n: pristine[n] + signs[n] * shaped[n] for n in deltas}
+        loss = mse_loss(functional_call(student, weights, (x,)), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return replace(mask, deltas={n: d.detach().half() for n, d in deltas.items()})
+
+
+def _sign(backbone: Backbone, mask: Mask, active: Tensor, name: str) -> Tensor:
+    """The signs of one weight, float32, 1 or -1."""
+    first = backbone.offset(mask.start)
+    begin, end = (index - first for index in backbone.spans[name])
+    return torch.where(active[begin:end], 1.0, -1.0).view(backbone.model.get_parameter(name).shape)
+
+
+def _batches(images: list[Path], view: Preprocessing, steps: int, seed: int) -> Iterator[Tensor]:
+    """Random batches of images, half of them mirrored."""
+    generator, transform = np.random.default_rng(seed), view.transform()
+    for _ in range(steps):
+        files = generator.choice(len(images), min(BATCH, len(images)), replace=False)
+        x = torch.stack([transform(preprocessing.read(images[i])) for i in files])
+        mirrored = torch.from_numpy(generator.random(len(x)) < 0.5)
+        yield torch.where(mirrored[:, None, None, None], x.flip(3), x)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files in a folder, at any depth.
+
+    Raises:
+        CascadeError: there are none.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+    if not files:
+        raise CascadeError(f"no images in {folder}: give a folder of {' '.join(sorted(IMAGES))} files")
+    return files
+
+
+def compare(bundle: Path, backbone: Backbone, tuned: FineTuned, folder: Path) -> tuple[float, float]:
+    """Accuracy of the fine-tuned copy and of the bundle on images in class folders.
+
+    Raises:
+        CascadeError: the copy has no classifier, or a folder is not one of its classes.
+    """
+    found, files = read(bundle), images_in(folder)
+    truth = [file.relative_to(folder).parts[0] for file in files]
+    if tuned.weight is None or not set(truth) <= set(found.card.classes):
+        raise CascadeError(f"{folder} needs a folder for each class: {' '.join(found.card.classes) or 'no classifier'}")
+    model = copy.deepcopy(backbone.model).eval()
+    model.load_state_dict(tuned.state, strict=False)
+    engine, transform = Engine(executor="plain"), found.preprocessing.transform()
+    engine.add(found)
+    right = np.zeros(2)
+    for begin in track(range(0, len(files), BATCH), "comparing"):
+        pictures = [preprocessing.read(file) for file in files[begin : begin + BATCH]]
+        with torch.inference_mode():
+            scores = nn.functional.linear(model(torch.stack([*map(transform, pictures)])), tuned.weight, tuned.bias)
+        before = [found.card.classes[i] for i in scores.argmax(dim=1).tolist()]
+        answers = engine.predict(pictures, Options(labels=1))
+        after = [a.labels[0].name if isinstance(a, Prediction) else "" for a in answers]
+        own = truth[begin : begin + BATCH]
+        right += [sum(a == b for a, b in zip(side, own, strict=True)) for side in (before, after)]
+    return float(right[0] / len(files)), float(right[1] / len(files))
+
+
+def load_backbone(name: str, source: str, weights: Path | None) -> Backbone:
+    """The backbone that the copy was fine-tuned from."""
+    return backbones.load(name, source, weights)
