@@ -61,9 +61,13 @@ def export(path: Path, out: Path, to: Target = "timm", weights: Path | None = No
             state = {n: t.contiguous() for n, t in model.state_dict().items()}
             beside.write_bytes(safetensors.torch.save(state, about))
             return out
+        if hasattr(model, "set_input_size"):  # a ViT's position embedding is resampled here, not in each pass
+            model.set_input_size(img_size=bundle.preprocessing.size)
         whole = Probabilities(model, len(card.classes) if bundle.linear else 0).eval()
         if to == "torchscript":
-            torch.jit.save(torch.jit.trace(whole, x), str(beside), _extra_files=about)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, but asked for
+                torch.jit.save(torch.jit.trace(whole, x), str(beside), _extra_files=about)
             return out
         _write_onnx(whole, x, beside, about)
     return out
