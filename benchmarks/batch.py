@@ -28,7 +28,7 @@ from benchmarks.report import Rows, figure, report
 from benchmarks.report import single as once
 from benchmarks.synthetic import cascade, engine_of, load, mask_bytes, single
 from cascade.engine.engine import Engine
-from cascade.engine.forward import Item
+from cascade.engine.items import Item
 from cascade.engine.results import Options
 from cascade.offline.predict import BATCH, predict_files, prepare, settle
 from cascade.offline.sources import plan, read

@@ -20,7 +20,7 @@ from cascade import metrics
 from cascade.cpus import cpu_count
 from cascade.engine.decoders import Decoders, OverBudget
 from cascade.engine.engine import Engine, Source
-from cascade.engine.forward import Item, trunk
+from cascade.engine.items import Item, trunk
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.errors import CascadeError
 

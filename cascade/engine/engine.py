@@ -22,7 +22,8 @@ from cascade import metrics
 from cascade.bundle.format import Bundle, check, read
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
-from cascade.engine.forward import Item, forward
+from cascade.engine.forward import forward
+from cascade.engine.items import Item
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
@@ -112,6 +113,7 @@ class Engine:
                 check(bundle, executor.backbone)
             experts = tuple(map(executor.pack, bundle.experts))
             bundle = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts).to(self.device)
+            executor.prepare(bundle.masks, bundle.preprocessing.size)
             self._fit(here, bundle, executor)
             self._executors = {**self._executors, fingerprint: executor}
             if warm:
@@ -277,7 +279,7 @@ class Engine:
 
     def _try(self, bundle: Bundle) -> None:
         """A first pass, before anybody depends on it."""
-        blank = _transform(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
+        blank = _crop(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
         item = Item(bundle, bundle.card.mode, Options(embedding=True), blank)
         with self._lock, torch.no_grad():
             (answer,) = forward(self._executors, self.weight_cache, self.device, [item])
@@ -314,7 +316,7 @@ class Engine:
             picture = _open(image, self.limits)
         except ImageError as error:
             return ItemError(error.kind, str(error))
-        return Item(bundle, mode, options, _transform(bundle.preprocessing)(picture))
+        return Item(bundle, mode, options, _crop(bundle.preprocessing)(picture))
 
 
 def load(
@@ -340,8 +342,8 @@ def number(version: str) -> tuple[int, str]:
 
 
 @cache
-def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    return preprocessing.transform()
+def _crop(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+    return preprocessing.crop()
 
 
 def _wrong(pixels: Tensor, size: int) -> str | None:

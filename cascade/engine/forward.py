@@ -1,11 +1,15 @@
-"""One pass: images of any bundles over one resident backbone, to their answers.
+"""One pass: images of any bundles, over resident backbones, to answers.
 
-The way of a batch: trunk shared by all bundles that agree on it -> dispatcher tails -> router -> group by mask ->
-expert tails -> fusion -> heads. An image's answer does not depend on its neighbors in the batch.
+    trunk     the plain backbone up to the first masked stage, once for all images that share it
+    dispatch  the rest under each bundle's dispatcher: features, and what the experts continue from
+    route     each image's cluster; the host waits for it only where it decides which expert runs
+    tails     each expert's stages, for the images that want it
+    finish    fusion, labels, neighbors, and one transfer back: ``cascade.engine.finish``
+
+An image's answer does not depend on its neighbors in the batch.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,38 +18,20 @@ from torch import Tensor
 from cascade import metrics
 from cascade.bundle.format import Bundle
 from cascade.engine.executors import Distinct, Executor
-from cascade.engine.results import Label, Neighbor, Options, Prediction
+from cascade.engine.finish import Group, Tail, finish
+from cascade.engine.items import Item, download, stack, trunk, upload
+from cascade.engine.results import Prediction
 from cascade.engine.weight_cache import WeightCache
-from cascade.model import router
-from cascade.model.fusion import Fusion, Mode
+from cascade.model.fusion import Mode
 from cascade.model.masks import Mask
 
-FEW = 4  # images a mask, below which a pass with a mask for each image is taken where the executor has one
-CHUNK = 32  # images that an executor gets at a time: what a larger batch saves is swaps, at no more memory for layers
+FEW = 4
+"""Below this many images a mask, on average, an executor that can runs all masks in one pass."""
+
+CHUNK = 32
+"""Images that an executor gets at once. A larger batch saves swaps, and needs no more memory for activations."""
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One image that is ready for a pass: decoded, and its bundle and mode settled.
-
-    Attributes:
-        bundle: serves this image even if a newer version comes before its pass.
-        mode: one that the bundle has.
-        options: what the answer should hold.
-        pixels: float32 [3, H, W], preprocessed.
-    """
-
-    bundle: Bundle
-    mode: Mode
-    options: Options
-    pixels: Tensor
-
-
-def trunk(item: Item) -> Hashable:
-    """Items that agree on this share the plain backbone up to their dispatchers' first stage."""
-    bundle = item.bundle
-    return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape
 
 
 def forward(
@@ -54,127 +40,129 @@ def forward(
     """Answers of ``items``, in their order.
 
     Args:
-        executors: by their backbone's fingerprint. weight_cache: of all of them.
+        executors: by their backbone's fingerprint.
+        weight_cache: of all of them.
+        device: where the executors run.
         items: of any bundles; those that share the plain trunk run through it together.
     """
-    answers: dict[int, Prediction] = {}
-    for rows in _groups(range(len(items)), lambda row: trunk(items[row])):
-        own = [items[row] for row in rows]
-        executor = executors[own[0].bundle.card.backbone.fingerprint]
-        for other in executors.values():  # no backbone may look at weights that are evicted for this one
+    groups: list[Group] = []
+    for rows in _grouped(range(len(items)), lambda row: trunk(items[row])):
+        executor = executors[items[rows[0]].bundle.card.backbone.fingerprint]
+        for other in executors.values():  # another backbone must not read weights that are evicted for this one
             if other is not executor:
                 other.swap(None)
-        answers.update(zip(rows, _one(executor, weight_cache, device, own), strict=True))
+        groups += _run_trunk(executor, weight_cache, device, items, rows)
+    answers = finish(groups)
     return [answers[row] for row in range(len(items))]
 
 
-def _one(executor: Executor, weight_cache: WeightCache, device: str, items: list[Item]) -> list[Prediction]:
-    """Items of one backbone, one input shape and one first masked stage: the plain trunk is theirs together."""
-    bundle = items[0].bundle
-    shared: Tensor | None = None
-    if start := bundle.dispatcher.start:
-        executor.swap(None)
+def _run_trunk(
+    executor: Executor, weight_cache: WeightCache, device: str, items: Sequence[Item], rows: list[int]
+) -> list[Group]:
+    """The images that share a plain trunk, up to their features under every mask that they want."""
+    bundles = _grouped(rows, lambda row: items[row].bundle.identity)
+    ordered = [sorted(own, key=lambda row: items[row].mode) for own in bundles]
+    groups = [Group(own, [items[row] for row in own]) for own in ordered]
+    together = _few(executor, len(rows), len(groups))
+    if together:  # side by side where they stop at one stage
+        groups.sort(key=lambda group: _split(group.bundle))
+    else:  # masks that are materialized come first, before they are evicted for the others
+        groups.sort(key=lambda group: group.bundle.dispatcher not in weight_cache)
+    x = stack([item for group in groups for item in group.items], device)
+    with metrics.stage("dispatch"):
+        if start := groups[0].bundle.dispatcher.start:
+            executor.swap(None)
+            x = _run(executor, x, 0, start)
+    if together:
+        _dispatch_together(executor, groups, x)  # type: ignore[arg-type]
+    else:
+        _dispatch(executor, groups, x)
+    with metrics.stage("dispatch"):
+        for group in groups:
+            group.route()
+    tails = _tails(groups, device)
+    if _few(executor, sum(len(tail.images) for tail in tails), len(tails)):
+        _run_tails_together(executor, tails)  # type: ignore[arg-type]
+    else:
+        _run_tails(executor, tails)
+    return groups
+
+
+def _dispatch(executor: Executor, groups: list[Group], x: Tensor) -> None:
+    """Each group under its dispatcher; ``x`` has the groups' images, one group after the other."""
+    parts = x.split([len(group.items) for group in groups])
+    following = [*(group.bundle.dispatcher for group in groups[1:]), None]
+    for group, part, after in zip(groups, parts, following, strict=True):
+        mask, split = group.bundle.dispatcher, _split(group.bundle)
+        _swap(executor, mask, after)
         with metrics.stage("dispatch"):
-            shared = _run(executor, _stack(items, device), 0, start)
-    answers: dict[int, Prediction] = {}
-    each: dict[int, tuple[Tensor, Tensor]] = {}  # dispatched already, by row
-    groups = _groups(range(len(items)), lambda row: items[row].bundle.identity)
-    if isinstance(executor, Distinct) and len(groups) > 1 and len(items) < FEW * len(groups):
-        for rows in _groups(range(len(items)), lambda row: _split(items[row].bundle)):
-            own = [items[row] for row in rows]
-            x = _stack(own, device) if shared is None else shared[rows]
-            each.update(zip(rows, _dispatch_each(executor, own, x), strict=True))
-    # Those whose weights are there come first, or they would be evicted for the others and made again.
-    order = sorted(groups, key=lambda rows: items[rows[0]].bundle.dispatcher not in weight_cache)
-    coming = [items[rows[0]].bundle.dispatcher for rows in order[1:]]
-    for rows, following in zip(order, [*coming, None], strict=True):
-        own = [items[row] for row in rows]
-        if rows[0] in each:
-            trunk, features = (torch.stack(parts) for parts in zip(*(each[row] for row in rows), strict=True))
-        else:
-            x = _stack(own, device) if shared is None else shared[rows]
-            trunk, features = _dispatch(executor, own[0].bundle, x, following)
-        found = _finish(executor, own, trunk, features, following)
-        answers.update(zip(rows, found, strict=True))
-    return [answers[row] for row in range(len(items))]
+            group.trunk = _run(executor, part, mask.start, split) if split > mask.start else part
+            group.features = _run(executor, group.trunk, split)
 
 
-def _dispatch(executor: Executor, bundle: Bundle, x: Tensor, following: Mask | None) -> tuple[Tensor, Tensor]:
-    """A bundle's images under its dispatcher: what its experts go on from, and the dispatcher's features."""
-    start, split = bundle.dispatcher.start, _split(bundle)
-    _swap(executor, bundle.dispatcher)
-    if following is not None and not bundle.experts:
-        executor.prefetch(following)
-    with metrics.stage("dispatch"):
-        trunk = _run(executor, x, start, split) if split > start else x
-        return trunk, _run(executor, trunk, split)
+def _dispatch_together(executor: Distinct, groups: list[Group], x: Tensor) -> None:
+    """The same with one mask for each image, in one pass for all groups that stop at one stage."""
+    for own in _grouped(groups, lambda group: _split(group.bundle)):
+        sizes = [len(group.items) for group in own]
+        masks = [item.bundle.dispatcher for group in own for item in group.items]
+        part, x = x[: len(masks)], x[len(masks) :]
+        start, split = masks[0].start, _split(own[0].bundle)
+        with metrics.stage("dispatch"):
+            trunk = executor.run_each(part, masks, start, split) if split > start else part
+            features = executor.run_each(trunk, masks, split)
+        for group, *results in zip(own, trunk.split(sizes), features.split(sizes), strict=True):
+            group.trunk, group.features = results
 
 
-def _dispatch_each(executor: Distinct, items: list[Item], x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """The same for images of many bundles at once, each under its own dispatcher; they split at one stage."""
-    masks = [item.bundle.dispatcher for item in items]
-    start, split = masks[0].start, _split(items[0].bundle)
-    with metrics.stage("dispatch"):
-        trunk = executor.run_each(x, masks, start, split) if split > start else x
-        return zip(trunk, executor.run_each(trunk, masks, split), strict=True)
+def _tails(groups: list[Group], device: str) -> list[Tail]:
+    """The experts that some image wants, those of one bundle side by side."""
+    routed = [group for group in groups if any(item.mode == "conditional" for item in group.items)]
+    known = dict(zip(routed, download([group.cluster for group in routed]), strict=True))
+    for group in groups:
+        cluster = known[group].tolist() if group in known else [0] * len(group.items)
+        for k in range(len(group.bundle.experts)):
+            images = [i for i, item in enumerate(group.items) if _wants(item.mode, k, cluster[i])]
+            group.tails += [Tail(group, k, images)] if images else []
+    tails = [tail for group in groups for tail in group.tails]
+    if tails:
+        index = upload([i for tail in tails for i in tail.images], device)
+        for tail, part in zip(tails, index.split([len(tail.images) for tail in tails]), strict=True):
+            tail.index = part
+            metrics.GROUP_IMAGES.observe(len(tail.images))
+    return tails
 
 
-def _finish(
-    executor: Executor, items: list[Item], trunk: Tensor, features: Tensor, following: Mask | None
-) -> list[Prediction]:
-    """Items of one bundle: router, each expert for the rows that want it, fusion, heads."""
-    bundle = items[0].bundle
-    with metrics.stage("dispatch"):
-        routed, confidence = router.route(bundle.router, bundle.calibration, features)
-        ood = torch.zeros(len(items)) if bundle.ood is None else bundle.ood.score(features)
-        cluster = routed.tolist()
-    fusions = [bundle.fusions[item.mode] for item in items]
-    with metrics.stage("fuse"):
-        embeddings = torch.stack([f.bias for f in fusions])
-        _fuse(embeddings, fusions, list(range(len(items))), features, None)
-    applied: list[list[str]] = [[bundle.dispatcher.name] for _ in items]
-    wanted = [
-        (k, rows)
-        for k in range(len(bundle.experts))
-        if (rows := [row for row, item in enumerate(items) if _wants(item.mode, k, cluster[row])])
-    ]
-    for nth, (k, rows) in enumerate(wanted):
-        expert = bundle.experts[k]
-        metrics.GROUP_IMAGES.observe(len(rows))
-        _swap(executor, expert)
-        after = bundle.experts[wanted[nth + 1][0]] if nth + 1 < len(wanted) else following
-        if after is not None:
-            executor.prefetch(after)
+def _run_tails(executor: Executor, tails: list[Tail]) -> None:
+    """One expert after the other; the next one's weights are prefetched."""
+    experts = [tail.group.bundle.experts[tail.expert] for tail in tails]
+    for tail, expert, after in zip(tails, experts, [*experts[1:], None], strict=False):
+        _swap(executor, expert, after)
         with metrics.stage("expert"):
-            block = _run(executor, trunk[rows], expert.start)
-        with metrics.stage("fuse"):
-            _fuse(embeddings, fusions, rows, block, k)
-        for row in rows:
-            applied[row].append(expert.name)
-    labels, neighbors = _labels(items, embeddings), _neighbors(items, embeddings)
-    return [
-        Prediction(
-            bundle=bundle.name,
-            version=bundle.version,
-            mode=item.mode,
-            cluster=cluster[row],
-            confidence=float(confidence[row]),
-            ood=float(ood[row]),
-            masks=tuple(applied[row]),
-            labels=labels[row],
-            neighbors=neighbors[row],
-            embedding=embeddings[row].cpu().numpy() if item.options.embedding else None,
-        )
-        for row, item in enumerate(items)
-    ]
+            tail.features = _run(executor, tail.input(), expert.start)
 
 
-def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+def _run_tails_together(executor: Distinct, tails: list[Tail]) -> None:
+    """All experts that continue from one stage in one pass, with one mask for each image."""
+    for own in _grouped(tails, lambda tail: _split(tail.group.bundle)):
+        masks = [tail.group.bundle.experts[tail.expert] for tail in own for _ in tail.images]
+        with metrics.stage("expert"):
+            x = torch.cat([tail.input() for tail in own])
+            features = executor.run_each(x, masks, masks[0].start)
+        for tail, result in zip(own, features.split([len(tail.images) for tail in own]), strict=True):
+            tail.features = result
+
+
+def _few(executor: Executor, images: int, masks: int) -> bool:
+    """Whether one pass with a mask for each image costs less than one pass for each mask."""
+    return isinstance(executor, Distinct) and masks > 1 and images < FEW * masks
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     """Items with equal keys together, in the order of first appearance."""
-    found: dict[Hashable, list[T]] = {}
+    groups: dict[Hashable, list[T]] = {}
     for item in items:
-        found.setdefault(key(item), []).append(item)
-    return [*found.values()]
+        groups.setdefault(key(item), []).append(item)
+    return [*groups.values()]
 
 
 def _run(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> Tensor:
@@ -184,57 +172,19 @@ def _run(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> 
     return torch.cat([executor.run(part, start, stop) for part in x.split(CHUNK)])
 
 
-def _swap(executor: Executor, mask: Mask) -> None:
+def _swap(executor: Executor, mask: Mask, following: Mask | None) -> None:
+    """Put a mask in place, and begin with the weights of the one that comes after it."""
     with metrics.stage("swap"):
         executor.swap(mask)
+    if following is not None:
+        executor.prefetch(following)
 
 
 def _split(bundle: Bundle) -> int:
-    """The stage up to which the dispatcher's pass serves the experts, too."""
-    return min((expert.start for expert in bundle.experts), default=bundle.dispatcher.start)
+    """The stage up to which the dispatcher's pass serves the experts, too: all of them begin at one stage."""
+    return bundle.experts[0].start if bundle.experts else bundle.dispatcher.start
 
 
 def _wants(mode: Mode, expert: int, cluster: int) -> bool:
     """Whether an image in this mode, routed to this cluster, takes a pass under this expert."""
     return mode == "unconditional" or (mode == "conditional" and cluster == expert)
-
-
-def _stack(items: list[Item], device: str) -> Tensor:
-    return torch.stack([item.pixels for item in items]).to(device)
-
-
-def _fuse(out: Tensor, fusions: list[Fusion], rows: list[int], block: Tensor, expert: int | None) -> None:
-    """Add one mask's features ``block`` (of ``rows``) to the embeddings ``out``, each by its own fusion."""
-    for fusion in set(fusions):
-        at = [i for i, row in enumerate(rows) if fusions[row] is fusion]
-        if at:
-            out[[rows[i] for i in at]] += fusion.project(block[at], expert)
-
-
-def _labels(items: list[Item], embeddings: Tensor) -> list[tuple[Label, ...]]:
-    """The best labels of each row, best first."""
-    out: list[tuple[Label, ...]] = []
-    for row, item in enumerate(items):
-        head = item.bundle.linear.get(item.mode)
-        if head is None or item.options.labels <= 0:
-            out.append(())
-            continue
-        scores = head.scores(embeddings[row : row + 1])[0]
-        best = scores.topk(min(item.options.labels, len(scores)))
-        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        out.append(tuple(Label(item.bundle.card.classes[i], score) for score, i in pairs))
-    return out
-
-
-def _neighbors(items: list[Item], embeddings: Tensor) -> list[tuple[Neighbor, ...]]:
-    """The nearest training images of each row, nearest first."""
-    out: list[tuple[Neighbor, ...]] = []
-    for row, item in enumerate(items):
-        bank = item.bundle.banks.get(item.mode)
-        if bank is None or item.options.neighbors <= 0:
-            out.append(())
-            continue
-        similarities, found = bank.nearest(embeddings[row : row + 1], item.options.neighbors)
-        pairs = zip(similarities[0].tolist(), found[0].tolist(), strict=True)
-        out.append(tuple(Neighbor(bank.names[i], bank.labels[i] if bank.labels else None, s) for s, i in pairs))
-    return out

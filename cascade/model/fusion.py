@@ -37,9 +37,11 @@ class Fusion:
             features: of one mask.
             expert: index of the expert, or None for the dispatcher.
         """
-        slots = self.weight.shape[0]
-        slot = 0 if expert is None else 1 if slots == 2 else expert + 1
-        return features.float() @ self.weight[slot].float()
+        return features.float() @ self.weight[self.slot(expert)].float()
+
+    def slot(self, expert: int | None) -> int:
+        """Which of the weight's slots a block takes; see ``project``."""
+        return 0 if expert is None else 1 if len(self.weight) == 2 else expert + 1
 
 
 @dataclass(frozen=True, eq=False)

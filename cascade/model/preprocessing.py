@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -351,6 +352,14 @@ class Preprocessing:
         numbers /= std
         return torch.from_numpy(numbers)
 
+    def crop(self) -> Callable[[Image.Image], torch.Tensor]:
+        """RGB image -> uint8 [3, size, size], resized and cropped; a pass normalizes it on its device."""
+        import numpy as np
+        import torch
+
+        geometry = self.geometry()
+        return lambda image: torch.from_numpy(np.array(geometry(image))).permute(2, 0, 1)
+
     def to_json(self) -> dict[str, Any]:
         """Plain types, as in cascade.json."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
@@ -366,3 +375,17 @@ class Preprocessing:
             return cls(**data | {"mean": tuple(data["mean"]), "std": tuple(data["std"])})
         except (KeyError, TypeError) as e:
             raise CascadeError(f"preprocessing: {e}: write the bundle again") from e
+
+
+def normalize_on_device(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 [N, 3, H, W] -> float32, on its device, bit for bit what timm's ToTensor and Normalize give."""
+    divisor, center, scale = _constants(mean, std, str(pixels.device))
+    return pixels.float().div_(divisor).sub_(center).div_(scale)
+
+
+@cache
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: str) -> tuple[torch.Tensor, ...]:
+    """255, mean and std as tensors: on a GPU, PyTorch divides by a number with its rounded reciprocal."""
+    import torch
+
+    return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in ((255.0,), mean, std))

@@ -10,6 +10,7 @@ that bundles can contain it.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from math import log, pi
 from typing import ClassVar, Protocol
 
@@ -59,10 +60,15 @@ class Prototypes:
     cluster: Tensor
     clusters: Tensor
 
+    @cached_property
+    def count(self) -> int:
+        """``clusters`` as a number, read from the device once."""
+        return int(self.clusters)
+
     def probabilities(self, features: Tensor) -> Tensor:
         z = normalize(linear(features.float(), self.head.float(), self.bias.float()))
         share = (z @ self.prototypes.float().T / TEMPERATURE).softmax(dim=1)
-        return share.new_zeros(len(features), int(self.clusters)).index_add_(1, self.cluster, share)
+        return share.new_zeros(len(features), self.count).index_add_(1, self.cluster, share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +159,6 @@ def log_odds(p: Tensor) -> Tensor:
 def route(router: Router | None, calibration: Calibration, features: Tensor) -> tuple[Tensor, Tensor]:
     """Cluster int64 [B] and calibrated confidence float [B]; without a router cluster 0 with confidence 1."""
     if router is None:
-        return torch.zeros(len(features), dtype=torch.int64), torch.ones(len(features))
+        return features.new_zeros(len(features), dtype=torch.int64), features.new_ones(len(features))
     probabilities = router.probabilities(features)
     return probabilities.argmax(dim=1), calibration.confidence(probabilities)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cascade.engine.engine import Engine
-    from cascade.engine.forward import Item
+    from cascade.engine.items import Item
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ DEMO = Path(__file__).parents[2] / "model_store" / "demo" / "1"
 
 def test_sizes_and_speeds_of_every_mask(tmp_path: Path) -> None:
     figures, table = measured(DEMO, rounds=1)
-    report("coder", figures, table, out=tmp_path / "coder.json")
+    report("coder", figures, table, executor=None, out=tmp_path / "coder.json")
     assert json.loads((tmp_path / "coder.json").read_text())["figures"].keys() == figures.keys()
     assert table.row_count == 6
     assert figures["bytes"].value < 0.9 * figures["bytes_lzma"].value and figures["smaller_than_lzma"].met

@@ -61,7 +61,7 @@ def test_the_last_line_is_one_json_object(
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     rows = Rows("title")
     rows.add("a thing", single(0.25), "s", 2_000_000)
-    report.report("try", {"speed": figure([1, 2, 3], ">= 1.5"), "bytes": single(7)}, rows.table)
+    report.report("try", {"speed": figure([1, 2, 3], ">= 1.5"), "bytes": single(7)}, rows.table, executor=None)
     out = capsys.readouterr().out
     last = out.splitlines()[-1]
     assert "a thing" in out and "speed" in out

@@ -13,7 +13,7 @@ from PIL import Image
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
-from cascade.engine.forward import Item
+from cascade.engine.items import Item
 from cascade.errors import CascadeError
 from tests.helpers.batching import Held, busy
 from tests.helpers.bundles import handmade, named

@@ -285,9 +285,10 @@ def test_one_backbone_and_one_trunk_for_both(
     wishes = [Options(bundle=name, mode="unconditional") for name in ("a", "b")] * 4
     good(engine.predict(cifar[:8], wishes))
     plain = (0, 2, 8)  # the plain trunk, once, for the images of both
-    a = [(2, 3, 4), (3, None, 4), (3, None, 4), (3, None, 4)]  # what its masks share, then each from there
-    b = [(2, None, 4)] * 4
-    assert runs == [plain, *a, *b]
+    a = [(2, 3, 4), (3, None, 4)]  # what its masks share, then the dispatcher from there
+    b = [(2, None, 4)]
+    experts = [(3, None, 4), (3, None, 4), (2, None, 4), (2, None, 4), (2, None, 4)]
+    assert runs == [plain, *a, *b, *experts]
 
 
 def test_bundles_with_other_first_stages_run_their_own_trunks(

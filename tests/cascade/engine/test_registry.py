@@ -19,7 +19,7 @@ from PIL import Image
 from cascade import Engine, ItemError, Options, Prediction, metrics
 from cascade.bundle.format import Bundle, write
 from cascade.engine import registry as registries
-from cascade.engine.forward import Item
+from cascade.engine.items import Item
 from cascade.engine.registry import Registry, State, load_store, pinned
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones

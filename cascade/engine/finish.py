@@ -1,0 +1,181 @@
+"""The end of a pass: features to answers, in batched operations of each bundle and one transfer for all of them.
+
+fuse      the blocks of the dispatcher and the experts to embeddings
+labels    the best classes of the linear head
+neighbors the nearest training images, searched on the CPU after the transfer
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade import metrics
+from cascade.bundle.format import Bundle
+from cascade.engine.items import Item, download
+from cascade.engine.results import Label, Neighbor, Prediction
+from cascade.model import router
+from cascade.model.fusion import Fusion, Mode
+
+
+@dataclass(eq=False)
+class Group:
+    """The images of one bundle in a pass, sorted by mode, and what was computed of them so far.
+
+    Attributes:
+        rows: the place of each image in the batch. items: the images, N of them.
+        trunk: what the experts continue from, [N, ...]. features: of the dispatcher, float32 [N, F].
+        cluster, confidence, ood: of each image, [N].
+        tails: passes of experts.
+    """
+
+    rows: list[int]
+    items: list[Item]
+    trunk: Tensor = field(init=False)
+    features: Tensor = field(init=False)
+    cluster: Tensor = field(init=False)
+    confidence: Tensor = field(init=False)
+    ood: Tensor = field(init=False)
+    tails: "list[Tail]" = field(default_factory=list)
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.items[0].bundle
+
+    def modes(self) -> Iterator[tuple[Mode, int, int]]:
+        """Each mode, and where its images begin and end."""
+        modes = [item.mode for item in self.items]
+        for mode in dict.fromkeys(modes):
+            begin = modes.index(mode)
+            yield mode, begin, begin + modes.count(mode)
+
+    def route(self) -> None:
+        """Cluster, confidence and out-of-domain score from the dispatcher's features."""
+        bundle = self.bundle
+        self.cluster, self.confidence = router.route(bundle.router, bundle.calibration, self.features)
+        zero = torch.zeros_like(self.confidence)
+        self.ood = zero if bundle.ood is None else bundle.ood.score(self.features)
+
+
+@dataclass(eq=False)
+class Tail:
+    """One expert's pass over those images of a group that want it.
+
+    Attributes:
+        expert: its number. images: which of the group's, rising.
+        index: the same on the device, int64 [n]. features: float32 [n, F].
+    """
+
+    group: Group
+    expert: int
+    images: list[int]
+    index: Tensor = field(init=False)
+    features: Tensor = field(init=False)
+
+    def input(self) -> Tensor:
+        """The trunk's features of its images."""
+        trunk = self.group.trunk
+        return trunk if len(self.images) == len(trunk) else trunk.index_select(0, self.index)
+
+
+def finish(groups: Sequence[Group]) -> dict[int, Prediction]:
+    """The answers of all groups, by their place in the batch."""
+    with metrics.stage("fuse"):
+        embeddings = [_fuse(group) for group in groups]
+        labels = [_labels(group, own) for group, own in zip(groups, embeddings, strict=True)]
+        tensors: list[Tensor] = []
+        for group, own, best in zip(groups, embeddings, labels, strict=True):
+            tensors += [group.cluster, group.confidence, group.ood, own, *(t for pair in best.values() for t in pair)]
+        arrays = iter(download(tensors))
+    answers: dict[int, Prediction] = {}
+    for group, best in zip(groups, labels, strict=True):
+        cluster, confidence, ood, embedding = (next(arrays) for _ in range(4))
+        scores = {mode: (next(arrays), next(arrays)) for mode in best}
+        answers |= _predictions(group, cluster, confidence, ood, embedding, scores)
+    return answers
+
+
+def _fuse(group: Group) -> Tensor:
+    """Embeddings float32 [N, dim], each by the fusion of its mode."""
+    fusions: dict[Mode, Fusion] = group.bundle.fusions
+    modes = [*group.modes()]
+    blocks = [fusions[mode].bias + fusions[mode].project(group.features[b:e], None) for mode, b, e in modes]
+    embeddings = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+    for mode, begin, end in modes:
+        slots: dict[int, list[tuple[Tail, slice]]] = {}  # experts that share a slot share one product
+        for tail in group.tails:
+            own = slice(bisect_left(tail.images, begin), bisect_left(tail.images, end))
+            if own.start < own.stop:
+                slots.setdefault(fusions[mode].slot(tail.expert), []).append((tail, own))
+        for parts in slots.values():
+            index = torch.cat([tail.index[own] for tail, own in parts])
+            features = torch.cat([tail.features[own] for tail, own in parts])
+            embeddings.index_add_(0, index, fusions[mode].project(features, parts[0][0].expert))
+    return embeddings
+
+
+def _labels(group: Group, embeddings: Tensor) -> dict[Mode, tuple[Tensor, Tensor]]:
+    """Scores and classes [n, k] of each mode's images, best first, as many as one of them asks for."""
+    best: dict[Mode, tuple[Tensor, Tensor]] = {}
+    for mode, begin, end in group.modes():
+        head, most = group.bundle.linear.get(mode), max(item.options.labels for item in group.items[begin:end])
+        if head is not None and most > 0:
+            probabilities = head.scores(embeddings[begin:end])
+            scores, classes = probabilities.topk(min(most, probabilities.shape[1]))
+            best[mode] = scores, classes
+    return best
+
+
+def _neighbors(group: Group, embeddings: np.ndarray) -> list[tuple[Neighbor, ...]]:
+    """The nearest training images of each row, nearest first."""
+    nearest: list[tuple[Neighbor, ...]] = [()] * len(group.items)
+    for mode, begin, end in group.modes():
+        bank = group.bundle.banks.get(mode)
+        asking = [i for i in range(begin, end) if group.items[i].options.neighbors > 0]
+        if bank is None or not asking:
+            continue
+        most = max(group.items[i].options.neighbors for i in asking)
+        similarities, rows = bank.nearest(torch.from_numpy(embeddings[asking]), most)
+        for i, scores, found in zip(asking, similarities.tolist(), rows.tolist(), strict=True):
+            pairs = [*zip(scores, found, strict=True)][: group.items[i].options.neighbors]
+            nearest[i] = tuple(Neighbor(bank.names[n], bank.labels[n] if bank.labels else None, s) for s, n in pairs)
+    return nearest
+
+
+def _predictions(
+    group: Group,
+    cluster: np.ndarray,
+    confidence: np.ndarray,
+    ood: np.ndarray,
+    embeddings: np.ndarray,
+    best: dict[Mode, tuple[np.ndarray, np.ndarray]],
+) -> dict[int, Prediction]:
+    bundle = group.bundle
+    masks = [[bundle.dispatcher.name] for _ in group.items]
+    for tail in group.tails:
+        for i in tail.images:
+            masks[i].append(bundle.experts[tail.expert].name)
+    labels: list[tuple[Label, ...]] = [()] * len(group.items)
+    for mode, begin, end in group.modes():
+        for i in range(begin, end) if mode in best else ():
+            pairs = zip(*(part[i - begin, : max(0, group.items[i].options.labels)] for part in best[mode]), strict=True)
+            labels[i] = tuple(Label(bundle.card.classes[int(n)], float(score)) for score, n in pairs)
+    neighbors = _neighbors(group, embeddings)
+    return {
+        row: Prediction(
+            bundle=bundle.name,
+            version=bundle.version,
+            mode=item.mode,
+            cluster=int(cluster[i]),
+            confidence=float(confidence[i]),
+            ood=float(ood[i]),
+            masks=tuple(masks[i]),
+            labels=labels[i],
+            neighbors=neighbors[i],
+            embedding=embeddings[i].copy() if item.options.embedding else None,
+        )
+        for i, (row, item) in enumerate(zip(group.rows, group.items, strict=True))
+    }

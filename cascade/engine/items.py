@@ -1,0 +1,75 @@
+"""Images that are ready for a pass, and the transfers between host and device: one up, one down."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.bundle.format import Bundle
+from cascade.engine.results import Options
+from cascade.model.fusion import Mode
+from cascade.model.preprocessing import normalize_on_device
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image that is ready for a pass: decoded, and its bundle and mode settled.
+
+    Attributes:
+        bundle: serves this image even if a newer version arrives before its pass.
+        mode: one that the bundle has.
+        options: what the answer should hold.
+        pixels: uint8 [3, H, W], resized and cropped; or float32 [3, H, W], normalized as well.
+    """
+
+    bundle: Bundle
+    mode: Mode
+    options: Options
+    pixels: Tensor
+
+
+def trunk(item: Item) -> Hashable:
+    """Items with equal keys share one pass of the plain backbone, up to their dispatchers' first stage."""
+    bundle, preprocessing = item.bundle, item.bundle.preprocessing
+    normalization = preprocessing.mean, preprocessing.std
+    return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape, normalization
+
+
+def stack(items: Sequence[Item], device: str) -> Tensor:
+    """Normalized pixels of items with one trunk, float32 [N, 3, H, W], on the device.
+
+    Bytes are a quarter of the floats, so they are what is transferred, from pinned memory, and the device normalizes.
+    """
+    preprocessing = items[0].bundle.preprocessing
+    pixels = [item.pixels for item in items]
+    if all(image.dtype == torch.uint8 for image in pixels):
+        rows = [image.permute(1, 2, 0) for image in pixels]  # as decoders write them; channels last in the pass
+        batch = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=_pinned(device))
+        torch.stack(rows, out=batch)
+        images = batch.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        return normalize_on_device(images, preprocessing.mean, preprocessing.std)
+    floats = [preprocessing.normalize(image.numpy()) if image.dtype == torch.uint8 else image for image in pixels]
+    return torch.stack(floats).to(device)
+
+
+def upload(indices: Sequence[int], device: str) -> Tensor:
+    """Indices as int64 [N] on the device, without waiting for it."""
+    return torch.tensor(indices, dtype=torch.int64, pin_memory=_pinned(device)).to(device, non_blocking=True)
+
+
+def download(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Tensors as float32 arrays of their shapes, in one transfer: the only one that waits for the device.
+
+    Integers must be below 2^24, which float32 holds exactly.
+    """
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.float().flatten() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(flat, ends[:-1]), tensors, strict=True)]
+
+
+def _pinned(device: str) -> bool:
+    return torch.device(device).type == "cuda"

@@ -1,0 +1,207 @@
+"""What a pass costs a device beside the backbone: how often the host waits for it, and how much is launched."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cascade import Engine, Options, Prediction
+from cascade.bundle.format import Bundle
+from cascade.engine import items
+from cascade.engine.executors import cuda
+from cascade.engine.executors.cuda import CudaExecutor
+from cascade.engine.items import Item, stack
+from cascade.model.fusion import MODES
+from cascade.model.masks import Mask
+from cascade.model.preprocessing import normalize_on_device
+from tests.helpers.bundles import handmade, named
+
+
+class OnDevice(Tensor):
+    """Counts what would make the host wait for a GPU; everything that is computed from one is one, too."""
+
+    WAITS = (
+        *("cpu", "item", "tolist", "numpy", "nonzero", "masked_select", "unique", "equal", "allclose"),
+        *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__", "__repr__", "__format__"),
+    )
+    waits: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        name = func.__name__
+        by_list = name in ("__getitem__", "__setitem__") and isinstance(args[1], list | np.ndarray)
+        if name in cls.WAITS or by_list:
+            cls.waits.append(name)
+        return out.as_subclass(Tensor) if name == "cpu" else out
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would launch a kernel: all but views and the allocation of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        allocates = func.overloadpacket.__name__ in ("empty", "empty_like", "empty_strided", "new_empty", "detach")
+        if not func.is_view and not allocates:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def bundles(cifar: list[Image.Image]) -> list[Bundle]:
+    """A cascade, and twenty single masks that share its trunk."""
+    cascade = handmade(cifar[:40], name="cascade", mask_from=2, expert_from=3, experts=3)
+    single = handmade(cifar[:40], name="single", mask_from=2, experts=0)
+    return [cascade, *(named(single, f"single-{i}") for i in range(20))]
+
+
+class Calls:
+    """The parts of the backbone that ran: (start, stop, images, masks), and features that act as a device's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[tuple[int, int | None, int]] = []
+        self.each: list[tuple[int, int | None, int, int]] = []
+        run, run_each = CudaExecutor.run, CudaExecutor.run_each
+
+        def seen(executor: CudaExecutor, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+            self.runs.append((start, stop, len(x)))
+            return run(executor, x.as_subclass(Tensor), start, stop).as_subclass(OnDevice)
+
+        def each(
+            executor: CudaExecutor, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None
+        ) -> Tensor:
+            self.each.append((start, stop, len(x), len(set(masks))))
+            return run_each(executor, x.as_subclass(Tensor), masks, start, stop).as_subclass(OnDevice)
+
+        monkeypatch.setattr(cuda, "PREPARED", 1)
+        monkeypatch.setattr(CudaExecutor, "run", seen)
+        monkeypatch.setattr(CudaExecutor, "run_each", each)
+        monkeypatch.setattr(
+            "cascade.engine.engine.choose", lambda backbone, weight_cache, *_: CudaExecutor(backbone, weight_cache)
+        )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def prepared(engine: Engine, images: list[Image.Image], wishes: Sequence[Options]) -> list[Item]:
+    return [engine.prepare(image, wish) for image, wish in zip(images, wishes, strict=False)]  # type: ignore[misc]
+
+
+def engine_of(bundles: list[Bundle]) -> Engine:
+    engine = Engine()
+    for bundle in bundles:
+        engine.add(bundle)
+    return engine
+
+
+def same(a: Prediction, b: Prediction) -> None:
+    assert a.masks == b.masks and a.embedding is not None and b.embedding is not None
+    np.testing.assert_allclose(a.embedding, b.embedding, rtol=1e-3, atol=1e-4)
+
+
+def waits(engine: Engine, batch: list[Item]) -> int:
+    engine.run(batch)  # what is read from the device once
+    OnDevice.waits.clear()
+    engine.run(batch)
+    return len(OnDevice.waits)
+
+
+@pytest.mark.parametrize("mode, expected", [("dispatcher", 1), ("conditional", 2), ("unconditional", 1)])
+def test_how_often_the_host_waits(
+    bundles: list[Bundle], cifar: list[Image.Image], calls: Calls, mode: str, expected: int
+) -> None:
+    """Once for the answers; and for the clusters where they decide which expert runs."""
+    engine = engine_of(bundles[:1])
+    assert waits(engine, prepared(engine, cifar, [Options(mode=mode, embedding=True)] * 16)) == expected
+
+
+def test_many_masks_make_the_host_wait_no_more(bundles: list[Bundle], cifar: list[Image.Image], calls: Calls) -> None:
+    """What is launched depends on the number of bundles, half of it for out-of-domain scores, not on that of images."""
+    engine = engine_of(bundles)
+    wishes = [Options(bundle=f"single-{i % 20}", embedding=True) for i in range(32)]
+    batch = prepared(engine, cifar, wishes)
+    assert waits(engine, batch) == 1
+    with Launches() as whole:
+        engine.run(batch)
+    backbone = engine.executor(bundles[0])
+    x = stack(batch, "cpu")
+    with Launches() as alone:
+        trunk = backbone.run(x, 0, 2)
+        backbone.run_each(trunk, [item.bundle.dispatcher for item in batch], 2)  # type: ignore[attr-defined]
+    assert len(whole.names) - len(alone.names) <= 20 * 45
+
+
+def test_experts_of_few_images_run_together(bundles: list[Bundle], cifar: list[Image.Image], calls: Calls) -> None:
+    engine = engine_of(bundles[:1])
+    batch = prepared(engine, cifar, [Options(mode="conditional", embedding=True)] * 7)
+    answers = engine.run(batch)
+    experts = {answer.cluster for answer in answers}
+    assert len(experts) > 1 and calls.each == [(3, None, 7, len(experts))]
+    calls.each.clear()
+    for item, answer in zip(batch, answers, strict=True):
+        (alone,) = engine.run([item])
+        assert answer.masks == ("dispatcher", f"expert-{answer.cluster}")
+        same(alone, answer)
+    assert not calls.each, "one image is no mixture"
+
+
+def test_all_modes_of_a_bundle_share_its_passes(bundles: list[Bundle], cifar: list[Image.Image], calls: Calls) -> None:
+    engine = engine_of(bundles[:1])
+    batch = prepared(engine, cifar, [Options(mode=MODES[i % 3], embedding=True) for i in range(24)])
+    answers = engine.run(batch)
+    assert [run for run in calls.runs if run[0] == 2] == [(2, 3, 24)]
+    assert len([run for run in calls.runs if run[0] == 3]) == 4, "the dispatcher and each expert once"
+    assert [answer.mode for answer in answers] == [item.mode for item in batch]
+    for item, answer in zip(batch, answers, strict=True):
+        same(engine.run([item])[0], answer)
+
+
+def test_every_image_gets_the_labels_that_it_asks_for(bundles: list[Bundle], cifar: list[Image.Image]) -> None:
+    engine = engine_of(bundles[:1])
+    wishes = [Options(labels=labels, neighbors=3 - labels) for labels in (0, 1, 2, 3)]
+    answers: list[Prediction] = engine.run(prepared(engine, cifar, wishes))
+    assert [(len(a.labels), len(a.neighbors)) for a in answers] == [(0, 3), (1, 2), (2, 1), (3, 0)]
+
+
+# --- pixels
+
+
+def test_pixels_are_those_of_timm(bundles: list[Bundle], cifar: list[Image.Image]) -> None:
+    """Normalized in the pass, bit for bit."""
+    preprocessing = bundles[0].preprocessing
+    crop, transform = preprocessing.crop(), preprocessing.transform()
+    raw = torch.stack([crop(image) for image in cifar[:8]])
+    assert raw.dtype == torch.uint8
+    want = torch.stack([transform(image) for image in cifar[:8]])
+    assert normalize_on_device(raw, preprocessing.mean, preprocessing.std).equal(want)
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    got = normalize_on_device(every, preprocessing.mean, preprocessing.std)
+    assert got.equal(preprocessing.normalize(every.numpy())), "every value of a byte"
+
+
+def test_bytes_beside_floats(bundles: list[Bundle], cifar: list[Image.Image]) -> None:
+    """Who sends normalized pixels shares the pass with who sends a picture."""
+    engine = engine_of(bundles[:1])
+    transform = bundles[0].preprocessing.transform()
+    batch = prepared(engine, [cifar[0], transform(cifar[1]), cifar[2]], [Options()] * 3)  # type: ignore[list-item]
+    assert [item.pixels.dtype for item in batch] == [torch.uint8, torch.float32, torch.uint8]
+    assert stack(batch, "cpu").equal(torch.stack([transform(image) for image in cifar[:3]]))
+
+
+def test_one_transfer_keeps_shapes_and_whole_numbers() -> None:
+    tensors = [torch.tensor([2**24 - 1, 3]), torch.empty(0, 4), torch.arange(6.0).view(2, 3), torch.tensor([0.1])]
+    for array, tensor in zip(items.download(tensors), tensors, strict=True):
+        assert array.dtype == np.float32 and array.shape == tuple(tensor.shape)
+        np.testing.assert_array_equal(array, tensor.float().numpy())
+    assert items.download([]) == []
