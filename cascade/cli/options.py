@@ -13,10 +13,11 @@ class ExecutorKind(StrEnum):
     auto = "auto"
     plain = "plain"
     folded = "folded"
+    tf32 = "tf32"
     bf16 = "bf16"
     onnx = "onnx"
 
 
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder, e.g. model_store/demo/1.")]
-Executor = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto picks the fastest float32 one.")]
+Executor = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto picks the fastest one.")]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]

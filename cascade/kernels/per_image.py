@@ -1,11 +1,11 @@
-"""Layers for batches in which every image has a mask of its own: bits are applied in registers, inside the product.
+"""Layers for batches in which every image has its own mask: bits are applied in registers, inside the product.
 
-No mask's weights are written anywhere: a program takes a tile of one image's pixels and of the pristine weights, drops
-what that image's mask drops, multiplies, and applies the mask's scale and shift of each row to the result. Programs of
-different images that take the same weights run side by side, so that these come from memory once and then from the
-cache. Masks are found through a table of addresses, so none is ever copied (Punica's SGMV does it so for adapters).
+Masked weights are never written to memory. A program loads a tile of one image's pixels and a tile of the pristine
+weights, zeroes what the image's mask switches off, multiplies, and applies the mask's scale and shift of each row to
+the result. Programs of different images that need the same weights run side by side, so memory is read once and the
+cache serves the rest. A table of addresses leads to the masks, so none is copied (as in Punica's SGMV).
 
-Each has a plain reference beside it. As in ``cascade.kernels.triton``, Triton's interpreter runs them without a GPU.
+Each kernel has a plain reference beside it. Triton's interpreter runs the kernels without a GPU.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Layer:
         return self.shape[1] * self.shape[2] * self.shape[3]
 
     def of(self, weights: Tensor) -> Tensor:
-        """Its weights in a flat buffer, [rows * columns]."""
+        """The layer's weights in a flat buffer, [rows * columns]."""
         return weights[self.place : self.place + self.shape[0] * self.columns]
 
     def output(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -65,11 +65,12 @@ class Masks:
     """The mask of each image of a batch.
 
     Args:
-        masks: packed, on one device. begin, row: where the weights, and the rows, of each begin in the flat buffer.
+        masks: packed, on one device.
+        begin, row: where the weights, and the rows, of each mask begin in the flat buffer.
 
     Attributes:
-        table: int64 [N, 3]: the addresses of each mask's bits, scales and shifts, as if it began with the flat buffer.
-            It holds as long as the masks are alive.
+        table: int64 [N, 3]: the addresses of each mask's bits, scales and shifts, as if the mask began with the flat
+            buffer. They are valid as long as the masks are alive.
     """
 
     def __init__(self, masks: Sequence[PackedMask], begin: Sequence[int], row: Sequence[int]) -> None:
@@ -138,7 +139,7 @@ def masked_conv_plain(x: Tensor, weights: Tensor, layer: Layer, masks: Masks) ->
 def precision(device: torch.device) -> str:
     """How products of float32 are made, by PyTorch's own switch ``torch.set_float32_matmul_precision``.
 
-    At its default, three products of 19-bit parts on the tensor cores: as good as float32 to a bit or two.
+    By default, three tensor-core products of 19-bit parts, which are accurate to a bit or two of float32.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "ieee"
@@ -147,6 +148,13 @@ def precision(device: torch.device) -> str:
 
 def _launch(x: Tensor, out: Tensor, size: Sequence[int], weights: Tensor, layer: Layer, table: Tensor) -> None:
     """Any layer as a convolution of images of this height and width."""
+    largest = max(x.numel() // max(1, len(table)), out.numel() // max(1, len(table)), weights.numel())
+    assert largest < 1 << 31, "offsets in one image, and in the flat buffer, are 32 bits"
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _launch_on(x, out, size, weights, layer, table)
+
+
+def _launch_on(x: Tensor, out: Tensor, size: Sequence[int], weights: Tensor, layer: Layer, table: Tensor) -> None:
     (top, left), (height, width) = layer.output(size)
     (rows, channels, tall, across), pixels, groups = layer.shape, height * width, layer.groups
     if not pixels:
@@ -183,6 +191,21 @@ def _launch(x: Tensor, out: Tensor, size: Sequence[int], weights: Tensor, layer:
 
 
 @triton.jit
+def _bits(bits, o, r, begin, rows, columns, WORDS: tl.constexpr, DEEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bits of a step's weights: words [ROWS, DEEP / 16] where rows begin with one, else [ROWS, DEEP], shifted."""
+    if WORDS:
+        word = begin // 16 + tl.arange(0, DEEP // 16)
+        there = (o < rows)[:, None] & (word * 16 < columns)[None, :]
+        found = tl.load(bits + (r * columns // 16)[:, None] + word[None, :], mask=there, other=0).to(tl.int32)
+    else:
+        k = begin + tl.arange(0, DEEP)
+        there = (o < rows)[:, None] & (k < columns)[None, :]
+        at = (r * columns)[:, None] + k[None, :]
+        found = tl.load(bits + at // 16, mask=there, other=0).to(tl.int32) >> (at % 16)
+    return found
+
+
+@triton.jit
 def _product(  # type: ignore[no-untyped-def]
     x, weights, table, out, place, row, pixels, rows, channels, groups, columns,
     width_out, height, width, across, stride_y, stride_x, top, left, apart_y, apart_x,
@@ -200,7 +223,11 @@ def _product(  # type: ignore[no-untyped-def]
     x += image * height * width * groups * channels + group * channels
     bits = tl.load(table + image * 3).to(tl.pointer_type(tl.int16)) + place // 16
     total = tl.zeros((PIXELS, ROWS), tl.float32)
+    # Loads of two bytes can't be asynchronous copies. So each step starts those of the next one before its product.
+    ahead = _bits(bits, o, r, 0, rows, columns, WORDS, DEEP)
     for begin in range(0, columns, DEEP):
+        active = ahead
+        ahead = _bits(bits, o, r, begin + DEEP, rows, columns, WORDS, DEEP)
         k = begin + tl.arange(0, DEEP)
         if ONE_TAP:  # of all columns of this step: channels that lie side by side
             tap = begin // channels
@@ -217,13 +244,12 @@ def _product(  # type: ignore[no-untyped-def]
             there = (o < rows)[:, None] & (word * 16 < columns)[None, :]
             first = (r * columns)[:, None] + (word * 16)[None, :]
             lane = tl.arange(0, 16)[None, None, :]
-            active = tl.load(bits + first // 16, mask=there, other=0).to(tl.int32)[:, :, None] >> lane
             weight = tl.load(weights + first[:, :, None] + lane, mask=there[:, :, None], other=0.0)
-            weight = tl.reshape(tl.where(active & 1 != 0, weight, 0.0), (ROWS, DEEP))
+            weight = tl.where((active[:, :, None] >> lane) & 1 != 0, weight, 0.0)
+            weight = tl.reshape(weight, (ROWS, DEEP))
         else:
             there = (o < rows)[:, None] & (k < columns)[None, :]
             at = (r * columns)[:, None] + k[None, :]
-            active = tl.load(bits + at // 16, mask=there, other=0).to(tl.int32) >> (at % 16)
             weight = tl.where(active & 1 != 0, tl.load(weights + at, mask=there, other=0.0), 0.0)
         if WIDEN:
             pixel, weight = pixel.to(tl.float32), weight.to(tl.float32)

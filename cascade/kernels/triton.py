@@ -1,9 +1,9 @@
 """The swap on a GPU: packed bits and pristine weights in, masked and scaled weights out, in one launch.
 
-It is bound by memory: per weight four bytes and a bit are read, and four bytes (bfloat16: two) written. So a tile's
-weights begin at a multiple of sixteen, threads take vectors, a word of bits is read once for all threads that need it,
-and the scales, a few for each tile, come from the cache. Triton's interpreter runs the same code without a GPU (set
-TRITON_INTERPRET=1 before triton is imported). The plain reference is ``WeightLayout.materialize_plain``.
+It is bound by memory: per weight it reads four bytes and a bit, and writes four bytes (bfloat16: two). So a tile's
+weights begin at a multiple of sixteen, threads load vectors, and the scales, a few for each tile, come from the cache.
+Triton's interpreter runs the same code without a GPU: set TRITON_INTERPRET=1 before triton is imported. The plain
+reference is ``WeightLayout.materialize_plain``.
 """
 
 from collections.abc import Sequence
@@ -69,10 +69,12 @@ def _masked(bits, weights, table, scales, out, TILE: tl.constexpr):  # type: ign
     begin = tl.multiple_of(tl.load(entry), 16)
     size = tl.multiple_of(tl.load(entry + 1), 16) - begin
     place, row, piece, block = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-    word, lane = tl.arange(0, TILE // 16)[:, None], tl.arange(0, 16)[None, :]
-    at = word * 16 + lane
+    # One dimension, so that bits and weights have one layout: no value moves between threads. The threads that read
+    # one word of bits are neighbors in a warp, which loads it once.
+    at = tl.arange(0, TILE)
+    lane = at % 16
     weight = tl.load(weights + begin + at, mask=at < size, other=0.0)
-    active = (tl.load(bits + begin // 16 + word, mask=word * 16 < size, other=0).to(tl.int32) >> lane) & 1
+    active = (tl.load(bits + begin // 16 + at // 16, mask=at < size, other=0).to(tl.int32) >> lane) & 1
     # A division of integers takes some twenty instructions; a half added, the float can't fall short of a whole one.
     nth = ((place + at).to(tl.float32) + 0.5) * (1.0 / piece.to(tl.float32))
     # Where there is padding no bit is set, so no row is read that does not exist.

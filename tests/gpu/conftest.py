@@ -1,8 +1,8 @@
 """The checks that need a CUDA device.
 
 They skip without one, on CI too and whatever REQUIRE_ALL says: a GPU can't be installed. What can be checked without is
-checked elsewhere: the kernels in Triton's interpreter, and compiled for an H100 (tests/cascade/kernels), the executor
-with its graphs replaced by tapes (tests/cascade/engine/executors).
+checked elsewhere: the kernels in Triton's interpreter (on a GPU, the same tests run there), and compiled for an H100
+(tests/cascade/kernels), the executor with its graphs replaced by tapes (tests/cascade/engine/executors).
 """
 
 from pathlib import Path

@@ -1,7 +1,10 @@
 """The engine on a GPU, end to end, against models on the CPU that are built for each mask."""
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cascade import Engine, Options
@@ -33,15 +36,12 @@ def test_every_shape_equals_separately_built_models(cifar: list[Image.Image], sh
 
 @pytest.mark.parametrize("tight", [False, True])
 def test_alone_as_in_a_mixed_batch(cifar: list[Image.Image], tight: bool, device: str) -> None:
-    """With a budget of one mask, too."""
+    """With no budget at all, too: the executor materializes masks in a buffer of its own."""
     pair = [
         handmade(cifar[:40], name="a", mask_from=2, expert_from=3, norms=True),
         handmade(cifar[:40], name="b", mask_from=2, experts=3, router="gmm", slots="padded", seed=1),
     ]
-    ours = engine(device, *pair)
-    if tight:
-        most = max(ours.executor(b).size(mask) for b in pair for mask in ours.find(b.name).masks)  # type: ignore[union-attr]
-        ours = engine(device, *pair, budget=most)
+    ours = engine(device, *pair, budget=0 if tight else None)
     wishes = mixture("a", "b")
     together = ours.predict(cifar[:24], wishes)
     assert len({(a.bundle, a.cluster) for a in good(together)}) >= 4
@@ -64,3 +64,41 @@ def test_every_mode_is_answered(cifar: list[Image.Image], device: str) -> None:
     ours = engine(device, handmade(cifar[:40]))
     for mode in MODES:
         good(ours.predict(cifar[:3], Options(mode=mode, embedding=True)))
+
+
+@pytest.mark.parametrize("mode, expected", [("dispatcher", 1), ("conditional", 2), ("unconditional", 1)])
+def test_how_often_the_host_waits(cifar: list[Image.Image], device: str, mode: str, expected: int) -> None:
+    """As PyTorch itself counts it."""
+    ours = engine(device, handmade(cifar[:40], mask_from=2, expert_from=3, experts=3))
+    batch = [ours.prepare(image, Options(mode=mode, embedding=True)) for image in cifar[:16]]
+    ours.run(batch)  # type: ignore[arg-type]
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            ours.run(batch)  # type: ignore[arg-type]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
+    assert len(waits) == expected, waits
+
+
+def test_adding_a_bundle_captures_all_that_it_needs(cifar: list[Image.Image], device: str) -> None:
+    bundle = handmade(cifar[:40], mask_from=2, expert_from=3, experts=3)
+    ours = engine(device, bundle)
+    executor = ours.executor(bundle)
+    assert isinstance(executor, CudaExecutor)
+    graphs = set(executor._graphs)
+    for count in (1, 2, 3, 8, 32):
+        for mode in MODES:
+            good(ours.predict(cifar[:count], Options(mode=mode)))
+    assert set(executor._graphs) == graphs
+    assert ours.stats()["backbone_bytes"] > sum(graph.bytes for graph in executor._graphs.values()) > 0
+
+
+def test_the_last_gpu(cifar: list[Image.Image], device: str) -> None:
+    """Nothing may depend on the current device being the executor's."""
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    bundle = handmade(cifar[:40])
+    want = answers(engine(device, bundle), cifar[:5])
+    np.testing.assert_allclose(embeddings(answers(engine(last, bundle), cifar[:5])), embeddings(want), atol=1e-3)

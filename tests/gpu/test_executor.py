@@ -14,8 +14,7 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.weight_layout import PackedMask
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
-from tests.cascade.engine.executors.test_cuda import NETWORKS, images, masks_of
-from tests.cascade.engine.executors.test_executors import calibrated, features
+from tests.helpers.networks import NETWORKS, calibrated, features, images, masks_of
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -113,7 +112,12 @@ def test_swaps_cost_no_memory_and_no_capture(device: str) -> None:
 
 
 def test_the_choice(device: str) -> None:
-    for kind, dtype in (("auto", torch.float32), ("folded", torch.float32), ("bf16", torch.bfloat16)):
+    for kind, dtype, tf32 in (
+        ("folded", torch.float32, False),
+        ("tf32", torch.float32, True),
+        ("bf16", torch.bfloat16, False),
+    ):
         backbone = backbones.load("test_resnet", "random:0", device=device)
         executor = choose(backbone, WeightCache(2**30), kind)  # type: ignore[arg-type]
-        assert type(executor) is CudaExecutor and executor.dtype == dtype
+        assert type(executor) is CudaExecutor and (executor.dtype, executor.tf32) == (dtype, tf32)
+    assert type(choose(backbones.load("test_resnet", "random:0", device=device), WeightCache(0))) is CudaExecutor

@@ -1,4 +1,4 @@
-"""The kernels against their plain references, as compiled code; and what the interpreter can't show."""
+"""What the interpreter can't show of the kernels; tests/cascade/kernels compares them with their references."""
 
 import pytest
 import torch
@@ -8,15 +8,8 @@ from cascade.kernels import per_image
 from cascade.kernels.weight_layout import PackedMask, WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
-
-# The same checks as in the interpreter, with this folder's device.
-from tests.cascade.kernels.test_triton import (  # noqa: F401
-    test_nothing_to_do,
-    test_rows_of_any_length,
-    test_swap_equals_plain,
-)
-from tests.cascade.kernels.test_weight_layout import shuffled
 from tests.helpers.bundles import random_mask
+from tests.helpers.networks import shuffled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

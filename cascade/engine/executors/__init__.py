@@ -3,9 +3,10 @@
     plain    the timm model as it is: the reference, and what training runs
     folded   PyTorch, BatchNorm folded, channels last
     onnx     ONNX Runtime, the weights as inputs in the order of its own kernels
+    cuda     the folded model as CUDA graphs, in float32, TF32 or bfloat16
 
-Each keeps masks in its own form (``pack``), materializes their weights within the weight_cache's budget (``swap``) and
-runs stages of the backbone under the mask that is in place (``run``). ``choice.choose`` takes the fastest.
+Each keeps masks in its own form (``pack``), materializes their weights within the budget of the weight cache (``swap``)
+and runs stages of the backbone under the mask that is in place (``run``). ``selection.choose`` takes the fastest.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,14 @@ class Executor(Protocol):
         """Bytes of the mask's materialized weights."""
         ...
 
+    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+        """Build what passes of a bundle will need, outside of any pass and beside them.
+
+        Args:
+            masks: packed, the dispatcher first, then the experts. size: side of the images, pixels.
+        """
+        ...
+
     def swap(self, mask: Mask | None) -> None:
         """Make a packed mask (None: the plain backbone) the one that the next runs use, from its first stage on."""
         ...
@@ -51,7 +60,7 @@ class Executor(Protocol):
 
 @runtime_checkable
 class Distinct(Executor, Protocol):
-    """An executor that can run a batch with a mask for each image, which pays where kernels are launched one by one."""
+    """An executor that can run a batch with one mask per image, which pays where each launch costs time."""
 
     def run_each(self, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None) -> Tensor:
         """Stages ``start`` to ``stop`` with row n under packed ``masks[n]``, which begins at ``start`` or before."""

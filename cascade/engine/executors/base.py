@@ -1,5 +1,6 @@
 """What the executors with weights of their own have in common: packing masks and swapping them."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from torch import Tensor
@@ -32,6 +33,9 @@ class BaseExecutor:
     def size(self, mask: Mask) -> int:
         """Bytes of the mask's materialized weights."""
         return self.layout.size(mask.start)
+
+    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+        """Nothing: whatever is built is built in the first pass."""
 
     def swap(self, mask: Mask | None) -> None:
         """Put a packed mask in place from its first stage on; None: the plain backbone.

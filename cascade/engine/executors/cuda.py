@@ -1,8 +1,8 @@
-"""CUDA: the folded model as graphs that are captured once, for every mask, and for a mask for each image.
+"""CUDA: the folded model as graphs that are captured once, for every mask, and for one mask per image.
 
-A graph replays launches with the addresses that they had. So every swap writes into one working buffer, which stays
-where it is: graphs hold for all masks, and a swap is a launch and a copy of the shifts. What takes the time on a GPU is
-not the swap but the single launches of a small batch, which a graph puts behind each other without the CPU.
+A graph replays launches with the addresses that they had when it was captured. So every swap writes into one working
+buffer that never moves: a graph serves all masks, and a swap is one launch and a copy of the shifts. On a GPU, the time
+of a small batch goes into single launches, which a graph issues without the CPU.
 """
 
 import contextlib
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade import metrics
 from cascade.engine.executors.folded import FoldedExecutor
+from cascade.engine.executors.graph import Graph
+from cascade.engine.executors.precision import DEVICE, products
 from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.per_image import Masks
 from cascade.kernels.weight_layout import PackedMask
@@ -22,101 +25,103 @@ from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.stages import stages
 
-BUCKETS = (1, 2, 4, 8, 16, 32)
-"""Images that a graph takes; smaller batches are filled up, larger ones cut."""
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Images that a graph takes; smaller batches are filled up, larger ones are cut."""
 
-GRAPHS = 128
-"""Graphs that are kept, the last used ones."""
+PREPARED = 32
+"""Up to here graphs are captured when a bundle is added; larger ones in the first batch that needs them."""
 
-
-class Graph:
-    """A function of batches, captured when it is made; without CUDA it is called instead.
-
-    Args:
-        function: of ``inputs``, which it finds at one place every time; it returns one row an image.
-        inputs: example batches, all of them as long as the bucket.
-        pool: memory that graphs share. They run one after the other, and each result is copied out.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any = None) -> None:
-        self._function, self._inputs, self._graph = function, inputs, None
-        if inputs[0].is_cuda:
-            aside = torch.cuda.Stream(inputs[0].device)
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                function(*inputs)  # whatever is compiled, chosen or allocated only once
-            torch.cuda.current_stream().wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads may pack masks meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._out = function(*inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The function's value for these rows, a copy; what is missing in the bucket is filled with the first one."""
-        count = len(inputs[0])
-        for place, given in zip(self._inputs, inputs, strict=True):
-            place[: len(given)].copy_(given)
-            if len(given) < len(place):
-                place[len(given) :].copy_(given[:1].expand_as(place[len(given) :]))
-        if self._graph is None:
-            return self._function(*self._inputs)[:count].clone()
-        self._graph.replay()
-        return self._out[:count].clone()
+GRAPHS = 256
+"""Graphs that are kept, the least recently used one leaves first."""
 
 
 class CudaExecutor(FoldedExecutor):
     """The folded model on a GPU; on a CPU the same without kernels and graphs, for tests.
 
-    The weight cache holds one buffer, keyed by the mask whose weights are in it. It covers the stages from the
-    earliest start of any mask so far to the end. Who evicts it for another backbone costs this one its graphs.
+    It owns the working buffer, and asks the weight cache for nothing: a swap takes microseconds.
 
     Args:
         backbone, weight_cache, dtype: see ``FoldedExecutor``.
+        tf32: products of float32 in TF32.
     """
 
-    def __init__(self, backbone: Backbone, weight_cache: WeightCache, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(backbone, weight_cache, dtype)
-        from cascade.engine.executors.per_image import Bound, distinct_model  # triton takes a moment to come up
+    def __init__(
+        self, backbone: Backbone, weight_cache: WeightCache, dtype: torch.dtype = torch.float32, tf32: bool = False
+    ) -> None:
+        with DEVICE:
+            super().__init__(backbone, weight_cache, dtype)
+            from cascade.engine.executors.per_image import Bound, distinct_model  # importing triton takes a moment
 
-        self.layout.loose = {name: t.to(dtype) for name, t in self.layout.loose.items()}
-        self._shifts = self.layout.shifts.clone()
-        self._loose = {name: t.clone() for name, t in self.layout.loose.items()}
-        self._changed: set[str] = set()  # loose tensors that the last mask changed
-        self._first = len(self.layout.folded.units)  # the first unit of the buffer
-        self._buffer: Callable[[], Tensor | None] = lambda: None  # never owned: evicted weights must be free
-        self._last: PackedMask | None = None  # whose weights are in it, as long as the weight_cache holds them
-        self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if self.plain.is_cuda else None
-        masked = self.plain if self.layout.plain is self.layout.pristine else self.layout.pristine.to(dtype)
-        self._bound = Bound(masked, kernels=self.plain.is_cuda)
-        self._distinct = distinct_model(self.layout, self._bound)
-        self._distinct_row = stages(self._distinct) if self._distinct else []
+            self.tf32 = tf32
+            self.layout.loose = {name: t.to(dtype) for name, t in self.layout.loose.items()}
+            self._buffer, self._shifts = torch.empty_like(self.plain), self.layout.shifts.clone()
+            self._loose = {name: t.clone() for name, t in self.layout.loose.items()}
+            self._changed: set[str] = set()  # loose tensors that the last mask changed
+            self._last: Callable[[], PackedMask | None] = lambda: None  # whose weights are in the buffer, if it lives
+            self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
+            self._prepared: set[tuple[int, int, int]] = set()
+            self._stream = self._pool = None
+            if self.plain.is_cuda:
+                self._stream, self._pool = torch.cuda.Stream(self.plain.device), torch.cuda.graph_pool_handle()
+            masked = self.plain if self.layout.plain is self.layout.pristine else self.layout.pristine.to(dtype)
+            self._bound = Bound(masked, kernels=self.plain.is_cuda)
+            self._distinct = distinct_model(self.layout, self._bound)
+            self._distinct_row = stages(self._distinct) if self._distinct else []
+
+    def pack(self, mask: Mask) -> PackedMask:
+        with DEVICE:
+            return super().pack(mask)
+
+    def size(self, mask: Mask) -> int:
+        """Nothing: the buffer is counted in ``bytes``."""
+        return 0
 
     def swap(self, mask: Mask | None) -> None:
         if mask is self._now:
             return
-        self._now = None
         if mask is None:
+            self._now = None
             return
         assert isinstance(mask, PackedMask), "a mask is packed before it is swapped"
-        buffer = self._buffer() if self._last in self.weight_cache else None
-        first = self.layout.first(mask.start)
-        if buffer is None or first < self._first:
-            self._forget()
-            buffer, self._first = None, min(first, self._first)
-        if mask is not self._last and self._last is not None:
-            self.weight_cache.drop(self._last)  # its weights are written over
-            self._last = None
-        size = int(self.layout.begin[-1] - self.layout.begin[self._first]) * self.dtype.itemsize
-        buffer = self.weight_cache.get(mask, size, lambda freed: self._fill(mask, freed if buffer is None else buffer))
-        self._buffer = weakref.ref(buffer)
-        self._now = self._last = mask
+        if mask is self._last():
+            self.weight_cache.hits += 1
+            metrics.MASK_HITS.inc()
+        else:
+            self.weight_cache.misses += 1
+            metrics.MASK_MISSES.inc()
+            with DEVICE:
+                self._fill(mask)
+        self._now, self._last = mask, weakref.ref(mask)
 
     def prefetch(self, mask: Mask) -> None:
         """Nothing: there is one buffer, and it is in use."""
 
+    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+        """Compile, tune and capture what a pass of this bundle launches, for batches of up to ``PREPARED`` images.
+
+        It may run beside passes: what the working buffer holds does not matter, and it stays as it is.
+        """
+        packed = [mask for mask in masks if isinstance(mask, PackedMask)]
+        start, split = packed[0].start, packed[-1].start  # the dispatcher's, and the experts'
+        if (start, split, size) in self._prepared:
+            return
+        for bucket in sorted((b for b in BUCKETS if b <= PREPARED), reverse=True):  # the others reuse its memory
+            x = self.plain.new_zeros((bucket, 3, size, size), dtype=torch.float32)
+            trunk = self._run(None, x, 0, start) if start else x
+            middle = self._run(self.layout.first(start), trunk, start, split) if split > start else trunk
+            self._run(self.layout.first(split), middle, split)
+            if bucket > 1 and self._distinct is not None:
+                for x, first, last in ((trunk, start, split), (middle, split, None)):
+                    if first != last:
+                        self._run_each(x, packed[:1] * bucket, first, last)
+        self._prepared.add((start, split, size))
+
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         first = None if self._now is None else self.layout.first(max(self._now.start, start))
+        return self._run(first, x, start, stop)
+
+    def _run(self, first: int | None, x: Tensor, start: int, stop: int | None = None) -> Tensor:
+        """``run``, with the units from ``first`` on in the buffer."""
         run = super().run
 
         def function(x: Tensor) -> Tensor:
@@ -129,11 +134,12 @@ class CudaExecutor(FoldedExecutor):
     def run_each(self, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None) -> Tensor:
         """Stages ``start`` to ``stop`` with image n under ``masks[n]``; afterwards the plain backbone is in place.
 
-        For few images a mask: where many have the same one, ``swap`` and ``run`` cost less. Masks need not be
-        materialized, nor are they by it, unless this is a backbone of which masks change more than its layers.
+        For few images a mask: where many have the same one, ``swap`` and ``run`` cost less. No weights are
+        materialized, except for a backbone whose masks change more than its layers.
 
         Args:
-            x: features at ``start``, [N, ...]. masks: packed, N of them; each begins at ``start`` or before.
+            x: features at ``start``, [N, ...].
+            masks: packed, N of them; each begins at ``start`` or before.
 
         Returns:
             as ``run``.
@@ -144,22 +150,26 @@ class CudaExecutor(FoldedExecutor):
         alone = self._distinct is None or any(mask.loose or mask.steps.numel() for mask in packed)
         if alone or all(mask is packed[0] for mask in packed):
             return self._one_by_one(x, packed, start, stop)
+        return self._run_each(x, packed, start, stop)
+
+    def _run_each(self, x: Tensor, masks: Sequence[PackedMask], start: int, stop: int | None) -> Tensor:
         parts = []
-        for begin in range(0, len(x), BUCKETS[-1]):
-            part = list(packed[begin : begin + BUCKETS[-1]])
-            part += part[:1] * (_bucket(len(part)) - len(part))
-            firsts = [self.layout.first(mask.start) for mask in part]
-            begins, rows = ([int(at[first]) for first in firsts] for at in (self.layout.begin, self.layout.row))
-            self._bound.masks = Masks(part, begins, rows)
-            rest = x[begin : begin + BUCKETS[-1]]
-            parts.append(
-                self._replay((None, start, stop, "each"), self._each(start, stop), rest, self._bound.masks.table)
-            )
-        self._bound.masks = None
+        for begin, images in zip(range(0, len(x), BUCKETS[-1]), x.split(BUCKETS[-1]), strict=True):
+            own = list(masks[begin : begin + len(images)])
+            own += own[:1] * (_bucket(len(own)) - len(own))
+            firsts = [self.layout.first(mask.start) for mask in own]
+            begins, rows = ([int(where[first]) for first in firsts] for where in (self.layout.begin, self.layout.row))
+            with DEVICE:
+                self._bound.masks = bound = Masks(own, begins, rows)
+                key = (None, start, stop, "each")
+                parts.append(self._replay(key, self._each(start, stop), images, bound.table))
+                self._bound.masks = None
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def bytes(self) -> int:
-        return super().bytes() + self._shifts.nbytes + sum(t.nbytes for t in self._loose.values())
+        """Memory of the resident backbone, the working buffer and the graphs."""
+        own = [self._buffer, self._shifts, *self._loose.values()]
+        return super().bytes() + sum(t.nbytes for t in own) + sum(graph.bytes for graph in [*self._graphs.values()])
 
     def _each(self, start: int, stop: int | None) -> Callable[[Tensor, Tensor], Tensor]:
         def function(x: Tensor, table: Tensor) -> Tensor:
@@ -187,68 +197,43 @@ class CudaExecutor(FoldedExecutor):
         """
         bucket = _bucket(len(x))
         key = (*key, bucket, x.shape[1:])
-        with (
-            torch.inference_mode(),
-            torch.cuda.device_of(self.plain),
-        ):  # it is captured, and launched, on the current one
+        # A graph is captured, and launched, on the current device.
+        with torch.inference_mode(), DEVICE, torch.cuda.device_of(self.plain):
             if key not in self._graphs:
                 place = x.new_zeros((bucket, *x.shape[1:]), dtype=self.dtype)
                 place = place.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else place
-                with _precision():
-                    self._graphs[key] = Graph(function, [place, *(t.clone() for t in others)], self._pool)
+                inputs = [place, *(t.clone() for t in others)]
+                with products(self.tf32, self.plain.device):
+                    self._graphs[key] = Graph(function, inputs, self._stream, self._pool)
             self._graphs.move_to_end(key)
             if len(self._graphs) > GRAPHS:
-                self._idle()
+                if self.plain.is_cuda:
+                    torch.cuda.synchronize()  # the one that leaves may be running
                 self._graphs.popitem(last=False)
             return self._graphs[key](x, *others)
 
-    def _fill(self, mask: PackedMask, buffer: Tensor | None) -> Tensor:
-        """A mask's weights, shifts and loose tensors where the graphs look for them."""
-        begin, row = self.layout.begin, self.layout.row
+    def _fill(self, mask: PackedMask) -> None:
+        """A mask's weights, shifts and loose tensors where the graphs read them."""
         first = self.layout.first(mask.start)
-        if buffer is None or buffer.dtype != self.dtype:
-            buffer = self.plain.new_empty(int(begin[-1] - begin[self._first]))
-        self.materialize(mask, buffer[begin[first] - begin[self._first] :])
-        self._shifts[row[first] :].copy_(mask.shifts)
+        self.materialize(mask, self._buffer[self.layout.begin[first] :])
+        self._shifts[self.layout.row[first] :].copy_(mask.shifts)
         for name in self._changed | mask.loose.keys():  # also those that only the last mask changed
             self._loose[name].copy_(mask.loose.get(name, self.layout.loose[name]))
         self._changed = set(mask.loose)
-        return buffer
-
-    def _forget(self) -> None:
-        """The buffer, and the graphs that look at it."""
-        if self._last is not None:
-            self.weight_cache.drop(self._last)
-        self._last, self._buffer = None, lambda: None
-        self._idle()
-        self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key[0] is None)
-
-    def _idle(self) -> None:
-        """No graph runs any more, so that some may be let go of."""
-        if self.plain.is_cuda:
-            torch.cuda.synchronize(self.plain.device)
 
     @contextlib.contextmanager
     def _aimed(self, first: int | None) -> Iterator[None]:
-        """The model's parameters from a unit on look at the buffer, for as long as it takes to run or to capture."""
+        """The model's parameters from a unit on are views of the buffer, while it runs or is captured."""
         if first is None:
             yield
             return
-        buffer = self._buffer()
-        assert buffer is not None, "the buffer of the mask in place is held"
-        begin, row = self.layout.begin, self.layout.row
-        self.point(first, buffer[begin[first] - begin[self._first] :], self._shifts[row[first] :], self._loose)
+        begin, row = self.layout.begin[first], self.layout.row[first]
+        self.point(first, self._buffer[begin:], self._shifts[row:], self._loose)
         try:
             yield
         finally:
-            self.point(first, self.plain[begin[first] :], self.layout.shifts[row[first] :], self.layout.loose)
+            self.point(first, self.plain[begin:], self.layout.shifts[row:], self.layout.loose)
 
 
 def _bucket(count: int) -> int:
     return next(bucket for bucket in BUCKETS if bucket >= count)
-
-
-def _precision() -> contextlib.AbstractContextManager[None]:
-    """Convolutions as exact as matrix products: by default float32 and not TF32, see ``kernels.distinct.precision``."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=not exact)

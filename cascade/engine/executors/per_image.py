@@ -1,4 +1,4 @@
-"""A folded backbone whose layers each take the weights under the mask of every single image of a batch."""
+"""A folded backbone whose layers apply the mask of each image of a batch."""
 
 import copy
 from dataclasses import dataclass, field
@@ -19,8 +19,10 @@ class Bound:
     """What the layers read in a pass.
 
     Attributes:
-        weights: the plain flat buffer. kernels: whether layers run as kernels, or as their plain references.
-        masks: of the images. table: their addresses, where a captured graph looks.
+        weights: the plain flat buffer.
+        kernels: whether layers run as Triton kernels, or as their plain references.
+        masks: of the images.
+        table: the masks' addresses, at a place that a captured graph reads.
     """
 
     weights: Tensor
@@ -49,8 +51,8 @@ class Distinct(nn.Module):
 def distinct_model(flat: WeightLayout, bound: Bound) -> nn.Module | None:
     """A copy of the folded model with every unit replaced; all else is shared.
 
-    None if every mask changes more than the units' weights and biases, or if the way through the model is unknown
-    (``cascade.model.stages``): such a model may read a layer's weight past the layer.
+    None if every mask changes more than the units' weights and biases, or if the model is a single stage to
+    ``cascade.model.stages``: such a model may read a layer's weight past the layer.
     """
     folded = flat.folded
     if folded.always or len(folded.backbone.stages) == 1:
@@ -66,7 +68,7 @@ def distinct_model(flat: WeightLayout, bound: Bound) -> nn.Module | None:
 
 
 def layer(unit: Unit, module: nn.Module, place: int, row: int) -> Layer:
-    """How a unit lies in the flat buffer, and how it walks over its input."""
+    """A unit's place in the flat buffer, and its geometry."""
     if isinstance(module, nn.Linear):
         return Layer(place, row, (*unit.shape, 1, 1))  # type: ignore[arg-type]
     conv = cast(nn.Conv2d, module)

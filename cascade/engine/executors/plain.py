@@ -3,11 +3,13 @@
 It writes an adapter's values into the model as they are, without folding: other executors are tested against it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from cascade.engine.executors.precision import exact
 from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.materialize import materialize
 from cascade.model.backbone import Backbone
@@ -35,6 +37,9 @@ class PlainExecutor:
         norms = {n: t.to(device) for n, t in mask.norms.items()}
         channels = {n: t.float().to(device) for n, t in mask.channels.items()}
         return replace(mask, bits=mask.bits.to(device), norms=norms, channels=channels)
+
+    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+        """Nothing: the model is ready as it is."""
 
     def bytes(self) -> int:
         """Memory of the resident backbone."""
@@ -71,7 +76,7 @@ class PlainExecutor:
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """``Backbone.run`` without autograd, channels last: twice as fast on a CPU, whatever the weights' layout."""
-        with torch.inference_mode():
+        with torch.inference_mode(), exact(x.device):
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
             return self.backbone.run(x, start, stop)
 

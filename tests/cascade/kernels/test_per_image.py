@@ -1,4 +1,4 @@
-"""Layers under a mask for each image, against their plain references. In the interpreter, or on the GPU: tests/gpu."""
+"""Layers with one mask per image, against their plain references: on a GPU, or in Triton's interpreter."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.kernels.per_image import Layer, Masks, masked_conv, masked_conv_plain, masked_linear, masked_linear_plain
+from cascade.kernels.per_image import (
+    Layer,
+    Masks,
+    _launch,
+    masked_conv,
+    masked_conv_plain,
+    masked_linear,
+    masked_linear_plain,
+)
 from cascade.kernels.weight_layout import PackedMask
 from cascade.model.masks import pack
-from tests.cascade.kernels.test_triton import device as device
 
 PLACE, ROW = 48, 5  # something lies before the layer
 
@@ -124,3 +131,16 @@ def test_the_plain_reference_is_what_pytorch_computes() -> None:
     x = inputs(2, 6, 11, 10, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(masked_conv_plain(x, flat, layer, Masks([mask] * 2, [0] * 2, [0] * 2)), conv(x))
+
+
+def test_images_beyond_32_bits_are_refused() -> None:
+    """Offsets inside of an image are 32 bits: a larger one would be read at the wrong place, without any error."""
+    layer = Layer(0, 0, (2, 1, 1, 1))
+    table, weights = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(2)
+    wide = torch.zeros(1).expand(1, 1, 1 << 16, 1 << 15)  # takes no memory
+    with pytest.raises(AssertionError, match="32 bits"):
+        _launch(wide, torch.zeros(1), wide.shape[2:], weights, layer, table)
+    with pytest.raises(AssertionError, match="32 bits"):
+        _launch(torch.zeros(1), wide, wide.shape[2:], weights, layer, table)
+    with pytest.raises(AssertionError, match="32 bits"):
+        _launch(torch.zeros(1), torch.zeros(1), (1, 1), torch.zeros(1).expand(1 << 31), layer, table)

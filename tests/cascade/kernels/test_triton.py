@@ -1,4 +1,4 @@
-"""The swap on a GPU against its plain reference. Without a GPU in Triton's interpreter; with one see tests/gpu."""
+"""The swap on a GPU against its plain reference; without a GPU in Triton's interpreter."""
 
 from typing import Any
 
@@ -9,18 +9,8 @@ from cascade.kernels import triton
 from cascade.kernels.weight_layout import WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
-from tests.cascade.kernels.test_weight_layout import shuffled
 from tests.helpers.bundles import random_mask
-
-
-@pytest.fixture(scope="module")
-def device() -> str:
-    if torch.cuda.is_available():
-        pytest.skip("tests/gpu runs these on the GPU")
-    from triton.runtime.interpreter import InterpretedFunction
-
-    assert isinstance(triton._masked, InterpretedFunction), "triton was imported before tests/conftest.py"
-    return "cpu"
+from tests.helpers.networks import shuffled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -11,19 +11,14 @@ from cascade.kernels.materialize import materialize
 from cascade.kernels.weight_layout import BlockOrder, WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
-from cascade.model.folding import Folded, Unit
+from cascade.model.folding import Folded
 from tests.helpers.bundles import random_mask
+from tests.helpers.networks import shuffled
 
 
 @pytest.fixture(scope="module", params=["test_resnet", "test_efficientnet", "test_vit"])
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     return backbones.load(request.param, "random:0")
-
-
-def shuffled(unit: Unit, block: int) -> BlockOrder:
-    columns = np.random.default_rng(unit.offset).permutation(unit.columns)
-    padding = -unit.columns % 4
-    return BlockOrder(block, np.append(columns, [-1] * padding).astype(np.int32))
 
 
 @pytest.mark.parametrize("block", [1, 8, 16])

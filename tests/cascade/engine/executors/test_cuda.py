@@ -1,7 +1,7 @@
 """The executor for GPUs, on a CPU: without kernels, and with graphs that are tapes. On the real device: tests/gpu."""
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,26 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cascade.engine.executors import cuda
-from cascade.engine.executors.cuda import CudaExecutor, Graph
+from cascade.engine.executors.check import Reference, check
+from cascade.engine.executors.cuda import CudaExecutor
+from cascade.engine.executors.graph import Graph
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.kernels.weight_layout import PackedMask
 from cascade.model.backbone import Backbone
-from cascade.model.masks import Mask
-from tests.cascade.engine.executors.test_executors import calibrated, features
-from tests.cascade.kernels.test_triton import device as device
-from tests.helpers.bundles import random_mask
+from tests.helpers.networks import NETWORKS, calibrated, features, images, masks_of
 
 pytestmark = pytest.mark.slow
-
-NETWORKS = [
-    "test_resnet",
-    "test_efficientnet",
-    "test_vit",
-    "test_convnext",
-    "densenet121",
-]  # norms that can't be folded
 
 
 class Tape(Graph):
@@ -47,8 +38,10 @@ class Tape(Graph):
             self.calls.append((func, alias(args), alias(kwargs or {}), alias(out)))
             return out
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any = None) -> None:
-        super().__init__(function, inputs, pool)
+    def __init__(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor], stream: Any = None, pool: Any = None
+    ) -> None:
+        super().__init__(function, inputs, stream, pool)
         with self._Recorder() as recorder:
             out = function(*inputs)
         self._function = lambda *inputs: self._play(recorder.calls, out)
@@ -71,23 +64,6 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(scope="module", params=NETWORKS)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     return calibrated(request.param)
-
-
-def masks_of(backbone: Backbone, *starts: int, norms: bool = True) -> list[Mask]:
-    generator = torch.Generator().manual_seed(1)
-    masks = [random_mask(backbone, f"m{i}", start, generator, norms) for i, start in enumerate(starts)]
-    if norms and len(backbone.stages) == 1:  # a stage without a prefix
-        moved = [
-            {name: t * (1 + torch.rand(t.shape, generator=generator)) for name, t in backbone.norms.items()}
-            for _ in masks
-        ]
-        masks = [replace(mask, norms=own) for mask, own in zip(masks, moved, strict=True)]
-    return masks
-
-
-def images(backbone: Backbone, count: int) -> Tensor:
-    size = 160 if backbone.name == "test_vit" else 64
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -136,7 +112,8 @@ def test_a_mask_for_each_image(backbone: Backbone, start: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet"])
-def test_a_mask_for_each_image_by_the_kernels(name: str, device: str) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="then the kernels are compiled; tests/gpu runs them")
+def test_a_mask_for_each_image_by_the_kernels(name: str) -> None:
     """The whole way through the table of addresses, in the interpreter, with a bucket that is not full."""
     backbone = calibrated(name)
     executor = CudaExecutor(backbone, WeightCache(2**30))
@@ -168,7 +145,7 @@ def test_who_needs_materialized_weights_for_distinct_masks() -> None:
         assert weight_cache.misses == misses, name
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 33, 70])
+@pytest.mark.parametrize("count", [1, 2, 5, 70, 131])
 def test_batches_of_any_size(count: int) -> None:
     backbone = calibrated("test_resnet")
     executor = CudaExecutor(backbone, WeightCache(2**30))
@@ -178,7 +155,7 @@ def test_batches_of_any_size(count: int) -> None:
     want = torch.cat([FoldedOf(backbone, order[i]).run(x[i : i + 1]) for i in range(count)])
     close(executor.run_each(x, order, 0), want)
     executor.swap(masks[0])
-    executor.run(images(backbone, 64)[:, :, :32, :32])
+    executor.run(images(backbone, 128)[:, :, :32, :32])
     close(executor.run(x)[::3], want[::3])
 
 
@@ -220,83 +197,117 @@ def test_old_graphs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(executor._graphs) == 3
 
 
+def test_what_is_prepared_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pass of a bundle that was prepared captures anything; and one beside a pass changes nothing of it."""
+    monkeypatch.setattr(cuda, "PREPARED", 4)
+    backbone = calibrated("test_resnet")
+    executor = CudaExecutor(backbone, WeightCache(0))
+    dispatcher, *experts = (executor.pack(mask) for mask in masks_of(backbone, 1, 3, 3))
+    x = images(backbone, 3)
+    trunk = executor.run(x, 0, 1)
+    executor.swap(dispatcher)
+    want = executor.run(trunk, 1, 3)
+    executor.prepare([dispatcher, *experts], 64)
+    graphs = list(executor._graphs)
+    assert sorted({key[1:3] for key in graphs}, key=str) == [(0, 1), (1, 3), (3, None)]
+    assert executor.run(trunk, 1, 3).equal(want), "the mask in place is still the one in place"
+    for count in (1, 2, 3):
+        executor.swap(None)
+        trunk = executor.run(x[:count], 0, 1)
+        executor.swap(dispatcher)
+        middle = executor.run(trunk, 1, 3)
+        executor.run(middle, 3)
+        executor.swap(experts[1])
+        executor.run(middle, 3)
+        if count > 1:
+            executor.run_each(trunk, [dispatcher] * (count - 1) + [executor.pack(masks_of(backbone, 1)[0])], 1, 3)
+            executor.run_each(middle, experts[:1] * (count - 1) + experts[1:], 3)
+    assert set(executor._graphs) == set(graphs)
+    monkeypatch.setattr(cuda, "Graph", lambda *_: pytest.fail("it was prepared already"))
+    executor.prepare([dispatcher, *experts], 64)
+
+
+def test_wrong_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask for each image is checked against the plain model, as one mask for all is."""
+    backbone = calibrated("test_resnet")
+    reference, executor = Reference.of(backbone, 64), CudaExecutor(backbone, WeightCache(0))
+    assert check(executor, reference) < 1e-4
+    right = executor._run_each
+    monkeypatch.setattr(executor, "_run_each", lambda *parts: right(*parts) * 1.01)
+    with pytest.raises(CascadeError, match="under a mask for each image of test_resnet"):
+        check(executor, reference)
+
+
 # --- memory
 
 
-def buffer_of(executor: CudaExecutor) -> Tensor:
-    buffer = executor._buffer()
-    assert buffer is not None
-    return buffer
-
-
 def test_one_buffer_that_never_moves() -> None:
-    backbone, weight_cache = calibrated("test_resnet"), WeightCache(2**30)
+    """It is the executor's own: the weight cache holds nothing, and no mask that leaves takes it away."""
+    backbone, weight_cache = calibrated("test_resnet"), WeightCache(0)
     executor = CudaExecutor(backbone, weight_cache)
     a, b, late = (executor.pack(mask) for mask in masks_of(backbone, 0, 0, 3))
     executor.swap(a)
-    where = buffer_of(executor).data_ptr()
+    where = executor._buffer.data_ptr()
     for mask, hits, misses in ((b, 0, 2), (late, 0, 3), (None, 0, 3), (late, 1, 3), (late, 1, 3), (a, 1, 4)):
         executor.swap(mask)
-        assert buffer_of(executor).data_ptr() == where
-        assert (weight_cache.hits, weight_cache.misses) == (hits, misses)
-        assert weight_cache.used == executor.size(a), "the whole buffer, whatever is in it"
-        assert [m in weight_cache for m in (a, b, late)] == [m is (mask or late) for m in (a, b, late)]
-
-
-def test_the_buffer_is_as_long_as_it_must_be() -> None:
-    backbone, weight_cache = calibrated("test_resnet"), WeightCache(2**30)
-    executor = CudaExecutor(backbone, weight_cache)
-    late, early = (executor.pack(mask) for mask in masks_of(backbone, 4, 1))
-    executor.swap(late)
-    assert weight_cache.used == executor.size(late) == buffer_of(executor).nbytes < executor.size(early)
-    executor.run(torch.zeros(1, *executor.run(images(backbone, 1), 0, 4).shape[1:]), 4)
-    executor.swap(early)
-    assert weight_cache.used == executor.size(early) == buffer_of(executor).nbytes
-    assert all(key[0] is None for key in executor._graphs), "graphs of a buffer that is gone are gone"
-
-
-def test_a_budget_below_one_mask() -> None:
-    backbone = calibrated("test_resnet")
-    executor = CudaExecutor(backbone, WeightCache(100))
-    with pytest.raises(CascadeError, match="the budget of 100 bytes is below one mask's weights"):
-        executor.swap(executor.pack(masks_of(backbone, 0)[0]))
-    x = images(backbone, 2)
-    assert executor.run(x).isfinite().all(), "the plain backbone still runs"
+        weight_cache.drop(mask)
+        assert executor._buffer.data_ptr() == where
+        assert (weight_cache.hits, weight_cache.misses, weight_cache.used) == (hits, misses, 0)
 
 
 @pytest.mark.usefixtures("graphs")
-def test_two_backbones_share_a_budget_of_one_mask() -> None:
-    """What one evicts, the other must neither keep nor look at."""
-    weight_cache = WeightCache(0)
+def test_late_and_early_masks_share_the_buffer() -> None:
+    backbone = calibrated("test_resnet")
+    executor = CudaExecutor(backbone, WeightCache(0))
+    late, early = (executor.pack(mask) for mask in masks_of(backbone, 4, 1))
+    x = images(backbone, 2)
+    trunks = {mask: executor.run(x, 0, mask.start) for mask in (late, early)}
+    want = {mask: FoldedOf(backbone, mask).run(trunks[mask], mask.start) for mask in (late, early)}
+    for mask in (late, early, late, early):
+        executor.swap(mask)
+        close(executor.run(trunks[mask], mask.start), want[mask])
+    keys = list(executor._graphs)
+    executor.swap(None)
+    executor.swap(late)
+    executor.run(trunks[late], 4)
+    assert list(executor._graphs) == [*(key for key in keys if key[1] != 4), *(key for key in keys if key[1] == 4)]
+
+
+def test_all_memory_is_counted() -> None:
+    backbone = calibrated("test_resnet")
+    executor = CudaExecutor(backbone, WeightCache(0))
+    assert executor.size(executor.pack(masks_of(backbone, 0)[0])) == 0, "nothing beside the buffer"
+    before = executor.bytes()
+    assert before > 2 * executor.plain.nbytes, "the plain weights, and the working buffer"
+    executor.run(images(backbone, 3))
+    assert executor.bytes() - before == sum(graph.bytes for graph in executor._graphs.values()) == 4 * 3 * 64 * 64 * 4
+
+
+def test_a_mask_that_is_gone_is_freed() -> None:
+    backbone = calibrated("test_resnet")
+    executor = CudaExecutor(backbone, WeightCache(0))
+    mask = executor.pack(masks_of(backbone, 0)[0])
+    executor.swap(mask)
+    executor.swap(None)
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None and executor._last() is None
+
+
+@pytest.mark.usefixtures("graphs")
+def test_two_backbones_in_turn() -> None:
+    """Each has a buffer of its own, so nothing is filled again."""
     backbones = [calibrated("test_resnet"), calibrated("test_resnet")]
     backbones[1].weights.mul_(0.9)
-    executors = [CudaExecutor(backbone, weight_cache) for backbone in backbones]
+    executors = [CudaExecutor(backbone, WeightCache(0)) for backbone in backbones]
     masks = [executor.pack(masks_of(executor.backbone, 0)[0]) for executor in executors]
-    weight_cache.budget = executors[0].size(masks[0])
     x = images(backbones[0], 2)
     want = [FoldedOf(e.backbone, mask).run(x) for e, mask in zip(executors, masks, strict=True)]
     for i in (0, 1, 1, 0, 1, 0):
         executors[1 - i].swap(None)
         executors[i].swap(masks[i])
         close(executors[i].run(x), want[i])
-        assert weight_cache.used == weight_cache.budget
-        executors[i].swap(None)
-    executors[0].swap(masks[0])
-    executors[1].swap(masks[1])  # evicts it: nothing else holds the buffer, but what took it over
-    held = {buffer.data_ptr() for e in executors if (buffer := e._buffer()) is not None}
-    assert len(held) == 1
-
-
-def test_evicted_weights_are_freed() -> None:
-    backbone, weight_cache = calibrated("test_resnet"), WeightCache(2**30)
-    executor = CudaExecutor(backbone, weight_cache)
-    mask = executor.pack(masks_of(backbone, 0)[0])
-    executor.swap(mask)
-    executor.run(images(backbone, 2))
-    weight_cache.clear()
-    assert executor._buffer() is None
-    with pytest.raises(AssertionError, match="is held"):
-        executor.run(images(backbone, 2))
+    assert [e.weight_cache.misses for e in executors] == [1, 1]
 
 
 def test_bfloat16() -> None:

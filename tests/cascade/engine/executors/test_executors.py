@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from cascade.bundle.format import read
-from cascade.engine.executors import Executor
 from cascade.engine.executors.onnx import OnnxError
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.executors.selection import Kind, make
@@ -15,8 +14,8 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
-from cascade.model.masks import Mask
 from tests.helpers.bundles import random_mask
+from tests.helpers.networks import calibrated, features
 
 pytestmark = pytest.mark.slow
 
@@ -33,23 +32,6 @@ NETWORKS = [
 ]
 
 
-def calibrated(name: str) -> Backbone:
-    """Random weights, with norms that do something and activations that stay in a sane range."""
-    backbone = backbones.load(name, "random:0")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, *backbone.config["input_size"], generator=generator)
-    model = backbone.model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the statistics of this one batch
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.bias, -0.2, 0.2, generator=generator)
-            module.reset_running_stats()
-    with torch.no_grad():
-        model(images)
-    return backbones.wrap(model.eval(), name, "random:0")
-
-
 @pytest.fixture(scope="module", params=NETWORKS)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     return calibrated(request.param)
@@ -58,13 +40,6 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 @pytest.fixture(scope="module")
 def x(backbone: Backbone) -> Tensor:
     return torch.randn(3, *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
-
-
-def features(executor: Executor, mask: Mask | None, x: Tensor, start: int) -> Tensor:
-    executor.swap(None)
-    x = executor.run(x, 0, start) if start else x
-    executor.swap(None if mask is None else executor.pack(mask))
-    return executor.run(x, start).clone()
 
 
 @pytest.mark.parametrize("kind", OTHERS)

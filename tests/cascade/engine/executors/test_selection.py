@@ -128,5 +128,5 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
 
 
 def test_an_unknown_one() -> None:
-    with pytest.raises(CascadeError, match="no executor 'fast'; choose one of: auto plain folded bf16 onnx"):
+    with pytest.raises(CascadeError, match="no executor 'fast'; choose one of: auto plain folded tf32 bf16 onnx"):
         chosen("fast")
