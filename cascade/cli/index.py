@@ -19,23 +19,23 @@ class IndexKind(StrEnum):
 
 
 class Placed(StrEnum):
-    """Where FAISS works."""
+    """Devices of FAISS."""
 
     cpu = "cpu"
     cuda = "cuda"
 
 
-index = typer.Typer(help="Search what was predicted: build, search, duplicates, outliers.", no_args_is_help=True)
-IndexPath = Annotated[Path, typer.Argument(help="What cascade index build wrote.")]
-Device = Annotated[Placed, typer.Option(help="Where FAISS works; cuda needs the extra gpu.")]
-Pages = Annotated[Path | None, typer.Option("--html", help="A page with the pictures, where they can be read.")]
+index = typer.Typer(help="Search predicted images: build, search, duplicates, outliers.", no_args_is_help=True)
+IndexPath = Annotated[Path, typer.Argument(help="Folder that cascade index build wrote.")]
+Device = Annotated[Placed, typer.Option(help="Device of FAISS; cuda needs the extra gpu.")]
+Pages = Annotated[Path | None, typer.Option("--html", help="HTML page with the pictures to write.")]
 
 
 @index.command("build")
 def index_build(
-    predictions: Annotated[Path, typer.Argument(help="What cascade predict wrote, with embeddings.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    kind: Annotated[IndexKind, typer.Option(help="flat is exact; ivf and hnsw are faster where rows are many.")] = (
+    predictions: Annotated[Path, typer.Argument(help="Output of cascade predict, with embeddings.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    kind: Annotated[IndexKind, typer.Option(help="flat is exact; ivf and hnsw are faster for many rows.")] = (
         IndexKind.flat
     ),
     device: Device = Placed.cpu,
@@ -79,7 +79,7 @@ def index_search(
 def index_duplicates(
     folder: IndexPath,
     out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
-    threshold: Annotated[float, typer.Option(help="Cosine similarity from which on.", min=-1, max=1)] = 0.98,
+    threshold: Annotated[float, typer.Option(help="Minimum cosine similarity.", min=-1, max=1)] = 0.98,
     html: Pages = None,
 ) -> None:
     """Groups that look alike: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
@@ -97,11 +97,11 @@ def index_duplicates(
 def index_outliers(
     folder: IndexPath,
     out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
-    top: Annotated[int, typer.Option(help="How many.", min=1)] = 100,
-    k: Annotated[int, typer.Option("-k", help="Neighbors that the distance is a mean over.", min=1)] = 10,
+    top: Annotated[int, typer.Option(help="Number of images.", min=1)] = 100,
+    k: Annotated[int, typer.Option("-k", help="Number of neighbors in the mean distance.", min=1)] = 10,
     html: Pages = None,
 ) -> None:
-    """What lies farthest from all else: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
+    """Images farthest from all others: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
     from cascade.offline.index import outliers, read
     from cascade.offline.report import outliers_page, write_table
 

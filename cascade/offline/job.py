@@ -1,11 +1,11 @@
-"""An offline job's folder: what was begun, its units of work, and a Parquet file for each that is done.
+"""The folder of an offline job: its settings, its units of work, and a Parquet file for each unit that is done.
 
-    _job.json            the settings; other ones are refused
+    _job.json            the settings; a run with others is refused
     _units.jsonl         the plan: line n is unit n, see ``cascade.offline.sources.Unit``
-    part-00000.parquet   the rows of unit 0, there when it is done, and whole
+    part-00000.parquet   the rows of unit 0; written atomically when it is done
 
-Parquet readers pass over names that begin with an underscore. A part is written beside, synced and renamed: so the job
-may be killed at any moment, and what is to do is what has no part. Parts may be made in any order, by anybody.
+Parquet readers ignore names that begin with an underscore. The job may be killed at any moment: it resumes with the
+units that have no part. Parts may be made in any order and by any process.
 """
 
 import fcntl
@@ -32,17 +32,17 @@ Embedding = Literal["none", "float16", "float32"]
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked for; all that decides what the rows are.
+    """The settings that decide what the rows are.
 
     Attributes:
         sources: as ``cascade.offline.sources.plan`` takes them.
-        folder: which relative ones are relative to; empty where none is.
-        bundle, version, digest: the last as ``cascade.bundle.format.digest`` gives it.
-        mode: settled.
+        folder: base of relative sources; empty if all are absolute.
+        bundle, version, digest: the digest is ``cascade.bundle.format.digest``.
+        mode: the resolved mode.
         dim: of the embedding.
-        embedding: how it is stored, if at all.
-        labels, neighbors: how many at most.
-        rows: of a part at most, where a source can be cut there.
+        embedding: how embeddings are stored, if at all.
+        labels, neighbors: maximum numbers.
+        rows: maximum rows of a part, if the source can be split.
     """
 
     sources: tuple[str, ...]
@@ -60,10 +60,10 @@ class Job:
 
 
 def parts_folder(out: Path) -> Path:
-    """Where the parts of a job lie.
+    """The folder of a job's parts.
 
     Raises:
-        CascadeError: ``out`` can't be written.
+        CascadeError: ``out`` cannot be written.
     """
     single = out.suffix == ".parquet"
     if (single and out.is_dir()) or (not single and out.is_file()) or not out.parent.is_dir():
@@ -73,10 +73,10 @@ def parts_folder(out: Path) -> Path:
 
 @contextmanager
 def opened(folder: Path, job: Job) -> Iterator[None]:
-    """The job's folder, begun or taken up again, and nobody else's until the block ends.
+    """Begin or resume the job in its folder, which is locked until the block ends.
 
     Raises:
-        CascadeError: another job was begun there, one is running there, sources have no images, or no room.
+        CascadeError: the folder holds another job, a job is running there, sources have no images, or the disk is full.
     """
     try:
         folder.mkdir(exist_ok=True)
@@ -97,14 +97,14 @@ def opened(folder: Path, job: Job) -> Iterator[None]:
 
 
 def units(folder: Path) -> Iterator[tuple[int, Unit]]:
-    """Every unit of a job with its number, which is that of its part."""
+    """Every unit of a job, with the number of its part."""
     with (folder / UNITS).open() as lines:
         for number, line in enumerate(lines):
             yield number, Unit.from_json(line)
 
 
 def todo(folder: Path) -> Iterator[tuple[int, Unit]]:
-    """The units that have no part yet."""
+    """The units without a part."""
     return ((number, unit) for number, unit in units(folder) if not part_path(folder, number).exists())
 
 
@@ -114,17 +114,17 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def parts(folder: Path) -> Iterator[Path]:
-    """The parts of a job that are there, in order."""
+    """The parts that exist, in order."""
     return (path for number, _ in units(folder) if (path := part_path(folder, number)).exists())
 
 
 def files_of(out: Path) -> list[Path]:
-    """The Parquet files of a job that is done."""
+    """The Parquet files of a finished job."""
     return sorted(out.glob("part-*.parquet")) if out.is_dir() else [out]
 
 
 def extent(folder: Path) -> tuple[int, int | None]:
-    """Images of a job that are done, and of how many, as far as that is known."""
+    """Number of images that are done, and of all images, or None while that is unknown."""
     import pyarrow.parquet as pq
 
     done, total, known = 0, 0, True
@@ -139,10 +139,10 @@ def extent(folder: Path) -> tuple[int, int | None]:
 
 @contextmanager
 def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], None]]:
-    """Gives what appends tables to a temporary Parquet file, which takes ``path``'s place if the block ends well.
+    """Yield a function that appends tables to a Parquet file, which is written atomically when the block ends.
 
     Raises:
-        CascadeError: it can't be written.
+        CascadeError: the file cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -164,7 +164,7 @@ def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], 
 
 
 def join(folder: Path, out: Path) -> None:
-    """All parts of a job that is done as one file, in the order of the sources; the folder is deleted then."""
+    """Join all parts to one file, in the order of the sources, and delete the folder."""
     import pyarrow.parquet as pq
 
     found = list(parts(folder))
@@ -177,13 +177,13 @@ def join(folder: Path, out: Path) -> None:
 
 
 def _begin(folder: Path, job: Job) -> None:
-    for left in folder.glob(".*.tmp"):  # of a process that was killed: this one holds the lock
+    for left in folder.glob(".*.tmp"):  # of a killed process, as this one holds the lock
         left.unlink()
     try:
         begun = json.loads((folder / JOB).read_text())
     except FileNotFoundError:
         if others := sorted(path.name for path in folder.iterdir() if path.name != UNITS):
-            raise CascadeError(f"{folder} holds {others[0]} and no job of ours: name an empty folder") from None
+            raise CascadeError(f"{folder} holds {others[0]} but no job: name an empty folder") from None
         try:
             atomic.write_text(folder / UNITS, (f"{unit.to_json()}\n" for unit in plan(job.sources, job.rows)))
         except CascadeError:

@@ -1,4 +1,4 @@
-"""Answers as rows of Parquet: the columns, and what such files say of a job when it is done."""
+"""Answers as rows of Parquet: the columns, and counts over finished files."""
 
 import os
 from collections import Counter
@@ -19,7 +19,7 @@ Answer = Prediction | ItemError
 
 
 def schema(job: Job) -> "pa.Schema":
-    """The columns, in order; an error leaves all but ``path``, ``error`` and ``error_kind`` null."""
+    """The columns in order. In a row with an error, all but ``path``, ``error`` and ``error_kind`` are null."""
     import pyarrow as pa
 
     label = pa.struct({"name": pa.string(), "score": pa.float32()})
@@ -67,7 +67,7 @@ def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Tab
 
 
 def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]:
-    """Rows, errors by kind (the most frequent first) and shares of the clusters in Parquet files of ours."""
+    """Rows, errors by kind (most frequent first) and the share of each cluster in Parquet files of a job."""
     import pyarrow.parquet as pq
 
     errors: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]
 
 
 def _embeddings(job: Job, answers: Sequence[Answer]) -> "pa.Array":
-    """Embeddings as a fixed-size list, null where there is an error."""
+    """Embeddings as a fixed-size list, null for errors."""
     import pyarrow as pa
 
     kind = np.float16 if job.embedding == "float16" else np.float32
@@ -99,5 +99,5 @@ def _embeddings(job: Job, answers: Sequence[Answer]) -> "pa.Array":
 
 
 def _text(name: str) -> str:
-    r"""A file's name need not be UTF-8 on Linux, a Parquet string must: other bytes become ``\xff``."""
+    r"""A file name as UTF-8 for Parquet; other bytes, which Linux allows, become ``\xff``."""
     return os.fsencode(name).decode(errors="backslashreplace")

@@ -44,7 +44,7 @@ def test_a_folder_in_use_and_one_of_other_files(engine: Engine, tmp_path: Path) 
     predict_files(engine, PHOTOS[:2], out, progress=second)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(CascadeError, match="holds thesis.tex and no job of ours"):
+    with pytest.raises(CascadeError, match="holds thesis.tex but no job"):
         predict_files(engine, PHOTOS[:2], tmp_path / "mine")
 
 
