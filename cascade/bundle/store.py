@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cascade.atomic import sync
 from cascade.bundle.format import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read
+from cascade.cache import cache_folder
 from cascade.errors import CascadeError, brief
 
 T = TypeVar("T")
@@ -67,8 +68,7 @@ class Store:
             raise StoreError(f"can't open the store {self.where} ({brief(error)}): see fsspec's list of URLs") from None
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
         if self.folder is None:
-            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            self.cache = (cache or home / "cascade") / hashlib.sha256(self.where.encode()).hexdigest()[:16]
+            self.cache = (cache or cache_folder()) / hashlib.sha256(self.where.encode()).hexdigest()[:16]
             self._sweep(self.cache)
 
     def look(self) -> dict[Identity, str]:

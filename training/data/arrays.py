@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cascade import atomic
+from cascade.cache import cache_folder
 from cascade.errors import CascadeError, brief
 
 Arrays = dict[str, np.ndarray]  # "train-images", "train-labels", "test-images", "test-labels"
@@ -68,7 +69,8 @@ class SourceError(CascadeError):
 
 def root() -> Path:
     """The folder of the data sets: $CASCADE_DATA, or ~/.cache/cascade/data."""
-    return Path(os.environ.get("CASCADE_DATA") or "~/.cache/cascade/data").expanduser()
+    folder = os.environ.get("CASCADE_DATA")
+    return Path(folder).expanduser() if folder else cache_folder() / "data"
 
 
 def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:

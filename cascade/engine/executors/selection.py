@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from cascade import atomic
+from cascade.cache import cache_folder
 from cascade.engine.executors import Executor
 from cascade.engine.executors.check import EXACT, ROUNDED, TF32, Reference, check
 from cascade.engine.executors.plain import PlainExecutor
@@ -135,8 +135,7 @@ def _fastest(backbone: Backbone, weight_cache: WeightCache, size: int, reference
 
 def path() -> Path:
     """Where measurements are recorded: seconds an image, by executor, hardware, backbone and size."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "cascade", "executors.json")
+    return cache_folder() / "executors.json"
 
 
 def _read() -> dict[str, dict[Kind, float]]:

@@ -1,0 +1,28 @@
+"""Where caches are, with and without a home."""
+
+from pathlib import Path
+
+import pytest
+
+from cascade.bundle.store import Store
+from cascade.cache import cache_folder
+from cascade.engine.executors.selection import path
+
+
+def test_environment_and_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/cascade")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/users/ada")
+    assert cache_folder() == Path("/users/ada/.cache/cascade")
+
+
+def test_a_user_without_home_and_passwd_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert cache_folder().parent == tmp_path
+    assert path().is_relative_to(tmp_path) and Store("memory://m").cache.is_relative_to(tmp_path)
