@@ -7,8 +7,8 @@ import numpy as np
 from rich.table import Table
 
 from cascade.bundle.format import read
-from cascade.engine.engine import Engine, Options
-from cascade.engine.results import ItemError, Prediction
+from cascade.engine.engine import Engine
+from cascade.engine.results import ItemError, Options, Prediction
 from cascade.errors import CascadeError
 from cascade.progress import track
 from training.data import dataset

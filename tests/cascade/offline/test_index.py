@@ -17,6 +17,7 @@ from cascade.cli.main import app
 from cascade.engine.engine import Engine
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
+from cascade.model.heads import faiss
 from cascade.offline import index as indices
 from cascade.offline.index import Index, Kind, build, duplicates, outliers, read, search, unit
 from cascade.offline.job import files_of
@@ -169,7 +170,7 @@ def test_a_damaged_index_is_refused(predicted: tuple[Path, Summary], tmp_path: P
 
 
 def test_without_a_gpu_one_line_says_so(predicted: tuple[Path, Summary], tmp_path: Path) -> None:
-    if getattr(indices.faiss(), "get_num_gpus", lambda: 0)():
+    if getattr(faiss(), "get_num_gpus", lambda: 0)():
         pytest.skip("there is one")
     with pytest.raises(CascadeError, match="FAISS sees no GPU here"):
         build(predicted[0], tmp_path / "index", device="cuda")
