@@ -43,12 +43,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"auto_envvar_prefix": "CASCADE"},  # --port of serve is CASCADE_SERVE_PORT, too
 )
 # Training parses its own options.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(train)
+# Only serve reads its options from the environment: --port is CASCADE_SERVE_PORT.
+app.command(context_settings={"auto_envvar_prefix": "CASCADE_SERVE"})(serve)
 app.command("import")(import_checkpoint)
-for command in (export, predict, serve, inspect, verify, pack, unpack, evaluate, bench):
+for command in (export, predict, inspect, verify, pack, unpack, evaluate, bench):
     app.command()(command)
 app.add_typer(index, name="index")
 

@@ -68,6 +68,12 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"cascade {cascade.__version__}\n")
 
 
+def test_only_serve_reads_options_from_the_environment(tmp_path: Path) -> None:
+    """A container may have a variable CASCADE_VERSION of its own."""
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)], env={"CASCADE_VERSION": "1"})
+    assert result.exit_code == 1 and "no bundle" in result.output
+
+
 def test_without_a_command_there_is_help() -> None:
     assert "Usage" in run().output
 
