@@ -9,9 +9,10 @@ from torch import Tensor
 
 from cascade.bundle.format import Bundle
 from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
-from cascade.engine.engine import Engine, Options
+from cascade.engine.engine import Engine
 from cascade.engine.executors.selection import Kind, choose, make
 from cascade.engine.items import Item
+from cascade.engine.results import Options
 from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone

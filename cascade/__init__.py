@@ -23,7 +23,8 @@ if "torch" not in sys.modules:
 if TYPE_CHECKING:
     from cascade.bundle.format import Bundle
     from cascade.client import Client
-    from cascade.engine.engine import Engine, ItemError, Options, Prediction, load
+    from cascade.engine.engine import Engine, load
+    from cascade.engine.results import ItemError, Options, Prediction
 
 __version__ = "0.1.0"
 __all__ = ["Bundle", "CascadeError", "Client", "Engine", "ItemError", "Options", "Prediction", "load"]
@@ -32,9 +33,9 @@ _HOMES = {
     "Bundle": "cascade.bundle.format",
     "Client": "cascade.client",
     "Engine": "cascade.engine.engine",
-    "ItemError": "cascade.engine.engine",
-    "Options": "cascade.engine.engine",
-    "Prediction": "cascade.engine.engine",
+    "ItemError": "cascade.engine.results",
+    "Options": "cascade.engine.results",
+    "Prediction": "cascade.engine.results",
     "load": "cascade.engine.engine",
 }
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 import yaml
+from prometheus_client import REGISTRY
 from typer.testing import CliRunner
 
 import handlers.asgi.metrics  # noqa: F401  adds its metrics to the registry
-from cascade import metrics
 from cascade.cli import main
 from tests.conftest import need
 
@@ -33,7 +33,7 @@ def expressions() -> list[str]:
 def known() -> set[str]:
     """Every sample name that our metrics can have."""
     suffixes = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
-    families = [f for f in metrics.REGISTRY.collect() if f.name.startswith("cascade_")]
+    families = [f for f in REGISTRY.collect() if f.name.startswith("cascade_")]
     return {f.name + suffix for f in families for suffix in suffixes[f.type]}
 
 
@@ -73,7 +73,7 @@ def test_panels_have_their_own_place_and_number() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    families = {f.name + ("_total" if f.type == "counter" else "") for f in metrics.REGISTRY.collect()}
+    families = {f.name + ("_total" if f.type == "counter" else "") for f in REGISTRY.collect()}
     assert {name for name in families if name.startswith("cascade_")} <= named(DOCS.read_text())
 
 

@@ -18,8 +18,8 @@ from torch.nn.functional import mse_loss
 
 from cascade.bundle.format import Bundle, read, write
 from cascade.bundle.schema import BackboneCard, Card, MaskCard
-from cascade.engine.engine import Engine, Options
-from cascade.engine.results import Prediction
+from cascade.engine.engine import Engine
+from cascade.engine.results import Options, Prediction
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model import finetuned, preprocessing

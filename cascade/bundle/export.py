@@ -62,7 +62,7 @@ def export(path: Path, out: Path, to: Target = "timm", weights: Path | None = No
             beside.write_bytes(safetensors.torch.save(state, about))
             return out
         if hasattr(model, "set_input_size"):  # a ViT's position embedding is resampled here, not in each pass
-            model.set_input_size(img_size=bundle.preprocessing.size)
+            model.set_input_size(img_size=bundle.preprocessing.size)  # type: ignore[operator]
         whole = Probabilities(model, len(card.classes) if bundle.linear else 0).eval()
         if to == "torchscript":
             with warnings.catch_warnings():

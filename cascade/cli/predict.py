@@ -46,7 +46,8 @@ def predict(
 
     [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
     """
-    from cascade.engine.engine import Options, load
+    from cascade.engine.engine import load
+    from cascade.engine.results import Options
     from cascade.offline.job import files_of, parts_folder
     from cascade.offline.predict import predict_files
     from cascade.offline.report import check, write

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from cascade.engine.engine import ItemError, Options, load
+from cascade.engine.engine import load
 from cascade.engine.executors.selection import Kind
+from cascade.engine.results import ItemError, Options
 
 
 def table(path: Path, batch: int, rounds: int, weights: Path | None = None, kind: Kind = "auto") -> Table:

@@ -37,7 +37,8 @@ def read(path: Path, backbone: Backbone) -> FineTuned:
     """
     state = merge_lora(path, backbone) if path.is_dir() else read_checkpoint(path)
     tuned = fit(backbone.name, backbone.model, state, path)
-    classifier = timm.get_pretrained_cfg(backbone.name).classifier
+    config = timm.get_pretrained_cfg(backbone.name)
+    classifier = config.classifier if config else None
     state = unwrap(state, backbone.model)
     weight = next((state[f"{name}.weight"] for name in _names(classifier) if f"{name}.weight" in state), None)
     bias = next((state[f"{name}.bias"] for name in _names(classifier) if f"{name}.bias" in state), None)

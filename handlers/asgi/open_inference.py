@@ -117,8 +117,8 @@ def parse(body: bytes, json_length: str | None, most: int) -> Inference:
     binary = bool(options.binary_data_output)
     outputs: dict[str, bool] = dict.fromkeys(OUTPUTS, binary)
     if asked.outputs is not None:
-        wanted = {o.name: o.parameters and o.parameters.binary_data for o in asked.outputs}
-        outputs = {name: binary if choice is None else choice for name, choice in wanted.items()}
+        choices = {o.name: o.parameters.binary_data if o.parameters else None for o in asked.outputs}
+        outputs = {name: binary if choice is None else choice for name, choice in choices.items()}
     return Inference(asked.id, options.mode, images, outputs)
 
 

@@ -1,5 +1,7 @@
 """Progress where there is no terminal: one line every few seconds."""
 
+import time
+
 import pytest
 
 from cascade import progress
@@ -7,7 +9,7 @@ from cascade import progress
 
 def test_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with progress.progress("predicting") as advance:
         for done in range(100, 131):  # one item a second; 100 were done before
             advance(done, 200)

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 import cascade
-from cascade.engine.engine import Engine, Prediction
+from cascade.engine.engine import Engine
+from cascade.engine.results import Prediction
 from cascade.model.preprocessing import LIMITS
 from tests.e2e.conftest import CLIENT, NotStarted, Running, serving
 from tests.helpers.http import answer, encoded, error, lone, post, same

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from cascade.bundle.format import read
 from cascade.cli.main import app
-from cascade.engine.engine import Engine, Options
-from cascade.engine.results import Neighbor, Prediction
+from cascade.engine.engine import Engine
+from cascade.engine.results import Neighbor, Options, Prediction
 from cascade.errors import CascadeError
 from tests.helpers.paths import DATA
 from training import bundle_accuracy

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from cascade.bundle.format import Bundle, check, read, strip_prefix
 from cascade.cli.main import app
-from cascade.engine.engine import Engine, Options
-from cascade.engine.results import Prediction
+from cascade.engine.engine import Engine
+from cascade.engine.results import Options, Prediction
 from cascade.errors import CascadeError
 from cascade.kernels.materialize import materialize
 from cascade.model import masks

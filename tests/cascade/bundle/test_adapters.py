@@ -76,6 +76,7 @@ def test_an_engine_answers(cifar: list[Image.Image], tmp_path: Path, kind: str) 
     engine = cascade.load(write(bundle, tmp_path / "hand" / "1"))
     (answer,) = engine.predict([cifar[0]], cascade.Options(embedding=True, labels=3))
     assert isinstance(answer, cascade.Prediction)
+    assert answer.embedding is not None
     assert len(answer.embedding) == bundle.card.backbone.features and len(answer.labels) == 3
     assert (engine.stats()["misses"] == 0) == (kind == "frozen"), "a frozen bundle needs no swap"
 

@@ -37,7 +37,9 @@ def bundle_of(images: list[Image.Image], network: str, kind: str) -> Bundle:
 def test_equals_the_engine(cifar: list[Image.Image], tmp_path: Path, network: str, kind: str) -> None:
     bundle = bundle_of(cifar[:12], network, kind)
     path = write(bundle, tmp_path / "hand" / "1")
-    answers = cascade.load(path).predict(cifar[:4], cascade.Options(labels=len(CLASSES)))
+    results = cascade.load(path).predict(cifar[:4], cascade.Options(labels=len(CLASSES)))
+    answers = [answer for answer in results if isinstance(answer, cascade.Prediction)]
+    assert len(answers) == 4
     wanted = np.array([[{x.name: x.score for x in a.labels}[c] for c in CLASSES] for a in answers])
     x = torch.stack([bundle.preprocessing.transform()(image) for image in cifar[:4]])
 

@@ -151,7 +151,7 @@ def test_a_corrupt_bundle_is_one_line(command: str, hand: Path, cifar_folder: Pa
 
 
 def test_workers_without_ray_are_an_error(tmp_path: Path) -> None:
-    done = run("predict", "photos", "--out", tmp_path / "out", "--workers", 2)
+    done = run("predict", "photos", "--out", tmp_path / "out", "--workers", "2")
     assert (done.exit_code, done.stderr) == (1, "error: --workers is an option of --ray: omit it, or add --ray\n")
 
 

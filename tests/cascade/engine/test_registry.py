@@ -15,8 +15,9 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from prometheus_client import REGISTRY
 
-from cascade import Engine, ItemError, Options, Prediction, metrics
+from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle, write
 from cascade.engine import registry as registries
 from cascade.engine.items import Item
@@ -85,7 +86,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def gauge(name: str, **labels: str) -> float | None:
-    return metrics.REGISTRY.get_sample_value(f"cascade_{name}", labels)
+    return REGISTRY.get_sample_value(f"cascade_{name}", labels)
 
 
 # --- what is loaded, and what is refused

@@ -16,7 +16,7 @@ import pytest
 from ts.context import Context, RequestProcessor
 from ts.utils.util import list_classes_from_module
 
-from cascade.engine.engine import ItemError, Options, Prediction
+from cascade.engine.results import ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
 from handlers.statuses import status_of
