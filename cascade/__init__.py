@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cascade.engine.engine import Engine, load
     from cascade.engine.results import ItemError, Options, Prediction
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Bundle", "CascadeError", "Client", "Engine", "ItemError", "Options", "Prediction", "load"]
 
 _HOMES = {
