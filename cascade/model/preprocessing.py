@@ -299,7 +299,7 @@ class Preprocessing:
         """The preprocessing of timm's ``model.pretrained_cfg``, at another size or crop where given."""
         from timm.data import resolve_data_config
 
-        config = resolve_data_config(pretrained_cfg=backbone_cfg)  # type: ignore[no-untyped-call]
+        config = resolve_data_config(pretrained_cfg=backbone_cfg)
         _, height, width = config["input_size"]
         if size is None and height != width:
             raise CascadeError(
