@@ -75,5 +75,5 @@ def _misshapen(
         tensor, (dtype, *axes) = getattr(part, name), layout.split()
         shape = list(tensor.shape)
         fits = len(axes) == len(shape) and [sizes.setdefault(a, n) for a, n in zip(axes, shape, strict=True)] == shape
-        if not any(tensor.dtype == getattr(torch, d) for d in dtype.split("|")) or not fits:
+        if not any(tensor.dtype == getattr(torch, d) for d in dtype.split("/")) or not fits:
             yield f"{what}: {name} is {str(tensor.dtype).removeprefix('torch.')} {shape}, should be {layout}"

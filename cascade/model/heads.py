@@ -20,7 +20,7 @@ class Linear:
         weight: float32 or float16 [classes, dim]; bias: float32 [classes].
     """
 
-    layout: ClassVar[dict[str, str]] = {"weight": "float32|float16 classes dim", "bias": "float32 classes"}
+    layout: ClassVar[dict[str, str]] = {"weight": "float32/float16 classes dim", "bias": "float32 classes"}
     weight: Tensor
     bias: Tensor
 

@@ -336,7 +336,7 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "fewer masks": (lambda c: c["masks"].pop(), "one share for each expert"),
     "classes": (
         lambda c: c["classes"].pop(),
-        "head dispatcher: weight is float32 [3, 8], should be float32|float16 classes",
+        "head dispatcher: weight is float32 [3, 8], should be float32/float16 classes",
     ),
     "dim": (lambda c: c.update(dim=9), "fusion dispatcher: weight is float16 [1, 96, 8], should be float16 slots F"),
     "features": (lambda c: c["backbone"].update(features=97), "router: head is float16 [16, 96], should be"),
