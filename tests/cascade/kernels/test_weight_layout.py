@@ -12,6 +12,7 @@ from cascade.kernels.weight_layout import BlockOrder, WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded
+from tests.helpers.adapters import adapters
 from tests.helpers.bundles import random_mask
 from tests.helpers.networks import shuffled
 
@@ -76,3 +77,20 @@ def test_a_mask_without_weights() -> None:
     last = len(backbone.stages) - 1
     packed = flat.pack(random_mask(backbone, "m", last, torch.Generator().manual_seed(0)))
     assert flat.size(last) == 0 and flat.materialize(packed).numel() == 0
+
+
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_kernel_for_deltas_equals_its_reference(backbone: Backbone, block: int, start: int) -> None:
+    """Padding has bits of zero, which would mean minus: it must be zero all the same."""
+    folded = Folded(backbone)
+    flat = WeightLayout(folded, [shuffled(unit, block) for unit in folded.units])
+    packed = flat.pack(adapters(backbone, start)["delta"])
+    out = torch.full((flat.size(start) // 4,), torch.nan)
+    out[flat._padding(start)] = 1
+    whole = flat.materialize(packed, out)
+    want = flat.materialize_plain(packed)
+    used = ~whole.isnan()  # the gaps between units are left as they are
+    assert used.float().mean() > 0.9
+    torch.testing.assert_close(whole[used], want[used], rtol=1e-5, atol=1e-6)
+    assert (whole[flat._padding(start)] == 0).all()
