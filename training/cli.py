@@ -3,6 +3,7 @@
 import argparse
 import errno
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, NoReturn, get_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 from cascade.errors import CascadeError
 from training import distributed
@@ -22,19 +24,48 @@ from training.recipe import ABOUT, Recipe
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
+EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+
+
 class Watch:
-    """Progress bars, one a mask."""
+    """Progress of every mask: bars on a terminal, otherwise lines."""
 
     def __init__(self, bar: Bar | None) -> None:
         self.bar, self.tasks = bar, dict[str, TaskID]()
+        self._begun: dict[str, tuple[int, float, float]] = {}  # first step, when it was, when a line was printed
 
     def __call__(self, name: str, step: int, steps: int, loss: float) -> None:
         if self.bar is None:
+            return
+        if not self.bar.console.is_terminal:
+            self._line(name, step, steps, loss)
             return
         if name not in self.tasks:
             self.bar.start()
             self.tasks[name] = self.bar.add_task(name, total=steps, loss=loss)
         self.bar.update(self.tasks[name], completed=step, loss=loss)
+
+    def _line(self, name: str, step: int, steps: int, loss: float) -> None:
+        """Without a terminal: a line every ten seconds, with the time left by the rate so far."""
+        assert self.bar is not None
+        now = time.monotonic()
+        first, begun, told = self._begun.get(name, (step, now, now - EVERY))
+        if now - told < EVERY and step < steps:
+            self._begun[name] = first, begun, told
+            return
+        self._begun[name] = first, begun, now
+        rate = (step - first) / (now - begun) if step > first else 0.0
+        left = f", {(steps - step) / rate / 60:.1f} min left" if rate and step < steps else ""
+        self.say(f"{name}: step {step} of {steps}, loss {loss:.4f}{left}")
+
+    def show(self, table: Table) -> None:
+        """A table for a person."""
+        if self.bar is not None:
+            self.bar.console.print(table)
+
+    def warn(self, text: str) -> None:
+        """A warning for a person."""
+        self.say(f"[yellow]warning:[/] {text}")
 
     def say(self, text: str) -> None:
         """A line for a person."""
@@ -72,7 +103,8 @@ def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParse
     """Command-line options of a stage: ``--run``, and with ``recipe`` one option for each of the recipe's fields."""
     out = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.usage = "%(prog)s DATA [options]" if recipe else "%(prog)s [options]"
-    out.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of the run (default %(default)s)")
+    folder = None if recipe else Path("runs/default")
+    out.add_argument("--run", type=Path, default=folder, help="folder of the run (default runs/NAME-VERSION of --out)")
     if not recipe:
         return out
     of = {f.name: f for f in fields(Recipe)}
@@ -90,9 +122,14 @@ def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParse
             elif isinstance(default, tuple):
                 group.add_argument(flag, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"), help=text)
             else:
-                choices = get_args(of[name].type) or None
+                choices = choices_of(of[name].type) or None
                 group.add_argument(flag, type=type(default), default=default, choices=choices, help=text)
     return out
+
+
+def choices_of(kind: Any) -> list[str]:
+    """The strings of a Literal, or of a union of several; empty for other types."""
+    return [value for part in get_args(kind) for value in ([part] if isinstance(part, str) else choices_of(part))]
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

@@ -19,7 +19,7 @@ from cascade.model.router import Calibration, Centroids, GaussianMixture, Protot
 from training import embed
 from training.cli import Watch, main, parser
 from training.data.augment import crop_flip
-from training.data.dataset import cache
+from training.heads import calibration_error
 from training.run import CLUSTERS, FEWEST, Run, resume, write_json, write_tensors
 
 SUMMARY = "clusters.json"
@@ -27,16 +27,15 @@ LARGEST = 0.8  # of the images, in one cluster: the router hardly divides them
 ROUTING_DIM = 20  # of the whitened PCA under mixture and centroids, the paper's
 OOD_DIM, QUANTILES = 64, 257
 VIEW_SCALE = (0.3, 1.0)  # crops that count as another view of the same image
-VIEWS, BINS = 4, 15
+VIEWS = 4
 
 
-def train(run: Run) -> None:
+def fit(run: Run) -> None:
     """Fit router, calibration and out-of-domain score on the dispatcher's features, and assign every image."""
     if (run.folder / CLUSTERS).exists():
         return
-    recipe, executor = run.recipe, run.executor
-    features = embed.blocks(executor, [run.dispatcher], embed.batches(run.images, run.preprocessing))[0]
-    held_out = embed.blocks(executor, [run.dispatcher], embed.batches(run.held_out, run.preprocessing))[0]
+    recipe = run.recipe
+    features, held_out = run.features("dispatcher")
     summary: dict[str, object] = {}
     ood = fit_ood(features, held_out[::2])
     stored = {f"ood.{n}": getattr(ood, n) for n in ("mean", "basis", "variance", "noise", "quantiles")}
@@ -132,7 +131,7 @@ def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibrati
     """
     probabilities = router.probabilities(torch.from_numpy(held_out))
     odds = log_odds(probabilities.max(dim=1).values)
-    pixels = torch.from_numpy(cache(run.held_out, run.preprocessing.size))
+    pixels = torch.from_numpy(np.array(run.inputs("test")))
     same = torch.stack([_view_agrees(run, router, pixels, probabilities.argmax(dim=1), v) for v in range(VIEWS)])
     fit_half, test_half = slice(0, None, 2), slice(1, None, 2)
     x, y = odds[fit_half].repeat(VIEWS, 1).flatten(), same[:, fit_half].flatten()
@@ -144,13 +143,6 @@ def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibrati
         calibration = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]))
     confidence = calibration.confidence(probabilities[test_half])
     return calibration, calibration_error(confidence.numpy(), same[:, test_half].float().mean(dim=0).numpy())
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error (Guo et al. 2017) in 15 bins: |accuracy - confidence|, weighted by bin size."""
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = [abs(correct[bins == b].sum() - confidence[bins == b].sum()) for b in range(BINS)]
-    return float(sum(gaps) / len(confidence))
 
 
 def _view_agrees(run: Run, router: Router, pixels: torch.Tensor, cluster: torch.Tensor, view: int) -> torch.Tensor:
@@ -202,6 +194,6 @@ if __name__ == "__main__":
     options = parser(__doc__).parse_args()
 
     def stage(watch: Watch) -> None:
-        train(resume(options.run, watch))
+        fit(resume(options.run, watch))
 
     main(stage)

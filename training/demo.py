@@ -20,8 +20,8 @@ from training import clusters, dispatcher, embed, evaluate, experts, export
 from training.cli import Watch, main, parser
 from training.data import dataset
 from training.evaluate import Features
-from training.export import ood_of, router_of
 from training.recipe import Recipe
+from training.routing import ood_of, router_of
 from training.run import Run, begin, read_json
 
 SEEDS = (0, 1, 2)
@@ -35,6 +35,9 @@ RECIPE = Recipe(
     batch=128,
     steps=600,
     expert_steps=300,
+    objective="swav",
+    adapt="mask",
+    clusters=5,
     local_crops=0,
     draws=8,
     dim=128,
@@ -56,7 +59,7 @@ def train(folder: Path, out: Path, watch: Watch) -> None:
     evaluate.show(accuracy, Console())
     gain, spread = accuracy["gain_over_frozen"]["conditional"]["knn"]
     watch.say(f"conditional over frozen, whitened k-NN: {100 * gain:+.1f} points ± {100 * spread:.1f}")
-    watch.say(f"wrote {export.train(runs[0], features, accuracy, out, thumbnails=True)}")
+    watch.say(f"wrote {export.export(runs[0], features, accuracy, out, thumbnails=True)}")
 
 
 def one(run: Run) -> dict[str, Any]:
@@ -65,9 +68,9 @@ def one(run: Run) -> dict[str, Any]:
     if not done.exists():
         dispatcher.train(run)
         dispatcher.controls(run)
-        clusters.train(run)
+        clusters.fit(run)
         experts.train(run)
-        evaluate.train(run, evaluate.collect(run))
+        evaluate.evaluate(run, evaluate.collect(run))
     return read_json(done)
 
 

@@ -1,21 +1,24 @@
-"""Stage 1: one mask for the whole unlabeled set (paper §3.3), and its controls.
+"""Stage 1: the first mask, for all images (paper §3.3), and its controls.
 
-python -m training.dispatcher cifar10 --run runs/cifar --mask-from blocks.6 --size 64 --steps 600
+python -m training.dispatcher cifar10 --run runs/cifar --size 64
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
+from training import embed, teacher
 from training.cli import Watch, main, parser, recipe_of
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel
-from training.objectives import Objective, SelfSupervised, Supervised
+from training.objectives import Distillation, Objective, SelfSupervised, Supervised
 from training.run import Run, begin, device, trained
 
-ZERO_STEPS = 20  # with BatchNorm in eval mode nothing but the scores could move, so these show as much as all
+ZERO_STEPS = 20  # with BatchNorm in eval mode only the scores could move, so these show as much as all
 
 
 def train(
@@ -31,43 +34,79 @@ def train(
     """Train the dispatcher's mask, or one like it under another name.
 
     Args:
-        model: what learns, the backbone under a mask by default.
-        rows: the images to train on, all by default.
-        head: folder of a training that is done, whose head this one begins with.
+        model: what is trained, the backbone under a mask by default.
+        rows: the images to train on, all but the validation images by default.
+        head: folder of a finished training, whose head this one begins with.
     """
-    recipe = run.recipe
-    steps = recipe.steps if steps is None else steps
+    steps = run.steps if steps is None else steps
     model = model or run.masked(run.mask_from)
     loss = objective(run, head)
-    fit(name, model, loss, run.pixels, recipe, steps, run.folder / name, lr=lr, rows=rows, watch=run.watch)
+    validate = None
+    if rows is None:
+        rows, validation = run.rows
+        validate = _validation(run, model, loss, validation) if len(validation) else None
+    fit(
+        name,
+        model,
+        loss,
+        run.pixels,
+        run.recipe,
+        steps,
+        run.folder / name,
+        lr=lr,
+        rows=rows,
+        watch=run.watch,
+        validate=validate,
+    )
 
 
 def controls(run: Run) -> None:
     """The dispatcher trained for the whole cascade's steps, and at learning rate zero."""
-    recipe = run.recipe
-    train(run, "equal-steps", steps=recipe.steps + recipe.clusters * recipe.expert_steps)
+    train(run, "equal-steps", steps=run.steps + run.recipe.clusters * run.recipe.expert_steps)
     zero_rate(run)
 
 
 def zero_rate(run: Run) -> None:
     """The control of learning rate zero: what BatchNorm's statistics alone bring."""
-    train(run, "zero-rate", steps=run.recipe.steps if run.recipe.train_norms else ZERO_STEPS, lr=0.0)
+    train(run, "zero-rate", steps=run.steps if run.recipe.train_norms else ZERO_STEPS, lr=0.0)
 
 
 def objective(run: Run, head: Path | None = None) -> Objective:
-    """A loss, SwAV, or cross-entropy where the recipe says labels: fresh, or as a training in ``head`` has left it."""
+    """The recipe's loss: fresh, or as a finished training in ``head`` has left it."""
     seed_everything(run.recipe.seed)
-    if not run.recipe.labels:
-        made: Objective = SelfSupervised(run.recipe, run.backbone.features, run.preprocessing, run.views)
+    recipe, backbone, preprocessing = run.recipe, run.backbone, run.preprocessing
+    made: Objective
+    if recipe.kind == "swav":
+        made = SelfSupervised(recipe, backbone.features, preprocessing, run.views)
+    elif recipe.kind == "distill":
+        start = None if teacher.is_same_network(run) else run.features("frozen")[0]
+        made = Distillation(recipe, preprocessing, teacher.features(run), start)
     else:
         if run.images.labels is None:
-            raise CascadeError(f"{run.recipe.data} has no class folders: leave --labels out")
+            raise CascadeError(f"{recipe.data} has no class folders: leave --labels out")
         labels = run.images.labels.astype(np.int64)
-        made = Supervised(run.recipe, run.backbone.features, run.preprocessing, labels)
+        made = Supervised(recipe, backbone.features, preprocessing, labels, len(run.images.classes), run.rows[0])
     if head:
         made.module.load_state_dict(strip_prefix(trained(head), "objective."))
     made.module.to(device())
     return made
+
+
+def _validation(run: Run, model: MaskedModel, loss: Objective, rows: np.ndarray) -> Callable[[], float]:
+    """Accuracy of the present model and head on the validation images."""
+    assert run.images.labels is not None
+    truth = run.images.labels[rows]
+
+    @torch.no_grad()
+    def accuracy() -> float:
+        model.model.eval()
+        answers = [
+            loss.module(model.tail(model.trunk(x.to(device())))).argmax(dim=1).cpu().numpy()
+            for x in embed.normalized(run.inputs("train")[rows], run.preprocessing)
+        ]
+        return float((np.concatenate(answers) == truth).mean())
+
+    return accuracy
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Features of whole image sets, in evaluation mode, through the runtime's own masks and preprocessing."""
+"""Features of whole image sets in evaluation mode, with the runtime's own masks and preprocessing."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,18 +10,41 @@ from torch import Tensor
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
+from training.data.array_cache import stored
 from training.data.dataset import Images
+from training.data.scan import threaded
+
+BATCH = 128
 
 
-def batches(images: Images, preprocessing: Preprocessing, size: int = 128) -> Iterator[Tensor]:
-    """Evaluation inputs, float32 [<= size, 3, S, S], in order."""
+def pixels(images: Images, preprocessing: Preprocessing, path: Path) -> np.ndarray:
+    """All images as the evaluation transform crops them, uint8 [N, 3, S, S], decoded once and kept at ``path``."""
+    crop, size = preprocessing.geometry(), preprocessing.size
+
+    def one(i: int) -> np.ndarray:
+        return np.asarray(crop(images.open(i))).transpose(2, 0, 1)
+
+    everything = range(len(images))
+    shape = (len(images), 3, size, size)
+    return stored(path, shape, np.dtype("u1"), lambda done: threaded(one, everything[done:], "decoding"))
+
+
+def batches(images: Images, preprocessing: Preprocessing, size: int = BATCH) -> Iterator[Tensor]:
+    """Inputs of the network, float32 [<= size, 3, S, S], decoded in threads and not kept."""
     transform = preprocessing.transform()
     for begin in range(0, len(images), size):
-        yield torch.stack([transform(images.open(i)) for i in range(begin, min(begin + size, len(images)))])
+        rows = range(begin, min(begin + size, len(images)))
+        yield torch.stack(list(threaded(lambda i: transform(images.open(i)), rows, "decoding")))
+
+
+def normalized(pixels: np.ndarray, preprocessing: Preprocessing, size: int = BATCH) -> Iterator[Tensor]:
+    """Inputs of the network, float32 [<= size, 3, S, S], from pixels uint8 [N, 3, S, S], in order."""
+    for begin in range(0, len(pixels), size):
+        yield preprocessing.normalize(pixels[begin : begin + size])
 
 
 def frozen(executor: PlainExecutor, inputs: Iterator[Tensor]) -> np.ndarray:
-    """The plain backbone's features, float32 [N, F]."""
+    """Features of the plain backbone, float32 [N, F]."""
     executor.swap(None)
     return np.concatenate([executor.run(x.to(executor.backbone.weights.device)).cpu().numpy() for x in inputs])
 

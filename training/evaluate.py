@@ -1,4 +1,4 @@
-"""Stage 4: what the cascade is worth, on held-out images, beside everything that it must be compared with (paper §4).
+"""Stage 4: accuracy of the cascade on held-out images, beside everything that it must be compared with (paper §4).
 
 python -m training.evaluate --run runs/cifar
 """
@@ -11,25 +11,24 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from cascade.bundle.inspect import percent
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.masks import difference
-from training import embed, fusion
+from training import fusion, heads
 from training.cli import Watch, main, parser
+from training.routing import router_of
 from training.run import Run, resume, write_json
 
 TEMPERATURE = 0.1
-PROBE_L2 = 0.01  # over N, as in the authors' code
 CONTROLS = {"equal-steps": "equal-steps dispatcher", "zero-rate": "learning-rate zero"}
 
 
 @dataclass
 class Features:
-    """Features of the training and the held-out images under every mask, and where the router sends them.
+    """Features of the training and the held-out images under every mask, and the clusters they are routed to.
 
     Attributes:
         train, test: float32 [K + 1, N, F], the dispatcher's first.
@@ -50,12 +49,8 @@ class Features:
 
 
 def collect(run: Run) -> Features:
-    """Embed both sets under all masks of the run, and route them as the bundle's router will."""
-    from training.export import router_of  # it packs what is evaluated here, and evaluates nothing itself
-
-    masks = [run.dispatcher, *run.experts]
-    train = embed.blocks(run.executor, masks, embed.batches(run.images, run.preprocessing))
-    test = embed.blocks(run.executor, masks, embed.batches(run.held_out, run.preprocessing))
+    """Embed both sets under all masks of the run (once: they are kept), and route them as the bundle's router will."""
+    train, test = run.blocks()
     router = router_of(run)
     if router is None:
         return Features(train, test, np.zeros(train.shape[1], int), np.zeros(test.shape[1], int))
@@ -64,7 +59,7 @@ def collect(run: Run) -> Features:
     return Features(train, test, assigned, routed)
 
 
-def train(run: Run, features: Features) -> dict[str, Any]:
+def evaluate(run: Run, features: Features) -> dict[str, Any]:
     """k-NN and linear-probe accuracy of every method, whitened and not; written to ``evaluation.json``."""
     recipe = run.recipe
     result: dict[str, Any] = {
@@ -139,16 +134,11 @@ def knn_right(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: in
     return torch.cat(right)
 
 
-def fit_probe(bank: Tensor, known: Tensor) -> LogisticRegression:
-    """Multinomial logistic regression with an L2 penalty of 0.01 / N (method.md §4)."""
-    # scikit-learn's C weighs the summed loss: C = 1 / (N * L2).
-    return LogisticRegression(C=1 / PROBE_L2, max_iter=300, tol=1e-3).fit(bank.numpy(), known.numpy())
-
-
 def probe(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor) -> float:
-    """Accuracy of a linear probe, on centered features of unit variance (the penalty is absolute)."""
-    mean, scale = bank.mean(dim=0), bank.std().clamp(min=1e-12)  # 0 where an embedding has collapsed
-    return float(fit_probe((bank - mean) / scale, known).score(((queries - mean) / scale).numpy(), truth.numpy()))
+    """Accuracy of a linear probe, its penalty chosen by cross-validation on the bank."""
+    classes = int(max(known.max(), truth.max())) + 1
+    fitted = heads.fit(bank.numpy(), known.numpy(), classes)
+    return heads.accuracy(fitted.head, queries.numpy(), truth.numpy())
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -156,14 +146,22 @@ def show(result: dict[str, Any], console: Console) -> None:
     if "whitened" not in result:
         console.print("no class folders, so no accuracies; the masks are trained all the same")
         return
+    console.print(table(result))
+    console.print(footnote(result))
+
+
+def footnote(result: dict[str, Any]) -> str:
+    """The number of images and dimensions behind the table."""
+    return f"{result['held_out_images']} held-out images; first two columns whitened to {result['dim']} dimensions"
+
+
+def table(result: dict[str, Any]) -> Table:
+    """k-NN and probe accuracy in percent, one row for each method."""
     table = Table("method", "k-NN", "probe", "k-NN plain", "probe plain")
     for method, whitened in result["whitened"].items():
         plain = result["plain"][method]
         table.add_row(method, *(percent(t[m]) for t in (whitened, plain) for m in ("knn", "probe")))
-    console.print(table)
-    console.print(
-        f"{result['held_out_images']} held-out images; first two columns whitened to {result['dim']} dimensions"
-    )
+    return table
 
 
 def verdict(result: dict[str, Any], mode: Mode) -> str:
@@ -200,14 +198,10 @@ def verdict(result: dict[str, Any], mode: Mode) -> str:
 
 def methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """(name, what it fuses of both sets, float32 [slots, N, F]) of every method and control."""
-    sets = run.images, run.held_out
-    plain = [embed.frozen(run.executor, embed.batches(s, run.preprocessing))[None] for s in sets]
-    yield "frozen backbone", (plain[0], plain[1])
-    for folder, method in reversed(CONTROLS.items()):
-        if (run.folder / folder).exists():
-            mask = run.mask(folder, run.mask_from)
-            both = [embed.blocks(run.executor, [mask], embed.batches(s, run.preprocessing)) for s in sets]
-            yield method, (both[0], both[1])
+    for folder, method in (("frozen", "frozen backbone"), *reversed(CONTROLS.items())):
+        if folder == "frozen" or (run.folder / folder).exists():
+            train, test = run.features(folder)
+            yield method, (train[None], test[None])
     yield "dispatcher", features.slots("dispatcher", run.recipe.slots)
     if run.recipe.clusters:
         yield "conditional", features.slots("conditional", run.recipe.slots)
@@ -237,6 +231,6 @@ if __name__ == "__main__":
 
     def stage(watch: Watch) -> None:
         run = resume(options.run, watch)
-        show(train(run, collect(run)), Console())
+        show(evaluate(run, collect(run)), Console())
 
     main(stage)

@@ -2,10 +2,9 @@
 
     python -m training.experts --run runs/cifar
     python -m training.experts --run runs/cifar --only 0 3     # these, and the others elsewhere
-    python -m training.experts --run runs/cifar --ray     # beside each other, see training.ray_experts
 
-Experts know nothing of each other: any process that sees the run's folder may train some of them, and each leaves a
-folder of its own there. The next stage wants them all.
+Experts are independent: any process that sees the run's folder may train some of them, and each writes a folder of its
+own there. The next stage needs them all. ``training.ray_experts`` trains them in parallel.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
 from training.cli import Watch, main, parser
 from training.dispatcher import objective
@@ -23,8 +21,8 @@ from training.run import Run, resume
 
 def train(run: Run, only: Sequence[int] = ()) -> None:
     """Train every expert, or ``only`` some, on the images that the router sends to it."""
-    if strangers := [k for k in only if not 0 <= k < run.recipe.clusters]:
-        raise CascadeError(f"there is no expert {strangers[0]}: the run has {run.recipe.clusters} clusters, from 0 on")
+    if unknown := [k for k in only if not 0 <= k < run.recipe.clusters]:
+        raise CascadeError(f"there is no expert {unknown[0]}: the run has {run.recipe.clusters} clusters, from 0 on")
     if not run.recipe.clusters:
         return
     assigned = run.clusters["assigned"].numpy()
@@ -37,7 +35,7 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
     recipe, name = run.recipe, f"expert-{k}"
     model = run.masked(run.expert_from, below=run.dispatcher)
     dispatcher = run.trained("dispatcher")
-    model.load(strip_prefix(dispatcher, "scores."), strip_prefix(dispatcher, "norms."))
+    model.load_state(dispatcher)
     loss = objective(run, run.folder / "dispatcher")
     with torch.no_grad():  # the queue holds the dispatcher's features of other images
         for buffer in loss.module.buffers():
@@ -56,19 +54,11 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    from training import ray_experts
-
     arguments = parser(__doc__)
-    beside = arguments.add_mutually_exclusive_group()
-    beside.add_argument("--only", type=int, nargs="+", default=[], metavar="K", help="numbers of experts")
-    beside.add_argument("--ray", action="store_true", help=ray_experts.HELP)
+    arguments.add_argument("--only", type=int, nargs="+", default=[], metavar="K", help="numbers of experts")
     options = arguments.parse_args()
 
     def stage(watch: Watch) -> None:
-        run = resume(options.run, watch)
-        if options.ray:
-            ray_experts.train(run)
-        else:
-            train(run, options.only)
+        train(resume(options.run, watch), options.only)
 
     main(stage)

@@ -1,9 +1,9 @@
-"""Stage 5: everything that was trained, as a bundle.
+"""Stage 5: write everything that was trained as a bundle.
 
 python -m training.export --run runs/cifar --out model_store/cifar/1
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cascade.bundle.format import Bundle, strip_prefix, write
+from cascade.bundle.format import Bundle, write
 from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
 from cascade.bundle.thumbnails import make
-from cascade.model.fusion import Mode
+from cascade.model.fusion import Identity, Mode
 from cascade.model.heads import Bank, Linear
-from cascade.model.masks import Mask, density, difference
+from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
-from cascade.model.router import KINDS, Calibration, Router
+from cascade.model.router import Calibration
+from training import heads
 from training.cli import Watch, main, parser
-from training.clusters import SUMMARY
-from training.evaluate import Features, collect, fit_probe, fusions
+from training.clusters import SUMMARY, fit_ood
+from training.evaluate import Features, collect, fusions
+from training.frozen import Candidate
+from training.routing import ood_of, router_of
 from training.run import Run, read_json, resume
 
 THUMBNAILS = "put small pictures of the neighbors' images into the bundle, for all who may use it"
 
 
-def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False) -> Path:
-    """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``), with pictures on wish."""
+def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False) -> Path:
+    """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``)."""
     fitted = fusions(run, features)
     labels = run.images.labels
     masks = (run.dispatcher, *run.experts)
@@ -46,24 +49,45 @@ def train(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, 
         calibration=Calibration(summary["slope"], summary["intercept"]) if summary else Calibration(),
         ood=ood_of(run),
         fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
-        linear={} if labels is None else {m: _linear(e, labels, run.images.classes) for m, (_, e) in fitted.items()},
+        linear={} if labels is None else {m: _linear(e, labels, run) for m, (_, e) in fitted.items()},
         banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
         thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
     return write(bundle, out)
 
 
-def router_of(run: Run) -> Router | None:
-    """The router that was fitted in this run."""
-    if not run.recipe.clusters:
-        return None
-    kind = next(k for k in KINDS if k.kind == run.recipe.router)
-    return kind(**strip_prefix(run.clusters, "router."))
+def export_classifier(
+    run: Run, chosen: Candidate, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False
+) -> Path:
+    """Write a bundle that serves a head with its calibrated scores: on the frozen backbone, or on a trained mask.
+
+    The embedding is the network's features without a projection.
+    """
+    mask = frozen(run.backbone) if chosen.name == "frozen" else run.mask(chosen.name, run.mask_from)
+    features = torch.from_numpy(run.features(chosen.name)[0])
+    rows = _bank_rows(run)
+    head = Linear(chosen.head.weight.half(), chosen.head.bias)
+    bundle = Bundle(
+        name=out.parent.name,
+        version=out.name,
+        card=_card(run, (replace(mask, name="dispatcher"),), run.backbone.features, {}, accuracy),
+        preprocessing=run.preprocessing,
+        dispatcher=replace(mask, name="dispatcher"),
+        experts=(),
+        router=None,
+        calibration=Calibration(),
+        ood=None if chosen.name == "frozen" else _ood(run, chosen.name),
+        fusions={"dispatcher": Identity.of(run.backbone.features)},
+        linear={"dispatcher": head},
+        banks=_banks(run, {"dispatcher": features}),
+        thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
+    )
+    return write(bundle, out)
 
 
-def ood_of(run: Run) -> OutOfDomain:
-    """The out-of-domain score that was fitted in this run."""
-    return OutOfDomain(**strip_prefix(run.clusters, "ood."))
+def _ood(run: Run, name: str) -> OutOfDomain:
+    train, test = run.features(name)
+    return fit_ood(train, test[::2])
 
 
 def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]) -> Card:
@@ -98,17 +122,9 @@ def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], 
     )
 
 
-def _linear(embeddings: Tensor, labels: np.ndarray, classes: list[str]) -> Linear:
-    """The linear probe on embeddings [N, dim], its scaling folded in."""
-    scale = embeddings.std()  # their mean is zero already
-    fitted = fit_probe(embeddings / scale, torch.from_numpy(labels))
-    weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
-    if len(weight) == 1:  # scikit-learn keeps one row for two classes
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    # A class that has only held-out images keeps its place, and is never the answer.
-    every = Linear(torch.zeros(len(classes), embeddings.shape[1]), torch.full((len(classes),), -1e9))
-    every.weight[fitted.classes_], every.bias[fitted.classes_] = weight / scale, bias
-    return every
+def _linear(embeddings: Tensor, labels: np.ndarray, run: Run) -> Linear:
+    """A logistic regression on embeddings [N, dim], its penalty chosen by cross-validation."""
+    return heads.fit(embeddings.numpy(), labels, len(run.images.classes), seed=run.recipe.seed).head
 
 
 def _banks(run: Run, embeddings: dict[Mode, Tensor]) -> dict[Mode, Bank]:
@@ -141,6 +157,6 @@ if __name__ == "__main__":
         run = resume(options.run, watch)
         path = run.folder / "evaluation.json"
         accuracy = read_json(path) if path.exists() else {}
-        watch.say(f"wrote {train(run, collect(run), accuracy, options.out, thumbnails=options.thumbnails)}")
+        watch.say(f"wrote {export(run, collect(run), accuracy, options.out, thumbnails=options.thumbnails)}")
 
     main(stage)

@@ -23,12 +23,9 @@ from training.run import Run, begin
 class TunedModel(MaskedModel):
     """A copy of a backbone all of whose parameters from stage ``start`` on learn."""
 
-    learns = "weights"
-    decay = 1.0
-
     @property
-    def learned(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {"weights": {n: p for n, p in self.model.named_parameters() if p.requires_grad}}
 
     def active(self) -> float:
         return 1.0
@@ -41,6 +38,7 @@ def tune_backbone(backbone: Backbone, start: int, *, train_norms: bool = True, a
     """A trainable copy of ``backbone``; stages before ``start`` stay as they are."""
     model = deepcopy(backbone.model)
     write(backbone, model, backbone.weights, 0, backbone.norms)
+    model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     row = stages(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage_of(name, row) >= start)

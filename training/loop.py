@@ -1,16 +1,12 @@
-"""The training loop: one function for dispatcher, experts, controls and supervised masks, resumable to the bit.
+"""The training loop for dispatcher, experts, controls and supervised masks. It resumes to the bit.
 
-Everything random in step ``t`` comes from ``(seed, t)``, so a checkpoint needs tensors and a step number
-only: a run that was killed at any moment and started again ends with the same masks as an undisturbed one.
+Everything random in step ``t`` comes from ``(seed, t)``, so a checkpoint needs only tensors and a step number: a run
+that was killed at any moment and started again ends with the same masks as an undisturbed one.
 """
 
-import json
 import os
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import cos, pi
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,19 +17,21 @@ from torch.nn.utils import parametrize
 
 from cascade.errors import CascadeError
 from training import distributed
-from training.checkpoint import CHECKPOINT, CURVE, DONE, keep_curve, restore, store
+from training.checkpoint import BEST, CHECKPOINT, DONE, best_score, restore, store
+from training.curve import CURVE, Curve, problems
 from training.data.dataset import batches
 from training.masking import MaskedModel
 from training.objectives import PIECE, Batch, Objective
+from training.optimizers import make_optimizers, schedule, set_rates
 from training.recipe import Recipe
 
-SPARSE = 0.05  # a tensor with less active than this is on its way to being off
-COLLAPSED = 0.05  # share of the prototypes that images are nearest to where an embedding has lost its directions
-CROWDED = 0.8  # share of a batch nearest to one prototype: the same
+Part = tuple[Tensor, np.ndarray, int]
+"""A part of a batch: uint8 [B, 3, S, S], row numbers int64 [B], and the number of its first piece."""
+VALIDATED = (0.5, 0.7, 0.85, 1.0)  # shares of the steps after which validation images choose the best checkpoint
 
 
 class Progress(Protocol):
-    """What the loop tells whoever watches."""
+    """Receives the progress of a training."""
 
     def __call__(self, name: str, step: int, steps: int, loss: float) -> None: ...
 
@@ -51,110 +49,137 @@ def fit(
     rows: np.ndarray | None = None,
     every: int = 50,
     watch: Progress | None = None,
+    validate: Callable[[], float] | None = None,
 ) -> None:
-    """Train the scores of ``model`` for ``steps`` steps; goes on from the last checkpoint in ``folder``.
+    """Train ``model`` for ``steps`` steps, or resume from the checkpoint in ``folder``.
 
     Args:
         name: of the mask, for messages.
-        pixels: uint8 [N, 3, S, S], the training cache.
+        pixels: uint8 [N, 3, S, S], the training images.
         lr: in place of the recipe's (0 for the control).
         rows: the images to train on, all by default.
         every: steps between checkpoints.
+        validate: a score of the present model on validation images; the best of a few checkpoints is kept.
 
     Raises:
-        CascadeError: the loss is not finite any more.
+        CascadeError: the loss rises from the start, or is not finite any more.
     """
     rows = np.arange(len(pixels)) if rows is None else rows
     rate = recipe.lr if lr is None else lr
     device = next(model.model.parameters()).device
-    optimizers = _optimizers(model, objective, recipe, rate)
+    optimizers = make_optimizers(model, objective, recipe, rate)
+    rates = {kind: o.param_groups[0]["initial_lr"] for kind, o in optimizers.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / DONE).exists():
-        restore(folder / DONE, model, objective, [], scaler)
+        restore(folder / DONE, model, objective, {}, scaler)
         return
     begin = 0
     if (folder / CHECKPOINT).exists():
         begin = restore(folder / CHECKPOINT, model, objective, optimizers, scaler)
     leads = distributed.rank() == 0
-    curve = keep_curve(folder / CURVE, begin) if leads else Path(os.devnull)
+    head_steps = objective.head_steps(steps)
+    checked = {max(1, round(share * steps)) for share in VALIDATED} if validate else set[int]()
+    curve = Curve(folder / CURVE if leads else Path(os.devnull), begin)
     order = batches(len(rows), recipe.batch, seed=recipe.seed, start_step=begin)
-    learned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    warned: set[str] = set()
-    clock, counted = time.perf_counter(), begin
-    with open(curve, "a") as log:
-        for step, parts in zip(range(begin, steps), _loaded(pixels, rows, order, recipe, device), strict=False):
+    loaded = _load_ahead(pixels, rows, order, recipe, device)
+    try:
+        for step, parts in zip(range(begin, steps), loaded, strict=False):
             progress = step / steps
-            for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = group["initial_lr"] * schedule(progress, recipe.warmup)
-            model.train()
+            set_rates(optimizers, schedule(progress, objective.warmup(steps)))
+            model.head_only = step < head_steps
             if recipe.progressive:
                 model.progress(1 - progress * (1 - recipe.share))
-            objective.before(progress)
-            for o in optimizers:
-                o.zero_grad(set_to_none=True)
-            total = torch.zeros(1, device=device)
-            for held, chosen, first in parts:
-                generators = [generator(recipe.seed, step, piece) for piece in range(first, first + _pieces(len(held)))]
-                with parametrize.cached():  # one masked weight for crops of all sizes
-                    loss = objective.loss(model, Batch(held, chosen, progress, generators)) / len(parts)
-                scaler.scale(loss).backward()
-                total += loss.detach()
-            distributed.average([total, *(p.grad for p in learned if p.grad is not None)])
-            if not torch.isfinite(total):
-                raise _diverged(f"the loss of {name} became {total.item()} at step {step}", rate, folder)
-            for o in optimizers:
-                scaler.step(o)
-            scaler.update()
-            if recipe.train_norms:
-                distributed.average(model.norms.values())
-            line: dict[str, Any] = {"step": step, "loss": round(total.item(), 6)}
+            loss = _step(model, objective, optimizers, scaler, parts, recipe, step, progress)
+            if not np.isfinite(loss):
+                raise _diverged(f"the loss of {name} became {loss} at step {step}", rate, folder)
             if watch is not None and leads:
-                watch(name, step + 1, steps, total.item())
-            rest = (step + 1) % every and step + 1 < steps
-            if not rest:
-                line |= {"lr": optimizers[0].param_groups[0]["lr"], "active": round(model.active(), 6)}
-                line |= objective.facts()
-                since = step + 1 - counted
-                line["steps_per_s"] = round(since / (time.perf_counter() - clock), 3)
-                if wrong := _wrong(model, line, recipe, since * recipe.batch):
+                watch(name, step + 1, steps, loss)
+            line: dict[str, Any] = {"step": step, "loss": round(loss, 6)}
+            detailed = (step + 1) % every == 0 or step + 1 == steps or step + 1 in checked
+            if detailed:
+                line |= _details(model, objective, optimizers, curve, step)
+                if wrong := problems(model, line, recipe, curve.steps_since(step) * recipe.batch):
                     line["warnings"] = wrong
-            log.write(json.dumps(line) + "\n")
-            if rest:
+                    if leads:
+                        curve.warn(name, step, wrong)
+            if step + 1 in checked and validate is not None:
+                line["validation"] = score = round(validate(), 6)
+                if leads and score > best_score(folder / BEST):
+                    store(folder / BEST, model, objective, {}, scaler, step + 1, score)
+            curve.write(line)
+            if objective.falls:
+                curve.check_rise(name, head_steps, rates)
+            if not detailed:
                 continue
-            for what in wrong.keys() - warned if leads else ():  # once
-                warnings.warn(f"{name}, step {step}: {wrong[what]}", stacklevel=2)
-            warned |= wrong.keys()
-            log.flush()
+            curve.flush(step)
             if not _finite(model, objective):
                 raise _diverged(f"{name} is not finite any more after step {step}", rate, folder)
             if step + 1 < steps and leads:
                 store(folder / CHECKPOINT, model, objective, optimizers, scaler, step + 1)
-            clock, counted = time.perf_counter(), step + 1
+    finally:
+        curve.close()
+        loaded.close()
     if leads:
-        store(folder / DONE, model, objective, [], scaler, steps)
+        if (folder / BEST).exists():
+            restore(folder / BEST, model, objective, {}, scaler)
+        store(folder / DONE, model, objective, {}, scaler, steps)
         (folder / CHECKPOINT).unlink(missing_ok=True)
+        (folder / BEST).unlink(missing_ok=True)
     distributed.wait()
 
 
-def schedule(progress: float, warmup: float = 0.0) -> float:
-    """What the learning rates are multiplied with: a linear rise, then half a cosine down to 0 (method.md §2)."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + cos(pi * (progress - warmup) / (1 - warmup))) if warmup < 1 else 1.0
+def _step(
+    model: MaskedModel,
+    objective: Objective,
+    optimizers: dict[str, torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    parts: Sequence[Part],
+    recipe: Recipe,
+    step: int,
+    progress: float,
+) -> float:
+    """One step of all optimizers on a batch; returns the mean loss over all processes."""
+    model.train()
+    objective.before(progress)
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros(1, device=parts[0][0].device)
+    for pixels, rows, first in parts:
+        generators = [generator(recipe.seed, step, piece) for piece in range(first, first + -(-len(pixels) // PIECE))]
+        with parametrize.cached():  # crops of all sizes share one masked weight
+            part = objective.loss(model, Batch(pixels, rows, progress, generators)) / len(parts)
+        scaler.scale(part).backward()
+        loss += part.detach()
+    trained = [p for o in optimizers.values() for g in o.param_groups for p in g["params"]]
+    distributed.average([loss, *(p.grad for p in trained if p.grad is not None)])
+    if torch.isfinite(loss):
+        for optimizer in optimizers.values():
+            if any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+                scaler.step(optimizer)
+        scaler.update()
+        if recipe.train_norms:
+            distributed.average(model.norms.values())
+    return loss.item()
 
 
-def _pieces(count: int) -> int:
-    return -(-count // PIECE)
+def _details(
+    model: MaskedModel,
+    objective: Objective,
+    optimizers: dict[str, torch.optim.Optimizer],
+    curve: Curve,
+    step: int,
+) -> dict[str, Any]:
+    """What the curve tells about the steps since its last detailed line."""
+    first = next(iter(optimizers.values()))
+    facts = {"lr": first.param_groups[0]["lr"], "active": round(model.active(), 6)} | objective.facts()
+    return facts | {"steps_per_s": curve.rate(step)}
 
 
-def _loaded(
+def _load_ahead(
     pixels: np.ndarray, rows: np.ndarray, order: Iterator[np.ndarray], recipe: Recipe, device: torch.device
-) -> Iterator[list[tuple[Tensor, np.ndarray, int]]]:
-    """This process' parts of each step's batch, (uint8 [B, 3, S, S], rows, number of the first piece).
-
-    Read, and brought to the device, in a thread that is one step ahead.
-    """
+) -> Generator[list[Part], None, None]:
+    """This process' parts of the batch of each step, read and moved to the device by a thread one step ahead."""
     rank, world = distributed.rank(), distributed.world()
     size = recipe.batch // (recipe.accumulate * world)
     if size * recipe.accumulate * world != recipe.batch or (size % PIECE and size != recipe.batch):
@@ -163,7 +188,7 @@ def _loaded(
             f" each must have a multiple of {PIECE} images"
         )
 
-    def load() -> list[tuple[Tensor, np.ndarray, int]]:
+    def load() -> list[Part]:
         chosen = rows[next(order)]
         begins = [(part * world + rank) * size for part in range(recipe.accumulate)]
         return [(_to(pixels[chosen[b : b + size]], device), chosen[b : b + size], b // PIECE) for b in begins]
@@ -180,26 +205,8 @@ def _to(pixels: np.ndarray, device: torch.device) -> Tensor:
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
 
-def _wrong(model: MaskedModel, line: Mapping[str, Any], recipe: Recipe, images: int) -> dict[str, str]:
-    """What is going wrong, and what to do: by the parameter that is nearly off, or ``embedding``.
-
-    Args:
-        images: that the line tells of; few of them can't be nearest to many prototypes.
-    """
-    found = {}
-    if not recipe.share:
-        found = {p: f"only {s:.1%} of {p} is active: lower --lr" for p, s in model.sparse(SPARSE)}
-    few = max(2.0, COLLAPSED * min(recipe.prototypes, images))
-    if "nearest" in line and (line["nearest"] < few or line["largest"] > CROWDED):
-        found["embedding"] = (
-            f"the images are nearest to {line['nearest']:.1f} of {recipe.prototypes} prototypes, {line['largest']:.0%}"
-            " of a batch to the same one, the embedding collapses: lower --lr, or take a larger --batch"
-        )
-    return found
-
-
 def _finite(model: MaskedModel, objective: Objective) -> bool:
-    """Whether everything that is trained is: a step may break it though its loss was finite."""
+    """Whether everything that is trained is finite: a step may break it although its loss was finite."""
     trained = [*model.learned.values(), *model.norms.values(), *objective.module.parameters()]
     return all(bool(t.isfinite().all()) for t in trained)
 
@@ -212,37 +219,10 @@ def _diverged(what: str, lr: float, folder: Path) -> CascadeError:
 
 
 def generator(*key: int) -> torch.Generator:
-    """Random numbers of their own for every key, hashed to the 32 bits that a generator on the CPU heeds of a seed."""
+    """Random numbers of their own for every key, hashed to the 32 bits of a seed that a CPU generator uses."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def seed_everything(seed: int) -> None:
-    """For what is drawn before the loop: heads and prototypes."""
+    """Seed what is drawn before the loop: heads and prototypes."""
     torch.manual_seed(seed)
-
-
-class RmsSGD(torch.optim.SGD):
-    """SGD on gradients of root mean square 1, tensor by tensor: they differ a thousandfold between layers."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            p.grad.div_(p.grad.square().mean().sqrt().clamp(min=1e-12))
-        return super().step(closure)
-
-
-def _optimizers(model: MaskedModel, objective: Objective, recipe: Recipe, lr: float) -> list[torch.optim.Optimizer]:
-    """The scores' (no weight decay, ever: Theorem 1 needs that) and that of head and prototypes."""
-    learned, decay = list(model.learned.values()), model.decay * recipe.weight_decay
-    kinds = {
-        "adam": lambda: torch.optim.Adam(learned, lr=lr, weight_decay=decay),
-        "sgd": lambda: torch.optim.SGD(learned, lr=lr, momentum=0.9, weight_decay=decay),
-        "rms-sgd": lambda: RmsSGD(learned, lr=lr, momentum=0.9, weight_decay=decay),
-    }
-    own = list(objective.module.parameters())
-    head = torch.optim.SGD(own, lr=recipe.head_lr, momentum=0.9, weight_decay=recipe.head_decay)
-    both = [kinds[recipe.optimizer](), head]
-    for optimizer in both:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return both

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from cascade.bundle.format import strip_prefix
 from cascade.kernels.materialize import materialize
 from cascade.model import masks
 from cascade.model.backbone import Backbone, Segment
@@ -21,6 +22,7 @@ from cascade.model.masks import Mask
 from cascade.model.stages import Stage, stage_of, stages
 
 Amp = Literal["off", "bf16", "fp16"]
+Adapt = Literal["mask", "channels", "both", "delta"]
 TIE = 1e-3  # of the initial score: what the largest weight is ahead where only the order of the scores counts
 
 
@@ -33,18 +35,31 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, weight: Tensor, active: Tensor, rows: int) -> Tensor:
-        share = active.view(rows, -1).sum(dim=1, keepdim=True, dtype=scores.dtype) / (active.numel() // rows)
-        alpha = share.clamp(min=rows / active.numel()).sqrt()
+        blocks = _blocks(active, rows)
+        size = active.numel() // rows
+        share = blocks.sum(dim=_rest(blocks), keepdim=True, dtype=scores.dtype) / size
+        alpha = share.clamp(min=1 / size).sqrt()
         ctx.save_for_backward(weight, active, alpha)
-        return weight * active.view(rows, -1).to(weight.dtype).div_(alpha).view_as(weight)
+        return (_blocks(weight, rows) * (blocks / alpha)).reshape(weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         weight, active, alpha = ctx.saved_tensors
-        direct = (gradients[0] * weight).reshape(len(alpha), -1)  # channels last, it may be
-        held = (direct * active.view_as(direct)).sum(dim=1, keepdim=True)  # 0 where nothing is active: alpha is fixed
-        through = held / (2 * direct.shape[1] * alpha**3)
-        return direct.div_(alpha).sub_(through).view_as(weight), None, None, None
+        direct = _blocks(gradients[0] * weight, len(alpha))
+        # The sum is 0 where nothing is active, because alpha is constant there.
+        kept = (direct * _blocks(active, len(alpha))).sum(dim=_rest(direct), keepdim=True)
+        through = kept / (2 * (direct.numel() // len(alpha)) * alpha**3)
+        return direct.div_(alpha).sub_(through).reshape(weight.shape), None, None, None
+
+
+def _blocks(x: Tensor, rows: int) -> Tensor:
+    """A view of ``x`` as ``rows`` row blocks: [n, ...] to [rows, n / rows, ...], in any memory format."""
+    return x.unflatten(0, (rows, -1))
+
+
+def _rest(x: Tensor) -> list[int]:
+    """All dimensions but the first."""
+    return list(range(1, x.dim()))
 
 
 class ThresholdMask(nn.Module):
@@ -121,14 +136,16 @@ def select(
 
 @dataclass
 class MaskedModel:
-    """A copy of a backbone with trainable scores from stage ``start`` on; everything before is frozen.
+    """A copy of a backbone whose adapter is trained from stage ``start`` on; everything before is frozen.
 
     Attributes:
         backbone: the pristine one it was made from.
         model: the copy.
-        start, stop: first stage with scores, and the first one after it without.
+        start, stop: the first stage that is adapted, and the first one after it that is not.
         train_norms: whether BatchNorms from ``start`` on run in train mode.
         amp: type of a pass under autocast, see ``Recipe.amp``.
+        adapt: what is trained: scores (``mask``), scales and shifts (``channels``), or both.
+        head_only: no gradient goes into the network, because only the head is trained at present.
     """
 
     backbone: Backbone
@@ -138,19 +155,34 @@ class MaskedModel:
     train_norms: bool
     stop: int
     amp: Amp = "off"
-    learns = "scores"
-    decay = 0.0  # of what is learned, see Recipe.weight_decay
+    adapt: Adapt = "mask"
+    head_only: bool = False
+
+    @property
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """What the loop trains, by kind (each has a learning rate of its own) and name."""
+        return {kind: group for kind, group in (("scores", self.scores), ("channels", self.channels)) if group}
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
         """What the loop trains, by name."""
-        return self.scores
+        return {name: p for group in self.groups.values() for name, p in group.items()}
 
     @property
     def scores(self) -> dict[str, nn.Parameter]:
         """Score tensors by the name of the parameter that they mask, in the order of the flat buffer."""
-        names = dict.fromkeys(s.parameter for s in self.backbone.segments if self.start <= s.stage < self.stop)
-        return {name: self._parametrization(name).scores for name in names}
+        segments = (s for s in self.backbone.segments if self.start <= s.stage < self.stop)
+        names = dict.fromkeys(s.parameter for s in segments)
+        return {name: self._parametrization(name).scores for name in names if self._is_masked(name)}
+
+    @property
+    def channels(self) -> dict[str, nn.Parameter]:
+        """Trained scales, shifts and biases, one number for each channel, by name."""
+        return {
+            n: p
+            for n, p in self.model.named_parameters()
+            if p.requires_grad and p.dim() == 1 and "." in n and "parametrizations" not in n
+        }
 
     @property
     def norms(self) -> dict[str, Tensor]:
@@ -175,8 +207,8 @@ class MaskedModel:
         return x
 
     def tail(self, x: Tensor) -> Tensor:
-        """The masked stages and the pooling: features [B, F]."""
-        with self._cast(x):
+        """The adapted stages and the pooling: features [B, F]."""
+        with self._cast(x), torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
             for stage in self.stages[self.start :]:
                 x = stage.run(x)
@@ -197,6 +229,10 @@ class MaskedModel:
         on = [self._parametrization(name).active() for name in self.scores]
         return sum(int(m.sum()) for m in on) / max(1, sum(m.numel() for m in on))
 
+    def active_bits(self, name: str) -> Tensor:
+        """M of one masked parameter, bool [n]."""
+        return self._parametrization(name).active().flatten()
+
     def sparse(self, below: float) -> Iterator[tuple[str, float]]:
         """Parameters of which less than ``below`` is active, with the share."""
         for name in self.scores:
@@ -205,12 +241,26 @@ class MaskedModel:
                 yield name, share
 
     def load(self, learned: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Take over what was learned, and statistics, by name; names that are not learned here are passed over."""
+        """Take over what was trained, and statistics, by name; names that are not trained here are ignored."""
         with torch.no_grad():
             for name, parameter in self.learned.items():
                 parameter.copy_(learned[name])
             for name, buffer in self.norms.items():
                 buffer.copy_(norms.get(name, self.backbone.norms[name]))
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` of another model gave."""
+        learned = {name: state[f"{kind}.{name}"] for kind, group in self.groups.items() for name in group}
+        self.load(learned, strip_prefix(state, "norms."))
+
+    def state(self) -> dict[str, Tensor]:
+        """What was trained, and the statistics: ``scores.NAME``, ``channels.NAME``, ``norms.NAME``."""
+        trained = {f"{kind}.{n}": p.detach() for kind, group in self.groups.items() for n, p in group.items()}
+        return trained | {f"norms.{n}": t for n, t in self.norms.items()}
+
+    def _is_masked(self, name: str) -> bool:
+        path, _, kind = name.rpartition(".")
+        return parametrize.is_parametrized(self.model.get_submodule(path), kind)
 
     def _parametrization(self, name: str) -> ThresholdMask:
         path, _, kind = name.rpartition(".")
@@ -231,14 +281,17 @@ def mask_backbone(
     share: float | None = None,
     free: Mapping[str, Tensor] | None = None,
     amp: Amp = "off",
+    adapt: Adapt = "mask",
 ) -> MaskedModel:
-    """A trainable copy of ``backbone`` with scores on every maskable weight from stage ``start`` on.
+    """A trainable copy of ``backbone``; by default it has scores on every maskable weight from stage ``start`` on.
 
     Args:
         initial, threshold: S0 and mu. By Theorems 1 and 2 only their relation to the learning rate counts.
         stop: first stage that has none again (None: all have). share, free: see :func:`active`, ``free`` by parameter.
         amp: type of a pass under autocast, see ``Recipe.amp``.
         below: the mask whose weights and statistics the frozen stages before ``start`` have.
+        adapt: ``mask`` (the paper), ``channels`` (every scale, shift and bias is trained, no scores), or ``both``
+            (scores on the weights of two and more dimensions; the rest is trained itself).
     """
     model = deepcopy(backbone.model)
     write(backbone, model, backbone.weights, 0, backbone.norms)  # the copy may have come with an executor's mask
@@ -247,14 +300,21 @@ def mask_backbone(
         write(backbone, model, materialize(backbone, below)[: max(0, end - first)], first, below.norms)
     row = stages(model)
     stop = len(row) if stop is None else stop
+    model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    parameters = dict(model.named_parameters())
+    if adapt != "mask":
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(parameter.dim() == 1 and start <= stage_of(name, row) < stop)
     rows = _row_blocks([s for s in backbone.segments if start <= s.stage < stop])
     for name, count in rows.items():
+        if adapt == "channels" or (adapt == "both" and parameters[name].dim() == 1):
+            continue
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
         weight = getattr(module, kind)
         mask = ThresholdMask(weight.detach(), count, initial, threshold, share, (free or {}).get(name))
         parametrize.register_parametrization(module, kind, mask, unsafe=True)
-    return MaskedModel(backbone, model, row, start, train_norms, stop, amp)
+    return MaskedModel(backbone, model, row, start, train_norms, stop, amp, adapt)
 
 
 def to_mask(
@@ -266,10 +326,12 @@ def to_mask(
     threshold: float = 0.0,
     share: float | None = None,
     free: Mapping[str, Tensor] | None = None,
+    channels: Mapping[str, Tensor] | None = None,
 ) -> Mask:
-    """Scores (by parameter) and statistics (by buffer) as a packed mask; only statistics that moved go along.
+    """Scores, trained channels (by parameter) and statistics (by buffer) as a packed mask.
 
-    What has no scores is active. ``threshold``, ``share``, ``free``: see :func:`active`.
+    Only statistics that moved are kept. Weights without scores are active. ``threshold``, ``share``, ``free``: see
+    :func:`active`.
     """
     first = backbone.offset(start)
     rows = [
@@ -281,7 +343,8 @@ def to_mask(
     ]
     bits = masks.pack(torch.cat(rows)) if rows else torch.zeros(0, dtype=torch.uint8)
     moved = {n: t.detach().clone().cpu() for n, t in norms.items() if not torch.equal(t, backbone.norms[n])}
-    return Mask(name, start, bits.cpu(), moved)
+    trained = {n: t.detach().half().cpu() for n, t in (channels or {}).items()}
+    return Mask(name, start, bits.cpu(), moved, trained)
 
 
 def write(backbone: Backbone, model: nn.Module, flat: Tensor, first: int, norms: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""What is learned from: SwAV without labels, or cross-entropy with them.
+"""Training objectives: distillation or SwAV without labels, cross-entropy with labels.
 
-Every batch is cut into pieces of ``PIECE`` images, each augmented with random numbers of its own. So whoever takes
-which pieces, in how many processes or one after the other, sees the same views.
+Every batch is cut into pieces of ``PIECE`` images, each augmented with random numbers of its own. So the views are the
+same however the pieces are distributed over processes and steps of gradient accumulation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,19 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from cascade.model.preprocessing import Preprocessing
 from training import distributed
-from training.data.augment import crop_flip, multi_crop
+from training.data.augment import multi_crop, normalize, shift_flip
 from training.masking import MaskedModel
 from training.recipe import Recipe
 from training.swav import Projector, push, sinkhorn, swapped_loss
 
 PIECE = 16
+SHIFT = 8  # images are shifted by up to this fraction of their side
+WARMUP_STEPS = 30  # of distillation
+HEAD_LR, SWAV_HEAD_LR = 0.001, 0.15  # where the recipe leaves the choice to the objective
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,35 @@ class Batch:
 
 
 class Objective(Protocol):
-    """A loss with parameters of its own."""
+    """A loss with parameters of its own.
+
+    Attributes:
+        falls: whether the loss must fall from the first steps on (SwAV's may rise while codes form).
+    """
+
+    falls: bool
 
     @property
     def module(self) -> nn.Module: ...
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the objective's own parameters."""
+        ...
+
+    def head_steps(self, steps: int) -> int:
+        """How many of the first steps train the objective's own parameters alone."""
+        ...
+
+    def warmup(self, steps: int) -> float:
+        """Share of the steps in which the learning rates rise."""
+        ...
 
     def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
         """Mean loss of a batch."""
         ...
 
     def facts(self) -> dict[str, float]:
-        """What the curve tells of the time since it was last asked."""
+        """Numbers for the curve about the steps since the last call."""
         ...
 
     def before(self, progress: float) -> None:
@@ -75,6 +96,8 @@ class SelfSupervised:
     Args:
         views: stored trunk features to train on instead of the pixels, see ``training.data.feature_cache``.
     """
+
+    falls = False
 
     def __init__(
         self,
@@ -90,6 +113,16 @@ class SelfSupervised:
         for counts in ("coded", "nearest"):  # images by prototype, since facts were last asked for
             self.module.register_buffer(counts, torch.zeros(recipe.prototypes, dtype=torch.int64), persistent=False)
         self.module.register_buffer("crowded", torch.zeros(2), persistent=False)  # largest shares, batches
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        r = self.recipe
+        return torch.optim.SGD(parameters, lr=r.head_lr or SWAV_HEAD_LR, momentum=0.9, weight_decay=r.head_decay)
+
+    def head_steps(self, steps: int) -> int:
+        return 0
+
+    def warmup(self, steps: int) -> float:
+        return self.recipe.warmup
 
     def before(self, progress: float) -> None:
         self.module.renormalize()
@@ -164,21 +197,125 @@ class SelfSupervised:
 
 
 class Supervised:
-    """Cross-entropy with a new linear head on crops and flips (method.md §2)."""
+    """Cross-entropy with a linear head that starts from zero, on shifted and mirrored images.
 
-    def __init__(self, recipe: Recipe, features: int, preprocessing: Preprocessing, labels: np.ndarray) -> None:
+    Args:
+        labels: int64 [N]. rows: the images that are trained on (all by default), for the class weights.
+    """
+
+    falls = True
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        features: int,
+        preprocessing: Preprocessing,
+        labels: np.ndarray,
+        classes: int = 0,
+        rows: np.ndarray | None = None,
+    ) -> None:
         self.recipe, self.preprocessing = recipe, preprocessing
         self.labels = torch.from_numpy(labels)
-        self.module = nn.Linear(features, int(labels.max()) + 1)
+        classes = classes or int(labels.max()) + 1
+        self.module = nn.Linear(features, classes)
+        nn.init.zeros_(self.module.weight)
+        nn.init.zeros_(self.module.bias)
+        known = self.labels if rows is None else self.labels[rows]
+        counts = torch.bincount(known, minlength=classes).float().clamp(min=1)
+        self.weights = len(known) / (classes * counts) if recipe.class_weights else None
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.recipe.head_lr or HEAD_LR)
+
+    def head_steps(self, steps: int) -> int:
+        return min(self.recipe.head_steps, steps // 5)
+
+    def warmup(self, steps: int) -> float:
+        return self.recipe.warmup
 
     def before(self, progress: float) -> None:
         pass
 
     def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
-        p, scale = self.preprocessing, self.recipe.global_scale
-        x = torch.cat([crop_flip(x, p.size, scale, g, p.mean, p.std) for x, _, g in batch.pieces()])
+        p = self.preprocessing
+        x = torch.cat([shift_flip(x, p.size // SHIFT, g, p.mean, p.std) for x, _, g in batch.pieces()])
         logits = self.module(model.tail(model.trunk(x)))
-        return cross_entropy(logits, self.labels[batch.rows].to(logits.device))
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        truth = self.labels[batch.rows].to(logits.device)
+        return cross_entropy(logits, truth, weights, label_smoothing=self.recipe.label_smoothing)
 
     def facts(self) -> dict[str, float]:
         return {}
+
+
+class Distillation:
+    """The frozen backbone at a larger input size (or another network) teaches this one, without labels.
+
+    Smooth L1 distance between features, both standardized by the mean and deviation of the teacher's.
+
+    Args:
+        teacher: features of the images and of their mirror images, float16 [2, N, F_t].
+        start: the student's features before training, float32 [N, F]. Needed where the teacher has another width: a
+            linear map, fitted by ridge regression and trained along, then leads from the student to the teacher.
+    """
+
+    falls = True
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        preprocessing: Preprocessing,
+        teacher: np.ndarray,
+        start: np.ndarray | None = None,
+    ) -> None:
+        self.recipe, self.preprocessing, self.teacher = recipe, preprocessing, teacher
+        plain = torch.from_numpy(np.asarray(teacher[0], np.float32))
+        self.mean, self.deviation = plain.mean(dim=0), plain.std(dim=0)
+        self.deviation = self.deviation.clamp(min=float(self.deviation.mean()) * 1e-2 + 1e-12)
+        self.module: nn.Module = nn.Identity()
+        if start is not None:
+            self.module = _ridge(torch.from_numpy(start), (plain - self.mean) / self.deviation)
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.recipe.head_lr or HEAD_LR)
+
+    def head_steps(self, steps: int) -> int:
+        return 0
+
+    def warmup(self, steps: int) -> float:
+        return self.recipe.warmup or min(WARMUP_STEPS, steps / 10) / max(1, steps)
+
+    def before(self, progress: float) -> None:
+        pass
+
+    def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
+        p = self.preprocessing
+        mirrored = batch.draws(2).astype(bool)
+        x = batch.pixels.float().div_(255)
+        flip = torch.from_numpy(mirrored).to(x.device)[:, None, None, None]
+        x = normalize(torch.where(flip, x.flip(3), x), p.mean, p.std)
+        return self.distance(model.tail(model.trunk(x)), self.teacher[mirrored.astype(int), batch.rows])
+
+    def distance(self, features: Tensor, wanted: np.ndarray) -> Tensor:
+        """Mean smooth L1 distance of student features [B, F] to the teacher's [B, F_t]."""
+        mean, deviation = self.mean.to(features.device), self.deviation.to(features.device)
+        target = (torch.from_numpy(np.asarray(wanted, np.float32)).to(features.device) - mean) / deviation
+        own = (features - mean) / deviation if isinstance(self.module, nn.Identity) else self.module(features)
+        return smooth_l1_loss(own, target)
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+
+def _ridge(features: Tensor, target: Tensor, penalty: float = 1e-2) -> nn.Linear:
+    """The linear map from features [N, F] to targets [N, T] by ridge regression; the penalty is relative."""
+    mean = features.mean(dim=0)
+    x = (features - mean).double()
+    gram = x.T @ x
+    gram.diagonal().add_(penalty * float(gram.diagonal().mean()))
+    weight = torch.linalg.solve(gram, x.T @ target.double()).T.float()
+    layer = nn.Linear(features.shape[1], target.shape[1])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(target.mean(dim=0) - weight @ mean)
+    return layer

@@ -1,89 +1,211 @@
-"""All stages in a row: images in, a bundle out. What "cascade train" runs.
+"""All stages in a row: images in, a bundle out. ``cascade train`` runs this.
 
-    cascade train photos/ --out model_store/photos/1
-    cascade train cifar10 --size 64 --mask-from blocks.6 --out model_store/cifar/1 --controls
-    cascade train photos/ --labels --out model_store/photos/1     # one mask with a head, from class folders
-    cascade train photos/ --clusters 0 --out model_store/photos/1     # one self-supervised mask, no router
-    cascade train photos/ --out model_store/photos/1 --ray     # experts beside each other, see training.ray_experts
+    cascade train photos/ --labels --out model_store/photos/1     # class folders: a mask with a head
+    cascade train photos/ --labels --frozen --out model_store/photos/1     # the head alone, in seconds
+    cascade train photos/ --out model_store/photos/1     # no labels: distilled from a larger input size
+    cascade train photos/ --objective swav --clusters 5 --out model_store/photos/1     # the paper's cascade
+    cascade train photos/ --clusters 5 --out model_store/photos/1 --ray     # experts in parallel
     torchrun --nproc-per-node 4 -m -- training.pipeline photos/ --out model_store/photos/1     # several GPUs
 
-Stopped at any moment and started again with the same options it goes on where it was.
+Stopped at any moment and started again with the same options, it resumes.
 """
 
 import os
 import sys
-from dataclasses import asdict
+import tempfile
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from cascade.errors import CascadeError
 from cascade.model.masks import density
-from training import clusters, dispatcher, distributed, evaluate, experts, export, ray_experts
+from training import (
+    clusters,
+    comparison,
+    dispatcher,
+    distillation,
+    distributed,
+    evaluate,
+    experts,
+    export,
+    ray_experts,
+)
 from training.cli import Watch, main, parser, recipe_of
 from training.cost import Cost
+from training.frozen import check_labels, frozen_head
+from training.loop import fit
 from training.recipe import paper
-from training.run import Run, begin
+from training.run import Run, begin, read_json, write_json
+
+TIMED_STEPS = 6
+LEAST_PLANNED = 20  # steps, however short the time is
 
 
-def train(run: Run, out: Path, *, controls: bool = False, thumbnails: bool = False, ray: bool = False) -> Path:
-    """Dispatcher, clusters, experts, evaluation, bundle (with pictures of its neighbor bank's images on wish).
+def train(
+    run: Run,
+    out: Path,
+    *,
+    controls: bool = False,
+    thumbnails: bool = False,
+    ray: bool = False,
+    frozen: bool = False,
+    compare: bool = False,
+    minutes: float = 0.0,
+) -> Path:
+    """All stages that the recipe needs; returns the bundle's folder.
 
     Args:
-        ray: each expert as a Ray task.
+        controls: also train the controls of the paper.
+        thumbnails: put small pictures of the neighbor bank's images into the bundle.
+        ray: train each expert as a Ray task.
+        frozen: with labels, only the head on the frozen backbone.
+        compare: with labels, also train LoRA and fine-tune every weight, for the same steps.
+        minutes: cut the steps so that the training takes about so long; 0: all steps.
 
     Raises:
-        CascadeError: ``out`` exists or can't be written, or there is no Ray (found before anything is trained), or a
-            stage can't go on.
+        CascadeError: ``out`` exists or can't be written, or Ray is not installed (checked before anything is
+            trained), or a stage can't continue.
     """
+    _check_out(out)
+    if ray:
+        ray_experts.check()
+    if frozen:
+        if not run.recipe.labels:
+            raise CascadeError("--frozen fits a head to class folders: give --labels, too")
+        return _frozen(run, out, thumbnails)
+    if minutes:
+        fit_to(run, minutes)
+    budget(run, controls)
+    if run.recipe.kind == "labels":
+        return _labeled(run, out, compare, thumbnails)
+    if run.recipe.kind == "distill":
+        return _distilled(run, out, controls, thumbnails)
+    return _cascade(run, out, controls, thumbnails, ray)
+
+
+def _frozen(run: Run, out: Path, thumbnails: bool) -> Path:
+    """The first rung alone."""
+    check_labels(run)
+    head = frozen_head(run)
+    run.watch.say(f"head on the frozen backbone: {100 * head.test:.1f} % of {len(run.held_out)} held-out images")
+    facts = {"serves": "frozen", "accuracy": round(head.test, 4), "calibration_error": round(head.calibration_error, 4)}
+    return export.export_classifier(run, head, facts, out, thumbnails=thumbnails)
+
+
+def _labeled(run: Run, out: Path, compare: bool, thumbnails: bool) -> Path:
+    """Frozen head, mask, and the better of both as a bundle."""
+    check_labels(run)
+    head = frozen_head(run)
+    run.watch.say(f"head on the frozen backbone: {100 * head.validation:.1f} % of the validation images")
+    dispatcher.train(run)
+    if distributed.rank():
+        return out
+    chosen, facts = comparison.compare(run, others=compare)
+    run.watch.show(comparison.show(facts))
+    run.watch.say(comparison.verdict(facts))
+    return export.export_classifier(run, chosen, facts, out, thumbnails=thumbnails)
+
+
+def _distilled(run: Run, out: Path, controls: bool, thumbnails: bool) -> Path:
+    """One mask from a teacher, its gain over the frozen backbone, and the bundle."""
+    begin = time.perf_counter()
+    dispatcher.train(run)
+    seconds = time.perf_counter() - begin
+    if controls:
+        dispatcher.controls(run)
+    with distributed.first():
+        clusters.fit(run)
+    if distributed.rank():
+        return out
+    features = evaluate.collect(run)
+    accuracy = evaluate.evaluate(run, features) | {"distillation": distillation.measure(run)}
+    if "whitened" in accuracy:
+        run.watch.show(evaluate.table(accuracy))
+        run.watch.say(evaluate.footnote(accuracy))
+    run.watch.say(distillation.verdict(run, accuracy["distillation"], seconds))
+    return export.export(run, features, accuracy, out, thumbnails=thumbnails)
+
+
+def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -> Path:
+    """Dispatcher, clusters, experts, evaluation and bundle (the paper)."""
+    dispatcher.train(run)
+    if run.steps and density(run.backbone, run.dispatcher) == 1 and not distributed.rank():
+        run.watch.warn(
+            "the dispatcher has switched no weight off, so it is the frozen backbone: train with more --steps or a"
+            " higher --lr"
+        )
+    if controls:
+        dispatcher.controls(run)
+    with distributed.first():
+        clusters.fit(run)
+    (ray_experts if ray else experts).train(run)
+    if distributed.rank():
+        return out
+    features = evaluate.collect(run)
+    accuracy = evaluate.evaluate(run, features)
+    if "whitened" in accuracy:
+        run.watch.show(evaluate.table(accuracy))
+        run.watch.say(evaluate.footnote(accuracy))
+    run.watch.say(evaluate.verdict(accuracy, run.recipe.mode if run.recipe.clusters else "dispatcher"))
+    return export.export(run, features, accuracy, out, thumbnails=thumbnails)
+
+
+def budget(run: Run, controls: bool) -> None:
+    """Say what will be trained, on what and for how long; impossible settings stop here, before the first step."""
+    r = run.recipe
+    parts = {"dispatcher" if r.clusters else "mask": run.steps, f"{r.clusters} experts": r.clusters * r.expert_steps}
+    if controls:
+        parts["equal-steps control"] = run.steps + r.clusters * r.expert_steps
+    listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)
+    run.watch.say(f"{len(run.images)} images to train on, {len(run.held_out)} to measure by")
+    _check_sides(run)
+    stages = [run.backbone.stages[first].name for first in (run.mask_from, run.expert_from)]
+    adapted = {"channels": "scales and shifts", "both": "mask, scales and shifts"}.get(r.adapt, "mask")
+    run.watch.say(f"{adapted} from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else ""))
+    run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
+
+
+def fit_to(run: Run, minutes: float) -> None:
+    """Cut the steps of the mask to what fits into ``minutes``, by the time of a few steps; kept for a resumed run."""
+    path = run.folder / "plan.json"
+    if not path.exists():
+        seconds = _seconds_per_step(run)
+        steps = max(LEAST_PLANNED, int(60 * minutes / seconds))
+        write_json(path, {"minutes": minutes, "steps": min(steps, run.steps), "seconds_per_step": round(seconds, 3)})
+    plan = read_json(path)
+    run.watch.say(
+        f"{plan['steps']} steps fit into {plan['minutes']:g} minutes at {plan['seconds_per_step']:g} s a step"
+    )
+    run.planned = plan["steps"]
+
+
+def _seconds_per_step(run: Run) -> float:
+    """Seconds of a step, measured on a throw-away model."""
+    model = run.masked(run.mask_from)
+    loss = dispatcher.objective(run)
+    short = replace(run.recipe, head_steps=0)
+    with tempfile.TemporaryDirectory() as folder:
+        stamps: list[float] = []
+        watch = lambda *_: stamps.append(time.perf_counter())  # noqa: E731
+        fit("timing", model, loss, run.pixels, short, TIMED_STEPS, Path(folder), every=10**9, watch=watch)
+    return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+
+def _check_out(out: Path) -> None:
+    """That the bundle can be written, before anything is trained."""
     if out.exists():
         raise CascadeError(f"{out} exists; versions are never overwritten: choose the next number")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise CascadeError(f"{out} can't be written, {there} does not let you: choose another --out")
-    if ray:
-        ray_experts.check()
-    budget(run, controls)
-    dispatcher.train(run)
-    if run.recipe.steps and density(run.backbone, run.dispatcher) == 1 and not distributed.rank():
-        run.watch.say(
-            "[yellow]warning:[/] the dispatcher has switched no weight off, so it is the frozen backbone: train with"
-            " more --steps or a higher --lr"
-        )
-    if controls:
-        dispatcher.controls(run)
-    with distributed.first():
-        clusters.train(run)
-    (ray_experts if ray else experts).train(run)
-    if distributed.rank():
-        return out
-    features = evaluate.collect(run)
-    accuracy = evaluate.train(run, features)
-    if run.watch.bar is not None:
-        evaluate.show(accuracy, Console())
-    run.watch.say(evaluate.verdict(accuracy, run.recipe.mode if run.recipe.clusters else "dispatcher"))
-    return export.train(run, features, accuracy, out, thumbnails=thumbnails)
-
-
-def budget(run: Run, controls: bool) -> None:
-    """Say what will be trained, on what and for how long; what can't work stops here, before the first step."""
-    r = run.recipe
-    parts = {"dispatcher": r.steps, f"{r.clusters} experts": r.clusters * r.expert_steps}
-    if controls:
-        parts["equal-steps control"] = r.steps + r.clusters * r.expert_steps
-    listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)
-    run.watch.say(f"{len(run.images)} images to train on, {len(run.held_out)} to measure by")
-    _check_sides(run)
-    stages = [run.backbone.stages[first].name for first in (run.mask_from, run.expert_from)]
-    run.watch.say(f"dispatcher masked from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else ""))
-    run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
 
 
 def _check_sides(run: Run) -> None:
     """That the backbone takes images of the sides of all crops: most ViTs are made for one."""
     r, main = run.recipe, run.preprocessing.size
-    for side in {main} if r.labels else {main, *(side for _, side, _ in r.crops(main))}:
+    for side in {main, *(side for _, side, _ in r.crops(main))} if r.kind == "swav" else {main}:
         try:
             run.executor.run(torch.zeros(1, 3, side, side, device=run.backbone.weights.device))
         except (AssertionError, RuntimeError) as error:
@@ -91,6 +213,11 @@ def _check_sides(run: Run) -> None:
                 f"{r.backbone} can't take images of {side} px ({str(error).splitlines()[0]}):"
                 " try another --size, or --local-crops 0"
             ) from error
+
+
+def default_run(out: Path) -> Path:
+    """The folder of the run for a bundle ``<name>/<version>``: runs/<name>-<version>."""
+    return Path("runs") / f"{out.parent.name or 'bundle'}-{out.name}"
 
 
 def command(arguments: list[str]) -> None:
@@ -101,6 +228,9 @@ def command(arguments: list[str]) -> None:
     options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
     options.add_argument("--thumbnails", action="store_true", help=export.THUMBNAILS)
     options.add_argument("--ray", action="store_true", help=ray_experts.HELP)
+    options.add_argument("--frozen", action="store_true", help="with --labels: only a head on the frozen backbone")
+    options.add_argument("--compare", action="store_true", help="with --labels: also LoRA and full fine-tuning")
+    options.add_argument("--minutes", type=float, default=0.0, help="cut the steps to fit into this time; 0: all")
     options.add_argument("--preset", choices=["paper"], help="start from the published setting")
     options.add_argument(
         "--price-per-hour", type=float, default=0.0, help="of one GPU, or of this machine without: its cost is told"
@@ -112,8 +242,9 @@ def command(arguments: list[str]) -> None:
 
     def stage(watch: Watch) -> None:
         with Cost(chosen.price_per_hour) as cost:
-            run = begin(chosen.run, recipe_of(chosen), watch)
-            path = train(run, chosen.out, controls=chosen.controls, thumbnails=chosen.thumbnails, ray=chosen.ray)
+            run = begin(chosen.run or default_run(chosen.out), recipe_of(chosen), watch)
+            names = ("controls", "thumbnails", "ray", "frozen", "compare", "minutes")
+            path = train(run, chosen.out, **{name: getattr(chosen, name) for name in names})
         if not distributed.rank():
             watch.say(f"wrote {path}")
             if not chosen.ray:  # what its tasks use, elsewhere, is not seen

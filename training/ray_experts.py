@@ -1,6 +1,6 @@
 """Experts beside each other: each a Ray task, on the cluster of RAY_ADDRESS or on this machine.
 
-    python -m training.experts --run runs/photos --ray
+    python -m training.ray_experts --run runs/photos
     cascade train photos/ --out model_store/photos/1 --ray     # all stages; this one by Ray
 
 A task does what ``python -m training.experts --only K`` does, and nothing passes between them but the run's folder:
@@ -21,8 +21,9 @@ from cascade import ray_session
 from cascade.errors import CascadeError, brief
 from cascade.kernels.materialize import materialize
 from training import distributed, experts
-from training.checkpoint import CURVE, DONE
-from training.cli import Watch
+from training.checkpoint import DONE
+from training.cli import Watch, main, parser
+from training.curve import CURVE
 from training.run import Run, resume
 
 RETRIES = 3  # of a task that dies
@@ -122,3 +123,12 @@ def _result(ray: Any, task: Any, k: int) -> None:
         if isinstance(cause, CascadeError):
             raise CascadeError(str(cause)) from error
         raise CascadeError(f"expert {k} was not trained ({brief(cause)}): started again it goes on") from error
+
+
+if __name__ == "__main__":
+    options = parser(__doc__).parse_args()
+
+    def stage(watch: Watch) -> None:
+        train(resume(options.run, watch))
+
+    main(stage)

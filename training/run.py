@@ -1,12 +1,13 @@
-"""The folder of a training run: what each stage leaves there and the next one reads.
+"""The folder of a training run: what each stage writes there and the next one reads.
 
-runs/cache/              decoded images and stored trunk features, shared by neighboring runs
+runs/cache/              decoded images, trunk features and teacher features, shared by neighboring runs
 runs/<name>/recipe.json
             train.json  test.json           how many images there were, and which could not be read
-            dispatcher/  checkpoint.safetensors -> done.safetensors, curve.jsonl
+            frozen/                         features of the frozen backbone
+            dispatcher/  checkpoint.safetensors -> done.safetensors, curve.jsonl, features
             clusters.safetensors  clusters.json
             expert-0/ .. expert-K/
-            equal-steps/  zero-rate/        controls, where they were asked for
+            equal-steps/  zero-rate/        controls, if --controls asked for them
             evaluation.json
 """
 
@@ -16,7 +17,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from training import distributed
+from training import distributed, embed
 from training.checkpoint import DONE
 from training.cli import Watch
 from training.data import dataset, feature_cache
@@ -40,18 +41,31 @@ from training.data.dataset import Images
 from training.masking import MaskedModel, mask_backbone, select, to_mask
 from training.recipe import Recipe
 
+FEATURES = "features.safetensors"
 CLUSTERS = "clusters.safetensors"
 CACHE_MARGIN = 1.15  # training images are kept a little larger than the network's input, for the crops
 FEWEST = 16  # images that a mask is trained on
+VALIDATION = 0.05  # share of the labeled training images that choose between checkpoints, and between mask and head
+LEAST_VALIDATION, MOST_VALIDATION = 100, 1000  # at least and at most so many, but never more than a fifth
+STEPS = {"labels": 1500, "distill": 1200}  # for STEPS_IMAGES images; they grow with the square root
+STEPS_IMAGES, LEAST_STEPS, MOST_STEPS = 20_000, 300, 6000
+SWAV_STEPS = 600
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass
 class Run:
-    """An open run: its folder and recipe, and, made when first used, its images and backbone."""
+    """An open run: its folder and recipe; its images and backbone are loaded when first used.
+
+    Attributes:
+        planned: steps that fit into --minutes; 0: the recipe's.
+    """
 
     folder: Path
     recipe: Recipe
     watch: Watch
+    planned: int = 0
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -103,9 +117,83 @@ class Run:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The training cache, uint8 [N, 3, S, S]."""
+        """The images that are trained on, uint8 [N, 3, S, S]: a little larger than the input for SwAV's crops."""
+        if self.recipe.kind != "swav":
+            return self.inputs("train")
         size = round(self.preprocessing.size * CACHE_MARGIN)
-        return dataset.cache(self.images, size, self.folder.parent / "cache" / "images.npy")
+        return dataset.cache(self.images, size, self.cache / "images.npy")
+
+    def inputs(self, split: Split, preprocessing: Preprocessing | None = None) -> np.ndarray:
+        """The images of a split as the evaluation transform crops them, uint8 [N, 3, S, S], decoded once.
+
+        Args:
+            preprocessing: another one than the student's.
+        """
+        images = self.images if split == "train" else self.held_out
+        p = preprocessing or self.preprocessing
+        key = [images.fingerprint(), p.size, p.crop_pct, p.interpolation, p.crop_mode]
+        return embed.pixels(images, p, self.cache / f"inputs-{p.size}-{hash_of(key)}.npy")
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what neighboring runs share."""
+        return self.folder.parent / "cache"
+
+    def features(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features of the training and the held-out images, float32 [N, F], computed once and kept.
+
+        Args:
+            name: of a mask that was trained in this run, or ``frozen`` for the plain backbone.
+        """
+        path = self.folder / name / FEATURES
+        if not path.exists():
+            mask = None if name == "frozen" else self.mask(name, self.mask_from)
+            train, test = (self.embedded(mask, split) for split in SPLITS)
+            write_tensors(path, {"train": torch.from_numpy(train), "test": torch.from_numpy(test)})
+        tensors = load_file(path)
+        return tensors["train"].numpy(), tensors["test"].numpy()
+
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features of both sets under dispatcher and experts, float32 [K + 1, N, F] each, computed once and kept."""
+        if not self.recipe.clusters:
+            train, test = self.features("dispatcher")
+            return train[None], test[None]
+        path = self.folder / "experts" / FEATURES
+        if not path.exists():
+            both: dict[str, Tensor] = {}
+            for split in SPLITS:
+                inputs = embed.normalized(self.inputs(split), self.preprocessing)
+                blocks = embed.blocks(self.executor, [self.dispatcher, *self.experts], inputs)
+                both[split] = torch.from_numpy(blocks[1:])
+            write_tensors(path, both)
+        experts = load_file(path)
+        train, test = self.features("dispatcher")
+        return (
+            np.concatenate([train[None], experts["train"].numpy()]),
+            np.concatenate([test[None], experts["test"].numpy()]),
+        )
+
+    def embedded(self, mask: Mask | None, split: Split) -> np.ndarray:
+        """Features of a split under a mask, or of the plain backbone: float32 [N, F]."""
+        inputs = embed.normalized(self.inputs(split), self.preprocessing)
+        return embed.blocks(self.executor, [mask], inputs)[0] if mask else embed.frozen(self.executor, inputs)
+
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation images, int64 each: with labels some are set aside, otherwise none."""
+        if not self.recipe.labels or self.images.labels is None:
+            return np.arange(len(self.images)), np.arange(0)
+        return split_validation(self.images.labels, self.recipe.seed)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the dispatcher: the recipe's, or by the number of images."""
+        if self.planned or self.recipe.steps >= 0:
+            return self.planned or self.recipe.steps
+        if self.recipe.kind == "swav":
+            return SWAV_STEPS
+        by_size = round(STEPS[self.recipe.kind] * (len(self.images) / STEPS_IMAGES) ** 0.5)
+        return min(MOST_STEPS, max(LEAST_STEPS, by_size))
 
     @cached_property
     def views(self) -> list[np.ndarray] | None:
@@ -124,8 +212,7 @@ class Run:
             crops,
             p.to_json(),
         ]
-        name = f"views-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-        path = self.folder.parent / "cache" / name
+        path = self.cache / f"views-{hash_of(key)}"
         self.watch.say(f"storing trunk features of {r.draws} draws of {len(self.images)} images")
         return feature_cache.store(self.executor, self.mask_from, self.pixels, p, crops, r.draws, path)
 
@@ -178,6 +265,7 @@ class Run:
             share=self.share,
             free=self.free,
             amp=r.amp,
+            adapt=r.adapt,  # type: ignore[arg-type]  # auto is resolved by the recipe
         )
 
     @cached_property
@@ -199,8 +287,10 @@ class Run:
     def mask(self, name: str, start: int) -> Mask:
         """A mask that was trained to its end in this run."""
         trained = self.trained(name)
-        scores, norms = strip_prefix(trained, "scores."), strip_prefix(trained, "norms.")
-        return to_mask(name, self.backbone, start, scores, norms, self.recipe.threshold, self.share, self.free)
+        scores, norms, channels = (strip_prefix(trained, f"{kind}.") for kind in ("scores", "norms", "channels"))
+        return to_mask(
+            name, self.backbone, start, scores, norms, self.recipe.threshold, self.share, self.free, channels
+        )
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """The tensors that the training of ``name`` ended with."""
@@ -213,6 +303,17 @@ def trained(folder: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise CascadeError(f"{path} is not there yet: train {folder.name} first")
     return load_file(path)
+
+
+def split_validation(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to validate with, int64 each; every class with two images or more can be in both."""
+    wanted = int(min(max(LEAST_VALIDATION, VALIDATION * len(labels)), MOST_VALIDATION, len(labels) // 5))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, drawn inside of each
+    counts = np.bincount(labels)
+    order = order[counts[labels[order]] > 1]
+    chosen = order[np.linspace(0, len(order), wanted, endpoint=False).astype(int)] if wanted else order[:0]
+    return np.setdiff1d(np.arange(len(labels)), chosen), np.sort(chosen)
 
 
 def begin(folder: Path, recipe: Recipe, watch: Watch) -> Run:
@@ -236,6 +337,11 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+def hash_of(key: Any) -> str:
+    """A short hash of plain types, for the name of a cache file."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
 def write_json(path: Path, value: Any) -> None:
     """A file that is whole or not there; of several processes the first one writes it."""
     if distributed.rank():
@@ -253,5 +359,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A file that is whole or not there; of several processes the first one writes it."""
     if distributed.rank():
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(path, alone=True) as beside:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside)

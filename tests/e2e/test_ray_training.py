@@ -20,8 +20,9 @@ from tests.conftest import need
 from tests.e2e.conftest import ROOT
 from tests.helpers.torments import until
 from training import clusters, dispatcher, experts
-from training.checkpoint import CHECKPOINT, CURVE, DONE
+from training.checkpoint import CHECKPOINT, DONE
 from training.cli import Watch
+from training.curve import CURVE
 from training.recipe import Recipe
 from training.run import begin, resume
 
@@ -56,7 +57,7 @@ def runs(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     dispatcher.train(run)
-    clusters.train(run)
+    clusters.fit(run)
     shutil.copytree(folder / "begun", folder / "alone")
     experts.train(resume(folder / "alone", Watch(None)))
     torch.set_num_threads(threads)
@@ -75,7 +76,7 @@ def test_a_task_dies_and_goes_on_from_its_checkpoint(runs: Path) -> None:
     need(find_spec("ray"), "Ray is not installed")
     run = shutil.copytree(runs / "begun", runs / "tasks")
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))  # short: Ray's sockets lie in it
-    command = [sys.executable, "-m", "training.experts", "--run", str(run), "--ray"]
+    command = [sys.executable, "-m", "training.ray_experts", "--run", str(run)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
         command,

@@ -20,6 +20,9 @@ OTHER = {
 }
 
 
+OTHER_OF = {"objective": "swav", "adapt": "channels"}
+
+
 @pytest.mark.parametrize("name", [f.name for f in fields(Recipe)])
 def test_every_number_is_an_option(name: str) -> None:
     default = Recipe("photos")
@@ -34,10 +37,10 @@ def test_every_number_is_an_option(name: str) -> None:
     elif isinstance(value, tuple):
         arguments, expected = [flag, "0.3", "0.7"], (0.3, 0.7)  # type: ignore[assignment]
     elif isinstance(value, str):
-        expected = OTHER.get(value, "7")  # type: ignore[assignment]
+        expected = OTHER_OF.get(name) or OTHER.get(value, "7")  # type: ignore[assignment]
         arguments = [flag, str(expected)]
     else:
-        shares = ("share", "select_share", "warmup")
+        shares = ("share", "select_share", "warmup", "label_smoothing")
         expected = 0.25 if name in shares else type(value)(value + 2)  # type: ignore[assignment]
         arguments = [flag, str(expected)]
     if name == "source":
@@ -45,7 +48,13 @@ def test_every_number_is_an_option(name: str) -> None:
         arguments = [flag, "random:1"]
     got = recipe_of(parser("", recipe=True).parse_args(["photos", *arguments]))
     assert getattr(got, name) == expected != value
-    unchanged = {"clusters"} if name == "labels" else {"source"} if name == "backbone" else set()
+    follow = {  # what an option decides beside itself
+        "labels": {"clusters", "bank"},
+        "backbone": {"source"},
+        "clusters": {"objective", "adapt"},
+        "objective": {"adapt"},
+    }
+    unchanged = follow.get(name, set())
     kept = {f.name: getattr(default, f.name) for f in fields(Recipe) if f.name in unchanged | {name}}
     assert replace(got, **kept) == default
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.model.router import Prototypes, Router
-from training import clusters, experts
+from training import clusters, experts, heads
 from training.cli import Watch
 from training.recipe import Recipe
 from training.run import CLUSTERS, Run, resume
@@ -197,8 +197,8 @@ def test_calibration_error_of_a_hand_example() -> None:
     one at 1.0, right: no gap. Their sum over the seven answers."""
     confidence = np.array([0.85, 0.85, 0.85, 0.85, 0.21, 0.21, 1.0])
     correct = np.array([1, 1, 1, 0, 1, 1, 1], float)
-    assert clusters.calibration_error(confidence, correct) == pytest.approx((0.4 + 1.58) / 7)
-    assert clusters.calibration_error(np.array([0.0, 1.0, 0.5, 0.5]), np.array([0.0, 1.0, 1.0, 0.0])) == 0
+    assert heads.calibration_error(confidence, correct) == pytest.approx((0.4 + 1.58) / 7)
+    assert heads.calibration_error(np.array([0.0, 1.0, 0.5, 0.5]), np.array([0.0, 1.0, 1.0, 0.0])) == 0
 
 
 def test_confidence_rises_with_the_routers_and_is_measured_on_other_images(trained: Run) -> None:

@@ -20,7 +20,8 @@ from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing
 from tests.helpers.paths import ROOT
-from training.checkpoint import CURVE, DONE
+from training.checkpoint import DONE
+from training.curve import CURVE
 from training.loop import fit, seed_everything
 from training.masking import mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised

@@ -18,6 +18,7 @@ from tests.helpers.paths import DATA
 from training import evaluate
 from training.cli import Watch
 from training.evaluate import knn, probe
+from training.routing import router_of
 from training.run import Run, resume
 
 
@@ -64,8 +65,6 @@ def test_probe_is_l2_penalized_multinomial_regression(sets: tuple[Tensor, Tensor
 
 
 def test_features_are_those_of_every_mask_routed_as_the_bundle_will(run: Run) -> None:
-    from training.export import router_of
-
     features = evaluate.collect(run)
     assert features.train.shape == (4, 240, 1280) and features.test.shape == (4, 60, 1280)
     router = router_of(run)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
 from cascade.bundle.format import Bundle, read
 from cascade.model import masks
 from cascade.model.heads import Linear
-from training import evaluate, export, fusion
+from training import evaluate, export, fusion, heads
 from training.checkpoint import DONE
 from training.cli import Watch
 from training.run import Run, resume
@@ -42,19 +43,19 @@ def embeddings(run: Run, features: evaluate.Features) -> torch.Tensor:
 def test_the_head_is_the_probe_with_its_scaling_folded_in(run: Run, embeddings: torch.Tensor) -> None:
     labels = run.images.labels
     assert labels is not None
-    head = export._linear(embeddings, labels, run.images.classes)
-    scaled = embeddings / embeddings.std()
-    reference = evaluate.fit_probe(scaled, torch.from_numpy(labels))
-    np.testing.assert_allclose(head.scores(embeddings).numpy(), reference.predict_proba(scaled.numpy()), atol=1e-4)
+    fitted = heads.fit(embeddings.numpy(), labels, len(run.images.classes))
+    scaled = ((embeddings - embeddings.mean(dim=0)) / (embeddings - embeddings.mean(dim=0)).std()).numpy()
+    reference = LogisticRegression(C=1 / fitted.penalty, max_iter=300, tol=1e-3).fit(scaled, labels)
+    np.testing.assert_allclose(fitted.head.scores(embeddings).numpy(), reference.predict_proba(scaled), atol=1e-3)
 
 
 def test_two_classes_give_two_rows(embeddings: torch.Tensor) -> None:
     labels = (np.arange(240) % 3 == 0).astype(np.int64)
-    head = export._linear(embeddings, labels, ["others", "thirds"])
-    scaled = embeddings / embeddings.std()
-    reference = evaluate.fit_probe(scaled, torch.from_numpy(labels))
-    assert head.weight.shape == (2, 32)
-    np.testing.assert_allclose(head.scores(embeddings).numpy(), reference.predict_proba(scaled.numpy()), atol=1e-4)
+    fitted = heads.fit(embeddings.numpy(), labels, 2)
+    scaled = ((embeddings - embeddings.mean(dim=0)) / (embeddings - embeddings.mean(dim=0)).std()).numpy()
+    reference = LogisticRegression(C=1 / fitted.penalty, max_iter=300, tol=1e-3).fit(scaled, labels)
+    assert fitted.head.weight.shape == (2, 32)
+    np.testing.assert_allclose(fitted.head.scores(embeddings).numpy(), reference.predict_proba(scaled), atol=1e-3)
 
 
 @pytest.mark.parametrize("missing", [[0], [4, 9], list(range(1, 9))])
@@ -64,7 +65,7 @@ def test_a_class_without_training_images_keeps_its_place_and_is_never_the_answer
     labels, classes = run.images.labels, run.images.classes
     assert labels is not None
     rows = ~np.isin(labels, missing)
-    head = export._linear(embeddings[rows], labels[rows], classes)
+    head = heads.fit(embeddings[rows].numpy(), labels[rows], len(classes)).head
     scores = head.scores(embeddings[rows])
     assert scores.shape[1] == len(classes) == 10
     assert bool((scores[:, missing] == 0).all())

@@ -20,8 +20,9 @@ from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing
 from tests.helpers.paths import DATA, ROOT
-from training.checkpoint import CHECKPOINT, CURVE, DONE
-from training.loop import _wrong, fit, generator, seed_everything
+from training.checkpoint import CHECKPOINT, DONE
+from training.curve import CURVE, Curve, problems
+from training.loop import fit, generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe
@@ -38,6 +39,7 @@ RECIPE = Recipe(
     queue_from=0.3,
     freeze_prototypes=0.2,
     train_norms=True,
+    head_lr=0.15,
 )
 STEPS, EVERY = 14, 3
 
@@ -243,7 +245,7 @@ LEARNS = [
 def test_it_learns(settings: dict[str, object], pixels: np.ndarray, tmp_path: Path) -> None:
     """With real labels the loss falls, though nothing but masks, statistics and a head can move."""
     labels = np.array(json.loads((DATA / "cifar10.json").read_text())["labels"])[:100]
-    recipe = replace(RECIPE, global_scale=(0.8, 1.0), **settings)  # type: ignore[arg-type]
+    recipe = replace(RECIPE, head_lr=0.05, head_steps=0, **settings)  # type: ignore[arg-type]
     model = train(tmp_path, pixels, recipe, labels)
     losses = [json.loads(line)["loss"] for line in (tmp_path / CURVE).read_text().splitlines()]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.05
@@ -367,7 +369,7 @@ def test_a_collapse_is_judged_by_what_so_many_images_can_show() -> None:
         (1.5, 0.7, 16, True),
     ):
         line = {"step": 49, "nearest": nearest, "largest": largest}
-        assert ("embedding" in _wrong(model, line, recipe, images)) == collapsed, line
+        assert ("embedding" in problems(model, line, recipe, images)) == collapsed, line
 
 
 def test_what_is_told_of_the_prototypes() -> None:
@@ -391,3 +393,36 @@ def test_warns_at_the_end_of_a_training_without_checkpoints(
 ) -> None:
     train(tmp_path, pixels, replace(RECIPE, initial=-1.0, lr=0.001), every=1000)
     assert heard
+
+
+# A loss that rises
+
+
+def test_a_head_rate_that_is_too_high_is_named(tmp_path: Path) -> None:
+    curve = Curve(tmp_path / "curve.jsonl", 0)
+    rates = {"scores": 0.02, "channels": 0.002, "head": 0.5}
+    with pytest.raises(
+        CascadeError, match=r"rose from 2.3 to 9 in 40 steps, while only the head .* --head-lr \(now 0.5\)"
+    ):
+        for step in range(100):
+            curve.write({"step": step, "loss": 2.3 if step < 20 else 9.0})
+            curve.check_rise("m", 100, rates)
+    curve.close()
+
+
+def test_rates_of_the_network_that_are_too_high_are_named(tmp_path: Path) -> None:
+    curve = Curve(tmp_path / "curve.jsonl", 0)
+    rates = {"scores": 0.02, "channels": 0.002, "head": 0.001}
+    with pytest.raises(CascadeError, match=r"began to train: lower --lr \(now 0.02\) and --channel-lr \(now 0.002\)"):
+        for step in range(100):
+            curve.write({"step": step, "loss": 2.3 if step < 20 else 9.0})
+            curve.check_rise("m", 10, rates)
+    curve.close()
+
+
+def test_a_loss_that_falls_or_wavers_is_left_alone(tmp_path: Path) -> None:
+    curve = Curve(tmp_path / "curve.jsonl", 0)
+    for step in range(100):
+        curve.write({"step": step, "loss": 2.3 + 0.8 * (step % 2) - step / 100})
+        curve.check_rise("m", 10, {"scores": 0.02, "head": 0.001})
+    curve.close()

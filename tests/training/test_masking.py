@@ -19,7 +19,7 @@ from cascade.model import masks
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
-from training.checkpoint import CURVE
+from training.curve import CURVE
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel, ThresholdMask, active, mask_backbone, select, to_mask
 from training.objectives import SelfSupervised

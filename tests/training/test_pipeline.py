@@ -45,6 +45,7 @@ OPTIONS = {
     "lr": 0.3,
     "local_crops": 0,
     "prototypes": 40,
+    "objective": "swav",
     "clusters": 3,
     "router": "centroid",
     "dim": 16,
@@ -262,15 +263,17 @@ def test_stage_by_stage_gives_what_all_in_a_row_give(
     assert content(out) == content(once)
 
 
-@pytest.mark.parametrize("stage", [clusters, experts, evaluate, export])
+@pytest.mark.parametrize(
+    ("stage", "name"), [(clusters, "fit"), (experts, "train"), (evaluate, "evaluate"), (export, "export")]
+)
 def test_stopped_at_any_stage_it_goes_on_to_the_same_bytes(
-    stage: object, once: Path, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: object, name: str, once: Path, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "train", stop)
+        patch.setattr(stage, name, stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, recipe(cifar_folder, router="gmm"))
     assert content(train(tmp_path, recipe(cifar_folder, router="gmm"))) == content(once)
@@ -459,7 +462,7 @@ def test_a_stage_without_the_one_before_says_which(tmp_path: Path, cifar: list[I
     settings = recipe(enough(tmp_path, cifar), clusters=2)
     run = begin(tmp_path / "run", settings, Watch(None))
     with pytest.raises(CascadeError, match=r"dispatcher/done.safetensors is not there yet: train dispatcher first"):
-        clusters.train(run)
+        clusters.fit(run)
     with pytest.raises(CascadeError, match=r"clusters.safetensors is not there yet: run python -m training.clusters"):
         experts.train(run)
     with pytest.raises(CascadeError, match="no run at .*: start it with python -m training.dispatcher"):

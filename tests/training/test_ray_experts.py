@@ -12,8 +12,9 @@ import pytest
 from cascade.errors import CascadeError
 from tests.conftest import need
 from training import distributed, pipeline, ray_experts
-from training.checkpoint import CURVE, DONE
+from training.checkpoint import DONE
 from training.cli import Watch
+from training.curve import CURVE
 from training.recipe import Recipe
 from training.run import Run
 

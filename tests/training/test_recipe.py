@@ -74,6 +74,14 @@ def test_a_supervised_mask_has_no_clusters() -> None:
     assert Recipe("photos", clusters=5).clusters == 5
 
 
+def test_without_labels_it_is_distilled_unless_clusters_or_swav_are_wanted() -> None:
+    assert (Recipe("photos").kind, Recipe("photos").adapt) == ("distill", "both")
+    assert (Recipe("photos", clusters=5).kind, Recipe("photos", clusters=5).adapt) == ("swav", "mask")
+    assert (Recipe("photos", labels=True).kind, Recipe("photos", labels=True).bank) == ("labels", 0)
+    with pytest.raises(CascadeError, match="--clusters needs --objective swav"):
+        Recipe("photos", objective="distill", clusters=2)
+
+
 def test_crops_scale_with_the_input_and_stay_on_a_grid() -> None:
     assert Recipe("").crops(224) == ((2, 224, (0.14, 1.0)), (6, 96, (0.05, 0.14)))
     assert Recipe("").crops(64) == ((2, 64, (0.14, 1.0)), (6, 24, (0.05, 0.14)))

@@ -67,6 +67,32 @@ def crop_flip(
     return normalize(random_resized_crop(batch.float().div_(255), size, scale, generator), mean, std)
 
 
+def shift_flip(
+    batch: Tensor, most: int, generator: torch.Generator, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Shift by up to ``most`` px in both directions, reflected at the borders, and mirror with p 0.5.
+
+    Like padding with reflection and a random crop: uint8 [B, 3, S, S] -> normalized float32 [B, 3, S, S].
+    """
+    side = batch.shape[-1]
+    shifts = torch.randint(-most, most + 1, (2, len(batch), 1), generator=generator)
+    flip = torch.rand(len(batch), 1, generator=generator) < 0.5
+    rows, columns = _reflect(torch.arange(side) + shifts, side)
+    columns = torch.where(flip, columns.flip(1), columns)
+    index = rows[:, None, :, None].to(batch.device), columns[:, None, None, :].to(batch.device)
+    images, channels = torch.arange(len(batch)), torch.arange(3)
+    shifted = batch[
+        images[:, None, None, None].to(batch.device), channels[None, :, None, None].to(batch.device), *index
+    ]
+    return normalize(shifted.float().div_(255), mean, std)
+
+
+def _reflect(index: Tensor, side: int) -> Tensor:
+    """Indices beyond 0 and side - 1 reflected, without repeating the border."""
+    last = max(1, side - 1)
+    return (last - (index % (2 * last) - last).abs()).clamp(max=side - 1)
+
+
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std for each channel, in place."""
     shape = (1, 3, 1, 1)

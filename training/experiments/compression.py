@@ -69,7 +69,7 @@ def experiment(lab: Lab) -> list[Table]:
         coders = Table(f"{short}: the dispatcher's mask, and the experts' for who has that one", digits=3)
         for seed in lab.seeds:
             run = lab.trained(name, seed)
-            clusters.train(run)
+            clusters.fit(run)
             experts.train(run)
             tuned = tuned_weights(run)
             mask = run.dispatcher.bits.numpy().tobytes()

@@ -28,7 +28,7 @@ def experiment(lab: Lab) -> list[Table]:
     for name in lab.sets():
         for seed in lab.seeds:
             run = lab.trained(name, seed)
-            clusters.train(run)
+            clusters.fit(run)
             experts.train(run)
             features = evaluate.collect(run)
             known, truth = labels(run)

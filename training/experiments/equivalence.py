@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cascade.model import masks
-from training.checkpoint import CURVE
+from training.curve import CURVE
 from training.experiments import report
 from training.experiments.lab import DEEP, Lab, main, name_of
 from training.experiments.report import Table

@@ -37,7 +37,7 @@ def experiment(lab: Lab) -> list[Table]:
         for seed in lab.seeds:
             run = lab.trained(name, seed)
             dispatcher.controls(run)
-            clusters.train(run)
+            clusters.fit(run)
             experts.train(run)
             raw = pixels(run.images), pixels(run.held_out)
             table.add("pixels, 8 x 8", knn(run, raw, eigenvalue=True) | probe(run, raw, plain=not lab.small))

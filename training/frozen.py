@@ -1,0 +1,101 @@
+"""The first rung of every training with labels: the frozen backbone and a well-fitted linear head.
+
+It costs seconds on stored features and nothing to serve. A mask is kept only where it beats this head.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cascade.bundle.format import strip_prefix
+from cascade.model.heads import Linear
+from training import heads
+from training.run import Run
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A classifier that a bundle could serve, with features to measure it by.
+
+    Attributes:
+        name: ``frozen`` or the name of the mask.
+        head: calibrated on the validation images.
+        validation, test: accuracy in [0, 1], the latter NaN without labels.
+        calibration_error: expected calibration error on the test images.
+        temperature: what the logits were divided by.
+    """
+
+    name: str
+    head: Linear
+    validation: float
+    test: float
+    calibration_error: float
+    temperature: float
+
+
+def frozen_head(run: Run) -> Candidate:
+    """Logistic regression on the frozen backbone's features, the penalty chosen by cross-validation."""
+    labels = run.images.labels
+    assert labels is not None
+    rows = run.rows[0]
+    features = run.features("frozen")[0]
+    fitted = heads.fit(
+        features[rows],
+        labels[rows],
+        len(run.images.classes),
+        balanced=run.recipe.class_weights,
+        seed=run.recipe.seed,
+    )
+    return candidate(run, "frozen", fitted.head)
+
+
+def trained_head(run: Run, name: str) -> Candidate:
+    """The head that was trained with a mask."""
+    own = strip_prefix(run.trained(name), "objective.")
+    return candidate(run, name, Linear(own["weight"], own["bias"]))
+
+
+def candidate(run: Run, name: str, head: Linear) -> Candidate:
+    """A head on the features of ``name``: calibrated on validation images, measured on test images."""
+    labels, truth = run.images.labels, run.held_out.labels
+    assert labels is not None
+    train, test = run.features(name)
+    validation = run.rows[1]
+    head, temperature = heads.calibrated(head, train[validation], labels[validation])
+    score = heads.accuracy(head, train[validation], labels[validation]) if len(validation) else float("nan")
+    measured = error = float("nan")
+    if truth is not None:
+        measured = heads.accuracy(head, test, truth)
+        error = heads.calibration_error_of(head, test, truth)
+    return Candidate(name, head, score, measured, error, temperature)
+
+
+def check_labels(run: Run) -> None:
+    """Warn of what makes class folders hard to learn from: rare classes, imbalance, images in several classes."""
+    images = run.images
+    assert images.labels is not None
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    rare = [images.classes[i] for i in np.flatnonzero(counts == 1)]
+    if rare:
+        names = ", ".join(rare[:5]) + (f" and {len(rare) - 5} more" if len(rare) > 5 else "")
+        run.watch.warn(f"{len(rare)} of {len(counts)} classes have one training image ({names}): add images to them")
+    if absent := [images.classes[i] for i in np.flatnonzero(counts == 0)]:
+        run.watch.warn(f"no training images in {', '.join(absent[:5])}: they will never be an answer")
+    present = counts[counts > 0]
+    if present.max() > IMBALANCED * present.min() and not run.recipe.class_weights:
+        run.watch.warn(
+            f"classes have {present.min()} to {present.max()} images:"
+            " add --class-weights if rare classes matter as much"
+        )
+    label_of: dict[str, int] = {}
+    several = sum(
+        label_of.setdefault(d, label) != label for d, label in zip(images.digests, images.labels.tolist(), strict=True)
+    )
+    if several:
+        run.watch.warn(
+            f"{several} images are in several class folders; each image has one class here: a model with several labels"
+            " for one image needs one training for each label"
+        )
+
+
+IMBALANCED = 10  # times as many images in one class as in another

@@ -1,0 +1,74 @@
+"""Optimizers and learning rates: one for each kind of parameter that is trained."""
+
+from collections.abc import Callable
+from math import cos, pi
+
+import torch
+from torch import nn
+
+from training.masking import MaskedModel
+from training.objectives import Objective
+from training.recipe import Recipe
+
+
+class RmsSGD(torch.optim.SGD):
+    """SGD on gradients scaled to a root mean square of 1, tensor by tensor: layers differ a thousandfold."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.grad.div_(p.grad.square().mean().sqrt().clamp(min=1e-12))
+        return super().step(closure)
+
+
+def schedule(progress: float, warmup: float = 0.0) -> float:
+    """The factor of the learning rates: a linear rise, then half a cosine down to 0 (method.md §2).
+
+    Args:
+        progress: share of the steps that are done. warmup: share of the steps in which the rate rises.
+    """
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + cos(pi * (progress - warmup) / (1 - warmup))) if warmup < 1 else 1.0
+
+
+def make_optimizers(
+    model: MaskedModel, objective: Objective, recipe: Recipe, lr: float
+) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers by what they train: ``scores``, ``channels`` or ``weights``, and the objective's ``head``.
+
+    Scores have no weight decay (Theorem 1 requires that).
+
+    Args:
+        lr: of scores or weights; 0 stops the channels, too.
+    """
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for kind, group in model.groups.items():
+        parameters = list(group.values())
+        if kind == "channels":
+            optimizers[kind] = torch.optim.Adam(parameters, lr=recipe.channel_lr if lr else 0.0)
+        else:
+            decay = recipe.weight_decay if kind == "weights" else 0.0
+            name = "adamw" if kind == "weights" and recipe.optimizer == "adam" else recipe.optimizer
+            optimizers[kind] = _optimizer(name, parameters, lr, decay)
+    if own := list(objective.module.parameters()):
+        optimizers["head"] = objective.optimizer(own)
+    for optimizer in optimizers.values():
+        for settings in optimizer.param_groups:
+            settings["initial_lr"] = settings["lr"]
+    return optimizers
+
+
+def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
+    """Multiply every initial learning rate with ``factor``."""
+    for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+        group["lr"] = group["initial_lr"] * factor
+
+
+def _optimizer(name: str, parameters: list[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+    kind = RmsSGD if name == "rms-sgd" else torch.optim.SGD
+    return kind(parameters, lr=lr, momentum=0.9, weight_decay=decay)
