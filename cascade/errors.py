@@ -5,6 +5,10 @@ class CascadeError(Exception):
     """An error that the user can fix. The message is one line that says what is wrong and what to do."""
 
 
+class OutOfMemory(CascadeError):
+    """Something does not fit into the memory that it may take; worth another try when there is more room."""
+
+
 def brief(error: BaseException) -> str:
     """A third-party exception in one line of at most 200 characters: its type and its message."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

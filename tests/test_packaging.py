@@ -11,7 +11,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
-from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -180,36 +180,49 @@ def test_pre_commit_runs_what_make_check_runs() -> None:
         assert command in recipe and any(entry.startswith(command) for entry in entries)
 
 
-def imports(node: ast.AST, inside_functions: bool) -> Iterator[str]:
-    """The first part of every module's name that is imported under the node."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            if not child.level:
-                yield str(child.module).partition(".")[0]
-        elif inside_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from imports(child, inside_functions)
+LAYERS = ("model", "kernels", "bundle", "engine", "offline", "cli")
+"""Of ``cascade``: each imports from those before it and from top-level utilities. The client counts as engine."""
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cascade").rglob("*.py")), ids=lambda path: path.stem)
-def test_engine_knows_no_server_and_no_trainer(path: Path) -> None:
-    """The commands alone start servers and trainings, once they are called; Ray is started for both in one file."""
-    found = set(
-        imports(ast.parse(path.read_text()), inside_functions="cli" not in path.parts and path.name != "ray_session.py")
-    )
-    assert path.name == "ray_session.py" or not re.search(r"\bray_session\b", path.read_text())
-    assert not found & {"handlers", "training", "ts", "torchserve", "ray", "fastapi", "uvicorn"}
+def imports(path: Path) -> set[str]:
+    """The full name of everything that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-@pytest.mark.parametrize("package, other", [("handlers", "training"), ("training", "handlers")])
-def test_servers_and_trainers_do_not_know_each_other(package: str, other: str) -> None:
-    knowing = [
-        str(path)
+def layer(module: str) -> int:
+    package, _, rest = module.partition(".")
+    first = rest.partition(".")[0]
+    if package != "cascade":
+        return len(LAYERS) + 1
+    return LAYERS.index("engine" if first == "client" else first) + 1 if first in (*LAYERS, "client") else 0
+
+
+def test_imports_point_one_way() -> None:
+    """handlers -> cascade <- training, cascade's own layers, and no cycles; commands start servers and trainings."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
-        if other in imports(ast.parse(path.read_text()), inside_functions=True)
-    ]
-    assert not knowing
+    }
+    files.pop("cascade")  # the public names, loaded on first use
+    named = {module: imports(path) for module, path in files.items()}
+    ours = {
+        m: {i if i in files else i.rpartition(".")[0] for i in names} & files.keys() - {m} for m, names in named.items()
+    }
+    assert [*TopologicalSorter(ours).static_order()], "no cycles"
+    for module, imported in ours.items():
+        if module.startswith("cascade.") and not module.startswith("cascade.cli"):
+            above = {other for other in imported if layer(other) > layer(module)}
+            servers = {i for i in named[module] if i.partition(".")[0] in {"ts", "ray", "fastapi", "uvicorn"}}
+            assert not above and (not servers or module == "cascade.ray_session"), (module, above, servers)
+        apart = {"handlers": "training", "training": "handlers"}.get(module.partition(".")[0], "-")
+        assert not {other for other in imported if other.startswith(apart)}, module
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -220,7 +233,7 @@ def test_what_is_imported_is_declared() -> None:
         (str(path), name)
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
-        for name in imports(ast.parse(path.read_text()), inside_functions=True)
+        for name in {full.partition(".")[0] for full in imports(path)}
         if name not in {*sys.stdlib_module_names, *PACKAGES}
         and not declared & set(map(canonicalize_name, homes.get(name, [])))
     }

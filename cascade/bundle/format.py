@@ -5,13 +5,10 @@ fusion, heads) and ``SHA256SUMS`` over all of them. The folder names the bundle,
 another name is the same bytes. No pickle, no timestamps: same inputs, same bytes.
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -21,93 +18,46 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cascade import atomic
+from cascade.bundle.bundle import Bundle as Bundle
+from cascade.bundle.bundle import BundleError as BundleError
+from cascade.bundle.files import CARD as CARD
+from cascade.bundle.files import SUMS as SUMS
+from cascade.bundle.files import check_name, digest_of, sums_of
+from cascade.bundle.files import read as read_files
+from cascade.bundle.files import size as files_size
 from cascade.bundle.schema import FORMAT, Card, MaskCard, Versioned
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.bundle.validate import inconsistencies
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
-from cascade.model.fusion import MODES, Fusion, Identity, Mode
+from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, all_ones
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.preprocessing import Preprocessing
-from cascade.model.router import KINDS, Calibration, Router, tensors
+from cascade.model.router import KINDS, Calibration, tensors
 
-T = TypeVar("T")
-CARD, SUMS = "cascade.json", "SHA256SUMS"
-MAX_BYTES = 2**31  # of one file; a bundle is megabytes
+ALWAYS, RATIO = 2**28, 100
 
 
-class BundleError(CascadeError):
-    """A bundle can't be read, was changed since it was written, or does not fit its backbone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Bundle:
-    """A bundle in memory.
-
-    Attributes:
-        name, version: from the folder that it lies in.
-        card: ``cascade.json``.
-        preprocessing: images in, tensors out; one normalization a bundle.
-        dispatcher, experts: the masks; no experts in a bundle that is one single mask.
-        router, calibration: None and identity without experts.
-        ood: None where none was fitted.
-        fusions, linear, banks: by mode.
-        thumbnails: pictures of the banks' rows; None without the option.
-    """
-
-    name: str
-    version: str
-    card: Card
-    preprocessing: Preprocessing
-    dispatcher: Mask
-    experts: tuple[Mask, ...]
-    router: Router | None
-    calibration: Calibration
-    ood: OutOfDomain | None
-    fusions: dict[Mode, Fusion]
-    linear: dict[Mode, Linear] = field(default_factory=dict)
-    banks: dict[Mode, Bank] = field(default_factory=dict)
-    thumbnails: Thumbnails | None = None
-
-    @property
-    def masks(self) -> tuple[Mask, ...]:
-        return (self.dispatcher, *self.experts)
-
-    @property
-    def identity(self) -> tuple[str, str]:
-        return self.name, self.version
-
-    def to(self, device: str) -> "Bundle":
-        """The same bundle with its tensors on ``device`` (banks and thumbnails stay on the CPU)."""
-        return replace(
-            self,
-            dispatcher=_moved(self.dispatcher, device),
-            experts=tuple(_moved(m, device) for m in self.experts),
-            router=None if self.router is None else _moved(self.router, device),
-            ood=None if self.ood is None else _moved(self.ood, device),
-            fusions={mode: _moved(f, device) for mode, f in self.fusions.items()},
-            linear={mode: _moved(h, device) for mode, h in self.linear.items()},
-        )
-
-    def bytes(self) -> int:
-        """Resident memory of the bundle, everything counted, materialized weights apart."""
-        parts = [self.router, self.ood, self.thumbnails, *self.fusions.values(), *self.linear.values()]
-        held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
-        counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
-        return sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)
-
-
-def read(path: Path) -> Bundle:
+def read(path: Path, identity: tuple[str, str] | None = None, memory: int | None = None) -> Bundle:
     """Read and verify a bundle: format, checksums, and that its parts fit each other.
+
+    Args:
+        path: its folder, ``<name>/<version>``.
+        identity: name and version, where the folder is a temporary one.
+        memory: bytes that the bundle may take, files and masks together; None for no limit beyond ``check_claims``.
 
     Raises:
         BundleError: names the file and what is wrong with it.
+        OutOfMemory: it needs more than ``memory``; nothing was allocated.
     """
     path = Path(path)
+    name, version = identity or check_name(path)
     try:
-        files = _verified_files(path)
+        if memory is not None and (size := files_size(path)) > memory:
+            raise OutOfMemory(f"{path} has {size} bytes, {memory} are allowed: give more memory")
+        files = read_files(path)
     except OSError as error:
         raise BundleError(f"{error.filename or path}: {error.strerror}; copy the bundle again, whole") from None
     try:
@@ -120,14 +70,33 @@ def read(path: Path) -> Bundle:
         first = error.errors()[0]
         where = f"{path / CARD}: {'.'.join(map(str, first['loc']))}"
         raise BundleError(f"{where}: {first['msg']}; this is not a bundle of format 1 to {FORMAT}") from None
+    check_claims(path, card, sum(map(len, files.values())), memory)
     parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
     try:
-        bundle = assemble(path, card, parts)
+        bundle = replace(assemble(card, parts), name=name, version=version, digest=digest_of(files))
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
         raise BundleError(f"{path}: its parts do not fit together ({error!r}); write the bundle again") from None
     for what in inconsistencies(bundle):
         raise BundleError(f"{path}: {what}; write the bundle again")
     return bundle
+
+
+def check_claims(path: Path, card: Card, size: int, memory: int | None) -> None:
+    """Compare what a card claims with the bytes that are there, before anything is allocated for it.
+
+    Masks may expand to ``ALWAYS`` bytes, or to ``RATIO`` times the bundle's ``size`` in bytes.
+
+    Raises:
+        BundleError: the masks claim more.
+        OutOfMemory: they claim more than ``memory``.
+    """
+    bits = sum(-(-mask.weights // 8) for mask in card.masks)
+    if any(mask.weights > card.backbone.maskable for mask in card.masks):
+        raise BundleError(f"{path / CARD}: a mask covers more weights than the backbone has; write the bundle again")
+    if bits > max(ALWAYS, RATIO * size):
+        raise BundleError(f"{path / CARD}: {size} bytes of files claim {bits} bytes of masks; get the bundle again")
+    if memory is not None and size + bits > memory:
+        raise OutOfMemory(f"{path} needs {size + bits} bytes, {memory} are allowed: give more memory")
 
 
 def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
@@ -172,29 +141,49 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
                 )
 
 
-def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
-    """Write a bundle to ``path`` (``<name>/<version>``), which must not exist; all of it or nothing.
+def serialize(bundle: Bundle, *, compress: bool = True) -> dict[str, bytes]:
+    """The files of a bundle by name, without ``SHA256SUMS``.
 
     Args:
-        bundle: its name and version are not written, the folder gives them.
-        path: the folder to make.
         compress: mask bits as zstd frames instead of plain.
     """
-    path = Path(path)
-    if path.exists():
-        raise BundleError(f"{path} exists; versions are never overwritten: choose the next number")
     held = contents(bundle, compress=compress)
     files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in held.items() if tensors}
     sizes = {name: len(raw) for name, raw in sorted(files.items())}
     card = bundle.card.model_copy(update={"format": format_of(bundle), "bytes": sizes})
-    files[CARD] = (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
-    sums = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items()))
-    files[SUMS] = sums.encode()
+    return files | {CARD: (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
+    """Write a bundle to ``path`` (``<name>/<version>``), which must not exist, atomically.
+
+    Args:
+        bundle: its name and version are not written; the folder gives them.
+        path: the folder to make.
+        compress: mask bits as zstd frames instead of plain.
+
+    Raises:
+        BundleError: ``path`` exists, has a name that no bundle can have, or can't be written.
+    """
+    files = serialize(bundle, compress=compress)
+    return write_files(path, files | {SUMS: sums_of(files)})
+
+
+def write_files(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Write the files of a bundle, ``SHA256SUMS`` among them, to a new folder, verified, atomically.
+
+    Raises:
+        BundleError: as for ``write``, or the files are no valid bundle.
+    """
+    path = Path(path)
+    name = check_name(path)
+    if path.exists():
+        raise BundleError(f"{path} exists; versions are never overwritten: choose the next number")
     try:
-        with atomic.folder(path) as beside:
-            for name, raw in files.items():
-                (beside / name).write_bytes(raw)
-            read(beside)  # what could not be read back is not written
+        with atomic.folder(path) as staging:
+            for file, raw in files.items():
+                (staging / file).write_bytes(raw)
+            read(staging, name)
     except OSError as error:
         raise BundleError(f"can't write {path}: {error.strerror}; make room or choose another folder") from error
     return path
@@ -215,41 +204,8 @@ def _keeps_all(mask: Mask, card: MaskCard) -> bool:
 
 
 def digest(bundle: Bundle) -> str:
-    """What tells a bundle from all others, in hex: over its card, fusions and router, as an engine holds them, too."""
-    parts: list[Any] = [fusion for _, fusion in sorted(bundle.fusions.items())]
-    parts += [bundle.router] if bundle.router else []
-    held = [getattr(part, each.name) for part in parts for each in fields(part)]
-    found = hashlib.sha256(bundle.card.model_dump_json().encode())
-    for tensor in held:
-        if isinstance(tensor, Tensor):
-            found.update(tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def _verified_files(path: Path) -> dict[str, bytes]:
-    if not (path / CARD).is_file():
-        raise BundleError(f"no bundle at {path}: {CARD} is missing; a bundle is a folder <name>/<version>")
-    sums = (path / SUMS).read_bytes()
-    listed = re.fullmatch(rb"(?:[0-9a-f]{64}  [a-z.]+\n)+", sums)
-    entries = {line[66:].decode(): line[:64].decode() for line in sums.splitlines()} if listed else {}
-    present = {p.name for p in path.iterdir()} - {SUMS}
-    if present != set(entries):
-        odd = ", ".join(sorted(present ^ set(entries)))
-        raise BundleError(
-            f"{path / SUMS} does not list just the files that are there ({odd}); copy the bundle again, whole"
-        )
-    files = {}
-    for name, digest in entries.items():
-        if not (path / name).is_file():  # opening a named pipe would wait for ever
-            raise BundleError(f"{path / name} is not a file; copy the bundle again, whole")
-        if (path / name).stat().st_size > MAX_BYTES:
-            raise BundleError(f"{path / name} is larger than {MAX_BYTES} bytes; no part of a bundle is")
-        files[name] = (path / name).read_bytes()
-        if hashlib.sha256(files[name]).hexdigest() != digest:
-            raise BundleError(
-                f"{path / name}: its checksum is not the one in {SUMS}; the file was changed or cut: copy it again"
-            )
-    return files
+    """What identifies a bundle, in hex: over every byte of its files, whether it was read from them or made here."""
+    return bundle.digest or digest_of(serialize(bundle))
 
 
 def _tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
@@ -283,8 +239,8 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
     return {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
 
 
-def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
-    """A bundle of its card and the tensors of each file; ``read`` has more to check than this."""
+def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
+    """A bundle, without a name yet, from its card and the tensors of each file; ``read`` checks more than this."""
     masks = [_mask(parts.get("masks.safetensors", {}), m, card.format) for m in card.masks]
     routing = parts.get("router.safetensors", {})
     fusion, heads = parts.get("fusion.safetensors", {}), parts.get("heads.safetensors", {})
@@ -297,8 +253,8 @@ def assemble(path: Path, card: Card, parts: Mapping[str, Mapping[str, Tensor]]) 
         router = kind(**strip_prefix(routing, "router."))
     labels = _lines(heads["bank.labels"]) if "bank.labels" in heads else ()
     return Bundle(
-        name=path.resolve().parent.name,
-        version=path.resolve().name,
+        name="",
+        version="",
         card=card,
         preprocessing=Preprocessing.from_json(card.preprocessing),
         dispatcher=masks[0],
@@ -328,17 +284,6 @@ def _mask(stored: Mapping[str, Tensor], card: MaskCard, version: int) -> Mask:
     if version == 1 and any(parts[1:]):
         raise ValueError(f"mask {card.name} has trained channels or deltas, which format 1 does not have")
     return Mask(card.name, card.start, bits, *parts)
-
-
-def _moved(part: T, device: str) -> T:
-    """A dataclass of tensors (or of tables of tensors) on another device."""
-    move = {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
-    for name, value in move.items():
-        if isinstance(value, Tensor):
-            move[name] = value.to(device)
-        elif isinstance(value, dict):
-            move[name] = {k: t.to(device) for k, t in value.items()}
-    return type(part)(**move)
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

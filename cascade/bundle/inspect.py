@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from cascade.bundle.format import Bundle
+from cascade.bundle.bundle import Bundle
 from cascade.bundle.schema import Card
 from cascade.errors import printable
 

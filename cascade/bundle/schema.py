@@ -10,13 +10,21 @@ from cascade.model.fusion import Mode
 FORMAT = 2
 """The newest format. A bundle that uses nothing new in it is written as format 1, so that older readers take it."""
 MAX_WEIGHTS = 2**32  # of one mask: half a gigabyte of bits
+SOURCE = r"^(timm|random:[0-9]{0,18}|file:[^/\\\x00-\x1f]+|package:[A-Za-z_]\w*(/\w[\w.-]*)+)$"
+"""Where weights come from: a file is given by name only, so that a card can't open any path of this machine."""
 
 
-class BackboneCard(BaseModel):
+class Finite(BaseModel):
+    """A part of the card in which no number is NaN or infinite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class BackboneCard(Finite):
     """The backbone that the masks belong to."""
 
     name: str
-    source: str
+    source: str = Field(pattern=SOURCE)
     fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
     features: int = Field(gt=0)
     stages: list[str]
@@ -35,7 +43,7 @@ class BackboneCard(BaseModel):
         )
 
 
-class MaskCard(BaseModel):
+class MaskCard(Finite):
     """One mask: its first stage, the weights that it covers and how many of them it keeps."""
 
     name: str
@@ -45,7 +53,7 @@ class MaskCard(BaseModel):
     differs_from_dispatcher: float = Field(default=0.0, ge=0, le=1)
 
 
-class RouterCard(BaseModel):
+class RouterCard(Finite):
     """The router's kind, the shares of its clusters in training, and its calibration."""
 
     kind: str
@@ -66,7 +74,7 @@ class Card(Versioned):
     model_config = ConfigDict(extra="forbid")
     backbone: BackboneCard
     preprocessing: dict[str, Any]
-    masks: list[MaskCard] = Field(min_length=1)
+    masks: list[MaskCard] = Field(min_length=1, max_length=1025)
     router: RouterCard | None = None
     mode: Mode
     dim: int = Field(gt=0)

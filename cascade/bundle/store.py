@@ -20,16 +20,15 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cascade.atomic import sync
-from cascade.bundle.format import CARD, MAX_BYTES, SUMS, Bundle, BundleError, read
+from cascade.bundle.bundle import Bundle, BundleError
+from cascade.bundle.files import CARD, MAX_BYTES, MAX_FILES, NAME, SUMS
+from cascade.bundle.format import read
 from cascade.cache import cache_folder
 from cascade.errors import CascadeError, brief
 
 T = TypeVar("T")
 Identity = tuple[str, str]
 """(name, version) of a bundle."""
-NAME = re.compile(r"[\w-][\w. -]*")
-"""A bundle's or a version's name in a remote store, and of a file in it: it becomes a path on this machine."""
-MAX_FILES = 16  # of a bundle; it has seven at most
 TIMEOUTS = {"sock_connect": 5, "sock_read": 10}  # seconds, over HTTP; the clients of S3 and the like have their own
 ROOM = "make room for copies of the store's bundles"
 PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])")

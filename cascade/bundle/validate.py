@@ -1,23 +1,28 @@
 """Whether the parts of a bundle fit each other: names, counts, and every tensor's dtype and shape."""
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import fields
 
 import torch
+from torch import Tensor
 
+from cascade.bundle.bundle import Bundle
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
 from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Prototypes, Router
 
-if TYPE_CHECKING:
-    from cascade.bundle.format import Bundle
+MAX_SIZE, MIN_CROP, MAX_CROP = 2048, 0.2, 2.0
 
 
-def inconsistencies(bundle: "Bundle") -> Iterator[str]:
+def inconsistencies(bundle: Bundle) -> Iterator[str]:
     """Inconsistencies between the bundle's parts; ``cascade.bundle.format.check`` compares it with its backbone."""
     card, k = bundle.card, len(bundle.experts)
+    yield from _not_finite(bundle)
+    yield from _preprocessing(bundle.preprocessing)
     names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
     if [m.name for m in bundle.masks] != names:
         yield f"its masks should be {' '.join(names)}"
@@ -64,6 +69,28 @@ def inconsistencies(bundle: "Bundle") -> Iterator[str]:
         rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
         wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
         yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.inconsistencies())
+
+
+def _not_finite(bundle: Bundle) -> Iterator[str]:
+    """Parts that hold NaN or infinity: their answers would not be numbers."""
+    parts = {"router": bundle.router, "ood": bundle.ood} | {m.name: m for m in bundle.masks}
+    for group in ("fusions", "linear", "banks"):
+        parts |= {f"{group} {mode}": part for mode, part in getattr(bundle, group).items()}
+    for what, part in parts.items():
+        values = [getattr(part, f.name) for f in fields(part)] if part is not None else []  # type: ignore[arg-type]
+        tensors = [t for v in values for t in (v.values() if isinstance(v, dict) else [v]) if isinstance(t, Tensor)]
+        if any(t.is_floating_point() and not t.isfinite().all() for t in tensors):
+            yield f"{what}: not all of its numbers are finite"
+
+
+def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
+    """Sizes that would make an image of a few pixels take gigabytes."""
+    if not 1 <= preprocessing.size <= MAX_SIZE:
+        yield f"preprocessing: size {preprocessing.size} is not within 1 to {MAX_SIZE} pixels"
+    if not MIN_CROP <= preprocessing.crop_pct <= MAX_CROP:
+        yield f"preprocessing: crop_pct {preprocessing.crop_pct} is not within {MIN_CROP} to {MAX_CROP}"
+    if not all(map(math.isfinite, (*preprocessing.mean, *preprocessing.std))) or min(preprocessing.std) <= 0:
+        yield "preprocessing: mean and std are not finite, or std is not above 0"
 
 
 def _misshapen(

@@ -59,17 +59,6 @@ def signed(
         _signed(words, bits, weights, begin, end, scales, deltas, past_caches, out)
 
 
-def count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Active weights of each segment, int64 [segments].
-
-    Args:
-        bits: packed bits, uint8.
-        bounds: where each segment begins, and the end of the last, int64 [segments + 1].
-    """
-    with _alone:
-        return np.asarray(_count(bits, bounds))
-
-
 def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
     """Bits from the order of ``Backbone.weights`` to an executor's, see ``weight_layout.BlockOrder``.
 
@@ -185,27 +174,6 @@ def _signed(
                 _sign_step(out, weights, scale, delta, word << 4, words[word])
         for k in range(whole, stop):
             out[k] = weights[k] * scale[k & 15] + delta[k & 15] * np.float32(((bits[k >> 3] >> (k & 7)) & 1) * 2 - 1.0)
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _count(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:  # pragma: no cover - compiled
-    out = np.zeros(len(bounds) - 1, np.int64)
-    for s in prange(len(out)):
-        i, end, total = bounds[s], bounds[s + 1], 0
-        while i < end and i & 7:
-            total += (bits[i >> 3] >> (i & 7)) & 1
-            i += 1
-        while i + 8 <= end:
-            byte = np.uint32(bits[i >> 3])
-            pairs = byte - ((byte >> 1) & 0x55)
-            fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-            total += int((fours + (fours >> 4)) & 0x0F)
-            i += 8
-        while i < end:
-            total += (bits[i >> 3] >> (i & 7)) & 1
-            i += 1
-        out[s] = total
-    return out
 
 
 @njit(parallel=True, nogil=True, cache=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cascade.model.backbone import Backbone
-from cascade.model.masks import Mask, alpha, split, unpack
+from cascade.model.masks import Mask, alpha, count_active, split, unpack
 
 
 def materialize(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def materialize(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Te
 
     bounds = np.array([s.offset - first for s in backbone.segments if s.offset >= first] + [len(pristine)])
     bits = mask.bits.numpy()
-    alphas = np.sqrt(np.maximum(cpu.count(bits, bounds), 1) / np.diff(bounds))
+    alphas = np.sqrt(np.maximum(count_active(bits, bounds), 1) / np.diff(bounds))
     scales = np.repeat((1 / alphas).astype(np.float32)[:, None], cpu.LANES, axis=1)
     begin, end, segment = cut(bounds[:-1], bounds[1:])
     cpu.masked(bits, pristine.numpy(), begin, end, scales[segment], out.numpy())

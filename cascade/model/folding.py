@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cascade.errors import CascadeError
 from cascade.model.backbone import Backbone
-from cascade.model.masks import Mask
+from cascade.model.masks import Mask, count_active
 
 PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
 """Layers that use their weight unchanged; a subclass may standardize it first."""
@@ -193,12 +193,10 @@ class _State:
         self.first = backbone.offset(mask.start) if mask else backbone.weights.numel()
         if mask is None:
             return
-        from cascade.kernels.cpu import count  # numba takes a second to import
-
         self.bits = mask.bits.cpu().numpy()
         covered = [s for s in backbone.segments if s.offset >= self.first]
         bounds = np.array([s.offset - self.first for s in covered] + [backbone.weights.numel() - self.first])
-        share = np.maximum(count(self.bits, bounds), 1) / np.diff(bounds)
+        share = np.maximum(count_active(self.bits, bounds), 1) / np.diff(bounds)
         roots = np.ones(len(share)) if mask.deltas else np.sqrt(share)
         self.alpha = {s.offset: a for s, a in zip(covered, roots.tolist(), strict=True)}
 

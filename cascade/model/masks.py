@@ -13,7 +13,9 @@ They fold into the scale and shift that each output channel has anyway, so they 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +74,20 @@ def all_ones(n: int) -> Tensor:
 def frozen(backbone: Backbone) -> Mask:
     """The dispatcher of a bundle that leaves the backbone as it is."""
     return Mask("dispatcher", len(backbone.stages), all_ones(0))
+
+
+def count_active(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The number of set bits in each segment, int64 [segments].
+
+    Args:
+        bits: packed bits, uint8.
+        bounds: where each segment begins, and the end of the last one, int64 [segments + 1].
+    """
+    ones = np.bitwise_count(bits)
+    whole = np.array([ones[a:b].sum() for a, b in pairwise((bounds >> 3).tolist())], dtype=np.int64)
+    padded = np.append(bits, np.uint8(0))  # a bound may be the end
+    partial = np.bitwise_count(padded[bounds >> 3] & ((1 << (bounds & 7)) - 1)).astype(np.int64)
+    return np.asarray(whole + np.diff(partial))
 
 
 def alpha(active: Tensor) -> float:

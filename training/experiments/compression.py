@@ -1,4 +1,4 @@
-"""Tables 2 and 3: masks and fine-tuned weights under compressors; experts as deltas; a context coder.
+"""Tables 2 and 3: masks and fine-tuned weights under compressors, and experts as deltas.
 
 python -m training.experiments.compression
 python -m training.experiments.compression --set backbone=resnet50 source=package:imgsim/model.pth steps=40 clusters=1
@@ -8,14 +8,11 @@ import bz2
 import gzip
 import lzma
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from cascade.bundle import coder
 from cascade.errors import CascadeError
 from cascade.model import masks
 from training import clusters, experts, finetune
@@ -31,9 +28,6 @@ REDUCED = {  # masks, weights; in %
     "sun397": {"gzip": (81.25, 6.99), "bz2": (82.11, 4.69), "lzma": (83.32, 7.69), "lz4": (62.52, -0.39)}
     | {"snappy": (66.54, -0.0046)},
 }
-FASTER, SMALLER = 100e6, 0.1  # what a transport form must be: bytes of bits a second, and of lzma's size
-
-Sent = tuple[int, int, float]  # bytes, of how many, and seconds to decode them
 Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 
@@ -56,7 +50,7 @@ def codecs() -> dict[str, Codec]:
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """For each data set: masks beside weights, experts, coders."""
+    """For each data set: masks beside weights, and experts as deltas."""
     tables = []
     for name in lab.sets():
         short = name_of(name)
@@ -66,7 +60,6 @@ def experiment(lab: Lab) -> list[Table]:
         }
         both = Table(f"Tables 2 and 3: {short}, sizes after compression", published=reduced, digits=2)
         delta = Table(f"{short}: bits a weight of experts", digits=3)
-        coders = Table(f"{short}: the dispatcher's mask, and the experts' for who has that one", digits=3)
         for seed in lab.seeds:
             run = lab.trained(name, seed)
             clusters.fit(run)
@@ -77,12 +70,9 @@ def experiment(lab: Lab) -> list[Table]:
                 both.add(codec, cells)
             for codec, cells in deltas(run).items():
                 delta.add(codec, cells)
-            for way, cells in coded(run).items():
-                coders.add(way, cells)
             note = f"{short}: {8 * len(mask)} masks, {100 * masks.density(run.backbone, run.dispatcher):.2f} % active"
             lab.notes.append(f"{note}, {len(mask)} bytes packed; weights {len(tuned)} bytes")
-        tables += [both, delta, coders]
-        lab.notes.append(f"{short}: {_verdict(coders)}")
+        tables += [both, delta]
     return tables
 
 
@@ -128,40 +118,6 @@ def deltas(run: Run) -> dict[str, dict[str, float]]:
     return out
 
 
-def coded(run: Run) -> dict[str, dict[str, float]]:
-    """By coder, bits a weight and decode speed: of the dispatcher's mask, and of the experts' for who has that one.
-
-    The context coder takes what earlier experts have changed into account, too.
-    """
-    experts = [e.bits.numpy() for e in run.experts]
-    begun = run.dispatcher.bits[-len(experts[0]) :].numpy()
-    cases: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = [(run.dispatcher.bits.numpy(), ())]
-    cases += [(bits, (begun, *experts[:k])) for k, bits in enumerate(experts)]
-    coders: dict[str, list[Sent]] = {"lzma": [], "context coder": []}
-    for bits, known in cases:
-        for name, (data, decode) in beside_lzma(bits, known).items():
-            coders[name].append((len(data), len(bits), _fastest(decode)))
-    return {name: _cells("mask", sent[:1]) | _cells("experts", sent[1:]) for name, sent in coders.items()}
-
-
-def beside_lzma(bits: np.ndarray, known: Sequence[np.ndarray]) -> dict[str, tuple[bytes, Callable[[], object]]]:
-    """Packed bits as both send them to who has the masks ``known``, and what decodes that; lzma sends changes.
-
-    Raises:
-        CascadeError: the context coder does not give back what it took.
-    """
-    sent, decode = coder.encode(bits, known), partial(coder.decode, size=len(bits), known=known)
-    if not np.array_equal(decode(sent), bits):
-        raise CascadeError("the context coder does not give back what it took: this is a bug")
-    changes = lzma.compress((bits ^ known[0] if len(known) else bits).tobytes())
-    return {"lzma": (changes, partial(lzma.decompress, changes)), "context coder": (sent, partial(decode, sent))}
-
-
-def _cells(what: str, sent: list[Sent]) -> dict[str, float]:
-    data, size, seconds = map(sum, zip(*sent, strict=True))
-    return {f"{what}, bits a weight": data / size, f"{what}, decode MB/s": size / 1e6 / seconds}
-
-
 def _weights(run: Run, start: int) -> int:
     return run.backbone.weights.numel() - run.backbone.offset(start)
 
@@ -173,17 +129,6 @@ def _fastest(call: Callable[[], Any], rounds: int = 3) -> float:
         call()
         found.append(time.perf_counter() - begin)
     return min(found)
-
-
-def _verdict(coders: Table) -> str:
-    """The context coder beside what a transport form has to be."""
-    found = []
-    for what in ("mask", "experts"):
-        ratio = coders.mean("context coder", f"{what}, bits a weight") / coders.mean("lzma", f"{what}, bits a weight")
-        speed = coders.mean("context coder", f"{what}, decode MB/s")
-        met = "met" if 1 - ratio >= SMALLER and speed * 1e6 >= FASTER else "missed"
-        found.append(f"{what} {100 * (1 - ratio):.1f} % smaller than lzma at {speed:.0f} MB/s: {met}")
-    return f"context coder, goal {100 * SMALLER:.0f} % at {FASTER / 1e6:.0f} MB/s of decoded bits: {'; '.join(found)}"
 
 
 if __name__ == "__main__":
