@@ -78,7 +78,7 @@ QUEUE_DEPTH = _gauge("queue_depth", "Images that wait for a pass, all workers.")
 CLUSTER_SHARE_SHIFT = _gauge(
     "cluster_share_shift",
     "Total-variation distance, 0 to 1, of the cluster shares served from those trained on; worst worker.",
-    ["bundle"],
+    ["bundle", "version"],
     "livemax",
 )
 BUNDLE_REFUSED = _gauge(
@@ -105,20 +105,30 @@ class _Shares:
         return sum(abs(s - t) for s, t in zip(self.served, self.trained, strict=True)) / 2
 
 
-_serving: dict[str, _Shares] = {}
+_serving: dict[tuple[str, str], _Shares] = {}
 _refused: set[str] = set()
 _lock = threading.Lock()
 
 
-def serving(bundle: str, shares: Sequence[float] = ()) -> None:
-    """Make ``bundle`` a label; ``shares`` are those of its clusters in training (empty without a router).
+def add_bundle(bundle: str, version: str, shares: Sequence[float] = ()) -> None:
+    """Make a bundle a label; ``shares`` are those of its clusters in training (empty without a router).
 
     The served shares start at those of training, so that the first few images raise no alarm.
     """
     with _lock:
-        _serving[bundle] = _Shares(tuple(shares), list(shares))
+        _serving[bundle, version] = _Shares(tuple(shares), list(shares))
     if shares:
-        CLUSTER_SHARE_SHIFT.labels(bundle).set(0)
+        CLUSTER_SHARE_SHIFT.labels(bundle, version).set(0)
+
+
+def remove_bundle(bundle: str, version: str) -> None:
+    """Forget a bundle's cluster shares, and its drift with them."""
+    with _lock:
+        shares = _serving.pop((bundle, version), None)
+    if shares and shares.trained:
+        CLUSTER_SHARE_SHIFT.labels(bundle, version).set(0)  # prometheus_client can't remove it from shared files
+        if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            CLUSTER_SHARE_SHIFT.remove(bundle, version)
 
 
 def refused(bundle: str, still: bool = True) -> None:
@@ -128,22 +138,22 @@ def refused(bundle: str, still: bool = True) -> None:
         _refused.add(bundle)
 
 
-def count(bundle: str | None, cluster: int | None, outcome: str = "ok") -> None:
+def count_answer(bundle: str | None, cluster: int | None, outcome: str = "ok", *, version: str | None = None) -> None:
     """Count one answer.
 
     Args:
         bundle: its name. One that is not served counts as "unknown", because the client chose the name.
         cluster: None for an error.
         outcome: "ok", or the kind of the error.
+        version: of the bundle that answered; None for an error.
     """
     with _lock:
-        shares = _serving.get(bundle or "")
+        shares = _serving.get((bundle or "", version or ""))
         if shares and cluster is not None and cluster < len(shares.served):
-            CLUSTER_SHARE_SHIFT.labels(bundle).set(shares.add(cluster))
+            CLUSTER_SHARE_SHIFT.labels(bundle, version).set(shares.add(cluster))
+        known = shares is not None or any(name == bundle for name, _ in _serving)
     REQUESTS.labels(
-        bundle=bundle if shares else "unknown",
-        cluster="none" if cluster is None else str(cluster),
-        outcome=outcome,
+        bundle=bundle if known else "unknown", cluster="none" if cluster is None else str(cluster), outcome=outcome
     ).inc()
 
 

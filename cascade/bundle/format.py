@@ -59,7 +59,7 @@ def read(path: Path, identity: tuple[str, str] | None = None, memory: int | None
             raise OutOfMemory(f"{path} has {size} bytes, {memory} are allowed: give more memory")
         files = read_files(path)
     except OSError as error:
-        raise BundleError(f"{error.filename or path}: {error.strerror}; copy the bundle again, whole") from None
+        raise BundleError(f"{error.filename or path}: {error.strerror}; copy the bundle again, whole") from error
     try:
         if not 1 <= (found := Versioned.model_validate_json(files[CARD]).format) <= FORMAT:
             raise BundleError(

@@ -5,23 +5,24 @@ read from there: so a worker that is started again downloads nothing, and starts
 """
 
 import hashlib
-import itertools
 import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cascade.atomic import sync
 from cascade.bundle.bundle import Bundle, BundleError
-from cascade.bundle.files import CARD, MAX_BYTES, MAX_FILES, NAME, SUMS
+from cascade.bundle.files import CARD, MAX_BYTES, MAX_FILES, NAME, SUMS, check_name
 from cascade.bundle.format import read
 from cascade.cache import cache_folder
 from cascade.errors import CascadeError, brief
@@ -29,11 +30,12 @@ from cascade.errors import CascadeError, brief
 T = TypeVar("T")
 Identity = tuple[str, str]
 """(name, version) of a bundle."""
+ABANDONED = 3600.0
+"""Seconds without a write after which a half-made copy is removed."""
 TIMEOUTS = {"sock_connect": 5, "sock_read": 10}  # seconds, over HTTP; the clients of S3 and the like have their own
 ROOM = "make room for copies of the store's bundles"
 PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])")
 """The folders of a path that begins at the root of a machine."""
-_copies = itertools.count()
 log = logging.getLogger(__name__)
 
 
@@ -88,34 +90,35 @@ class Store:
         """The bundles of which a whole copy lies on this machine: what there is while the store is out of reach."""
         return _listed(self.cache) if self.cache is not None and self.cache.is_dir() else {}
 
-    def read(self, name: str, version: str) -> tuple[Bundle, str]:
+    def read(self, name: str, version: str, memory: int | None = None) -> tuple[Bundle, str]:
         """A bundle, verified, and the digest of its checksums (equal where, and only where, all its bytes are).
 
         After a look in vain the copy is taken unseen: a store that hangs would be waited for once a bundle.
 
         Raises:
             BundleError: what is wrong with it.
+            OutOfMemory: it needs more than ``memory`` bytes.
             StoreError: it can't be reached, or copied to this machine.
         """
         if self.folder is not None:
-            return _read(self.folder / name / version)
+            return _read(self.folder / name / version, (name, version), memory)
         assert self.cache is not None
         copy, there = self.cache / name / version, f"{self.root.rstrip('/')}/{name}/{version}"
         if self._away and copy.is_dir():
-            return _read(copy)
+            return _read(copy, (name, version), memory)
         try:
             files = self._reach(lambda: self._files(there))
             sums = self._reach(lambda: self.fs.cat_file(files[SUMS])) if SUMS in files else b""
         except StoreError:
             if not copy.is_dir():
                 raise
-            return _read(copy)
+            return _read(copy, (name, version), memory)
         if (copy / SUMS).is_file() and (copy / SUMS).read_bytes() == sums:
             try:
-                return _read(copy)
+                return _read(copy, (name, version), memory)
             except BundleError as error:
                 log.warning("a copy was damaged on this machine and is fetched again: %s", error)
-        return self._copy(files, there, copy)
+        return self._copy(files, there, copy, memory)
 
     def public(self, text: str) -> str:
         """A text about this store's bundles for people outside: files by bundle and name, without the way there."""
@@ -134,7 +137,7 @@ class Store:
         found = {}
         for bundle in self._folders(self.root):
             for version in self._folders(bundle):
-                entries = self.fs.ls(version, detail=True)
+                entries = self._entries(version)
                 files = {_base(e["name"]): e for e in entries}
                 if CARD not in files:
                     continue
@@ -145,18 +148,26 @@ class Store:
         return found
 
     def _folders(self, path: str) -> list[str]:
-        entries = [e for e in self.fs.ls(path, detail=True) if e["name"].rstrip("/") != path.rstrip("/")]
+        listed = self.fs.ls(path, detail=True) if path == self.root else self._entries(path)
+        entries = [e for e in listed if e["name"].rstrip("/") != path.rstrip("/")]
         return sorted(e["name"] for e in entries if e["type"] == "directory" and NAME.fullmatch(_base(e["name"])))
+
+    def _entries(self, path: str) -> list[dict[str, Any]]:
+        """What is in a folder below the root; nothing if it is gone by now: a stale link costs the others nothing."""
+        try:
+            return list(self.fs.ls(path, detail=True))
+        except FileNotFoundError:
+            return []
 
     def _files(self, path: str) -> dict[str, str]:
         """Full names by the names of the files in a remote folder."""
         self.fs.invalidate_cache()
         return {_base(e["name"]): e["name"] for e in self.fs.ls(path, detail=True)}
 
-    def _copy(self, files: dict[str, str], there: str, copy: Path) -> tuple[Bundle, str]:
+    def _copy(self, files: dict[str, str], there: str, copy: Path, memory: int | None) -> tuple[Bundle, str]:
         """Fetch a bundle: every file synced, the whole verified, then renamed to where it is looked for."""
         assert self.cache is not None
-        staging = self.cache / f".{os.getpid()}-{next(_copies)}"
+        staging = self.cache / f".{os.getpid()}-{uuid4().hex}"
         here = staging / copy.parent.name / copy.name
         if foreign := [name for name in files if not NAME.fullmatch(name)] or sorted(files)[MAX_FILES:]:
             raise BundleError(f"{there}: {foreign[0]!r} is no file of a bundle; copy the bundle again")
@@ -165,7 +176,7 @@ class Store:
             for name, remote in sorted(files.items()):  # HTTP lists them in an order of its own
                 self._fetch(remote, here / name)
             try:
-                found = _read(here)
+                found = _read(here, (copy.parent.name, copy.name), memory)
             except BundleError as error:
                 raise BundleError(str(error).replace(str(here), there)) from None
             _within(lambda: _replace(here, copy), ROOM)
@@ -195,10 +206,11 @@ class Store:
 
     @staticmethod
     def _sweep(cache: Path) -> None:
-        """Remove copies that were cut off because their process died."""
+        """Remove copies that were cut off long ago. Process ids tell nothing where containers share the folder."""
         for path in cache.glob(".*-*"):
-            if not Path("/proc", path.name[1:].partition("-")[0]).exists():
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process removes it
+                if time.time() - max(p.stat().st_mtime for p in (path, *path.rglob("*"))) > ABANDONED:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def is_url(where: str) -> bool:
@@ -234,12 +246,14 @@ def _listed(folder: Path) -> dict[Identity, str]:
             return found  # else something went meanwhile, perhaps the whole store: half a look is none
 
 
-def _read(path: Path) -> tuple[Bundle, str]:
+def _read(path: Path, identity: Identity, memory: int | None) -> tuple[Bundle, str]:
     """A bundle of this machine and its digest; a disk that can't be read is no fault of the bundle."""
     try:
-        return read(path), hashlib.sha256((path / SUMS).read_bytes()).hexdigest()
+        check_name(path.parent.parent / identity[0] / identity[1])
+        bundle = read(path, identity, memory)
+        return bundle, bundle.digest
     except BundleError as error:
-        if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             raise StoreError(str(error)) from error
         raise
 

@@ -341,7 +341,7 @@ def _counted(why: ItemError, bundle: str | None) -> ItemError:
 
 
 def _failed(why: ItemError, bundle: str | None) -> ItemError:
-    metrics.count(bundle, None, why.kind)
+    metrics.count_answer(bundle, None, why.kind)
     return why
 
 

@@ -19,14 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import metrics
-from cascade.bundle.format import Bundle, check, read
+from cascade.bundle.bundle import Bundle
+from cascade.bundle.format import check, digest, read
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
 from cascade.engine.items import Item
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.weight_cache import WeightCache
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
 from cascade.model.fusion import MODES
 from cascade.model.masks import Mask
@@ -35,8 +36,6 @@ from cascade.model.preprocessing import decode as decode_image
 from cascade.model.preprocessing import read as read_image
 
 DEFAULT_BUDGET = 2**30
-FULL = "bytes of memory"
-"""Stands in the error of a bundle for which there is no room."""
 MAX_PIXEL = 1000  # normalized ones lie within +-20 or so; from very large ones a network makes NaN
 T = TypeVar("T")
 Source = bytes | bytearray | str | Path | Image.Image | Tensor
@@ -90,31 +89,38 @@ class Engine:
         """(name, version) of every bundle, versions rising."""
         return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
 
-    def add(self, bundle: Bundle, warm: bool = False) -> None:
-        """Make a bundle available, after it was checked against its backbone (loaded on first need).
+    def add(self, bundle: Bundle, warm: bool = False, replaces: Sequence[tuple[str, str]] = ()) -> None:
+        """Make a bundle available, after it was checked against its backbone, which is loaded on first need.
 
-        Passes go on meanwhile. Nothing is seen of the bundle until all of it is ready, and nothing of a bad one stays.
+        Passes go on meanwhile, also while the executor builds graphs. The bundle becomes visible only when all of it
+        is ready; a bad one leaves nothing behind.
 
         Args:
-            warm: run a blank image through it first, which takes its turn among the passes.
+            warm: run a blank image through it first, which waits for its turn among the passes.
+            replaces: loaded bundles (name, version) that the caller removes right after. Their memory counts as free,
+                so for a moment more than ``memory_bytes`` may be taken.
 
         Raises:
             BackboneError, BundleError: the backbone can't be loaded, or the bundle does not fit it.
-            CascadeError: it is loaded already, or does not fit into the memory or the budget that there is.
+            OutOfMemory: it does not fit into ``memory_bytes``, or one of its masks into the budget.
+            CascadeError: it is loaded already.
         """
         with self._changing:
             here, fingerprint = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone.fingerprint
             if bundle.version in self._bundles.get(bundle.name, ()):
                 raise CascadeError(f"{here} is loaded already; give it another version")
+            if not bundle.digest:  # made in memory; later its masks are in the executor's order
+                bundle = replace(bundle, digest=digest(bundle))
             executor = self._executors.get(fingerprint)
             if executor is None:
+                self._expect(here, bundle, replaces)
                 executor = self._load(bundle)
             else:
                 check(bundle, executor.backbone)
             experts = tuple(map(executor.pack, bundle.experts))
             bundle = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts).to(self.device)
+            self._fit(here, bundle, executor, replaces)
             executor.prepare(bundle.masks, bundle.preprocessing.size)
-            self._fit(here, bundle, executor)
             self._executors = {**self._executors, fingerprint: executor}
             if warm:
                 try:
@@ -124,7 +130,7 @@ class Engine:
                     raise
             held = self._bundles.get(bundle.name, {})
             self._bundles = {**self._bundles, bundle.name: {**held, bundle.version: bundle}}
-            metrics.serving(bundle.name, bundle.card.router.shares if bundle.card.router else ())
+            metrics.add_bundle(bundle.name, bundle.version, bundle.card.router.shares if bundle.card.router else ())
             metrics.resident(self.stats())
 
     def remove(self, name: str, version: str) -> None:
@@ -140,6 +146,7 @@ class Engine:
             if version not in held:
                 raise CascadeError(f"bundle {name}/{version} is not loaded; loaded: {self.bundles}")
             bundle = held.pop(version)
+            metrics.remove_bundle(name, version)
             # Items hold their bundle, so it lives as long as one of them waits or is in a pass.
             leaving = (weakref.ref(bundle), bundle.masks, bundle.card.backbone.fingerprint)
             del bundle
@@ -196,7 +203,7 @@ class Engine:
         """
         item = self._prepare(image, options)
         if isinstance(item, ItemError):
-            metrics.count(options.bundle, None, item.kind)
+            metrics.count_answer(options.bundle, None, item.kind)
         return item
 
     def run(self, items: Sequence[Item]) -> list[Prediction]:
@@ -207,7 +214,7 @@ class Engine:
             metrics.QUEUE_DEPTH.dec(len(items))
             answers = forward(self._executors, self.weight_cache, self.device, items)
         for item, answer in zip(items, answers, strict=True):
-            metrics.count(answer.bundle, answer.cluster)
+            metrics.count_answer(answer.bundle, answer.cluster, version=answer.version)
             metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
             if item.bundle.ood is not None:
                 metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
@@ -261,32 +268,41 @@ class Engine:
         check(bundle, backbone)
         return choose(backbone, self.weight_cache, self._kind, bundle.preprocessing.size)
 
-    def _fit(self, here: str, bundle: Bundle, executor: Executor) -> None:
-        """That there is room for the bundle, and for its backbone where that is new."""
+    def _expect(self, here: str, bundle: Bundle, replaces: Sequence[tuple[str, str]]) -> None:
+        """Compare a new backbone with the memory that is left, before it is built. Raises OutOfMemory."""
+        if self.memory_bytes is None:
+            return
+        needed = max(backbones.size(bundle.card.backbone.name), 4 * bundle.card.backbone.maskable) + bundle.bytes()
+        if (used := self._used(replaces)) + needed > self.memory_bytes:
+            raise OutOfMemory(_no_room(here, needed, used, self.memory_bytes))
+
+    def _used(self, replaces: Sequence[tuple[str, str]] = ()) -> int:
+        """Bytes of backbones and packed bundles: those that are loaded, and those that still answer requests."""
+        loaded = [b for versions in self._bundles.values() for b in versions.values() if b.identity not in replaces]
+        leaving = [b for reference, _, _ in self._leaving if (b := reference()) is not None]
+        return sum(e.bytes() for e in self._executors.values()) + sum(b.bytes() for b in (*loaded, *leaving))
+
+    def _fit(self, here: str, bundle: Bundle, executor: Executor, replaces: Sequence[tuple[str, str]]) -> None:
+        """That there is room for the bundle, and for its backbone if that is new. Raises OutOfMemory."""
         largest = max(executor.size(mask) for mask in bundle.masks)
         if largest > self.weight_cache.budget:
-            raise CascadeError(
+            raise OutOfMemory(
                 f"{here} needs {largest} bytes for the weights of one mask, but --budget is {self.weight_cache.budget}"
             )
         new = bundle.bytes() + (0 if executor in self._executors.values() else executor.bytes())
-        stats = self.stats()
-        held = stats["backbone_bytes"] + stats["packed_bytes"]
-        if self.memory_bytes is not None and held + new > self.memory_bytes:
-            raise CascadeError(
-                f"{here} needs {new} {FULL}, {held} of {self.memory_bytes} are taken: give more, or take"
-                " other bundles away"
-            )
+        if self.memory_bytes is not None and (used := self._used(replaces)) + new > self.memory_bytes:
+            raise OutOfMemory(_no_room(here, new, used, self.memory_bytes))
 
     def _try(self, bundle: Bundle) -> None:
         """A first pass, before anybody depends on it."""
         blank = _crop(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
-        item = Item(bundle, bundle.card.mode, Options(embedding=True), blank)
+        item = Item(bundle, bundle.card.mode, Options(embedding=True, labels=1, neighbors=1), blank)
         with self._lock, torch.no_grad():
             (answer,) = forward(self._executors, self.weight_cache, self.device, [item])
-        if not (math.isfinite(answer.confidence) and torch.tensor(answer.embedding).isfinite().all()):
-            raise CascadeError(
-                f"bundle {bundle.name}/{bundle.version} answers with numbers that are none; train it again"
-            )
+        numbers = [answer.confidence, answer.ood, *(label.score for label in answer.labels)]
+        numbers += [neighbor.similarity for neighbor in answer.neighbors]
+        if not (all(map(math.isfinite, numbers)) and torch.tensor(answer.embedding).isfinite().all()):
+            raise CascadeError(f"bundle {bundle.name}/{bundle.version} answers with NaN or infinity; train it again")
 
     def _drop(self, gone: list[tuple[tuple[Mask, ...], str]]) -> None:
         """Let go of the weights of masks, and of backbones (by fingerprint) that no bundle uses any more."""
@@ -334,6 +350,10 @@ def load(
     engine = Engine(budget_bytes, device, weights=weights, executor=executor)
     engine.add(read(Path(path)))
     return engine
+
+
+def _no_room(here: str, needed: int, used: int, limit: int) -> str:
+    return f"{here} needs {needed} bytes of memory, {used} of {limit} are taken: give more, or remove other bundles"
 
 
 def number(version: str) -> tuple[int, str]:

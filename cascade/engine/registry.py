@@ -8,18 +8,18 @@ at again when its files change; while the store is out of reach, what is loaded 
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from cascade import metrics
-from cascade.bundle.format import BundleError
+from cascade.bundle.bundle import BundleError
 from cascade.bundle.store import Identity, Store, StoreError
 from cascade.engine.engine import Engine, number
 from cascade.engine.journal import Journal
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, OutOfMemory
 
 log = logging.getLogger(__name__)
 RETRY = 60.0
@@ -38,14 +38,16 @@ class State:
 
     Attributes:
         state: a ready one answers requests; a removed one is no longer in the store.
-        reason: why it was refused; of a ready one, what is wrong with the files that now lie in its place.
-            Without the paths of this machine, which stand in the log.
+        reason: why it was refused; of a ready one, what is wrong with the files that are now in its place.
+            Without the paths of this machine, which are in the log only.
+        out_of_memory: whether it was refused for lack of memory.
     """
 
     name: str
     version: str
     state: Kind
     reason: str | None = None
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,18 @@ class Registry:
                 return self.states()
             self._is_reachable(None)
             before = self._held
-            self._load(found)  # first, so that a name whose version changes is never without one
+            names = {name for name, _ in found}
+            for identity in [i for i in self._states if i not in found and i[0] not in names]:
+                self._take_away(identity)  # first, which makes room
+            self._load(found)
+            loaded = {name for name, version in self._held if (name, version) in found}
             for identity in [i for i in self._states if i not in found]:
-                self._take_away(identity)
+                if identity[0] in loaded or identity not in self._held:
+                    self._take_away(identity)
+                else:  # a name is never without a version while one that works is here
+                    self._set(
+                        identity, "ready", "it is gone from the store, and serves until a newer version is loaded"
+                    )
             self.store.prune(found)
             metrics.RELOADS.labels("unchanged" if self._held == before else "changed").inc()
             return self.states()
@@ -134,12 +145,13 @@ class Registry:
 
     def _load(self, found: Mapping[Identity, str]) -> None:
         for identity in sorted(found, key=lambda i: (i[0], number(i[1]))):
-            self._consider(identity, found[identity])
+            replaces = [i for i in self._held if i[0] == identity[0] and i not in found]
+            self._consider(identity, found[identity], replaces)
 
-    def _consider(self, identity: Identity, stamp: str) -> None:
+    def _consider(self, identity: Identity, stamp: str, replaces: Sequence[Identity]) -> None:
         held, bad = self._held.get(identity), self._bad.get(identity)
         if held and held[0] == stamp:
-            if bad:
+            if bad or self._states[identity].reason:
                 self._set(identity, "ready")
             return
         if bad and bad.stamp == stamp and time.monotonic() < bad.again:
@@ -154,18 +166,19 @@ class Registry:
             self._set(identity, "loading")
         try:
             with self.journal.loading(identity, stamp):
-                bundle, digest = self.store.read(*identity)
+                bundle, digest = self.store.read(*identity, memory=self.engine.memory_bytes)
                 if held and digest != held[1]:
                     raise BundleError("its files are no longer those that are served: give a change the next version")
                 if not held:
-                    self.engine.add(bundle, warm=True)
+                    self.engine.add(bundle, warm=True, replaces=replaces)
         except Exception as error:
             ours = isinstance(error, CascadeError)
             if not ours and not (bad and bad.stamp == stamp):  # from a library, over what no check of ours foresaw
                 log.exception("bundle %s/%s can't be used", *identity)
             again = LASTING if isinstance(error, BundleError) else time.monotonic() + RETRY
             reason = str(error) if ours else f"it can't be used ({type(error).__name__}); the log has the traceback"
-            self._set(identity, "ready" if held else "refused", reason, _Bad(stamp, again))
+            full = isinstance(error, OutOfMemory)
+            self._set(identity, "ready" if held else "refused", reason, _Bad(stamp, again), full)
         else:
             self._held = {**self._held, identity: (stamp, digest)}
             self._set(identity, "ready")
@@ -186,11 +199,12 @@ class Registry:
         state: Kind | None,
         reason: str | None = None,
         bad: _Bad | None = None,
+        out_of_memory: bool = False,
     ) -> None:
         """Make a state known: to front ends, in the metrics and, where it is another than before, in the log."""
         name, version = identity
         told = reason and self.store.public(reason)
-        old, new = self._states.get(identity), State(name, version, state, told) if state else None
+        old, new = self._states.get(identity), State(name, version, state, told, out_of_memory) if state else None
         others = {i: s for i, s in self._states.items() if i != identity}
         self._states = {**others, identity: new} if new else others
         self._bad = {i: b for i, b in self._bad.items() if i != identity} | ({identity: bad} if bad else {})
@@ -199,7 +213,9 @@ class Registry:
         metrics.refused(name, any(n == name for n, _ in self._bad))
         for each in get_args(Kind):
             metrics.BUNDLES.labels(each).set(sum(s.state == each for s in self._states.values()))
-        if reason and (old is None or old.reason != told):
+        if reason and bad is None and (old is None or old.reason != told):
+            log.warning("bundle %s/%s: %s", name, version, reason)
+        elif reason and (old is None or old.reason != told):
             log.error("refused bundle %s/%s: %s", name, version, reason)
         elif new and old and new.state != old.state and state in ("ready", "removed"):
             log.info("bundle %s/%s: %s", name, version, state)

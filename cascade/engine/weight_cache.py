@@ -1,4 +1,4 @@
-"""Which masks' weights are materialized: a cache with a budget in bytes, the least recently used leaves first."""
+"""An LRU cache of materialized weights by mask, bounded in bytes, with one prefetch in flight."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -13,11 +13,11 @@ Make = Callable[[Tensor | None], Tensor]
 
 
 class WeightCache:
-    """Materialized weights by mask. One thread asks; ``ahead`` makes weights in a thread of its own meanwhile.
+    """Materialized weights by mask. One thread calls ``get``; ``prefetch`` makes the next weights in another thread.
 
     Attributes:
-        budget: bytes that may be held at any moment.
-        used: bytes held now.
+        budget: the most bytes at any moment.
+        used: bytes now, those in flight included.
         hits, misses, evictions: what happened so far.
     """
 
@@ -27,13 +27,14 @@ class WeightCache:
         self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._pinned: Hashable = None  # what was asked for last is in use
         self._in_flight: tuple[Hashable, int, Future[Tensor]] | None = None
-        self._thread = ThreadPoolExecutor(1, "cascade-ahead")  # starts with its first work
+        self._thread = ThreadPoolExecutor(1, "cascade-prefetch")  # starts with its first job
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._entries or (self._in_flight is not None and self._in_flight[0] == key)
+        in_flight = self._in_flight  # read once: other threads ask, too
+        return key in self._entries or (in_flight is not None and in_flight[0] == key)
 
     def get(self, key: Hashable, size: int, make: Make) -> Tensor:
-        """The weights of mask ``key``, made by ``make`` where they are not held; in use until the next call.
+        """The weights of mask ``key``, made by ``make`` on a miss; in use until the next call.
 
         Args:
             key: the mask.
@@ -60,7 +61,7 @@ class WeightCache:
         return self._entries[key]
 
     def prefetch(self, key: Hashable, size: int, make: Make) -> bool:
-        """Begin to make the weights that will be asked for next, where they fit beside those in use.
+        """Start to make the weights that are needed next, if they fit beside those in use.
 
         Returns:
             whether they are being made.
@@ -75,19 +76,19 @@ class WeightCache:
         return True
 
     def clear(self) -> None:
-        """Drop everything that is held."""
+        """Evict everything."""
         self._settle()
         while self._entries:
             self._drop(next(iter(self._entries)))
 
     def drop(self, key: Hashable) -> None:
-        """Let go of a mask that nobody will ask for again; nothing where it is not held."""
+        """Evict one mask, if its weights are here."""
         self._settle()
         if key in self._entries:
             self._drop(key)
 
     def _settle(self) -> None:
-        """Take in what was made ahead; what went wrong there goes wrong again, and is raised, when it is asked for."""
+        """Take in the prefetched weights. A failed prefetch is repeated by ``get``, which raises."""
         if self._in_flight is None:
             return
         (key, size, future), self._in_flight = self._in_flight, None

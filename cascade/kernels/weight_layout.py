@@ -6,7 +6,6 @@ loaded, and a swap stays one pass over memory. A pass is always bits and pristin
 weights out.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cascade.cpus import cpu_count
 from cascade.kernels.materialize import cut
 from cascade.model.folding import Folded
 from cascade.model.masks import Mask, pack, unpack
@@ -202,7 +202,7 @@ class WeightLayout:
             begin, end, rows = self._pieces
             keep = begin >= self.begin[i]
             starts, ends, which = cut(begin[keep] - self.begin[i], end[keep] - self.begin[i], 1 << 14)
-            threads = os.cpu_count() or 1  # a thread takes a run of pieces: late ones are large, early ones small
+            threads = cpu_count()  # a thread takes a run of pieces: late ones are large, early ones small
             dealt = np.concatenate([np.arange(len(starts))[t::threads] for t in range(threads)])
             self._plans[stage] = starts[dealt], ends[dealt], (rows[keep] - self.row[i])[which][dealt]
         return self._plans[stage]

@@ -177,6 +177,16 @@ def load(
     return wrap(model, name, source, device, masked)
 
 
+def size(name: str) -> int:
+    """Bytes of the parameters of timm's model ``name``, found out without allocating them; 0 if that can't be done."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+    except Exception:  # unknown, or a model that computes with its weights while it is built: ``load`` says more
+        return 0
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def wrap(
     model: nn.Module,
     name: str,

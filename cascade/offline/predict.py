@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cascade import metrics
+from cascade.cpus import cpu_count
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError
@@ -120,7 +121,7 @@ def predict_files(
         CascadeError: no images, an unknown bundle, version or mode, settings that differ from those of the
             interrupted job, or an output that cannot be written.
     """
-    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    threads = cpu_count() if threads is None else threads
     if min(batch, threads, rows) < 1:
         raise CascadeError(f"batch ({batch}), threads ({threads}) and rows ({rows}) must be at least 1")
     job = settle(engine, sources, options, embedding, rows)
@@ -193,7 +194,7 @@ def prepare(engine: "Engine", job: Job, load: Load) -> "Item | ItemError":
         try:
             data = load()
         except ImageError as error:
-            metrics.count(job.bundle, None, error.kind)
+            metrics.count_answer(job.bundle, None, error.kind)
             return ItemError(error.kind, str(error))
         return engine.prepare(data, _options(job))
 

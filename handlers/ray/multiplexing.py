@@ -13,7 +13,6 @@ from pathlib import Path
 from ray import serve
 
 from cascade.bundle.store import Identity, Store
-from cascade.engine.engine import FULL
 from cascade.engine.registry import Registry, State
 from cascade.errors import CascadeError
 
@@ -73,7 +72,7 @@ class ResidentBundles:
     def __init__(self, registry: Registry, store: StoreView) -> None:
         self.registry, self.store = registry, store
         states = registry.states()
-        too_large = {s.name for s in states if s.reason and FULL in s.reason}
+        too_large = {s.name for s in states if s.out_of_memory}
         loaded = {s.name for s in states if s.state == "ready"} - too_large
         self.crowded, self.capacity = bool(too_large), len(loaded)
         self._changed = threading.Condition()

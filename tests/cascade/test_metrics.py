@@ -25,9 +25,9 @@ ROOT = Path(metrics.__file__).parents[1]
 WORKER = """
 import sys, time
 from cascade import metrics
-metrics.serving("animals", [0.5, 0.5])
+metrics.add_bundle("animals", "1", [0.5, 0.5])
 for cluster in map(int, sys.argv[1]):
-    metrics.count("animals", cluster)
+    metrics.count_answer("animals", cluster, version="1")
 with metrics.stage("swap"):
     time.sleep(0.002)
 metrics.MASK_HITS.inc(3)
@@ -71,19 +71,19 @@ def test_names_types_and_units() -> None:
 
 
 def test_requests_by_bundle_cluster_and_outcome() -> None:
-    metrics.serving("requests-test", [0.5, 0.5])
+    metrics.add_bundle("requests-test", "1", [0.5, 0.5])
     for cluster, outcome in ((1, "ok"), (1, "ok"), (0, "ok"), (None, "not_an_image")):
-        metrics.count("requests-test", cluster, outcome)
+        metrics.count_answer("requests-test", cluster, outcome)
     assert now("requests_total", bundle="requests-test", cluster="1", outcome="ok") == 2
     assert now("requests_total", bundle="requests-test", cluster="0", outcome="ok") == 1
     assert now("requests_total", bundle="requests-test", cluster="none", outcome="not_an_image") == 1
 
 
 def test_labels_stay_bounded_whatever_clients_send() -> None:
-    metrics.count("warm", None, "unknown_bundle")
+    metrics.count_answer("warm", None, "unknown_bundle")
     before = len(parsed(metrics.scrape()))
     for i in range(500):
-        metrics.count(f"../../etc/passwd?{i}", None, "unknown_bundle")
+        metrics.count_answer(f"../../etc/passwd?{i}", None, "unknown_bundle")
     text = metrics.scrape()
     assert len(parsed(text)) == before and b"passwd" not in text
     assert now("requests_total", bundle="unknown", cluster="none", outcome="unknown_bundle") >= 500
@@ -128,37 +128,51 @@ def test_refused_bundle() -> None:
 
 
 def test_share_shift_is_the_distance_from_training() -> None:
-    metrics.serving("shift-test", [0.7, 0.2, 0.1])
-    assert now("cluster_share_shift", bundle="shift-test") == 0
+    metrics.add_bundle("shift-test", "1", [0.7, 0.2, 0.1])
+    assert now("cluster_share_shift", bundle="shift-test", version="1") == 0
     for _ in range(20):
-        metrics.count("shift-test", 2)
-    assert 0 < now("cluster_share_shift", bundle="shift-test") < 0.05, "twenty images are no drift"
+        metrics.count_answer("shift-test", 2, version="1")
+    assert 0 < now("cluster_share_shift", bundle="shift-test", version="1") < 0.05, "twenty images are no drift"
     for _ in range(10 * metrics.WINDOW):
-        metrics.count("shift-test", 2)
-    assert now("cluster_share_shift", bundle="shift-test") == pytest.approx(0.9, abs=1e-3)
+        metrics.count_answer("shift-test", 2, version="1")
+    assert now("cluster_share_shift", bundle="shift-test", version="1") == pytest.approx(0.9, abs=1e-3)
     for _ in range(1000):  # back to the training shares
         for cluster in (0, 0, 1, 0, 0, 2, 0, 0, 1, 0):
-            metrics.count("shift-test", cluster)
-    assert now("cluster_share_shift", bundle="shift-test") < 0.01
+            metrics.count_answer("shift-test", cluster, version="1")
+    assert now("cluster_share_shift", bundle="shift-test", version="1") < 0.01
+
+
+def test_each_version_has_its_own_drift() -> None:
+    metrics.add_bundle("versions-test", "1", [0.5, 0.5])
+    for _ in range(10 * metrics.WINDOW):
+        metrics.count_answer("versions-test", 1, version="1")
+    metrics.add_bundle("versions-test", "2", [0.0, 1.0])
+    metrics.count_answer("versions-test", 1, version="2")
+    assert now("cluster_share_shift", bundle="versions-test", version="1") == pytest.approx(0.5, abs=1e-3)
+    assert now("cluster_share_shift", bundle="versions-test", version="2") == 0
+    metrics.remove_bundle("versions-test", "1")
+    assert b'share_shift{bundle="versions-test",version="1"' not in metrics.scrape()
+    metrics.count_answer("versions-test", 1, version="1")  # the last one that was on its way
+    assert now("requests_total", bundle="versions-test", cluster="1", outcome="ok") == 10 * metrics.WINDOW + 2
 
 
 def test_errors_do_not_shift_shares() -> None:
-    metrics.serving("errors-test", [0.5, 0.5])
-    metrics.count("errors-test", None, "not_an_image")
-    assert now("cluster_share_shift", bundle="errors-test") == 0
+    metrics.add_bundle("errors-test", "1", [0.5, 0.5])
+    metrics.count_answer("errors-test", None, "not_an_image")
+    assert now("cluster_share_shift", bundle="errors-test", version="1") == 0
 
 
 def test_a_bundle_without_router() -> None:
-    metrics.serving("single-test")
-    metrics.count("single-test", 0)
+    metrics.add_bundle("single-test", "1")
+    metrics.count_answer("single-test", 0, version="1")
     assert now("requests_total", bundle="single-test", cluster="0", outcome="ok") == 1
-    assert b'share_shift{bundle="single-test"}' not in metrics.scrape()
+    assert b'share_shift{bundle="single-test"' not in metrics.scrape()
 
 
 def test_counting_from_many_threads_loses_nothing() -> None:
-    metrics.serving("threads-test", [1.0])
+    metrics.add_bundle("threads-test", "1", [1.0])
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: metrics.count("threads-test", 0), range(4000)))
+        list(pool.map(lambda _: metrics.count_answer("threads-test", 0, version="1"), range(4000)))
     assert now("requests_total", bundle="threads-test", cluster="0", outcome="ok") == 4000
 
 
@@ -230,7 +244,7 @@ def test_workers_add_up_and_gauges_of_the_killed_drop(worker: Callable[[str], su
         assert value(both, "batch_images_count") == 2
         gauges = ("backbones", "backbone_bytes", "packed_bytes", "materialized_bytes", "queue_depth")
         assert [value(both, name) for name in gauges] == [2, 200, 20, 100, 8]
-        shift = value(both, "cluster_share_shift", bundle="animals")
+        shift = value(both, "cluster_share_shift", bundle="animals", version="1")
         assert shift == pytest.approx(0.5 * (1 - (1 - 1 / metrics.WINDOW) ** 4)), (
             "the worst worker's, four times cluster 1"
         )
@@ -273,8 +287,8 @@ def test_without_room_a_worker_counts_for_itself(folder: Path) -> None:
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 from cascade import metrics
-metrics.serving("animals", [0.5, 0.5])
-metrics.count("animals", 1)
+metrics.add_bundle("animals", "1", [0.5, 0.5])
+metrics.count_answer("animals", 1, version="1")
 print(metrics.TROUBLE)
 print(metrics.scrape().decode())
 """

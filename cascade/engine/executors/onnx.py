@@ -12,7 +12,7 @@ import io
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from cascade.errors import CascadeError
 from cascade.kernels.weight_layout import BlockOrder, WeightLayout
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
+from cascade.model.masks import Mask
 from cascade.model.stages import stage_of, stages
 
 # They would merge a unit's weights with other constants.
@@ -71,6 +72,21 @@ class OnnxExecutor(BaseExecutor):
         for i in range(first, len(self.place)):
             self.place[i] = weights, int(self.layout.begin[i] - self.layout.begin[first])
             self.shift[i] = shifts, int(self.layout.row[i] - self.layout.row[first])
+
+    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+        """Make the sessions for a bundle's masks; exporting a graph takes seconds, and passes go on meanwhile."""
+        start = masks[0].start
+        split = min((mask.start for mask in masks[1:]), default=start)
+        ranges: list[tuple[int, int | None]] = [(0, start)] if start else []
+        ranges += [*([(start, split)] if split > start else []), (split, None)]
+        x, folded = torch.zeros(1, 3, size, size), self.layout.folded
+        for start, stop in ranges:
+            before = _Range(_probe(folded, [(i, u) for i, u in enumerate(folded.units) if u.stage < start]), 0, start)
+            with torch.inference_mode():
+                entry = torch.zeros_like(before(x)) if start else x
+            key = start, stop, entry.shape[1:]
+            if key not in self._sessions:
+                self._sessions[key] = _Session(_graph(folded, entry, start, stop), self)
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]

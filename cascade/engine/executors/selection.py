@@ -4,6 +4,8 @@ import json
 import logging
 import platform
 import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,6 +13,7 @@ import torch
 
 from cascade import atomic
 from cascade.cache import cache_folder
+from cascade.cpus import cpu_count
 from cascade.engine.executors import Executor
 from cascade.engine.executors.check import EXACT, ROUNDED, TF32, Reference, check
 from cascade.engine.executors.plain import PlainExecutor
@@ -99,7 +102,8 @@ def _fastest(backbone: Backbone, weight_cache: WeightCache, size: int, reference
     """From the record, or measured: the best of interleaved passes, because other work here only adds time."""
     device = backbone.weights.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    key = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {backbone.name}, {size} px"
+    threads = f"{torch.get_num_threads()} threads on {cpu_count()} CPUs"
+    key = f"{where}, {threads}, torch {torch.__version__}, {_onnxruntime()}, {backbone.name}, {size} px"
     record, kinds = _read(), ON_GPU if device.type == "cuda" else ON_CPU
     if (found := record.get(key)) and (kind := min(found, key=found.__getitem__)) in kinds:
         try:
@@ -131,6 +135,14 @@ def _fastest(backbone: Backbone, weight_cache: WeightCache, size: int, reference
     if took:
         _write(_read() | {key: took})
     return executors[best]
+
+
+def _onnxruntime() -> str:
+    """The installed version of ONNX Runtime."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        with suppress(PackageNotFoundError):
+            return f"{package} {version(package)}"
+    return "no onnxruntime"
 
 
 def path() -> Path:

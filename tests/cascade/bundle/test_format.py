@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -23,11 +24,14 @@ import zstandard
 from PIL import Image
 from torch import Tensor
 
+from cascade.bundle import format as formats
 from cascade.bundle import thumbnails
-from cascade.bundle.format import Bundle, BundleError, check, read, write
+from cascade.bundle.files import NAME
+from cascade.bundle.format import Bundle, BundleError, check, digest, read, write
 from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
 from cascade.bundle.store import discover
 from cascade.bundle.thumbnails import Thumbnails
+from cascade.errors import OutOfMemory
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.fusion import Fusion
@@ -64,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Deep equality of dataclasses of tensors; the card's table of file sizes apart."""
+    """Deep equality of dataclasses of tensors, apart from the card's file sizes and the digest of a bundle's files."""
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and a.equal(b)
     if isinstance(a, Mapping):
@@ -74,7 +78,9 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, Card):
         return a.model_copy(update={"bytes": {}}) == b.model_copy(update={"bytes": {}})
     if is_dataclass(a):
-        return type(a) is type(b) and all(equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+        return type(a) is type(b) and all(
+            equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "digest"
+        )
     return bool(a == b)
 
 
@@ -632,3 +638,68 @@ def test_the_document_names_every_field_and_layout() -> None:
         for layout in part.layout.values():
             dtype, *axes = layout.split()
             assert f"{dtype} [{', '.join(axes)}]" in text, f"{part.__name__}: {layout}"
+
+
+# --- a bundle is foreign input
+
+
+@pytest.mark.parametrize("junk", [".DS_Store", "._cascade.json", ".nfs000000", "Thumbs.db"])
+def test_what_systems_leave_in_a_folder_is_ignored(written: Path, junk: str) -> None:
+    (written / junk).write_bytes(b"x")
+    (written / "..data").symlink_to(written)
+    assert read(written).name == "hand"
+
+
+def test_the_digest_covers_every_byte(small: Bundle, written: Path, tmp_path: Path) -> None:
+    bits = small.dispatcher.bits.clone()
+    bits[0] ^= 1
+    other = write(replace(small, dispatcher=replace(small.dispatcher, bits=bits)), tmp_path / "hand" / "2")
+    assert digest(read(written)) == digest(small) != digest(read(other))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "-a", ".a", "a ", "a\n", "e\u0301", "x" * 65, "\u202ea"])
+def test_names_that_no_bundle_can_have(name: str) -> None:
+    assert not (NAME.fullmatch(name) and unicodedata.normalize("NFC", name) == name)
+
+
+@pytest.mark.parametrize("name", ["demo", "1", "v1.2-rc_3", "two words", "b\u00f6se", "\u65e5\u672c"])
+def test_names_that_a_bundle_can_have(small: Bundle, tmp_path: Path, name: str) -> None:
+    assert read(write(small, tmp_path / name / name)).identity == (name, name)
+
+
+def test_a_name_is_checked_when_it_is_written_and_when_it_is_read(small: Bundle, written: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="can't be the name"):
+        write(small, tmp_path / "hand" / "-1")
+    shutil.copytree(written, tmp_path / "hand" / "~1")
+    with pytest.raises(BundleError, match="can't be the name"):
+        read(tmp_path / "hand" / "~1")
+
+
+@pytest.mark.parametrize("part", ["linear", "banks", "fusions", "ood"])
+def test_numbers_that_are_not_finite(small: Bundle, tmp_path: Path, part: str) -> None:
+    def spoiled(part: Any) -> Any:
+        name = next(f.name for f in fields(part) if isinstance(getattr(part, f.name), Tensor))
+        return replace(part, **{name: torch.full_like(getattr(part, name), float("nan"))})
+
+    value = getattr(small, part)
+    bad = {mode: spoiled(p) for mode, p in value.items()} if isinstance(value, dict) else spoiled(value)
+    with pytest.raises(BundleError, match="not all of its numbers are finite"):
+        write(replace(small, **{part: bad}), tmp_path / "hand" / "9")
+
+
+@pytest.mark.parametrize(
+    "source", ["file:/etc/hostname", "file:../x", "package:timm/../../etc/hostname", "random:" + "9" * 5000, "s3:x"]
+)
+def test_a_card_opens_no_path_of_the_machine(small: Bundle, tmp_path: Path, source: str) -> None:
+    card = small.card.model_copy(update={"backbone": small.card.backbone.model_copy(update={"source": source})})
+    with pytest.raises(BundleError, match="backbone.source"):
+        write(replace(small, card=card), tmp_path / "hand" / "9")
+
+
+def test_masks_are_in_proportion_to_the_files(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutOfMemory, match="1000 are allowed"):
+        read(written, memory=1000)
+    monkeypatch.setattr(formats, "ALWAYS", 0)
+    monkeypatch.setattr(formats, "RATIO", 0)
+    with pytest.raises(BundleError, match="bytes of masks"):
+        read(written)

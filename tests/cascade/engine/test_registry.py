@@ -143,7 +143,7 @@ def test_a_bad_one_is_read_again_when_it_changed(
     reads: list[tuple[str, ...]] = []
     read = registry.store.read
 
-    def counted(*identity: str) -> tuple[Bundle, str]:
+    def counted(*identity: str, memory: int | None) -> tuple[Bundle, str]:
         reads.append(identity)
         return read(*identity)
 
@@ -194,11 +194,54 @@ def test_a_version_is_never_overwritten(hand: Bundle, small: Path, cifar: list[I
 def test_what_cannot_answer_is_refused(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
     engine = Engine()
     registry = load_store(engine, small)
-    bad = {m: replace(f, bias=f.bias * float("nan")) for m, f in hand.fusions.items()}
+    bad = {m: replace(f, weight=torch.full_like(f.weight, 3e38)) for m, f in hand.fusions.items()}  # overflows
     write(replace(hand, fusions=bad), small / "a/2")
     registry.reload()
-    assert "answers with numbers that are none" in (registry.states("a")[1].reason or "")
+    assert "answers with NaN or infinity" in (registry.states("a")[1].reason or "")
     assert ask(engine, cifar[0]) == "1" and ask(engine, cifar[0], version="2") == "unknown_version"
+
+
+def test_a_version_is_replaced_where_memory_holds_one(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    engine.memory_bytes = engine.stats()["backbone_bytes"] + engine.stats()["packed_bytes"]
+    write(hand, small / "b/1")
+    registry.reload()
+    assert [s.out_of_memory for s in registry.states("b")] == [True]
+    write(hand, small / "a/2")
+    shutil.rmtree(small / "a/1")
+    registry.reload()
+    assert engine.bundles == [("a", "2")] and ask(engine, cifar[0], bundle="a") == "2"
+
+
+def test_the_old_version_serves_until_a_new_one_is_loaded(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    engine = Engine()
+    registry = load_store(engine, small)
+    write(hand, small / "a/2")
+    flip(small / "a/2/masks.safetensors")
+    shutil.rmtree(small / "a/1")
+    registry.reload()
+    old, _ = registry.states("a")
+    assert ask(engine, cifar[0]) == "1" and "until a newer version is loaded" in (old.reason or "")
+    shutil.rmtree(small / "a/2")
+    write(hand, small / "a/2")
+    registry.reload()
+    assert engine.bundles == [("a", "2")]
+
+
+def test_a_bundle_behind_a_link_has_its_name_in_the_store(
+    hand: Bundle, small: Path, tmp_path: Path, cifar: list[Image.Image]
+) -> None:
+    write(hand, tmp_path / "releases/abc")
+    (small / "linked").mkdir()
+    (small / "linked/3").symlink_to(tmp_path / "releases/abc")
+    (small / "alias").symlink_to(small / "a")
+    engine = Engine()
+    registry = load_store(engine, small)
+    assert engine.bundles == [("a", "1"), ("alias", "1"), ("linked", "3")]
+    shutil.rmtree(small / "linked")
+    registry.reload()
+    assert ask(engine, cifar[0], bundle="linked") == "unknown_bundle"
 
 
 def test_a_defect_while_loading_refuses_one_bundle(
