@@ -161,7 +161,7 @@ def load(
     if not timm.is_model(name):
         raise BackboneError(f"timm knows no model {name!r}; list the names with timm.list_models()")
     kind, _, rest = source.partition(":")
-    if weights is None and kind == "random" and (rest or "0").isdecimal():
+    if weights is None and kind == "random" and (rest or "0").isdecimal() and len(rest) < 19:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rest or 0))
             model = _create(name)
