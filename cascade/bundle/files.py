@@ -56,7 +56,9 @@ def listed(path: Path) -> dict[str, str]:
     present = {p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in JUNK} - {SUMS}
     if present != set(entries) or len(entries) > MAX_FILES:
         odd = ", ".join(sorted(present ^ set(entries)))
-        raise BundleError(f"{path / SUMS} does not list just the files in its folder ({odd}); copy the bundle again")
+        raise BundleError(
+            f"{path / SUMS} does not list just the files in its folder ({odd}); copy the bundle again, whole"
+        )
     for name in entries:
         if not (path / name).is_file():  # opening a named pipe would wait forever
             raise BundleError(f"{path / name} is not a file; copy the bundle again")

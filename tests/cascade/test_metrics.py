@@ -295,7 +295,7 @@ print(metrics.scrape().decode())
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"no room for metrics in {folder} (File too large): make some")
+    assert done.stdout.startswith(f"no room for metrics in {folder} (File too large): free s")
     assert 'cascade_requests_total{bundle="animals",cluster="1",outcome="ok"} 1.0' in done.stdout
     assert list(folder.iterdir()) == []
 
