@@ -46,7 +46,7 @@ def test_blocks_are_found_on_this_processor() -> None:
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(OnnxError, match=r"onnx is missing: pip install 'cascade-vision\[cpu\]'"):
+    with pytest.raises(OnnxError, match=r"onnx is not installed: pip install 'cascade-vision\[cpu\]'"):
         OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))
 
 
