@@ -25,6 +25,6 @@ def test_a_user_without_home_and_passwd_entry(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     assert cache_folder().parent == tmp_path
-    chosen = path()
-    assert chosen is not None and chosen.is_relative_to(tmp_path)
-    assert Store("memory://m").cache.is_relative_to(tmp_path)
+    cache = Store("memory://m").cache
+    assert path().is_relative_to(tmp_path)
+    assert cache is not None and cache.is_relative_to(tmp_path)

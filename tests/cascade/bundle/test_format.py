@@ -683,8 +683,9 @@ def test_numbers_that_are_not_finite(small: Bundle, tmp_path: Path, part: str) -
 
     value = getattr(small, part)
     bad = {mode: spoiled(p) for mode, p in value.items()} if isinstance(value, dict) else spoiled(value)
+    changes: dict[str, Any] = {part: bad}
     with pytest.raises(BundleError, match="not all of its numbers are finite"):
-        write(replace(small, **{part: bad}), tmp_path / "hand" / "9")
+        write(replace(small, **changes), tmp_path / "hand" / "9")
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def test_a_bad_one_is_read_again_when_it_changed(
     reads: list[tuple[str, ...]] = []
     read = registry.store.read
 
-    def counted(*identity: str, memory: int | None) -> tuple[Bundle, str]:
-        reads.append(identity)
-        return read(*identity)
+    def counted(name: str, version: str, memory: int | None) -> tuple[Bundle, str]:
+        reads.append((name, version))
+        return read(name, version, memory)
 
     monkeypatch.setattr(registry.store, "read", counted)
     for _ in range(3):
