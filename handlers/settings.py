@@ -24,7 +24,6 @@ class Settings:
         threads: of torch, per engine; None for the CPUs that there are.
         pins: version by bundle name, for requests that name none.
         poll: seconds between two looks at the store; 0 for never.
-        startup_timeout: seconds until the engine is ready.
         drain_timeout: seconds for the requests in progress to finish, once told to stop.
         log_level: debug, info (a line per request), warning or error.
 
@@ -42,7 +41,6 @@ class Settings:
     threads: int | None = None
     pins: dict[str, str] = field(default_factory=dict)
     poll: float = 10
-    startup_timeout: float = 300
     drain_timeout: float = 8
     log_level: str = "info"
 
@@ -81,6 +79,7 @@ class AsgiSettings(BatchingSettings):
     Attributes:
         index: a folder that ``cascade index build`` made, for /v1/search.
         connections: at a time; more get 503.
+        startup_timeout: seconds until the engine is ready.
         keep_alive: seconds that an idle connection stays open: longer than the load balancer in front keeps it.
         allowed_hosts: Host headers that are accepted beside the names of loopback. Without keys on loopback all others
             are refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
@@ -88,6 +87,7 @@ class AsgiSettings(BatchingSettings):
 
     index: Path | None = None
     connections: int = 4096
+    startup_timeout: float = 300
     keep_alive: float = 75
     allowed_hosts: tuple[str, ...] = ()
 
@@ -112,11 +112,13 @@ class TorchServeSettings(Settings):
 
     Attributes:
         workers: processes with a backbone each.
+        startup_timeout: seconds until the workers are ready.
         token_file: where the token for predictions is written; None for a private folder.
     """
 
     log_level: str = "warning"
     workers: int = 1
+    startup_timeout: float = 300
     metrics_port: int = 8082
     management_port: int = 8081
     token_file: Path | None = None

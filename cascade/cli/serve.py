@@ -51,7 +51,7 @@ def serve(
     pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
     poll: Annotated[float | None, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = None,
     startup_timeout: Annotated[
-        float | None, typer.Option(help="Seconds until the engine is ready; 300 if left out.", min=1)
+        float | None, typer.Option(help="asgi, torchserve: seconds until the engine is ready; 300 if left out.", min=1)
     ] = None,
     drain_timeout: Annotated[
         float | None, typer.Option("--drain", help="Seconds to finish requests once told to stop.", min=0)
@@ -102,7 +102,7 @@ def serve(
     else:
         from handlers.ray.serve import serve as serve_ray
 
-        serve_ray(**chosen.options("no_auth", "startup_timeout", "workers"), replicas=chosen.workers)
+        serve_ray(**chosen.options("no_auth", "workers"), replicas=chosen.workers)
 
 
 def _settings(context: typer.Context, frontend: Frontend, settings: Any) -> Any:

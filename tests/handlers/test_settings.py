@@ -10,8 +10,19 @@ from cascade.cli.main import app
 from handlers.settings import AsgiSettings, RaySettings, SettingsError, TorchServeSettings, is_loopback
 
 OURS = {
-    "asgi": ["--index", "i", "--connections", "9", "--keep-alive", "9", "--allowed-host", "a"],
-    "torchserve": ["--metrics-port", "9", "--management-port", "9", "--token-file", "t"],
+    "asgi": [
+        "--index",
+        "i",
+        "--connections",
+        "9",
+        "--keep-alive",
+        "9",
+        "--allowed-host",
+        "a",
+        "--startup-timeout",
+        "9",
+    ],
+    "torchserve": ["--metrics-port", "9", "--management-port", "9", "--token-file", "t", "--startup-timeout", "9"],
     "ray": [],
 }
 BATCHING = ["--api-keys", "k", "--max-batch", "9", "--patience", "1", "--queue", "9"]
@@ -49,6 +60,7 @@ def test_asgi_is_the_default(started: list[Any]) -> None:
         index=Path("i"),
         connections=9,
         keep_alive=9,
+        startup_timeout=9,
         allowed_hosts=("a",),
         api_keys=Path("k"),
         max_batch=9,
@@ -58,9 +70,7 @@ def test_asgi_is_the_default(started: list[Any]) -> None:
 
 
 def test_torchserve_gets_its_own_options(started: list[Any]) -> None:
-    assert (
-        run("--frontend", "torchserve", *OURS["torchserve"], "--workers", "2", "--startup-timeout", "9").exit_code == 0
-    )
+    assert run("--frontend", "torchserve", *OURS["torchserve"], "--workers", "2").exit_code == 0
     (options,) = started
     assert (options["auth"], options["workers"], options["start_timeout"], options["metrics_port"]) == (True, 2, 9, 9)
     assert run("--frontend", "torchserve", "--no-auth").exit_code == 0
@@ -71,7 +81,7 @@ def test_torchserve_gets_its_own_options(started: list[Any]) -> None:
     ("frontend", "option"),
     [
         *[("asgi", option) for option in ("--metrics-port=1", "--management-port=1", "--token-file=t", "--workers=2")],
-        *[("ray", option) for option in ("--metrics-port=1", "--token-file=t", "--index=i", "--connections=9")],
+        *[("ray", option) for option in ("--metrics-port=1", "--token-file=t", "--index=i", "--startup-timeout=9")],
         *[("torchserve", option) for option in ("--api-keys=k", "--queue=1", "--index=i", "--allowed-host=a")],
     ],
 )
