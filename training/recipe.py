@@ -34,8 +34,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "labels": "learn one mask from class folders, by cross-entropy, without clusters",
         "objective": "what is learned without labels: distill (the features of a teacher) or swav (the paper); auto:"
         " swav with --clusters, else distill",
-        "adapt": "what is trained: mask (bits; the paper), channels (scales and shifts), both, or delta (every weight,"
-        " compressed to one bit); auto: mask with swav, else both",
+        "adapt": "what is trained: mask (bits; the paper), channels (scales and shifts) or both; auto: mask with swav,"
+        " else both",
         "share": "of each tensor that is active, by the highest scores; 0: by the threshold",
         "progressive": "come down to --share from 1, linearly",
         "select": "weights that may be switched off: all, or a share drawn, or of the largest magnitude",

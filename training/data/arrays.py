@@ -42,6 +42,7 @@ CLASSES = {
         "Bag",
         "Ankle boot",
     ],
+    "digits": list("0123456789"),
     "groceries": [
         "Anjou",
         "Cantaloupe",
@@ -77,7 +78,7 @@ def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of one split, mapped from disk.
 
     Returns:
-        uint8 [N, 32, 32, 3], [N, 28, 28] (Fashion-MNIST) or [N, 128, 128, 3] (groceries), and int64 [N].
+        uint8 [N, 32, 32, 3], [N, 28, 28] (Fashion-MNIST, digits) or [N, 128, 128, 3] (groceries), and int64 [N].
 
     Raises:
         SourceError: the data set is not on disk and torchvision cannot download it.
