@@ -45,7 +45,8 @@ def pack(folder: Path, file: Path) -> Path:
 def unpack(file: Path, folder: Path) -> Path:
     """Write the bundle in ``file`` to ``folder`` (``<name>/<version>``), which must not exist; verified, atomically.
 
-    Memory stays within ``ALWAYS`` bytes or ``RATIO`` times the file's size.
+    The files stay within ``ALWAYS`` bytes or ``RATIO`` times the archive's size, the masks within the limits of
+    ``check_claims``, both counted from the archive's size.
 
     Raises:
         BundleError: ``pack`` did not write this file, or it was damaged, or the folder can't be written.
@@ -60,7 +61,7 @@ def unpack(file: Path, folder: Path) -> Path:
         files = _members(_expanded(raw))
     except (zstandard.ZstdError, tarfile.TarError, ValueError, OSError) as error:
         raise BundleError(f"{file} is not a packed bundle, or it was damaged ({error}): get it again") from None
-    return write_files(folder, files)
+    return write_files(folder, files, packed=len(raw))  # masks in proportion to the archive, not to what it expands to
 
 
 def _expanded(raw: bytes) -> bytes:

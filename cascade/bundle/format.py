@@ -40,13 +40,16 @@ from cascade.model.router import KINDS, Calibration, tensors
 ALWAYS, RATIO = 2**28, 100
 
 
-def read(path: Path, identity: tuple[str, str] | None = None, memory: int | None = None) -> Bundle:
+def read(
+    path: Path, identity: tuple[str, str] | None = None, memory: int | None = None, packed: int | None = None
+) -> Bundle:
     """Read and verify a bundle: format, checksums, and that its parts fit each other.
 
     Args:
         path: its folder, ``<name>/<version>``.
         identity: name and version, where the folder is a temporary one.
         memory: bytes that the bundle may take, files and masks together; None for no limit beyond ``check_claims``.
+        packed: bytes of the archive that the files came from, which may be fewer than theirs; None without an archive.
 
     Raises:
         BundleError: names the file and what is wrong with it.
@@ -70,7 +73,7 @@ def read(path: Path, identity: tuple[str, str] | None = None, memory: int | None
         first = error.errors()[0]
         where = f"{path / CARD}: {'.'.join(map(str, first['loc']))}"
         raise BundleError(f"{where}: {first['msg']}; this is not a bundle of format 1 to {FORMAT}") from None
-    check_claims(path, card, sum(map(len, files.values())), memory)
+    check_claims(path, card, sum(map(len, files.values())) if packed is None else packed, memory)
     parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
     try:
         bundle = replace(assemble(card, parts), name=name, version=version, digest=digest_of(files))
@@ -169,8 +172,13 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     return write_files(path, files | {SUMS: sums_of(files)})
 
 
-def write_files(path: Path, files: Mapping[str, bytes]) -> Path:
+def write_files(path: Path, files: Mapping[str, bytes], packed: int | None = None) -> Path:
     """Write the files of a bundle, ``SHA256SUMS`` among them, to a new folder, verified, atomically.
+
+    Args:
+        path: the folder to make.
+        files: content by name.
+        packed: as for ``read``.
 
     Raises:
         BundleError: as for ``write``, or the files are no valid bundle.
@@ -183,7 +191,7 @@ def write_files(path: Path, files: Mapping[str, bytes]) -> Path:
         with atomic.folder(path) as staging:
             for file, raw in files.items():
                 (staging / file).write_bytes(raw)
-            read(staging, name)
+            read(staging, name, packed=packed)
     except OSError as error:
         raise BundleError(f"can't write {path}: {error.strerror}; make room or choose another folder") from error
     return path

@@ -12,7 +12,7 @@ from cascade.bundle.thumbnails import Thumbnails
 from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
 from cascade.model.out_of_domain import OutOfDomain
-from cascade.model.preprocessing import Preprocessing
+from cascade.model.preprocessing import MAX_RESIZED, Preprocessing
 from cascade.model.router import Prototypes, Router
 
 MAX_SIZE, MIN_CROP, MAX_CROP = 2048, 0.2, 2.0
@@ -87,8 +87,10 @@ def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
     """Sizes that would make an image of a few pixels take gigabytes."""
     if not 1 <= preprocessing.size <= MAX_SIZE:
         yield f"preprocessing: size {preprocessing.size} is not within 1 to {MAX_SIZE} pixels"
-    if not MIN_CROP <= preprocessing.crop_pct <= MAX_CROP:
+    elif not MIN_CROP <= preprocessing.crop_pct <= MAX_CROP:
         yield f"preprocessing: crop_pct {preprocessing.crop_pct} is not within {MIN_CROP} to {MAX_CROP}"
+    elif preprocessing.resized_side**2 > MAX_RESIZED:
+        yield f"preprocessing: size {preprocessing.size} and crop_pct {preprocessing.crop_pct} resize images too far"
     if not all(map(math.isfinite, (*preprocessing.mean, *preprocessing.std))) or min(preprocessing.std) <= 0:
         yield "preprocessing: mean and std are not finite, or std is not above 0"
 

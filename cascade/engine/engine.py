@@ -329,10 +329,10 @@ class Engine:
             wrong = _wrong(image, bundle.preprocessing.size)
             return ItemError("bad_pixels", wrong) if wrong else Item(bundle, mode, options, image)
         try:
-            picture = _open(image, self.limits)
+            pixels = _crop(bundle.preprocessing)(_open(image, self.limits))
         except ImageError as error:
             return ItemError(error.kind, str(error))
-        return Item(bundle, mode, options, _crop(bundle.preprocessing)(picture))
+        return Item(bundle, mode, options, pixels)
 
 
 def load(

@@ -7,6 +7,7 @@ each row.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import time
@@ -258,6 +259,8 @@ def _upright(im: Image.Image, rgb: Image.Image) -> Image.Image:
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
+MAX_RESIZED = 40_000_000
+"""Pixels of a resized image before the crop. A bundle's ``crop_pct`` and a long, thin image multiply each other."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 
@@ -293,6 +296,11 @@ class Preprocessing:
             raise CascadeError(f"preprocessing: crop_mode {self.crop_mode!r} is none of {', '.join(CROP_MODES)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise CascadeError("preprocessing: mean and std must be three numbers each, std above 0")
+
+    @property
+    def resized_side(self) -> int:
+        """The shorter side of a resized image before the crop, pixels."""
+        return math.floor(self.size / self.crop_pct)
 
     @classmethod
     def of(cls, backbone_cfg: dict[str, Any], size: int | None = None, crop_pct: float | None = None) -> Preprocessing:
@@ -353,12 +361,23 @@ class Preprocessing:
         return torch.from_numpy(numbers)
 
     def crop(self) -> Callable[[Image.Image], torch.Tensor]:
-        """RGB image -> uint8 [3, size, size], resized and cropped; a pass normalizes it on its device."""
+        """RGB image -> uint8 [3, size, size], resized and cropped; a pass normalizes it on its device.
+
+        It raises ImageError ("too_wide") where the resized image would have more than ``MAX_RESIZED`` pixels.
+        """
         import numpy as np
         import torch
 
         geometry = self.geometry()
-        return lambda image: torch.from_numpy(np.array(geometry(image))).permute(2, 0, 1)
+
+        def cropped(image: Image.Image) -> torch.Tensor:
+            aspect = max(image.size) / min(image.size) if self.crop_mode != "squash" else 1
+            if self.resized_side**2 * aspect > MAX_RESIZED:
+                sides = f"the image is {image.width} x {image.height} pixels"
+                raise ImageError("too_wide", f"{sides}, too long and thin for an input of {self.size}: crop it")
+            return torch.from_numpy(np.array(geometry(image))).permute(2, 0, 1)
+
+        return cropped
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, as in cascade.json."""

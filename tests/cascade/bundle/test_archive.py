@@ -2,13 +2,14 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zstandard
 from PIL import Image
 
-from cascade.bundle import archive
+from cascade.bundle import archive, format
 from cascade.bundle.format import BundleError, read, write
 from tests.helpers.bundles import handmade
 
@@ -88,3 +89,19 @@ def test_a_hostile_archive_is_refused(raw: bytes, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a packed bundle"):
         archive.unpack(tmp_path / "evil", tmp_path / "hand" / "1")
     assert [p.name for p in tmp_path.iterdir()] == ["evil"]
+
+
+def test_masks_are_in_proportion_to_the_archive(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that compress well must not let the card claim more masks."""
+    made = read(bundle)
+    folder = tmp_path / "padded" / "1"
+    card = made.card.model_copy(update={"training": {"padding": "0" * 2**20}})
+    write(replace(made, card=card), folder)
+    file = archive.pack(folder, tmp_path / "padded.cascade")
+    bits = sum(-(-mask.weights // 8) for mask in card.masks)
+    monkeypatch.setattr(format, "ALWAYS", 0)
+    monkeypatch.setattr(format, "RATIO", bits / (file.stat().st_size + 2**19))
+    with pytest.raises(BundleError, match="bytes of masks"):
+        archive.unpack(file, tmp_path / "hand" / "1")
+    assert not (tmp_path / "hand" / "1").exists()
+    assert read(folder).masks

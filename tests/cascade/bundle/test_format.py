@@ -688,6 +688,16 @@ def test_numbers_that_are_not_finite(small: Bundle, tmp_path: Path, part: str) -
         write(replace(small, **changes), tmp_path / "hand" / "9")
 
 
+@pytest.mark.parametrize("change", [{"crop_pct": 0.0015}, {"size": 4096}, {"size": 2048, "crop_pct": 0.25}])
+def test_preprocessing_that_would_take_gigabytes(tmp_path: Path, change: dict[str, float]) -> None:
+    bundle = tiny()
+    preprocessing = bundle.card.preprocessing | change
+    with pytest.raises(BundleError, match="preprocessing"):
+        write(
+            replace(bundle, card=bundle.card.model_copy(update={"preprocessing": preprocessing})), tmp_path / "t" / "1"
+        )
+
+
 @pytest.mark.parametrize(
     "source", ["file:/etc/hostname", "file:../x", "package:timm/../../etc/hostname", "random:" + "9" * 5000, "s3:x"]
 )

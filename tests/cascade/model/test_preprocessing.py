@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,16 @@ def test_preprocessing_refuses_nonsense(change: dict[str, Any], named: str) -> N
     data = Preprocessing.of(config("resnet50")).to_json()
     with pytest.raises(CascadeError, match=named):
         Preprocessing.from_json(data | change)
+
+
+def test_an_image_too_long_and_thin_to_resize() -> None:
+    """Refused before the resized image is allocated: this one would have 100 times 2,048 squared pixels."""
+    preprocessing = Preprocessing(1024, 0.5, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(ImageError) as refused:
+        preprocessing.crop()(Image.new("RGB", (100, 1)))
+    assert refused.value.kind == "too_wide"
+    assert preprocessing.crop()(Image.new("RGB", (4, 1))).shape == (3, 1024, 1024)
+    assert replace(preprocessing, crop_mode="squash").crop()(Image.new("RGB", (100, 1))).shape == (3, 1024, 1024)
 
 
 def test_preprocessing_names_a_missing_field() -> None:
