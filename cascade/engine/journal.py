@@ -25,7 +25,7 @@ class Journal:
         self._deaths: dict[str, int] = {}
         if file is not None:
             with suppress(ValueError):  # empty, or the process died while it was writing
-                self._deaths = dict(json.loads(os.pread(file, os.fstat(file).st_size, 0)))
+                self._deaths = dict(json.loads(os.pread(file, os.fstat(file).st_size, 0).rstrip(b"\0")))
 
     def deaths(self, identity: Identity, stamp: str) -> int:
         """How many processes died while they loaded these files."""
@@ -44,9 +44,8 @@ class Journal:
     def _write(self, deaths: dict[str, int]) -> None:
         self._deaths = deaths
         if self._file is not None:
-            text = json.dumps(deaths).encode()
-            os.pwrite(self._file, text, 0)
-            os.ftruncate(self._file, len(text))
+            size = os.fstat(self._file).st_size  # never made shorter, so that a preallocated file needs no room later
+            os.pwrite(self._file, json.dumps(deaths).encode().ljust(size), 0)
 
 
 def _key(identity: Identity, stamp: str) -> str:

@@ -24,6 +24,7 @@ BACKLOG = 1024
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between a death and the next start; doubles while none gets ready
 FIRST_STARTS = 5  # attempts before the first engine process that gets ready
 KILL_AFTER = 5.0  # seconds after the time to drain
+JOURNAL_BYTES = 2**16
 HEARTBEAT_TIMEOUT = 30.0
 """Seconds without a heartbeat after which an engine process counts as hung; it sends one a second."""
 
@@ -44,6 +45,7 @@ class Supervisor:
         self.was_ready = False
         self.worker: subprocess.Popen[bytes] | None = None
         self.journal = os.memfd_create("cascade-journal")  # see cascade.engine.journal
+        os.ftruncate(self.journal, JOURNAL_BYTES)  # now, while there is room
 
     def run(self) -> None:
         """Return after an orderly end. Raises ServerError where the first engine process does not come up."""

@@ -132,7 +132,7 @@ def shelf(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(bundle_path, shelf / name / "1")
     bundle = read(bundle_path)
     classes = [f"new-{name}" for name in bundle.card.classes]
-    write(replace(bundle, card=bundle.card.model_copy(update={"classes": classes})), shelf / ".aside" / "2")
+    write(replace(bundle, card=bundle.card.model_copy(update={"classes": classes})), shelf.with_name("aside") / "2")
     return shelf
 
 
@@ -152,7 +152,7 @@ def survivor(shelf: Path, clock: Clock) -> Iterator[Running]:
 @pytest.mark.parametrize("times", short_and_whole(2, 20))
 def test_rolled_out_and_back_under_load(survivor: Running, shelf: Path, photos: list[bytes], times: int) -> None:
     """Not one answer fails, and each is made by the version that it names."""
-    aside, there = shelf / ".aside" / "2", shelf / "one" / "2"
+    aside, there = shelf.with_name("aside") / "2", shelf / "one" / "2"
     with Load(survivor, photos) as load:
         load.more(version="1")
         for _ in range(times):
@@ -182,19 +182,20 @@ def test_bad_bundles_disturb_nothing(survivor: Running, shelf: Path, photos: lis
     with Load(survivor, photos) as load:
         for turn in range(times):
             for name in ("corrupted", "truncated", "half-copied"):
-                shutil.copytree(good, shelf / ".aside" / name)
-            masks = shelf / ".aside" / "corrupted" / "masks.safetensors"
+                shutil.copytree(good, shelf.with_name("aside") / name)
+            masks = shelf.with_name("aside") / "corrupted" / "masks.safetensors"
             raw = bytearray(masks.read_bytes())
             raw[(turn * 4711 + 99) % len(raw)] ^= 4
             masks.write_bytes(raw)
-            (shelf / ".aside" / "truncated" / "fusion.safetensors").write_bytes(b"")
-            (shelf / ".aside" / "half-copied" / "heads.safetensors").unlink()
+            (shelf.with_name("aside") / "truncated" / "fusion.safetensors").write_bytes(b"")
+            (shelf.with_name("aside") / "half-copied" / "heads.safetensors").unlink()
             write(
-                replace(foreign, card=foreign.card.model_copy(update={"backbone": back})), shelf / ".aside" / "foreign"
+                replace(foreign, card=foreign.card.model_copy(update={"backbone": back})),
+                shelf.with_name("aside") / "foreign",
             )
             for name in reasons:
                 (shelf / name).mkdir()
-                (shelf / ".aside" / name).rename(shelf / name / "1")
+                (shelf.with_name("aside") / name).rename(shelf / name / "1")
             until(lambda: all(gauge(survivor, f"bundle_refused{{bundle={name}}}") == 1 for name in reasons))
             load.more()
             for name in reasons:
@@ -487,7 +488,7 @@ def test_a_remote_store_a_killed_worker_and_a_full_disk(
             put(shelf / "two" / "1", shelf / "two" / "0")
             until(lambda: gauge(server, "bundles{state=ready}") == 3)
             with full_disk(server, int(server.workers()[0]["pid"])):
-                (shelf / ".aside" / "2").rename(shelf / "one" / "2")
+                (shelf.with_name("aside") / "2").rename(shelf / "one" / "2")
                 until(lambda: gauge(server, "bundle_refused{bundle=one}") == 1)
                 load.more()
                 (line,) = told_of(server, "refused bundle one/2: ")
@@ -499,4 +500,4 @@ def test_a_remote_store_a_killed_worker_and_a_full_disk(
         assert sum(n for status, n in load.statuses.items() if status != 200) <= 8, "the batch of the killed worker"
     finally:
         if (shelf / "one" / "2").exists():
-            (shelf / "one" / "2").rename(shelf / ".aside" / "2")
+            (shelf / "one" / "2").rename(shelf.with_name("aside") / "2")
