@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cascade.bundle.format import strip_prefix
+from cascade.errors import CascadeError
 from cascade.model.heads import Linear
 from training import heads
 from training.run import Run
@@ -73,7 +74,8 @@ def candidate(run: Run, name: str, head: Linear) -> Candidate:
 def check_labels(run: Run) -> None:
     """Warn of what makes class folders hard to learn from: rare classes, imbalance, images in several classes."""
     images = run.images
-    assert images.labels is not None
+    if images.labels is None:
+        raise CascadeError(f"{run.recipe.data} has no class folders: leave --labels out")
     counts = np.bincount(images.labels, minlength=len(images.classes))
     rare = [images.classes[i] for i in np.flatnonzero(counts == 1)]
     if rare:

@@ -501,7 +501,7 @@ def test_the_budget_is_said_before_the_first_step(cifar_folder: Path, tmp_path: 
     pipeline.budget(run, controls=True)
     assert ear.said == [
         "240 images to train on, 60 to measure by",
-        "dispatcher masked from blocks.3 on, experts from conv_head on",
+        "mask from blocks.3 on, experts from conv_head on",
         "36 steps of 32 images: dispatcher 6, 3 experts 12, equal-steps control 18",
     ]
 

@@ -24,7 +24,7 @@ from cascade import extras
 from cascade.engine.executors.base import BaseExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
-from cascade.kernels.weight_layout import BlockOrder, WeightLayout
+from cascade.kernels.weight_layout import BlockOrder, PackedMask, WeightLayout
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.masks import Mask
@@ -39,6 +39,14 @@ _ROWS = 13  # bits of a probe bias that count rows; the others count units, and 
 
 class OnnxError(CascadeError):
     """This backbone, or this installation, is not for ONNX Runtime; the PyTorch executors run everything."""
+
+
+class _MergedError(OnnxError):
+    """ONNX Runtime computed with loose tensors, ``names``, ahead of time."""
+
+    def __init__(self, backbone: str, names: frozenset[str]) -> None:
+        super().__init__(f"{backbone}: ONNX Runtime merged {min(names)} with other constants")
+        self.names = names
 
 
 class OnnxExecutor(BaseExecutor):
@@ -56,7 +64,7 @@ class OnnxExecutor(BaseExecutor):
         folded = Folded(backbone)
         self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
         x = torch.zeros(2, *backbone.config["input_size"], device=backbone.weights.device)
-        graph = _graph(folded, x, 0, None)
+        graph, self._fixed = _first_graph(folded, x)
         self.layout = WeightLayout(folded, graph.orders)
         self.plain = self.layout.plain
         self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
@@ -81,17 +89,24 @@ class OnnxExecutor(BaseExecutor):
         ranges += [*([(start, split)] if split > start else []), (split, None)]
         x, folded = torch.zeros(1, 3, size, size), self.layout.folded
         for start, stop in ranges:
-            before = _Range(_probe(folded, [(i, u) for i, u in enumerate(folded.units) if u.stage < start]), 0, start)
+            earlier = [(i, unit) for i, unit in enumerate(folded.units) if unit.stage < start]
+            before = _Range(_probe(folded, earlier, self._fixed), 0, start)
             with torch.inference_mode():
                 entry = torch.zeros_like(before(x)) if start else x
             key = start, stop, entry.shape[1:]
             if key not in self._sessions:
-                self._sessions[key] = _Session(_graph(folded, entry, start, stop), self)
+                self._sessions[key] = _Session(_graph(folded, entry, start, stop, self._fixed), self)
+
+    def pack(self, mask: Mask) -> PackedMask:
+        packed = super().pack(mask)
+        if unmovable := packed.loose.keys() & self._fixed:
+            raise OnnxError(f"mask {mask.name} changes {min(unmovable)}, a constant here: use --executor folded")
+        return packed
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
         if key not in self._sessions:
-            self._sessions[key] = _Session(_graph(self.layout.folded, x, start, stop), self)
+            self._sessions[key] = _Session(_graph(self.layout.folded, x, start, stop, self._fixed), self)
         return self._sessions[key].run(x)
 
 
@@ -176,12 +191,26 @@ class _Pointwise(nn.Module):
         return conv2d(flat, self.weight, self.bias).permute(0, 2, 3, 1).reshape(*shape[:-1], self.weight.shape[0])
 
 
-def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
-    """The optimized graph of a range of stages, for inputs of this shape and any number of them."""
+def _first_graph(folded: Folded, x: Tensor) -> tuple[_Graph, frozenset[str]]:
+    """The graph of the whole backbone, and the loose tensors that ONNX Runtime leaves no way to make inputs of."""
+    fixed: frozenset[str] = frozenset()
+    while True:
+        try:
+            return _graph(folded, x, 0, None, fixed), fixed
+        except _MergedError as error:
+            fixed |= error.names
+
+
+def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, fixed: frozenset[str]) -> _Graph:
+    """The optimized graph of a range of stages, for inputs of this shape and any number of them.
+
+    Args:
+        fixed: loose tensors that stay constants of the graph.
+    """
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
     last = len(folded.backbone.stages) if stop is None else stop
     inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]
-    exported = export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
+    exported = export(_Range(_probe(folded, inside, fixed), start, stop), x[:1].expand(2, *x.shape[1:]))
     optimized = os.memfd_create("optimized")  # it writes a file and nothing else; this one needs no disk
     try:
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
@@ -193,11 +222,13 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
         raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimize it: {error}") from error
     finally:
         os.close(optimized)
-    loose = [name for name in folded.loose if start <= stage_of(name, folded.backbone.stages) < last]
+    loose = [
+        name for name in folded.loose if name not in fixed and start <= stage_of(name, folded.backbone.stages) < last
+    ]
     return _bound(model, inside, [f"model.{name}" for name in loose], folded.backbone.name)
 
 
-def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
+def _probe(folded: Folded, inside: list[tuple[int, Unit]], fixed: frozenset[str]) -> nn.Module:
     """The folded model with weights that are their own positions: a value v of a weight was at place v - 1 - index.
 
     Loose tensors get random values, because the exporter merges constants that are equal.
@@ -209,6 +240,8 @@ def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
             module.fused_attn = False  # type: ignore[assignment]  # plain products: it fuses them itself
     generator = torch.Generator().manual_seed(0)
     for name in folded.loose:
+        if name in fixed:
+            continue
         path, _, part = name.rpartition(".")
         old = getattr(model.get_submodule(path), part)
         drawn = 0.5 + torch.rand(old.shape, generator=generator)
@@ -267,9 +300,10 @@ def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: s
         orders[index] = _order(units[index], index, weight, bias)
         renamed |= {node.input[1]: f"weight.{index}", node.input[2]: f"shift.{index}"}
     renamed |= {n: n.removeprefix("model.") for n in loose}
-    merged = [unit.module for i, unit in inside if i not in orders] + [n for n in loose if n not in constants]
-    if merged:
-        raise OnnxError(f"{name}: ONNX Runtime merged the weights of {merged[0]} with others")
+    if lost := [unit.module for i, unit in inside if i not in orders]:
+        raise OnnxError(f"{name}: ONNX Runtime merged the weights of {lost[0]} with others")
+    if merged := frozenset(n.removeprefix("model.") for n in loose if n not in constants):
+        raise _MergedError(name, merged)
     shapes = {}
     for old, new in renamed.items():
         shapes[new] = list(constants[old].dims)

@@ -113,7 +113,10 @@ def first(channels: dict[str, Tensor]) -> str:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "not finite": (lambda c: c.update({first(c): torch.full_like(c[first(c)], torch.nan)}), "not finite"),
+    "not finite": (
+        lambda c: c.update({first(c): torch.full_like(c[first(c)], torch.nan)}),
+        "numbers are finite",
+    ),
     "another dtype": (lambda c: c.update({first(c): c[first(c)].float()}), "not finite float16"),
     "a matrix": (lambda c: c.update({first(c): c[first(c)][None]}), "in one dimension"),
     "another length": (lambda c: c.update({first(c): c[first(c)][:-1]}), "has no parameter"),

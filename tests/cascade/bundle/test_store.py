@@ -318,4 +318,4 @@ def test_a_name_that_leads_elsewhere_is_passed_over(tmp_path: Path, monkeypatch:
     store = Store("memory://models", tmp_path)
     names: list[dict[str, Any]] = [{"name": f"/models/{n}", "type": "directory"} for n in ("..", ".a", "a b", "", "-x")]
     monkeypatch.setattr(store.fs, "ls", lambda *_, **__: names)
-    assert store._folders("/models") == ["/models/-x", "/models/a b"]
+    assert store._folders("/models") == ["/models/a b"]

@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from prometheus_client import REGISTRY
 
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle, write
+from cascade.bundle.store import Identity
 from cascade.engine import registry as registries
 from cascade.engine.items import Item
 from cascade.engine.registry import Registry, State, load_store, pinned
@@ -510,7 +511,7 @@ def test_another_try_after_a_minute_by_a_clock_that_never_jumps(
     write(hand, small / "a/2")
     now, tries, add = 1000.0, 0, engine.add
 
-    def full(bundle: Bundle, warm: bool = False) -> None:
+    def full(bundle: Bundle, warm: bool = False, replaces: Sequence[Identity] = ()) -> None:
         nonlocal tries
         tries += 1
         raise CascadeError("no room")
