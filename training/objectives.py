@@ -197,7 +197,10 @@ class SelfSupervised:
 
 
 class Supervised:
-    """Cross-entropy with a linear head that starts from zero, on shifted and mirrored images.
+    """Cross-entropy with a linear head, on shifted and mirrored images.
+
+    The head starts from zero and trains alone at first; with ``head_steps`` 0 it starts at random and is trained by SGD
+    from the first step, as in the paper.
 
     Args:
         labels: int64 [N]. rows: the images that are trained on (all by default), for the class weights.
@@ -218,14 +221,18 @@ class Supervised:
         self.labels = torch.from_numpy(labels)
         classes = classes or int(labels.max()) + 1
         self.module = nn.Linear(features, classes)
-        nn.init.zeros_(self.module.weight)
-        nn.init.zeros_(self.module.bias)
+        if recipe.head_steps:
+            nn.init.zeros_(self.module.weight)
+            nn.init.zeros_(self.module.bias)
         known = self.labels if rows is None else self.labels[rows]
         counts = torch.bincount(known, minlength=classes).float().clamp(min=1)
         self.weights = len(known) / (classes * counts) if recipe.class_weights else None
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=self.recipe.head_lr or HEAD_LR)
+        rate = self.recipe.head_lr or HEAD_LR
+        if self.recipe.head_steps:
+            return torch.optim.AdamW(parameters, lr=rate)
+        return torch.optim.SGD(parameters, lr=rate, momentum=0.9)
 
     def head_steps(self, steps: int) -> int:
         return min(self.recipe.head_steps, steps // 5)

@@ -15,7 +15,7 @@ def record(level: int = logging.INFO, message: str = "request", **rest: object) 
 
 
 def test_a_record_is_one_line_of_json() -> None:
-    text = JsonLines().format(record(message="two\nlines \x1b[2J", about={"request_id": "7", "status": 200}))
+    text = JsonLines().format(record(message="two\nlines \x1b[2J", fields={"request_id": "7", "status": 200}))
     assert "\n" not in text and "\x1b" not in text
     line = json.loads(text)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
