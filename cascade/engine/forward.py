@@ -53,6 +53,8 @@ def forward(
                 other.swap(None)
         groups += _run_trunk(executor, weight_cache, device, items, rows)
     answers = finish(groups)
+    for group in groups:  # a tail knows its group: without this cycle, a removed bundle goes with its last request
+        group.tails.clear()
     return [answers[row] for row in range(len(items))]
 
 
