@@ -177,7 +177,7 @@ def test_bad_bundles_disturb_nothing(survivor: Running, shelf: Path, photos: lis
         "corrupted": "its checksum is not the one in SHA256SUMS",
         "truncated": "its checksum is not the one in SHA256SUMS",
         "foreign": "was trained on",
-        "half-copied": "does not list just the files that are there",
+        "half-copied": "does not list just the files in its folder",
     }
     with Load(survivor, photos) as load:
         for turn in range(times):
