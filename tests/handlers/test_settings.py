@@ -81,7 +81,8 @@ def test_torchserve_gets_its_own_options(started: list[Any]) -> None:
     ("frontend", "option"),
     [
         *[("asgi", option) for option in ("--metrics-port=1", "--management-port=1", "--token-file=t", "--workers=2")],
-        *[("ray", option) for option in ("--metrics-port=1", "--token-file=t", "--index=i", "--startup-timeout=9")],
+        *[("ray", option) for option in ("--metrics-port=1", "--token-file=t", "--index=i", "--connections=9")],
+        ("ray", "--startup-timeout=9"),
         *[("torchserve", option) for option in ("--api-keys=k", "--queue=1", "--index=i", "--allowed-host=a")],
     ],
 )
