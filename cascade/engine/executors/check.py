@@ -8,7 +8,7 @@ without a mask, under masks that move everything that a mask can move, and with 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade.engine.executors import Distinct, Executor
 from cascade.engine.executors.plain import PlainExecutor
@@ -104,17 +104,11 @@ def _features(executor: Executor, mask: Mask | None, x: Tensor) -> Tensor:
 
 
 def _mask(backbone: Backbone, generator: torch.Generator) -> Mask:
-    """A mask that changes nine of ten weights, all statistics, and a third of the channels.
-
-    Layer scales and the biases of convolutions stay as they are: some executors compute with them ahead of time, and
-    refuse masks that change them.
-    """
+    """A mask that changes nine of ten weights, all statistics, and a third of the channels."""
     bits = pack(torch.rand(backbone.weights.numel(), generator=generator) < 0.9).to(backbone.weights.device)
     norms = {name: _moved(tensor, generator) for name, tensor in backbone.norms.items()}
     state = backbone.model.state_dict()
-    layers = dict(backbone.model.named_modules())
-    movable = [n for n in backbone.channels() if not isinstance(layers.get(n.rpartition(".")[0]), nn.Conv2d)]
-    chosen = [name for name in movable if not name.endswith("gamma")][::3]
+    chosen = list(backbone.channels())[::3]
     channels = {name: _moved(state[name], generator).half() for name in chosen}
     return Mask("check", 0, bits, norms, channels)
 

@@ -24,7 +24,7 @@ from cascade import extras
 from cascade.engine.executors.base import BaseExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
-from cascade.kernels.weight_layout import BlockOrder, PackedMask, WeightLayout
+from cascade.kernels.weight_layout import BlockOrder, WeightLayout
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.masks import Mask
@@ -39,14 +39,6 @@ _ROWS = 13  # bits of a probe bias that count rows; the others count units, and 
 
 class OnnxError(CascadeError):
     """This backbone, or this installation, is not for ONNX Runtime; the PyTorch executors run everything."""
-
-
-class _MergedError(OnnxError):
-    """ONNX Runtime computed with loose tensors, ``names``, ahead of time."""
-
-    def __init__(self, backbone: str, names: frozenset[str]) -> None:
-        super().__init__(f"{backbone}: ONNX Runtime merged {min(names)} with other constants")
-        self.names = names
 
 
 class OnnxExecutor(BaseExecutor):
@@ -64,7 +56,7 @@ class OnnxExecutor(BaseExecutor):
         folded = Folded(backbone)
         self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
         x = torch.zeros(2, *backbone.config["input_size"], device=backbone.weights.device)
-        graph, self._fixed = _first_graph(folded, x)
+        graph = _graph(folded, x, 0, None)
         self.layout = WeightLayout(folded, graph.orders)
         self.plain = self.layout.plain
         self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
@@ -90,23 +82,17 @@ class OnnxExecutor(BaseExecutor):
         x, folded = torch.zeros(1, 3, size, size), self.layout.folded
         for start, stop in ranges:
             earlier = [(i, unit) for i, unit in enumerate(folded.units) if unit.stage < start]
-            before = _Range(_probe(folded, earlier, self._fixed), 0, start)
+            before = _Range(_probe(folded, earlier), 0, start)
             with torch.inference_mode():
                 entry = torch.zeros_like(before(x)) if start else x
             key = start, stop, entry.shape[1:]
             if key not in self._sessions:
-                self._sessions[key] = _Session(_graph(folded, entry, start, stop, self._fixed), self)
-
-    def pack(self, mask: Mask) -> PackedMask:
-        packed = super().pack(mask)
-        if unmovable := packed.loose.keys() & self._fixed:
-            raise OnnxError(f"mask {mask.name} changes {min(unmovable)}, a constant here: use --executor folded")
-        return packed
+                self._sessions[key] = _Session(_graph(folded, entry, start, stop), self)
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
         if key not in self._sessions:
-            self._sessions[key] = _Session(_graph(self.layout.folded, x, start, stop, self._fixed), self)
+            self._sessions[key] = _Session(_graph(self.layout.folded, x, start, stop), self)
         return self._sessions[key].run(x)
 
 
@@ -191,44 +177,50 @@ class _Pointwise(nn.Module):
         return conv2d(flat, self.weight, self.bias).permute(0, 2, 3, 1).reshape(*shape[:-1], self.weight.shape[0])
 
 
-def _first_graph(folded: Folded, x: Tensor) -> tuple[_Graph, frozenset[str]]:
-    """The graph of the whole backbone, and the loose tensors that ONNX Runtime leaves no way to make inputs of."""
-    fixed: frozenset[str] = frozenset()
-    while True:
-        try:
-            return _graph(folded, x, 0, None, fixed), fixed
-        except _MergedError as error:
-            fixed |= error.names
-
-
-def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, fixed: frozenset[str]) -> _Graph:
-    """The optimized graph of a range of stages, for inputs of this shape and any number of them.
-
-    Args:
-        fixed: loose tensors that stay constants of the graph.
-    """
+def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
+    """The optimized graph of a range of stages, for inputs of this shape and any number of them."""
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
     last = len(folded.backbone.stages) if stop is None else stop
     inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]
-    exported = export(_Range(_probe(folded, inside, fixed), start, stop), x[:1].expand(2, *x.shape[1:]))
+    loose = [f"model.{n}" for n in folded.loose if start <= stage_of(n, folded.backbone.stages) < last]
+    exported = onnx.load_model_from_string(
+        export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
+    )
+    _make_inputs(exported, {name: name.removeprefix("model.") for name in loose})
     optimized = os.memfd_create("optimized")  # it writes a file and nothing else; this one needs no disk
     try:
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = f"/proc/self/fd/{optimized}"
-        onnxruntime.InferenceSession(exported, options, providers=PROVIDERS, disabled_optimizers=_KEEP_APART)
+        onnxruntime.InferenceSession(
+            exported.SerializeToString(), options, providers=PROVIDERS, disabled_optimizers=_KEEP_APART
+        )
         with open(optimized, "rb", closefd=False) as file:
             model = onnx.load_model_from_string(file.read())
     except Exception as error:  # theirs have no common base; no memory is one of them
         raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimize it: {error}") from error
     finally:
         os.close(optimized)
-    loose = [
-        name for name in folded.loose if name not in fixed and start <= stage_of(name, folded.backbone.stages) < last
-    ]
-    return _bound(model, inside, [f"model.{name}" for name in loose], folded.backbone.name)
+    graph = _bound(model, inside, folded.backbone.name)
+    graph.shapes |= {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in exported.graph.input[1:]}
+    return graph
 
 
-def _probe(folded: Folded, inside: list[tuple[int, Unit]], fixed: frozenset[str]) -> nn.Module:
+def _make_inputs(model: Any, names: dict[str, str]) -> dict[str, list[int]]:
+    """Turn constants of a graph into float32 inputs. names: of the inputs, by constant. Returns their shapes."""
+    onnx = library("onnx")
+    shapes = {}
+    for constant in [c for c in model.graph.initializer if c.name in names]:
+        shapes[names[constant.name]] = list(constant.dims)
+        model.graph.initializer.remove(constant)
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(names[constant.name], onnx.TensorProto.FLOAT, constant.dims)
+        )
+    for node in model.graph.node:
+        node.input[:] = [names.get(n, n) for n in node.input]
+    return shapes
+
+
+def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
     """The folded model with weights that are their own positions: a value v of a weight was at place v - 1 - index.
 
     Loose tensors get random values, because the exporter merges constants that are equal.
@@ -240,8 +232,6 @@ def _probe(folded: Folded, inside: list[tuple[int, Unit]], fixed: frozenset[str]
             module.fused_attn = False  # type: ignore[assignment]  # plain products: it fuses them itself
     generator = torch.Generator().manual_seed(0)
     for name in folded.loose:
-        if name in fixed:
-            continue
         path, _, part = name.rpartition(".")
         old = getattr(model.get_submodule(path), part)
         drawn = 0.5 + torch.rand(old.shape, generator=generator)
@@ -282,7 +272,7 @@ def export(module: nn.Module, x: Tensor) -> bytes:
     return out.getvalue()
 
 
-def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: str) -> _Graph:
+def _bound(model: Any, inside: list[tuple[int, Unit]], name: str) -> _Graph:
     """Find the units' constants in the optimized graph by their values, and make inputs of them."""
     onnx = library("onnx")
     constants = {c.name: c for c in model.graph.initializer}
@@ -299,18 +289,9 @@ def _bound(model: Any, inside: list[tuple[int, Unit]], loose: list[str], name: s
         weight = onnx.numpy_helper.to_array(constants[node.input[1]])
         orders[index] = _order(units[index], index, weight, bias)
         renamed |= {node.input[1]: f"weight.{index}", node.input[2]: f"shift.{index}"}
-    renamed |= {n: n.removeprefix("model.") for n in loose}
     if lost := [unit.module for i, unit in inside if i not in orders]:
         raise OnnxError(f"{name}: ONNX Runtime merged the weights of {lost[0]} with others")
-    if merged := frozenset(n.removeprefix("model.") for n in loose if n not in constants):
-        raise _MergedError(name, merged)
-    shapes = {}
-    for old, new in renamed.items():
-        shapes[new] = list(constants[old].dims)
-        model.graph.initializer.remove(constants[old])
-        model.graph.input.append(onnx.helper.make_tensor_value_info(new, onnx.TensorProto.FLOAT, shapes[new]))
-    for node in model.graph.node:
-        node.input[:] = [renamed.get(n, n) for n in node.input]
+    shapes = _make_inputs(model, renamed)
     return _Graph(model.SerializeToString(), [orders[i] for i, _ in inside], inside[0][0] if inside else 0, shapes)
 
 
