@@ -57,6 +57,8 @@ def status_of(error: ItemError) -> int:
     return STATUSES[error.kind]
 
 
-def error_body(error: ItemError) -> dict[str, Any]:
-    """The JSON body of an error: ``{"error": {"status", "kind", "message"}}``."""
+def error_body(error: ItemError, path: str = "/v1") -> dict[str, Any]:
+    """The JSON body of an error: ``{"error": {"status", "kind", "message"}}``; a text below /v2."""
+    if path.startswith("/v2"):
+        return {"error": f"{error.kind}: {error.message}"}
     return {"error": {"status": status_of(error), "kind": error.kind, "message": error.message}}

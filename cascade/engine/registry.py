@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 RETRY = 60.0
 """Seconds until another try where the fault may lie outside the bundle: memory, disk, network, weights."""
 LASTING = float("inf")
+LEAVE = 2.0
+"""Seconds that the end waits for a look at the store."""
 MOST_DEATHS = 2
 """Processes that may die while they load a bundle. The first death may have had another reason, like kill -9."""
 REMEMBERED = 100
@@ -141,7 +143,7 @@ class Registry:
         finally:
             stop.set()
             if interval > 0:
-                thread.join(10)  # a download that hangs ends with the process
+                thread.join(LEAVE)  # a download that hangs ends with the process
 
     def _load(self, found: Mapping[Identity, str]) -> None:
         for identity in sorted(found, key=lambda i: (i[0], number(i[1]))):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from cascade.engine.batcher import STOPPING
 from cascade.engine.results import ItemError
 from handlers.asgi.metrics import HTTP_IN_PROGRESS, HTTP_SECONDS
 from handlers.statuses import error_body, status_of
@@ -94,11 +95,14 @@ class Guard:
         HTTP_IN_PROGRESS.inc(not polled)
         try:
             if self.hosts is not None and host_of(headers) not in self.hosts:
-                await _unknown_host(answer)
+                await _refuse(answer, UNKNOWN_HOST, scope["path"])
             else:
                 await self.app(scope, body.receive, answer)
         except Exception:
             log.exception("a request failed", extra={"fields": fields})  # the answer, 500, is sent
+        except asyncio.CancelledError:  # the time to drain is over
+            if not status:
+                await _refuse(answer, STOPPING, scope["path"])
         finally:
             self.requests -= not polled
             HTTP_IN_PROGRESS.dec(not polled)
@@ -117,10 +121,10 @@ def host_of(headers: Mapping[bytes, bytes]) -> str:
     return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
 
 
-async def _unknown_host(send: Send) -> None:
-    body = json.dumps(error_body(UNKNOWN_HOST), separators=(",", ":")).encode()
+async def _refuse(send: Send, error: ItemError, path: str) -> None:
+    body = json.dumps(error_body(error, path), separators=(",", ":")).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status_of(UNKNOWN_HOST), "headers": headers})
+    await send({"type": "http.response.start", "status": status_of(error), "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -102,9 +102,7 @@ class Service:
             headers["WWW-Authenticate"] = "Bearer"
         if status in (408, 413) or error is STOPPING:
             headers["Connection"] = "close"
-        text = request.url.path.startswith("/v2")
-        body = {"error": f"{error.kind}: {error.message}"} if text else error_body(error)
-        return JSONResponse(body, status, headers)
+        return JSONResponse(error_body(error, request.url.path), status, headers)
 
     def _only(self) -> str | None:
         names = {name for name, _ in self.engine.bundles}

@@ -23,7 +23,7 @@ from handlers.signals import on_stop
 BACKLOG = 1024
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between a death and the next start; doubles while none gets ready
 FIRST_STARTS = 5  # attempts before the first engine process that gets ready
-KILL_AFTER = 2.0  # seconds after the time to drain; uvicorn gives open connections one
+KILL_AFTER = 5.0  # seconds after the time to drain; an engine process needs one or two to close
 JOURNAL_BYTES = 2**16
 HEARTBEAT_TIMEOUT = 30.0
 """Seconds without a heartbeat after which an engine process counts as hung; it sends one a second."""
@@ -124,6 +124,7 @@ class Supervisor:
     def _kill(self, number: int, frame: FrameType | None) -> None:
         if self.worker is not None:
             self.worker.kill()
+            say("cascade.supervisor", f"the engine process did not end {KILL_AFTER:g} s after --drain: it is killed")
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -10,7 +10,7 @@ import pytest
 
 from cascade.logs import JsonLines
 from handlers.asgi.app import create_app
-from handlers.asgi.middleware import Guard, _Body, _level
+from handlers.asgi.middleware import Guard, Message, _Body, _level
 from handlers.asgi.service import Service
 from tests.helpers.asgi_app import LIMITS, Ask, client, error
 
@@ -78,6 +78,29 @@ def test_slow_body(ask: Ask, impatient: None) -> None:
 
     assert error(ask("POST", "/v1/predict", content=slowly())) == (408, "slow_body")
     assert len(asked) < 80, "not when all of it was there"
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/birds/infer"])
+def test_a_request_that_is_cut_off_at_the_end_is_told_so(guard: Guard, path: str) -> None:
+    sent: list[Message] = []
+
+    async def never() -> Message:
+        return await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def go() -> None:
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": []}
+        slow = asyncio.create_task(guard({**scope, "query_string": b""}, never, send))
+        await asyncio.sleep(0.05)
+        slow.cancel()
+        await slow
+
+    asyncio.run(go())
+    body = json.loads(sent[1]["body"])["error"]
+    assert sent[0]["status"] == 503 and (body if "v2" in path else body["kind"]).startswith("stopping")
+    assert guard.requests == 0
 
 
 def test_request_ids(ask: Ask) -> None:

@@ -25,8 +25,9 @@ for number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)  # a background job and nohup ignore them
 process.python = lambda module, *arguments: [sys.executable, "-c", sys.argv[1], *arguments]
 supervisor.HEARTBEAT_TIMEOUT = 1.0
+supervisor.KILL_AFTER = 0.2
 try:
-    supervisor.serve(AsgiSettings(port=0, startup_timeout=float(sys.argv[2]), drain_timeout=5))
+    supervisor.serve(AsgiSettings(port=0, startup_timeout=float(sys.argv[2]), drain_timeout=float(sys.argv[3])))
 except supervisor.ServerError as error:
     sys.exit(str(error))
 """
@@ -48,8 +49,10 @@ def run() -> "Iterator[list[subprocess.Popen[str]]]":
         child.wait()
 
 
-def start(run: "list[subprocess.Popen[str]]", engine: str, startup_timeout: float = 60) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", SERVE, ENGINE + engine, str(startup_timeout)]
+def start(
+    run: "list[subprocess.Popen[str]]", engine: str, startup_timeout: float = 60, drain_timeout: float = 5
+) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SERVE, ENGINE + engine, str(startup_timeout), str(drain_timeout)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run.append(child)
     return child
@@ -74,6 +77,14 @@ def test_each_signal_drains(run: "list[subprocess.Popen[str]]", number: int) -> 
     child.send_signal(number)
     assert child.wait(30) == 0
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_an_engine_that_does_not_end_is_killed(run: "list[subprocess.Popen[str]]") -> None:
+    child = start(run, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + BEATING, drain_timeout=0)
+    assert child.stdout is not None and child.stdout.readline().startswith("ready")
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(30) == 0
+    assert child.stderr is not None and "s after --drain: it is killed" in child.stderr.read()
 
 
 def test_an_engine_that_dies_or_hangs_is_replaced(run: "list[subprocess.Popen[str]]") -> None:
