@@ -18,7 +18,6 @@ STATUSES: dict[str, int] = {
     "too_wide": 413,
     "too_many_pixels": 413,
     "too_complex": 413,
-    "too_costly": 400,
     # The request.
     "bundle_missing": 400,
     "unknown_bundle": 404,

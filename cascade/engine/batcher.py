@@ -18,7 +18,7 @@ from typing import Self
 
 from cascade import metrics
 from cascade.cpus import cpu_count
-from cascade.engine.decoders import Decoders, OverBudget
+from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.engine import Engine, Source
 from cascade.engine.items import Item, trunk
 from cascade.engine.results import ItemError, Options, Prediction
@@ -31,10 +31,8 @@ OVERLOADED = ItemError("overloaded", "more images wait than can be answered soon
 DEADLINE = ItemError("deadline", "the time that this image may wait is over: send it again later, or allow more")
 STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
 FAILED = ItemError("failed", "the pass with this image failed: the server's log says why")
-TOO_COSTLY = ItemError("too_costly", "decoding this image takes too much CPU time: send a baseline JPEG or a PNG")
 REMEMBERED = 0.2  # weight of the newest pass in the seconds that an image takes
 PASS_TIMEOUT = 120.0  # seconds after which a pass counts as hung; it takes one or two
-DECODE_SECONDS = 3.0  # of CPU time for one image; the largest that the limits allow take about one
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +60,6 @@ class Batcher:
         patience: seconds. 0 is arrival order: always the group of the oldest image.
         queue: images that may wait or be decoded at a time; more are refused at once.
         decoders: images that are decoded at a time; each takes up to some hundred MB. None for one per core.
-        decode_seconds: CPU time that one image may take to decode.
     """
 
     def __init__(
@@ -73,12 +70,11 @@ class Batcher:
         patience: float = 0.05,
         queue: int = 256,
         decoders: int | None = None,
-        decode_seconds: float = DECODE_SECONDS,
     ) -> None:
         if min(max_batch, queue) < 1 or patience < 0:
             raise CascadeError("a batcher needs max_batch and queue of 1 at least, and no negative patience")
         self.engine, self.max_batch, self.patience, self.queue = engine, max_batch, patience, queue
-        self._decoders = Decoders(decoders or cpu_count(), decode_seconds)
+        self._decoders = Decoders(decoders or cpu_count(), engine.limits.max_seconds)
         self._groups: dict[Hashable, _Group] = {}
         self._waiting = self._decoding = self._running = 0
         self._seconds = 0.0  # an image takes, lately
@@ -198,9 +194,7 @@ class Batcher:
     ) -> None:
         """Once an image is decoded: it waits for its pass, or has its answer."""
         try:
-            item = decoded.result()
-        except OverBudget:
-            item = _failed(TOO_COSTLY, options.bundle)
+            item = outcome(decoded, options.bundle)
         except Exception:  # a bad image is an ItemError; this is a fault of ours, or no memory
             log.exception("an image could not be prepared")
             item = _failed(FAILED, options.bundle)

@@ -8,18 +8,20 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from cascade import metrics
+from cascade.engine.items import Item
+from cascade.engine.results import ItemError, Options
+from cascade.model.preprocessing import ImageError, too_slow
 
 CHECK_SECONDS = 0.1
 """Between two looks at the CPU time that the decoders have used."""
 LOWEST_PRIORITY = 19
-
-
-class OverBudget(Exception):
-    """A job used more CPU time than it may."""
 
 
 @dataclass(eq=False)
@@ -51,12 +53,19 @@ class Decoders:
         threading.Thread(target=self._watch, name="cascade-decode-watch", daemon=True).start()
 
     def submit(self, run: Callable[[], Any]) -> "Future[Any]":
-        """Call ``run`` in one of the threads. The future raises OverBudget where that takes too long."""
+        """Call ``run`` in one of the threads. The future raises ImageError ("too_complex") over the budget."""
         job = _Job(run)
         with self._changed:
             self._waiting.append(job)
             self._changed.notify()
         return job.future
+
+    def map(
+        self, prepare: Callable[[Any, Options], Item | ItemError], images: Sequence[Any], options: Sequence[Options]
+    ) -> list[Item | ItemError]:
+        """``prepare`` for each image, in order, as ``Engine.predict`` wants it."""
+        jobs = [self.submit(partial(prepare, *job)) for job in zip(images, options, strict=True)]
+        return [outcome(job, wish.bundle) for job, wish in zip(jobs, options, strict=True)]
 
     def close(self) -> None:
         """End the threads that are idle; the others end after their job."""
@@ -108,4 +117,13 @@ class Decoders:
                     os.setpriority(os.PRIO_PROCESS, job.thread, LOWEST_PRIORITY)
                 self._fill()
             for job in late:
-                job.future.set_exception(OverBudget())
+                job.future.set_exception(too_slow(self.cpu_seconds))
+
+
+def outcome(job: "Future[Any]", bundle: str | None) -> Any:
+    """What ``Engine.prepare`` returned in a thread; the error of an image that was given up on, counted."""
+    try:
+        return job.result()
+    except ImageError as error:
+        metrics.count_answer(bundle, None, error.kind)
+        return ItemError(error.kind, str(error))

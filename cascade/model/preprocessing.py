@@ -59,7 +59,8 @@ class Limits:
         max_scans: of a progressive JPEG; encoders write about 10. Each scan visits every pixel, however few bytes it
             has.
         max_scanned: pixels times scans.
-        max_seconds: processor time of decoding; checked each time the decoder asks for more bytes.
+        max_seconds: processor time of decoding; the largest images that the other limits allow take about one. Checked
+            each time the decoder asks for more bytes, and in servers by ``cascade.engine.decoders`` at any time.
     """
 
     max_bytes: int = 16 * 2**20
@@ -68,7 +69,7 @@ class Limits:
     max_aspect: int = 100
     max_scans: int = 64
     max_scanned: int = 800_000_000
-    max_seconds: float = 20
+    max_seconds: float = 3
 
 
 LIMITS = Limits()
@@ -124,8 +125,7 @@ class _BoundedTime(BytesIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.thread_time() > self.end:
-            message = f"the image takes more than {self.seconds:g} s to decode: save it again as a plain JPEG or PNG"
-            raise ImageError("too_complex", message)
+            raise too_slow(self.seconds)
         return super().read(self.block if size == ImageFile.MAXBLOCK else size)
 
 
@@ -188,6 +188,12 @@ def too_large(size: int, limits: Limits) -> ImageError:
     mib = 2**20
     message = f"the image has {size / mib:.1f} MiB, the limit is {limits.max_bytes / mib:g}: send a smaller file"
     return ImageError("too_large", message)
+
+
+def too_slow(seconds: float) -> ImageError:
+    """The error for an image that takes more processor time than ``seconds``."""
+    message = f"the image takes more than {seconds:g} s to decode: save it again as a baseline JPEG or a PNG"
+    return ImageError("too_complex", message)
 
 
 def _opener(head: bytes) -> Callable[[BytesIO], ImageFile.ImageFile]:

@@ -10,7 +10,6 @@ import logging
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from cascade import metrics
+from cascade.engine.decoders import Decoders
 from cascade.engine.engine import Engine
 from cascade.engine.registry import load_store
 from cascade.engine.results import ItemError, Options, Prediction
@@ -66,7 +66,8 @@ class CascadeHandler:
                 log.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
         resources = ExitStack()
         # TorchServe sends the next batch after this one is answered, so no pass needs the cores during decoding.
-        self.decoding = resources.enter_context(ThreadPoolExecutor(settings["threads"], "cascade-decode"))
+        self.decoders = Decoders(settings["threads"], self.engine.limits.max_seconds)
+        resources.callback(self.decoders.close)
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
         self.memory = Resident()
@@ -105,8 +106,7 @@ class CascadeHandler:
         """Predict the valid requests in one engine call; the errors of the others keep their places."""
         readable = [request for request in requests if not isinstance(request, ItemError)]
         images, wishes = [image for image, _ in readable], [wish for _, wish in readable]
-        decode = self.decoding.map if len(readable) > 1 else map
-        answers = iter(self.engine.predict(images, wishes, decode) if readable else ())
+        answers = iter(self.engine.predict(images, wishes, self.decoders.map) if readable else ())
         return [request if isinstance(request, ItemError) else next(answers) for request in requests]
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -15,6 +16,7 @@ from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
 from cascade.engine.items import Item
 from cascade.errors import CascadeError
+from cascade.model.preprocessing import LIMITS
 from tests.helpers.batching import Held, busy
 from tests.helpers.bundles import handmade, named
 from tests.helpers.metrics import now
@@ -224,10 +226,11 @@ def test_costly_images_do_not_keep_others_from_being_decoded(held: Held, cifar: 
 
     held.prepare = spin  # type: ignore[method-assign,assignment]
     held.go.release(10)
-    with Batcher(held, decoders=2, decode_seconds=0.05) as batcher:
+    held.limits = replace(LIMITS, max_seconds=0.05)
+    with Batcher(held, decoders=2) as batcher:
         costly = [batcher.submit(b"", Options("a")) for _ in range(2)]
         assert isinstance(batcher.submit(cifar[0], Options("a")).result(30), Prediction)
-        assert [kind(future) for future in costly] == ["too_costly"] * 2
+        assert [kind(future) for future in costly] == ["too_complex"] * 2
         stop.set()
 
 

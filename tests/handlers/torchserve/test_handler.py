@@ -5,7 +5,6 @@ import inspect
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import pytest
 from ts.context import Context, RequestProcessor
 from ts.utils.util import list_classes_from_module
 
+from cascade.engine.decoders import Decoders
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
@@ -37,7 +37,7 @@ class Engine:
 
     def predict(self, images: list[bytes], options: list[Options], decode: Any) -> list[Prediction | ItemError]:
         self.calls.append(options)
-        self.threads |= {*decode(lambda image: threading.current_thread().name.split("_")[0], images)}
+        self.threads |= {*decode(lambda image, wish: threading.current_thread().name, images, options)}
         bad = ItemError("not_an_image", "this is not an image")
         good = Prediction("demo", "1", "conditional", len(images), 0.5, 0.5, ("dispatcher", "expert-1"))
         return [bad if image == b"bad" else good for image in images]
@@ -50,8 +50,9 @@ def served(tmp_path: Path) -> Iterator[CascadeHandler]:
     served.gate = tmp_path / "gate"
     served.gate.touch()
     served.memory = Resident()
-    with ThreadPoolExecutor(2, "decode") as served.decoding:
-        yield served
+    served.decoders = Decoders(2, cpu_seconds=60)
+    yield served
+    served.decoders.close()
 
 
 def batch(*requests: tuple[bytes, dict[str, Any]]) -> tuple[list[dict[str, Any]], Context]:
@@ -236,12 +237,10 @@ def test_one_bad_item_leaves_seven(served: CascadeHandler) -> None:
     assert len(served.engine.calls) == 1  # type: ignore[attr-defined]
 
 
-def test_a_batch_is_decoded_by_threads_and_a_lone_image_at_once(served: CascadeHandler) -> None:
-    served.handle(*batch((PHOTO, {})))
-    assert served.engine.threads == {threading.current_thread().name}  # type: ignore[attr-defined]
-    served.engine.threads.clear()  # type: ignore[attr-defined]
+def test_images_are_decoded_within_a_budget(served: CascadeHandler) -> None:
+    """By the threads that have one."""
     served.handle(*batch((PHOTO, {}), (PHOTO, {})))
-    assert served.engine.threads == {"decode"}  # type: ignore[attr-defined]
+    assert served.engine.threads == {"cascade-decode"}  # type: ignore[attr-defined]
 
 
 def test_unreadable_requests_never_reach_the_engine(served: CascadeHandler) -> None:
