@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,8 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from cascade.metrics_merge import alive, locked, merge_dead
 
 STAGES = ("decode", "dispatch", "swap", "expert", "fuse")
 WINDOW = 1000
@@ -212,11 +214,14 @@ class _Living(MultiProcessCollector):
     """The multiprocess folder, less the gauges of processes that are gone without a word (SIGKILL)."""
 
     def collect(self) -> Iterator[Metric]:
-        for file in Path(self._path).glob("gauge_live*_*.db"):
-            if not Path("/proc", pid := file.stem.rpartition("_")[2]).exists():
-                with suppress(FileNotFoundError):  # another scrape was first
-                    mark_process_dead(int(pid), self._path)
-        yield from super().collect()
+        folder = Path(self._path)
+        with locked(folder):
+            for file in folder.glob("gauge_live*_*.db"):
+                if not alive(file):
+                    mark_process_dead(int(file.stem.rpartition("_")[2]), self._path)
+            merge_dead(folder)
+            found = [*super().collect()]
+        yield from found
 
 
 def _registry() -> CollectorRegistry:

@@ -1,5 +1,6 @@
 """Metrics in one process, and over several that share a folder and die."""
 
+import errno
 import os
 import re
 import signal
@@ -261,6 +262,50 @@ def test_workers_add_up_and_gauges_of_the_killed_drop(worker: Callable[[str], su
         again = scrape()
         assert value(again, "requests_total", bundle="animals", cluster="0", outcome="ok") == 3
         assert [value(again, name) for name in gauges] == [2, 200, 20, 100, 8]
+
+
+def test_files_of_the_dead_are_bounded_and_their_counts_kept(
+    worker: Callable[[str], subprocess.Popen[str]], folder: Path
+) -> None:
+    def killed(clusters: str) -> None:
+        process = worker(clusters)
+        process.kill()
+        process.wait()
+
+    (folder / "counter_999999999.db").touch()  # died before it wrote anything
+    worker("1")
+    for _ in range(2):
+        killed("01")
+        killed("1")
+        with ThreadPoolExecutor(4) as pool:
+            scrapes = [parsed(text) for text in pool.map(lambda _: metrics.scrape(), range(8))]
+        assert all(scrape == scrapes[0] for scrape in scrapes)
+        files = sorted(re.sub("[1-9][0-9]*", "PID", file.name) for file in folder.iterdir())
+        assert files == sorted(
+            ["counter_0.db", "histogram_0.db", "counter_PID.db", "histogram_PID.db"]
+            + ["gauge_livemax_PID.db", "gauge_livesum_PID.db"]
+        )
+    assert value(scrapes[0], "requests_total", bundle="animals", cluster="1", outcome="ok") == 5
+    assert value(scrapes[0], "requests_total", bundle="animals", cluster="0", outcome="ok") == 2
+    assert value(scrapes[0], "batch_images_count") == 5
+
+
+def test_without_room_the_files_of_the_dead_stay(
+    worker: Callable[[str], subprocess.Popen[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = worker("1")
+    process.kill()
+    process.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert value(parsed(metrics.scrape()), "mask_hits_total") == 3
+        assert (folder / f"counter_{process.pid}.db").exists()
+    assert value(parsed(metrics.scrape()), "mask_hits_total") == 3
+    assert not (folder / f"counter_{process.pid}.db").exists()
 
 
 def test_prepare_folder_empties_it_of_metrics_only(
