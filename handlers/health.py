@@ -7,6 +7,7 @@ TorchServe counts as ready when its worker does: /ping says Healthy long before 
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -43,5 +44,11 @@ def _key() -> dict[str, str]:
     return {} if newest is None else tokens.bearer(newest.parent, "management")
 
 
+def port_of(environment: Mapping[str, str]) -> int:
+    """The port that serve reads, but no address that Kubernetes sets for a Service called cascade-serve."""
+    given = (environment.get(name, "") for name in ("PORT", "CASCADE_SERVE_PORT"))
+    return next((int(port) for port in given if port.isdecimal()), PORT)
+
+
 if __name__ == "__main__":
-    sys.exit(not_ready_reason(int(os.environ.get("PORT") or os.environ.get("CASCADE_SERVE_PORT") or PORT)))
+    sys.exit(not_ready_reason(port_of(os.environ)))

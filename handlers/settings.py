@@ -55,10 +55,13 @@ class BatchingSettings(Settings):
 
     Attributes:
         api_keys: a file as ``handlers.asgi.keys.read`` takes it.
+        allowed_hosts: Host headers that are accepted beside the names of loopback. Without keys on loopback all others
+            are refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
         max_batch, patience, queue: of ``cascade.engine.batcher.Batcher``.
     """
 
     api_keys: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
     max_batch: int = 32
     patience: float = 0.05
     queue: int = 256
@@ -71,6 +74,13 @@ class BatchingSettings(Settings):
         if self.api_keys is not None and self.no_auth:
             raise SettingsError("--api-keys and --no-auth contradict each other: omit one of them")
 
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """The names under which requests are accepted; None for any."""
+        if self.allowed_hosts or (is_loopback(self.host) and self.api_keys is None):
+            return frozenset({"localhost", "127.0.0.1", "::1", self.host.lower(), *map(str.lower, self.allowed_hosts)})
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class AsgiSettings(BatchingSettings):
@@ -81,22 +91,12 @@ class AsgiSettings(BatchingSettings):
         connections: at a time; more get 503.
         startup_timeout: seconds until the engine is ready.
         keep_alive: seconds that an idle connection stays open: longer than the load balancer in front keeps it.
-        allowed_hosts: Host headers that are accepted beside the names of loopback. Without keys on loopback all others
-            are refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
     """
 
     index: Path | None = None
     connections: int = 4096
     startup_timeout: float = 300
     keep_alive: float = 75
-    allowed_hosts: tuple[str, ...] = ()
-
-    @property
-    def hosts(self) -> frozenset[str] | None:
-        """The names under which requests are accepted; None for any."""
-        if self.allowed_hosts or (is_loopback(self.host) and self.api_keys is None):
-            return frozenset({"localhost", "127.0.0.1", "::1", self.host.lower(), *map(str.lower, self.allowed_hosts)})
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)

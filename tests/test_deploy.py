@@ -98,6 +98,13 @@ def test_options_come_from_the_environment() -> None:
     assert done.exit_code == 2 and "--port" in done.output
 
 
+def test_the_address_of_a_service_is_no_port() -> None:
+    """Kubernetes sets this variable in every pod beside a Service called cascade-serve."""
+    environment = {"CASCADE_SERVE_PORT": "tcp://10.96.0.7:80", "COLUMNS": "300", "TERM": "dumb"}
+    done = CliRunner().invoke(main.app, ["serve"], env=environment)
+    assert done.exit_code == 2 and "set enableServiceLinks: false" in done.output
+
+
 def test_compose_is_closed_and_starts_the_server() -> None:
     compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
     for service in compose["services"].values():

@@ -86,6 +86,7 @@ def test_the_schema_would_see_a_mistake(path: tuple[Any, ...], value: object) ->
 
 @pytest.mark.parametrize("spec", pods(), ids=["plain", "head", "worker"])
 def test_pods_are_bounded_and_may_do_little(spec: dict[str, Any]) -> None:
+    assert spec["enableServiceLinks"] is False, "variables of Services are not ours"
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"]
     for container in spec["containers"]:
         for kind in ("requests", "limits"):

@@ -28,6 +28,14 @@ class LogLevel(StrEnum):
     error = "error"
 
 
+def _port(text: str) -> int:
+    """A port, not the address that Kubernetes puts into CASCADE_SERVE_PORT where a Service is called cascade-serve."""
+    if not text.isdecimal():
+        links = "; it comes from a Service of this name: set enableServiceLinks: false" if "://" in text else ""
+        raise typer.BadParameter(f"{text!r} is no port{links}")
+    return int(text)
+
+
 def serve(
     context: typer.Context,
     frontend: Annotated[Frontend, typer.Option(help="The server: asgi and ray speak Open Inference Protocol v2.")] = (
@@ -37,7 +45,13 @@ def serve(
     model_store: Annotated[str | None, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; loopback if left out.")] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port to listen on; 8080 if left out.", envvar=["PORT", "CASCADE_SERVE_PORT"])
+        int | None,
+        typer.Option(
+            help="Port to listen on; 8080 if left out.",
+            envvar=["PORT", "CASCADE_SERVE_PORT"],
+            parser=_port,
+            metavar="INTEGER",
+        ),
     ] = None,
     no_auth: Annotated[bool | None, typer.Option("--no-auth", help="Let everybody in, on any address.")] = None,
     budget_bytes: Annotated[
@@ -69,7 +83,7 @@ def serve(
         float | None, typer.Option(help="asgi: seconds that an idle connection stays open; 75 if left out.", min=1)
     ] = None,
     allowed_hosts: Annotated[
-        list[str] | None, typer.Option("--allowed-host", help="asgi: Host header to accept beside loopback's names.")
+        list[str] | None, typer.Option("--allowed-host", help="asgi, ray: Host to accept beside loopback's names.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="torchserve, ray: processes with a backbone each.", min=1)] = None,
     metrics_port: Annotated[int | None, typer.Option(help="torchserve: port of /metrics.")] = None,
@@ -102,7 +116,8 @@ def serve(
     else:
         from handlers.ray.serve import serve as serve_ray
 
-        serve_ray(**chosen.options("no_auth", "workers"), replicas=chosen.workers)
+        options = chosen.options("no_auth", "workers", "allowed_hosts")
+        serve_ray(**options, replicas=chosen.workers, hosts=chosen.hosts)
 
 
 def _settings(context: typer.Context, frontend: Frontend, settings: Any) -> Any:

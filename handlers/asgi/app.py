@@ -27,7 +27,7 @@ from handlers.asgi import open_inference, search, ui
 from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
-from handlers.requests import NOT_FINITE, encode, parse, wants_bytes
+from handlers.requests import NOT_FINITE, OPTIONS, encode, parse, wants_bytes
 from handlers.statuses import status_of
 
 ROW = re.compile(r"[0-9]{1,9}")
@@ -203,7 +203,8 @@ def _protocol(app: FastAPI, service: Service) -> None:
 
     def find_bundle(request: Request, model: str) -> Bundle:
         service.check(request, model)
-        if request.query_params:  # ignored, ?version=1 would be answered by the latest version
+        query = request.query_params.keys()  # ignored, ?version=1 would be answered by the latest version
+        if query if request.method == "POST" else query & set(OPTIONS):
             raise Refusal(V2_QUERY)
         version = request.path_params.get("version")
         bundle = service.engine.find(model, version)

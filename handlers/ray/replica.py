@@ -33,7 +33,7 @@ Scope = MutableMapping[str, Any]
 
 
 class Settings(BaseModel):
-    """Settings of the replicas: the options of ``cascade serve``."""
+    """Settings of the replicas: the options of ``cascade serve``, and the Host headers to accept (None for any)."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model_store: str = "model_store"
@@ -45,6 +45,7 @@ class Settings(BaseModel):
     patience: float = Field(default=0.05, ge=0)
     queue: PositiveInt = 256
     api_keys: str | None = None
+    hosts: list[str] | None = None
     pins: dict[str, str] = {}
     poll: float = Field(default=10, ge=0)
     log_level: str = "info"
@@ -79,7 +80,7 @@ class Replica:
         self._stack.enter_context(registry.watching(settings.poll))
         opened = None if self._keys is None else self._keys.keys
         self._service = Service(self._batcher, opened, registry=bundles)
-        self._application = application(create_app(self._service), self._service, bundles)
+        self._application = application(create_app(self._service, hosts=settings.hosts), self._service, bundles)
 
     def __serve_build_asgi_app__(self) -> App:
         """Called by Serve: the application that it sends requests to."""

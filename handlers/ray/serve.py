@@ -3,7 +3,7 @@
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def serving(
     api_keys: Path | None = None,
     drain_timeout: float = 8,
     pins: Mapping[str, str] | None = None,
+    hosts: Collection[str] | None = None,
     **settings: Any,
 ) -> Iterator[str]:
     """Serve until the block ends, then drain the requests in progress; yields the URL.
@@ -42,6 +43,7 @@ def serving(
     Args:
         replicas: at most; their number follows the requests in progress. least: at any time.
         drain_timeout: seconds for the requests in progress to finish.
+        hosts: Host headers to accept; None for any.
         settings: the others of ``handlers.ray.replica.Settings``.
 
     Raises:
@@ -58,7 +60,8 @@ def serving(
 
         store = str(model_store) if "://" in str(model_store) else str(Path(model_store).resolve())
         keys = None if api_keys is None else str(api_keys.resolve())
-        chosen = Settings(model_store=store, api_keys=keys, pins=dict(pins or {}), **settings)
+        names = None if hosts is None else sorted(hosts)
+        chosen = Settings(model_store=store, api_keys=keys, pins=dict(pins or {}), hosts=names, **settings)
         environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}  # not for Ray's own processes
         if "CASCADE_EXECUTOR" in os.environ:
             environment["CASCADE_EXECUTOR"] = os.environ["CASCADE_EXECUTOR"]

@@ -77,3 +77,10 @@ def test_asgi_is_ready_when_it_says_so(port: int, closed: int, monkeypatch: pyte
 
 def test_nobody_is_there(closed: int) -> None:
     assert "ConnectError" in str(health.not_ready_reason(closed, closed))
+
+
+def test_the_port_is_that_of_the_environment() -> None:
+    assert health.port_of({}) == 8080
+    assert health.port_of({"PORT": "9", "CASCADE_SERVE_PORT": "10"}) == 9
+    assert health.port_of({"PORT": "", "CASCADE_SERVE_PORT": "10"}) == 10
+    assert health.port_of({"CASCADE_SERVE_PORT": "tcp://10.96.0.7:80"}) == 8080

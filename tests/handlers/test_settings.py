@@ -17,15 +17,13 @@ OURS = {
         "9",
         "--keep-alive",
         "9",
-        "--allowed-host",
-        "a",
         "--startup-timeout",
         "9",
     ],
     "torchserve": ["--metrics-port", "9", "--management-port", "9", "--token-file", "t", "--startup-timeout", "9"],
     "ray": [],
 }
-BATCHING = ["--api-keys", "k", "--max-batch", "9", "--patience", "1", "--queue", "9"]
+BATCHING = ["--api-keys", "k", "--allowed-host", "a", "--max-batch", "9", "--patience", "1", "--queue", "9"]
 
 
 def run(*arguments: str) -> Result:
@@ -106,11 +104,12 @@ def test_an_address_for_others_needs_keys_or_a_flag(settings: type[AsgiSettings]
         settings(no_auth=True, api_keys=Path("keys"))
 
 
-def test_hosts() -> None:
-    assert AsgiSettings().hosts == {"localhost", "127.0.0.1", "::1"}
-    assert AsgiSettings(allowed_hosts=("Box.example",)).hosts == {"localhost", "127.0.0.1", "::1", "box.example"}
-    assert AsgiSettings(api_keys=Path("keys")).hosts is None
-    assert AsgiSettings(host="0.0.0.0", no_auth=True).hosts is None
+@pytest.mark.parametrize("settings", [AsgiSettings, RaySettings])
+def test_hosts(settings: type[AsgiSettings]) -> None:
+    assert settings().hosts == {"localhost", "127.0.0.1", "::1"}
+    assert settings(allowed_hosts=("Box.example",)).hosts == {"localhost", "127.0.0.1", "::1", "box.example"}
+    assert settings(api_keys=Path("keys")).hosts is None
+    assert settings(host="0.0.0.0", no_auth=True).hosts is None
 
 
 def test_torchserve_has_tokens_everywhere() -> None:

@@ -78,6 +78,14 @@ def test_options_in_the_query_are_refused(ask: Ask, files: list[bytes]) -> None:
     assert error(ask("POST", "/v2/models/birds/infer?mode=x", **binary(files))) == (400, "bad_request")
 
 
+def test_a_query_without_options_does_not_matter_where_there_is_no_body(ask: Ask) -> None:
+    """Caches and probes add such; ?version=1 would be answered by the latest version."""
+    for path in ("/v2", "/v2/models", "/v2/models/birds", "/v2/models/birds/versions/1/ready", "/v1/map/birds/1"):
+        assert ask("GET", f"{path}?probe=1&t=2").status_code == 200, path
+    for query in ("version=1", "mode=dispatcher&t=2"):
+        assert error(ask("GET", f"/v2/models/birds?{query}")) == (400, "bad_request")
+
+
 def test_names_that_are_not_ascii(cifar: list[Image.Image], files: list[bytes]) -> None:
     engine = Engine()
     for name in ("böse", "日本"):
