@@ -116,9 +116,8 @@ class Registry:
                 if identity[0] in loaded or identity not in self._held:
                     self._take_away(identity)
                 else:  # a name is never without a version while one that works is here
-                    self._set(
-                        identity, "ready", "it is gone from the store, and serves until a newer version is loaded"
-                    )
+                    why = "it is gone from the store, and serves until another version is loaded, or the name is gone"
+                    self._set(identity, "ready", why)
             self.store.prune(found)
             metrics.RELOADS.labels("unchanged" if self._held == before else "changed").inc()
             return self.states()

@@ -227,11 +227,26 @@ def test_the_old_version_serves_until_a_new_one_is_loaded(hand: Bundle, small: P
     shutil.rmtree(small / "a/1")
     registry.reload()
     old, _ = registry.states("a")
-    assert ask(engine, cifar[0]) == "1" and "until a newer version is loaded" in (old.reason or "")
+    assert ask(engine, cifar[0]) == "1" and "until another version is loaded" in (old.reason or "")
     shutil.rmtree(small / "a/2")
     write(hand, small / "a/2")
     registry.reload()
     assert engine.bundles == [("a", "2")]
+
+
+def test_it_ends_with_its_name(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    """That is how to take a bundle away while a newer version of it is refused."""
+    write(hand, small / "b/1")
+    engine = Engine()
+    registry = load_store(engine, small)
+    write(hand, small / "a/2")
+    flip(small / "a/2/masks.safetensors")
+    shutil.rmtree(small / "a/1")
+    registry.reload()
+    assert engine.bundles == [("a", "1"), ("b", "1")]
+    shutil.rmtree(small / "a")
+    registry.reload()
+    assert engine.bundles == [("b", "1")] and ask(engine, cifar[0], bundle="a") == "unknown_bundle"
 
 
 def test_a_bundle_behind_a_link_has_its_name_in_the_store(
