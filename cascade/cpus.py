@@ -16,6 +16,14 @@ def cpu_count() -> int:
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cgroup_quota())))
 
 
+def limit_threads() -> None:
+    """Lower PyTorch's threads to ``cpu_count``: it looks at the affinity mask, and not at a container's quota."""
+    import torch
+
+    if torch.get_num_threads() > (count := cpu_count()):
+        torch.set_num_threads(count)
+
+
 def cgroup_quota() -> float:
     """CPUs that the cgroup and those above it may use, of version 1 or 2; infinity without a quota."""
     try:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from cascade.cpus import limit_threads
 from cascade.errors import CascadeError
 from training import distributed
 from training.data import dataset
@@ -139,6 +140,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 def main(stage: Any) -> None:
     """Run a stage; an error meant for a person is one line and exit status 1."""
+    limit_threads()
     try:
         with watching() as watch, distributed.together():
             stage(watch)

@@ -21,6 +21,7 @@ from torch import Tensor
 from cascade import metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.format import check, digest, read
+from cascade.cpus import limit_threads
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
@@ -73,6 +74,7 @@ class Engine:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
             raise CascadeError(f"there is no device {device} here: choose cpu, or cuda where there is a GPU") from None
+        limit_threads()
         self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
         self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
         self.weight_cache = WeightCache(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)

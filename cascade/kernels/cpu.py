@@ -4,11 +4,18 @@ Numba compiles the loops when they are first used, and keeps them beside this fi
 references are ``materialize_plain`` and ``weight_layout.reorder_plain``.
 """
 
+import os
 import threading
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+
+from cascade.cpus import cpu_count
+
+os.environ.setdefault("NUMBA_NUM_THREADS", str(cpu_count()))  # read once: numba knows no quota of a container
+# isort: split
+
 from numba import njit, prange, types
 from numba.extending import intrinsic
 

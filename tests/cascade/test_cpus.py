@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,25 @@ def test_no_quota(cgroup: Path) -> None:
 def test_omp_num_threads(cgroup: Path, monkeypatch: pytest.MonkeyPatch, value: str, count: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert cpus.cpu_count() == count
+
+
+def test_the_library_keeps_to_it() -> None:
+    """PyTorch and numba count the CPUs of the machine; here a quota of one stands in for a container's."""
+    program = """
+from cascade import cpus
+cpus.cgroup_quota = lambda: 1.0
+import torch
+torch.set_num_threads(4)
+from cascade import Engine
+Engine()
+from cascade.kernels import cpu
+import numba
+print(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+torch.set_num_threads(1)
+cpus.cgroup_quota = lambda: 8.0
+Engine()
+print(torch.get_num_threads(), "stays lower")
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "1 1\n1 stays lower\n"

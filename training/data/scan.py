@@ -14,6 +14,8 @@ import numpy as np
 
 import cascade
 from cascade import atomic
+from cascade.cache import sweep, used
+from cascade.cpus import cpu_count
 from cascade.model.preprocessing import LIMITS, ImageError, read
 from cascade.offline.files import images_in
 from cascade.progress import track
@@ -47,6 +49,7 @@ def scan(folder: Path, names: list[str]) -> dict[str, tuple[str, str]]:
     key = f"{folder.resolve()} {LIMITS} {cascade.__version__}"
     memo_file = root() / "scans" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.json"
     memo = json.loads(memo_file.read_text()) if memo_file.exists() else {}
+    used(memo_file)
     stamps = {name: _stamp(folder / name) for name in names}
     new = [name for name in names if memo.get(name, [None])[0] != stamps[name]]
 
@@ -74,6 +77,7 @@ def _stamp(path: Path) -> list[int]:
 def _remember(file: Path, memo: dict[str, list]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        sweep(file.parent, "*.json")
         with atomic.file(file) as beside:
             beside.write_text(json.dumps(memo))
     except OSError as error:
@@ -87,7 +91,7 @@ def digest(pixels: np.ndarray) -> str:
 
 def threaded(work: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
     """`work` of every item, in order, with progress; in threads, as Pillow releases the GIL."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(cpu_count())
     try:
         chunks = (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))
         results: Iterable[R] = itertools.chain.from_iterable(pool.map(work, chunk) for chunk in chunks)
