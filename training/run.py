@@ -39,6 +39,7 @@ from training.cli import Watch
 from training.data import dataset, feature_cache
 from training.data.dataset import Images
 from training.masking import MaskedModel, mask_backbone, select, to_mask
+from training.memory import expect
 from training.recipe import Recipe
 
 FEATURES = "features.safetensors"
@@ -145,6 +146,7 @@ class Run:
         Args:
             name: of a mask that was trained in this run, or ``frozen`` for the plain backbone.
         """
+        self._expect(1)
         path = self.folder / name / FEATURES
         if not path.exists():
             mask = None if name == "frozen" else self.mask(name, self.mask_from)
@@ -158,6 +160,7 @@ class Run:
         if not self.recipe.clusters:
             train, test = self.features("dispatcher")
             return train[None], test[None]
+        self._expect(1 + len(self.experts))
         path = self.folder / "experts" / FEATURES
         if not path.exists():
             both: dict[str, Tensor] = {}
@@ -172,6 +175,11 @@ class Run:
             np.concatenate([train[None], experts["train"].numpy()]),
             np.concatenate([test[None], experts["test"].numpy()]),
         )
+
+    def _expect(self, masks: int) -> None:
+        """That features of both sets under so many masks fit into memory, twice: in parts and put together."""
+        images = len(self.images) + len(self.held_out)
+        expect(2 * 4 * masks * images * self.backbone.features, f"the features of {images} images under {masks} masks")
 
     def embedded(self, mask: Mask | None, split: Split) -> np.ndarray:
         """Features of a split under a mask, or of the plain backbone: float32 [N, F]."""

@@ -24,7 +24,7 @@ from cascade.atomic import sync
 from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.files import CARD, MAX_BYTES, MAX_FILES, NAME, SUMS, check_name
 from cascade.bundle.format import read
-from cascade.cache import cache_folder
+from cascade.cache import cache_folder, sweep, used
 from cascade.errors import CascadeError, brief
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ Identity = tuple[str, str]
 """(name, version) of a bundle."""
 ABANDONED = 3600.0
 """Seconds without a write after which a half-made copy is removed."""
+COPIES = "[0-9a-f]" * 16
+"""Matches the folders with the copies of a store, beside each other in a cache."""
 TIMEOUTS = {"sock_connect": 5, "sock_read": 10}  # seconds, over HTTP; the clients of S3 and the like have their own
 ROOM = "make room for copies of the store's bundles"
 PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])")
@@ -70,6 +72,8 @@ class Store:
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
         if self.folder is None:
             self.cache = (cache or cache_folder()) / hashlib.sha256(self.where.encode()).hexdigest()[:16]
+            used(self.cache)
+            sweep(self.cache.parent, COPIES)
             self._sweep(self.cache)
 
     def look(self) -> dict[Identity, str]:
@@ -81,6 +85,8 @@ class Store:
         folder = self.folder
         if folder is not None:
             return _within(lambda: _listed(folder), "is it mounted?")
+        assert self.cache is not None
+        used(self.cache)
         self._away = True
         found = self._reach(self._look)
         self._away = False

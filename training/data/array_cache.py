@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cascade.cache import sweep, used
+
 
 def stored(
     file: Path, shape: tuple[int, ...], dtype: np.dtype, rows: Callable[[int], Iterable[np.ndarray]]
 ) -> np.ndarray:
-    """The array in the .npy ``file``, which is made first if it is not there.
+    """The array in the .npy ``file``, which is made first if it is not there; others that are unused for long go.
 
     By that name it is complete or not there; an interrupted start leaves a part that the next one continues. Of several
     processes that want it at a time one makes it, the others wait.
@@ -21,8 +23,11 @@ def stored(
     Args:
         rows: given how many rows are done, the rest of them in order.
     """
+    used(file)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        for unused in ("*.npy", "*.part"):
+            sweep(file.parent, unused)
         head = io.BytesIO()
         fields = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(head, fields)

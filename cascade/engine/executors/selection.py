@@ -28,6 +28,7 @@ ON_GPU: tuple[Kind, ...] = ("folded", "tf32", "bf16")  # ONNX Runtime would laun
 COARSE: tuple[Kind, ...] = ("tf32", "bf16")  # they would hide a small error of the folding, which float32 shows
 TOLERANCE: dict[Kind, float] = {"folded": EXACT, "onnx": EXACT, "tf32": TF32, "bf16": ROUNDED}
 BATCH, ROUNDS = {"cpu": 4, "cuda": 32}, 7
+RECORDED = 200  # measurements that are kept, the newest
 log = logging.getLogger(__name__)
 
 
@@ -163,7 +164,7 @@ def _write(record: dict[str, dict[Kind, float]]) -> None:
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
         with atomic.file(path()) as beside:
-            beside.write_text(json.dumps(record, indent=1))
+            beside.write_text(json.dumps(dict([*record.items()][-RECORDED:]), indent=1))
     except OSError as error:
         log.info("the choice of an executor is not recorded: %s", error)
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.cache import UNUSED
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
@@ -188,3 +189,16 @@ def test_who_waits_does_not_come_before_the_file_has_its_name(tmp_path: Path, mo
     monkeypatch.setattr(Path, "replace", watched)
     stored(tmp_path / "a.npy", (2, 3), np.dtype("<f4"), lambda done: np.zeros((2, 3), np.float32)[done:])
     assert held == ["a.part"]
+
+
+def test_arrays_that_nobody_uses_leave_with_the_next_one(tmp_path: Path) -> None:
+    def array(name: str) -> np.ndarray:
+        return stored(tmp_path / name, (2, 3), np.dtype("u1"), lambda done: np.ones((2, 3), np.uint8)[done:])
+
+    then = time.time() - UNUSED - 60
+    for name in ("old.npy", "kept.npy", "cut-off.part", "notes.txt"):
+        array(name) if name.endswith("npy") else (tmp_path / name).touch()
+        os.utime(tmp_path / name, (then, then))
+    array("kept.npy")  # used again
+    assert array("new.npy").tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.npy", "new.npy", "notes.txt"}

@@ -130,3 +130,8 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
 def test_an_unknown_one() -> None:
     with pytest.raises(CascadeError, match="no executor 'fast'; choose one of: auto plain folded tf32 bf16 onnx"):
         chosen("fast")
+
+
+def test_the_record_is_bounded(cache: Path) -> None:
+    selection._write({f"{i} px": {"folded": 0.1} for i in range(selection.RECORDED + 5)})
+    assert [*json.loads(cache.read_text())] == [f"{i} px" for i in range(5, selection.RECORDED + 5)]

@@ -1,0 +1,28 @@
+"""Say that something will not fit into memory before hours are spent on it."""
+
+from pathlib import Path
+
+from cascade.errors import CascadeError
+
+MEMINFO = Path("/proc/meminfo")
+LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
+"""Of the cgroup, version 2 or 1, as a container sees it."""
+
+
+def expect(needed: int, what: str) -> None:
+    """Compare bytes that will be needed with those that are available, or that the container has in all.
+
+    Raises:
+        CascadeError: there are not as many.
+    """
+    if needed > (there := available()):
+        raise CascadeError(
+            f"{what} need {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} are there: take fewer images"
+        )
+
+
+def available() -> int:
+    """Bytes that the machine can give without swapping, and no more than the container's limit."""
+    line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+    limits = [path.read_text().strip() for path in LIMITS if path.exists()]
+    return min([1024 * int(line.split()[1]), *(int(limit) for limit in limits if limit.isdecimal())])
