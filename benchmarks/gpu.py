@@ -28,7 +28,7 @@ from benchmarks.serving.baselines import copy_of
 from benchmarks.serving.cascades import BATCH as FEW
 from benchmarks.serving.cascades import CASES, EXPERTS
 from benchmarks.serving.mixed import BATCH, HELD, uniform, zipf
-from benchmarks.serving.scale import PATIENCE, QUEUED
+from benchmarks.serving.scale import PATIENCE, QUEUED, TENANT
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
@@ -288,7 +288,7 @@ def queued(engine: Engine, items: list[Item]) -> list[float]:
     """Keep QUEUED of the images waiting until there are no more; how long each waited, seconds."""
     waits: list[float] = []
     futures: list[Future[Any]] = []
-    with Batcher(engine, max_batch=BATCH, patience=PATIENCE, queue=QUEUED) as batcher:
+    with Batcher(engine, max_batch=BATCH, patience=PATIENCE, queue=2 * QUEUED) as batcher:
         for image in items:
             while len(futures) - len(waits) >= QUEUED:
                 time.sleep(0.0002)
@@ -297,7 +297,7 @@ def queued(engine: Engine, items: list[Item]) -> list[float]:
             def done(_: Any, begin: float = begin) -> None:
                 waits.append(time.perf_counter() - begin)
 
-            futures.append(batcher.submit_item(image))
+            futures.append(batcher.submit_item(image, tenant=TENANT))
             futures[-1].add_done_callback(done)
         failed = [f.result() for f in futures if not hasattr(f.result(), "cluster")]
     if failed:

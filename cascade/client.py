@@ -36,7 +36,8 @@ class Client:
             TorchServe; without one to ``/v1/predict``.
         key: API key, sent as a header.
         timeout: seconds for one request.
-        patience: seconds to retry while the server is overloaded or down; a request may be sent twice.
+        patience: seconds to retry while the server is overloaded or down, or a limit of the key is reached; a request
+            may be sent twice.
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout: float = 60, patience: float = 0) -> None:
@@ -63,7 +64,7 @@ class Client:
         """
         fields = [name for name in ("labels", "neighbors", "embedding") if getattr(options, name)]
         headers = {"Content-Type": b"application/octet-stream", "X-Cascade-Fields": ",".join(fields).encode()}
-        for name in ("bundle", "version", "mode"):
+        for name in ("bundle", "version", "mode", "priority"):
             if (value := getattr(options, name)) is not None:
                 headers[f"X-Cascade-{name}"] = str(value).encode()  # UTF-8: names may be in any script
         answer = self._ask("POST", self._predict, content=_read(image), headers=headers)
@@ -126,7 +127,7 @@ class Client:
         while True:
             try:
                 answer = self._http.request(method, path, **request)
-                if answer.status_code != 503 or time.monotonic() + pause > end:
+                if answer.status_code not in (429, 503) or time.monotonic() + pause > end:
                     return answer
                 wait = answer.headers.get("retry-after", "")
                 pause = max(pause, float(wait) if wait.isdigit() else 0)

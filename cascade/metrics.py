@@ -54,10 +54,10 @@ MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialized masks tha
 QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited for its pass.", buckets=SECONDS)
 DROPPED = Counter(
     "cascade_dropped_total",
-    "Images that came to no pass: overloaded, deadline, cancelled or stopping.",
+    "Images that came to no pass: overloaded, deadline, cancelled, stopping, or over a limit of their tenant.",
     ["why"],
 )
-for _why in ("overloaded", "deadline", "cancelled", "stopping"):
+for _why in ("overloaded", "over_rate", "over_concurrency", "over_queue", "deadline", "cancelled", "stopping"):
     DROPPED.labels(_why)  # there from the start, as zero
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
 OOD_SCORE = Histogram(

@@ -1,7 +1,7 @@
 """The request and answer format for one image, which both front ends share.
 
-A request is the image itself, or JSON with the image in base64. Bundle, version, mode and fields are headers, or
-members of that JSON. The answer is JSON, or the bytes of the embedding.
+A request is the image itself, or JSON with the image in base64. Bundle, version, mode, fields and priority are headers,
+or members of that JSON. The answer is JSON, or the bytes of the embedding.
 """
 
 import base64
@@ -12,14 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.tenants import PRIORITIES
 from handlers.statuses import error_body
 
 PREFIX = "x-cascade-"
-OPTIONS = ("bundle", "version", "mode", "fields")
+OPTIONS = ("bundle", "version", "mode", "fields", "priority")
 BINARY = "application/octet-stream"
 FIELDS = ("labels", "neighbors", "embedding")
 MAX_MEMBERS = 100
-"""Commas and brackets of a JSON body: it has one image and four options. Small values take 20 times their bytes."""
+"""Commas and brackets of a JSON body: it has one image and five options. Small values take 20 times their bytes."""
 NOT_FINITE = ItemError("not_finite", "the answer contains NaN or infinity: try cascade verify on the bundle")
 COMPRESSED = ItemError("compressed_body", "the body is compressed: send it without Content-Encoding")
 BAD_JSON = ItemError("bad_request", 'a JSON body is an object with "image", the file in base64')
@@ -87,8 +88,12 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
     fields = ["labels", "neighbors"] if fields is None else fields
     if not isinstance(fields, list) or not set(map(str, fields)) <= set(FIELDS):
         return ItemError("bad_option", f"option 'fields' is a list of {', '.join(FIELDS)}")
-    counts = [5 if name in fields else 0 for name in ("labels", "neighbors")]
-    return Options(given.get("bundle"), given.get("version"), given.get("mode"), "embedding" in fields, *counts)
+    priority = given.get("priority")
+    if priority not in (None, *PRIORITIES):
+        return ItemError("bad_option", f"option 'priority' is one of {', '.join(PRIORITIES)}")
+    labels, neighbors = (5 if name in fields else 0 for name in ("labels", "neighbors"))
+    settled = given.get("bundle"), given.get("version"), given.get("mode")
+    return Options(*settled, "embedding" in fields, labels, neighbors, priority)
 
 
 def wants_bytes(headers: Mapping[str, str]) -> bool:

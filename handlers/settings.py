@@ -54,10 +54,10 @@ class BatchingSettings(Settings):
     """Shared by the front ends with a batcher and API keys, ``asgi`` and ``ray``.
 
     Attributes:
-        api_keys: a file as ``handlers.asgi.keys.read`` takes it.
+        api_keys: a file as ``handlers.asgi.key_file.read`` takes it.
         allowed_hosts: Host headers that are accepted beside the names of loopback. Without keys on loopback all others
             are refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
-        max_batch, patience, queue: of ``cascade.engine.batcher.Batcher``.
+        max_batch, patience, queue, time_slice: of ``cascade.engine.batcher.Batcher``.
     """
 
     api_keys: Path | None = None
@@ -65,6 +65,7 @@ class BatchingSettings(Settings):
     max_batch: int = 32
     patience: float = 0.05
     queue: int = 256
+    time_slice: float = 0.05
 
     def __post_init__(self) -> None:
         if self.api_keys is None and not self.no_auth and not is_loopback(self.host):

@@ -41,6 +41,9 @@ STATUSES: dict[str, int] = {
     "key_missing": 401,
     "key_unknown": 401,
     "key_forbidden": 403,
+    "over_rate": 429,
+    "over_concurrency": 429,
+    "over_queue": 429,
     # The server.
     "overloaded": 503,
     "deadline": 503,

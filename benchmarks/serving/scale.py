@@ -12,7 +12,9 @@ from benchmarks.report import Figure, Rows, figure, single
 from benchmarks.serving.mixed import BATCH, HELD, zipf
 from benchmarks.subprocesses import peers, ratios, resident_bytes, rounds
 from cascade.engine.batcher import Batcher
+from cascade.engine.tenants import Tenant
 
+TENANT = Tenant("bench")  # one with many bundles
 QUEUED = 256
 PATIENCE = 20.0
 """Seconds after which the oldest image goes first, whatever its group; the wait is about ten anyway."""
@@ -44,14 +46,14 @@ def build(name: str, models: int, at: int) -> Callable[[tuple[str, list[int]]], 
                 engine.run(items[first : first + BATCH])
             return engine.stats()["misses"] - misses
         waits: list[float] = []
-        with Batcher(engine, max_batch=BATCH, patience=PATIENCE, queue=QUEUED) as batcher:
+        with Batcher(engine, max_batch=BATCH, patience=PATIENCE, queue=2 * QUEUED) as batcher:
             free = [0]
             futures: list[Future[Any]] = []
             for image in items:
                 while len(futures) - free[0] >= QUEUED:
                     time.sleep(0.002)
                 begin = time.perf_counter()
-                future = batcher.submit_item(image)
+                future = batcher.submit_item(image, tenant=TENANT)
 
                 def done(_: Any, begin: float = begin) -> None:
                     waits.append(time.perf_counter() - begin)

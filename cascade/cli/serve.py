@@ -71,12 +71,17 @@ def serve(
         float | None, typer.Option("--drain", help="Seconds to finish requests once told to stop.", min=0)
     ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="info has a line per request.")] = None,
-    api_keys: Annotated[Path | None, typer.Option(help="asgi, ray: file with lines BUNDLE SHA256.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="asgi, ray: file with lines BUNDLE SHA256 [LIMIT=VALUE ...].")
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(help="asgi, ray: images in a pass at most.", min=1)] = None,
     patience: Annotated[
         float | None, typer.Option(help="asgi, ray: seconds until the oldest image comes first.", min=0)
     ] = None,
     queue: Annotated[int | None, typer.Option(help="asgi, ray: images that may wait; 503 for more.", min=1)] = None,
+    time_slice: Annotated[
+        float | None, typer.Option(help="asgi, ray: seconds that a pass of several images may take.", min=0)
+    ] = None,
     index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,
     connections: Annotated[int | None, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = None,
     keep_alive: Annotated[

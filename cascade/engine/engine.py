@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -90,6 +90,11 @@ class Engine:
     def bundles(self) -> list[tuple[str, str]]:
         """(name, version) of every bundle, versions rising."""
         return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the bundles."""
+        return self._bundles.keys()
 
     def add(self, bundle: Bundle, warm: bool = False, replaces: Sequence[tuple[str, str]] = ()) -> None:
         """Make a bundle available, after it was checked against its backbone, which is loaded on first need.

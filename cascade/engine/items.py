@@ -37,6 +37,12 @@ def trunk(item: Item) -> Hashable:
     return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape, normalization
 
 
+def passes(item: Item) -> int:
+    """What an image costs, in passes: one under the dispatcher, and one under each expert that its mode takes."""
+    experts = len(item.bundle.experts)
+    return 1 + (experts if item.mode == "unconditional" else min(experts, 1) if item.mode == "conditional" else 0)
+
+
 def stack(items: Sequence[Item], device: str) -> Tensor:
     """Normalized pixels of items with one trunk, float32 [N, 3, H, W], on the device.
 

@@ -3,10 +3,12 @@
 An answer is a ``Prediction`` or an ``ItemError``; ``answer.ok`` tells which, and ``answer.error`` is None or the error.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+
+from cascade.engine.tenants import Priority
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Options:
         mode: ``dispatcher``, ``conditional``, ``unconditional``; None for the bundle's default.
         embedding: return the embedding.
         labels: how many labels at most. neighbors: how many at most.
+        priority: of a queue, ``interactive`` or ``batch``; None for the tenant's default.
     """
 
     bundle: str | None = None
@@ -27,6 +30,7 @@ class Options:
     embedding: bool = False
     labels: int = 5
     neighbors: int = 5
+    priority: Priority | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,12 @@ class ItemError:
     Attributes:
         kind: a short name for programs, like ``not_an_image``; front ends map it to their own codes.
         message: one line that says what is wrong and what to do.
+        retry_after: seconds after which it is worth another try; 0 where nobody knows.
     """
 
     kind: str
     message: str
+    retry_after: float = field(default=0.0, compare=False)
     ok: ClassVar[Literal[False]] = False
 
     @property
@@ -113,4 +119,4 @@ class ItemError:
         return f"{self.kind}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"error": asdict(self)}
+        return {"error": {"kind": self.kind, "message": self.message}}

@@ -21,6 +21,7 @@ from cascade.bundle.thumbnails import media_type
 from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
+from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
 from handlers.asgi import open_inference, search, ui
@@ -34,7 +35,7 @@ ROW = re.compile(r"[0-9]{1,9}")
 PICTURE = {"type": "string", "format": "binary"}
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
-STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 413, 415, 431, 500, 503)
+STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, ERROR)
 JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer.", "content": {"application/json": {}, "application/octet-stream": {}}}
@@ -104,7 +105,7 @@ def create_app(service: Service, index: Index | None = None, hosts: Collection[s
 def _predictions(app: FastAPI, service: Service) -> None:
     """/v1/predict: one file in, one answer out; headers, JSON and forms as with TorchServe."""
     header = {"in": "header", "required": False, "schema": {"type": "string"}}
-    options = [{"name": f"X-Cascade-{name}", **header} for name in ("Bundle", "Version", "Mode", "Fields")]
+    options = [{"name": f"X-Cascade-{name}", **header} for name in ("Bundle", "Version", "Mode", "Fields", "Priority")]
     form = {"type": "object", "properties": {"image": JPEG_OR_SO}, "required": ["image"]}
     document = {
         "type": "object",
@@ -112,6 +113,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
         "properties": {
             "image": {"type": "string", "format": "byte", "description": "The file in base64."},
             "fields": {"type": "array", "items": {"enum": ["labels", "neighbors", "embedding"]}},
+            "priority": {"enum": [*PRIORITIES]},
             **{name: {"type": "string"} for name in ("bundle", "version", "mode")},
         },
     }
@@ -186,7 +188,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         for _ in range(ATTEMPTS):
             bundle = find_bundle(request, model)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
-            options = Options(model, bundle.version, asked.mode, embedding, labels, 0)
+            options = Options(model, bundle.version, asked.mode, embedding, labels, 0, asked.priority)
             answers = await service.answers(request, asked.images, options)
             if "version" in request.path_params or not any(
                 isinstance(a, ItemError) and a.kind == "unknown_version" for a in answers
@@ -194,7 +196,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
                 break
         request.state.log_fields.update(bundle=bundle.name, version=bundle.version, images=len(answers))
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
-        if len(errors) == len(answers) and status_of(errors[0]) >= 500:
+        if len(errors) == len(answers) and status_of(errors[0]) in (429, *range(500, 600)):
             raise Refusal(errors[0])
         content, length = await asyncio.to_thread(open_inference.response, asked, bundle, answers)
         if length is None:

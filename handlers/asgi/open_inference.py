@@ -18,12 +18,15 @@ from torch import Tensor
 
 from cascade.bundle.format import Bundle
 from cascade.engine.results import ItemError, Prediction
+from cascade.engine.tenants import Priority
 from cascade.model.fusion import MODES
 from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from handlers.asgi.middleware import Refusal
 from handlers.requests import NOT_FINITE
 from handlers.statuses import status_of
 
+NUMBERED: dict[int, Priority] = {1: "interactive", 2: "batch"}
+"""Priorities as Triton's clients send them; 0 is the default."""
 MAX_VALUES = 2**20
 """Commas and brackets in a request's JSON: six images of 224 px as numbers. A parsed value takes up to 60 bytes."""
 
@@ -61,6 +64,9 @@ class RequestParameters(BaseModel):
     """Options of the whole request."""
 
     mode: str | None = Field(default=None, description=f"One of {', '.join(MODES)}.")
+    priority: Literal["interactive", "batch", 0, 1, 2] | None = Field(
+        default=None, description="interactive or batch; Triton's clients send 1 or 2."
+    )
     binary_data_output: bool | None = None
 
 
@@ -85,6 +91,7 @@ class Inference:
 
     id: str | None
     mode: str | None
+    priority: Priority | None
     images: list[bytes | Tensor]
     outputs: dict[str, bool]
 
@@ -119,7 +126,8 @@ def parse(body: bytes, json_length: str | None, most: int) -> Inference:
     if asked.outputs is not None:
         choices = {o.name: o.parameters.binary_data if o.parameters else None for o in asked.outputs}
         outputs = {name: binary if choice is None else choice for name, choice in choices.items()}
-    return Inference(asked.id, options.mode, images, outputs)
+    priority = NUMBERED.get(options.priority) if isinstance(options.priority, int) else options.priority
+    return Inference(asked.id, options.mode, priority, images, outputs)
 
 
 def _length(text: str, most: int) -> int:

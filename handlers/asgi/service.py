@@ -57,13 +57,15 @@ class Service:
             raise Refusal(FORBIDDEN)
 
     def opened(self, request: Request) -> frozenset[str]:
-        """The bundles that the caller may use; ``*`` stands for all."""
+        """The bundles that the caller may use; ``*`` stands for all. Notes whose the request is."""
         if self.keys is None:
             return frozenset((EVERY,))
-        opened = self.keys.allowed(request.headers.get("authorization"))
-        if isinstance(opened, ItemError):
-            raise Refusal(opened)
-        return opened
+        caller = self.keys.caller(request.headers.get("authorization"))
+        if isinstance(caller, ItemError):
+            raise Refusal(caller)
+        request.state.log_fields["tenant"] = caller.tenant.name
+        request.state.tenant = caller.tenant
+        return caller.bundles
 
     def states(self, request: Request, name: str | None = None) -> dict[str, list[State]]:
         """The versions, ascending, of every bundle that the caller may use (or of ``name``), refused ones too."""
@@ -80,7 +82,8 @@ class Service:
 
     async def answers(self, request: Request, images: list[bytes | Tensor], options: Options) -> list[Answer]:
         """The batcher's answers; given up when the client closes the connection."""
-        answered = asyncio.ensure_future(self.batcher.answers(images, options, self.limits.answer_seconds))
+        tenant = getattr(request.state, "tenant", None)
+        answered = asyncio.ensure_future(self.batcher.answers(images, options, self.limits.answer_seconds, tenant))
         closed = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait((answered, closed), return_when=asyncio.FIRST_COMPLETED)
@@ -96,8 +99,8 @@ class Service:
         request.scope["state"]["log_fields"]["error"] = error.kind
         headers = {}
         status = status_of(error)
-        if status == 503:
-            headers["Retry-After"] = str(max(1, math.ceil(self.batcher.retry_after())))
+        if status in (429, 503):
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or self.batcher.retry_after())))
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if status in (408, 413) or error is STOPPING:

@@ -33,7 +33,7 @@ from cascade.malloc_trim import Resident
 from cascade.offline.index import read as read_index
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
-from handlers.asgi.keys import Watched
+from handlers.asgi.key_file import Watched
 from handlers.asgi.metrics import ENGINE_RESTARTS
 from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
@@ -121,6 +121,7 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
                 max_batch=settings.max_batch,
                 patience=settings.patience,
                 queue=settings.queue,
+                time_slice=settings.time_slice,
                 decoders=threads,
             )
         )

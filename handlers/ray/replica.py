@@ -21,7 +21,8 @@ from cascade.engine.registry import load_store
 from cascade.engine.results import ItemError
 from cascade.logs import log_to_stderr
 from handlers.asgi.app import create_app
-from handlers.asgi.keys import EVERY, Watched
+from handlers.asgi.key_file import Watched
+from handlers.asgi.keys import EVERY
 from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
 from handlers.ray.middleware import App, Receive, Send, bundle_of
@@ -44,6 +45,7 @@ class Settings(BaseModel):
     max_batch: PositiveInt = 32
     patience: float = Field(default=0.05, ge=0)
     queue: PositiveInt = 256
+    time_slice: float = Field(default=0.05, ge=0)
     api_keys: str | None = None
     hosts: list[str] | None = None
     pins: dict[str, str] = {}
@@ -75,6 +77,7 @@ class Replica:
             "max_batch": settings.max_batch,
             "patience": settings.patience,
             "queue": settings.queue,
+            "time_slice": settings.time_slice,
         }
         self._batcher = self._stack.enter_context(Batcher(engine, **batching))
         self._stack.enter_context(registry.watching(settings.poll))

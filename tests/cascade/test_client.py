@@ -32,6 +32,7 @@ GOOD = Prediction(
 Answer = tuple[int, dict[str, str], bytes] | None
 Serve = Callable[..., "Server"]
 OVERLOADED: Answer = (503, {"Retry-After": "1"}, json.dumps(ItemError("overloaded", "later").to_json()).encode())
+OVER_RATE: Answer = (429, {"Retry-After": "1"}, json.dumps(ItemError("over_rate", "later").to_json()).encode())
 OK: Answer = (200, {}, json.dumps(GOOD.to_json()).encode())
 
 
@@ -121,8 +122,9 @@ def test_path_of_the_url_is_where_images_go(serve: Serve) -> None:
     assert server.asked[0][0] == "/predictions/cascade"
 
 
-def test_patience_outlasts_overload_and_broken_connections(serve: Serve) -> None:
-    server = serve(OVERLOADED, None, OK)
+@pytest.mark.parametrize("refusal", [OVERLOADED, OVER_RATE])
+def test_patience_outlasts_refusals_and_broken_connections(serve: Serve, refusal: Answer) -> None:
+    server = serve(refusal, None, OK)
     begin = time.monotonic()
     with Client(server.url, patience=20) as client:
         assert same(client.predict(b"x"), GOOD)

@@ -139,17 +139,17 @@ def test_killed_under_load(survivor: Asgi, photos: list[bytes], times: int) -> N
 
 @pytest.mark.parametrize("seconds", short_and_whole(4, 120))
 def test_twice_the_load_that_it_carries(survivor: Asgi, photos: list[bytes], seconds: int) -> None:
-    """Accepted requests are answered in bounded time, the others get 503 at once, and afterwards all is as before."""
+    """Accepted requests are answered in bounded time, the others are refused at once, and then all is as before."""
     calm = Load(survivor.url, photos).start(4)
     calm.more()
     assert calm.stop().keys() == {200}
     load = Load(survivor.url, photos).start(160)  # the queue holds 32 images, a pass 32 more
     time.sleep(seconds)
-    settled(lambda: {status for _, _, status in load.answers} >= {200, 503}, 60)  # a slow machine starts them slowly
+    settled(lambda: len({status for _, _, status in load.answers}) > 1, 60)  # a slow machine starts them slowly
     load.stop()
-    took = {status: sorted(s for _, s, each in load.answers if each == status) for status in (200, 503)}
-    assert Counter(status for _, _, status in load.answers).keys() == {200, 503}
-    accepted, refused = took[200], took[503]
+    accepted = sorted(seconds for _, seconds, status in load.answers if status == 200)
+    refused = sorted(seconds for _, seconds, status in load.answers if status in (429, 503))  # its share, or the queue
+    assert len(accepted) + len(refused) == len(load.answers) and accepted and refused
     print(
         f"{len(accepted)} answered, p99 {accepted[len(accepted) * 99 // 100]:.2f} s;"
         f" {len(refused)} refused, p50 {refused[len(refused) // 2]:.3f} s"
@@ -459,7 +459,7 @@ def test_who_hangs_up_leaves_its_place(survivor: Asgi, photos: list[bytes], cifa
         with socket.create_connection(survivor.address, timeout=60) as connection:
             connection.sendall(head.encode() + (file if i % 3 else file[:100]))
             time.sleep(0.01 * (i % 2))
-    assert load.stop().keys() <= {200, 503}
+    assert load.stop().keys() <= {200, 429, 503}
     until(lambda: survivor.metrics()["cascade_queue_depth"] == 0)
     after = Load(survivor.url, photos).start(16)
     after.more(32)

@@ -24,6 +24,7 @@ OURS = {
     "ray": [],
 }
 BATCHING = ["--api-keys", "k", "--allowed-host", "a", "--max-batch", "9", "--patience", "1", "--queue", "9"]
+BATCHING += ["--time-slice", "1"]
 
 
 def run(*arguments: str) -> Result:
@@ -64,6 +65,7 @@ def test_asgi_is_the_default(started: list[Any]) -> None:
         max_batch=9,
         patience=1,
         queue=9,
+        time_slice=1,
     )
 
 

@@ -22,7 +22,7 @@ from cascade.bundle import format as bundles
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import decode
 from cascade.offline.sources import plan, read
-from handlers.asgi import keys
+from handlers.asgi import key_file as keys
 from handlers.asgi.open_inference import Refusal, parse
 from tests.helpers.bundles import handmade
 from tests.helpers.photos import BYTES, tar

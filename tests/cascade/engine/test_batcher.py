@@ -13,8 +13,10 @@ from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
-from cascade.engine.batcher import Answer, Batcher
+from cascade.engine.batcher import Batcher
+from cascade.engine.fair_queue import Answer
 from cascade.engine.items import Item
+from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import LIMITS
 from tests.helpers.batching import Held, busy
@@ -95,7 +97,7 @@ def test_no_patience_is_arrival_order(held: Held, cifar: list[Image.Image]) -> N
 def test_no_more_than_max_batch(held: Held, cifar: list[Image.Image]) -> None:
     with Batcher(held, max_batch=2, patience=60) as batcher:
         busy(batcher, cifar[0])
-        assert order(held, batcher, queue(batcher, cifar[0], "abababa")) == ["aa", "aa", "bb", "b"]
+        assert order(held, batcher, queue(batcher, cifar[0], "abababa")) == ["aa", "bb", "b", "aa"]
 
 
 def test_among_equals_the_materialized_one_first(held: Held, cifar: list[Image.Image]) -> None:
@@ -189,7 +191,7 @@ def test_those_in_decoding_have_a_place(held: Held, cifar: list[Image.Image]) ->
         waiting = [batcher.submit(cifar[0], Options("a")) for _ in range(2)]
         for _ in range(2):
             assert started.acquire(timeout=30)
-        late = batcher.submit(cifar[0], Options("a"), timeout=0.01)
+        late = batcher.submit(cifar[0], Options("b"), timeout=0.01)
         assert not started.acquire(timeout=0.1), "a third one would need memory"
         assert kind(batcher.submit(cifar[0], Options("a"))) == "overloaded"
         go.set()
@@ -235,11 +237,14 @@ def test_costly_images_do_not_keep_others_from_being_decoded(held: Held, cifar: 
 
 
 def test_the_images_of_one_request_get_a_place_together(held: Held, cifar: list[Image.Image]) -> None:
-    with Batcher(held, queue=3) as batcher:
+    with Batcher(held, queue=4) as batcher:
         busy(batcher, cifar[0])
         kept = batcher.submit_all(cifar[:2], Options("a"))
-        assert [kind(f) for f in batcher.submit_all(cifar[:2], Options("a"))] == ["overloaded"] * 2
-        kept += batcher.submit_all(cifar[:1], Options("a"))
+        assert [kind(f) for f in batcher.submit_all(cifar[:2], Options("a"))] == ["over_queue"] * 2, (
+            "half is for others"
+        )
+        assert [kind(f) for f in batcher.submit_all(cifar[:3], Options("b"))] == ["overloaded"] * 3
+        kept += batcher.submit_all(cifar[:2], Options("b"))
         order(held, batcher, kept)
 
 
@@ -273,6 +278,61 @@ def test_deadline_and_cancelled_cost_no_pass(held: Held, cifar: list[Image.Image
         assert kind(late) == "deadline"
     for why, count in before.items():
         assert now("dropped_total", why=why) == count + 1
+
+
+# --- tenants
+
+
+def test_a_burst_leaves_room_for_others(held: Held, cifar: list[Image.Image]) -> None:
+    loud, quiet = Tenant("loud"), Tenant("quiet")
+    with Batcher(held, queue=8) as batcher:
+        first = busy(batcher, cifar[0])
+        burst = [batcher.submit(cifar[0], Options("a"), tenant=loud) for _ in range(20)]
+        answered = [f for f in burst if f.done()]
+        assert [kind(f) for f in answered] == ["over_queue"] * 16
+        others = [batcher.submit(cifar[0], Options("b"), tenant=quiet) for _ in range(2)]
+        order(held, batcher, [first, *others, *(f for f in burst if f not in answered)])
+
+
+def test_a_lone_bundle_has_the_whole_queue(whole: Bundle, cifar: list[Image.Image]) -> None:
+    engine = Held()
+    engine.add(named(whole, "c"))
+    with Batcher(engine, queue=4) as batcher:
+        first = busy(batcher, cifar[0])
+        kept = [batcher.submit(cifar[0], Options(name)) for name in ("c", None, "c", None)]
+        assert kind(batcher.submit(cifar[0], Options())) == "overloaded"
+        order(engine, batcher, [first, *kept])
+
+
+def test_requests_at_a_time(held: Held, cifar: list[Image.Image]) -> None:
+    tenant = Tenant("one", concurrency=1)
+    with Batcher(held) as batcher:
+        first = batcher.submit_all(cifar[:2], Options("a"), tenant=tenant)
+        assert kind(batcher.submit(cifar[0], Options("a"), tenant=tenant)) == "over_concurrency"
+        order(held, batcher, first)
+        again = batcher.submit(b"no image", Options("a"), tenant=tenant)
+        assert kind(again) == "not_an_image"
+        wait_for(lambda: batcher._admission.images == 0)
+        assert kind(batcher.submit(b"no image", Options("a"), tenant=tenant)) == "not_an_image"
+
+
+def test_a_pass_ends_with_its_time_slice(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, time_slice=1e-6, patience=60) as batcher:
+        held.go.release()
+        busy(batcher, cifar[0]).result(30)  # now it knows how long an image takes
+        busy(batcher, cifar[0])
+        assert order(held, batcher, queue(batcher, cifar[0], "aab")) == ["c", "a", "b", "a"]
+
+
+def test_batch_work_comes_last_and_still_comes(held: Held, cifar: list[Image.Image]) -> None:
+    item = held.prepare(cifar[0], Options("a"))
+    later = held.prepare(cifar[0], Options("b", priority="batch"))
+    assert isinstance(item, Item) and isinstance(later, Item)
+    with Batcher(held, max_batch=1) as batcher:
+        busy(batcher, cifar[0])
+        futures = [batcher.submit_item(later) for _ in range(2)]
+        futures += [batcher.submit_item(item) for _ in range(20)]
+        assert "".join(order(held, batcher, futures)) == "a" * 9 + "b" + "a" * 9 + "b" + "aa"
 
 
 # --- faults and the end
@@ -336,7 +396,7 @@ def test_a_scheduler_that_dies_leaves_nobody_waiting(
     batcher = Batcher(held)
     busy(batcher, cifar[0])
     (second,) = queue(batcher, cifar[0], "a")
-    monkeypatch.setattr("cascade.engine.batcher.choose", None)
+    monkeypatch.setattr(batcher._waiting, "take", None)
     held.go.release()
     assert kind(second) == "stopping"
     batcher._thread.join(30)
@@ -364,11 +424,11 @@ def test_load_from_many_threads(late: Bundle, cifar: list[Image.Image]) -> None:
 
     with Batcher(engine, max_batch=4, queue=8) as batcher, ThreadPoolExecutor(16) as pool:
         found = [*pool.map(client, range(300))]
-    assert set(found) <= {"a", "b", "overloaded", "cancelled", "deadline"} and {"a", "b"} <= set(found)
+    assert set(found) <= {"a", "b", "overloaded", "over_queue", "cancelled", "deadline"} and {"a", "b"} <= set(found)
     assert now("queue_depth") == depth
 
 
-@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"queue": 0}, {"patience": -1}])
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"queue": 0}, {"patience": -1}, {"time_slice": -1}])
 def test_settings_that_cannot_work(held: Held, wrong: dict[str, int]) -> None:
     with pytest.raises(CascadeError, match="a batcher needs"):
         Batcher(held, **wrong)

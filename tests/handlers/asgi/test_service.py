@@ -8,10 +8,13 @@ from io import BytesIO
 from typing import Any
 
 import httpx
+import pytest
 from PIL import Image
 
 from cascade import Engine, Prediction
-from cascade.engine.batcher import Answer, Batcher
+from cascade.engine.batcher import Batcher
+from cascade.engine.fair_queue import Answer
+from cascade.engine.tenants import Tenant
 from handlers.asgi.app import create_app
 from handlers.asgi.keys import Keys
 from handlers.asgi.middleware import Guard
@@ -91,6 +94,45 @@ def test_keys(engine: Engine, files: list[bytes]) -> None:
             assert error(ask("GET", path)) == (401, "key_missing")
         assert ask("GET", "/v1/thumbnails/ships/1/0", headers={"Authorization": "Bearer all"}).status_code == 200
         assert ask("GET", "/v2/health/ready").status_code == 200
+
+
+def test_limits_of_a_tenant(engine: Engine, files: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
+    slow, quick = (bytes.fromhex(digest(name)) for name in ("slow", "quick"))
+    keys = Keys((("*", slow), ("*", quick)), {slow: Tenant("slow", rate=0.1)})
+    with Batcher(engine) as batcher, caplog.at_level("INFO", "cascade.http"):
+        ask = client(create_app(Service(batcher, keys)))
+
+        def predict(key: str) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {key}", "X-Cascade-Bundle": "birds", "X-Cascade-Priority": "batch"}
+            return ask("POST", "/v1/predict", content=files[0], headers=headers)
+
+        assert predict("slow").status_code == 200
+        refused = predict("slow")
+        assert error(refused) == (429, "over_rate") and 8 <= int(refused.headers["retry-after"]) <= 10
+        headers = {"Authorization": "Bearer slow"} | binary(files[:2])["headers"]
+        many = ask("POST", "/v2/models/birds/infer", content=binary(files[:2])["content"], headers=headers)
+        assert error(many) == (429, "over_rate"), "the request as a whole is refused"
+        assert predict("quick").status_code == 200, "other tenants have their own limits"
+    tenants = [record.fields["tenant"] for record in caplog.records]  # type: ignore[attr-defined]
+    assert tenants == ["slow", "slow", "slow", f"key-{digest('quick')[:8]}"]
+    assert "Bearer" not in str([vars(record) for record in caplog.records])
+
+
+def test_priorities(ask: Ask, files: list[bytes]) -> None:
+    def predict(priority: str) -> httpx.Response:
+        headers = {"X-Cascade-Bundle": "birds", "X-Cascade-Priority": priority}
+        return ask("POST", "/v1/predict", content=files[0], headers=headers)
+
+    def infer(priority: object) -> httpx.Response:
+        parameters = {"binary_data_output": True, "priority": priority}
+        return ask("POST", "/v2/models/birds/infer", **binary(files[:1], parameters=parameters))
+
+    assert predict("batch").status_code == predict("interactive").status_code == 200
+    assert error(predict("urgent")) == (400, "bad_option")
+    for known in ("batch", "interactive", 0, 1, 2, None):
+        assert infer(known).status_code == 200
+    for wrong in (3, "urgent"):
+        assert error(infer(wrong)) == (400, "bad_request")
 
 
 def test_stopping_refuses_new_work_only(service: Service, ask: Ask, files: list[bytes]) -> None:

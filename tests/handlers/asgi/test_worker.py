@@ -15,7 +15,7 @@ from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.malloc_trim import resident
 from handlers.asgi import worker
 from handlers.asgi.app import create_app
-from handlers.asgi.keys import Watched
+from handlers.asgi.key_file import Watched
 from handlers.asgi.service import Service
 from handlers.asgi.worker import Server
 from tests.helpers.keys import digest

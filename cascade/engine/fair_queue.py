@@ -1,0 +1,195 @@
+"""The images that wait, and which of them the next pass takes: tenants share the passes, and groups share their masks.
+
+Fairness is that of S-LoRA's scheduler (virtual token counters), with image passes as tokens. Each tenant has a counter
+of what it was given, over its weight. Tenants less than ``TURN`` ahead of the least served one may be next; among
+them, images are grouped by mask as if there were one tenant. So counters of tenants that wait differ by little more
+than ``TURN``, and a mask that was swapped in serves several images. A tenant whose queue was empty begins with the
+counter of the least served one, since idle time earns no credit, and is next: who sends little waits for one pass.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from cascade.engine.engine import Engine
+from cascade.engine.items import Item, passes, trunk
+from cascade.engine.results import ItemError, Prediction
+from cascade.engine.tenants import Tenant
+
+Answer = Prediction | ItemError
+TURN = 8.0
+"""Image passes that a tenant of weight 1 may be ahead of the others, so that a swap (7 ms where a pass of one image
+takes 40) costs 2 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """An image in the queue; times in seconds of the monotonic clock."""
+
+    item: Item
+    tenant: Tenant
+    future: "Future[Answer]"
+    since: float
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a pass may take: images, and image passes (``cost``), of which one image may take more."""
+
+    images: int
+    cost: float
+
+
+Group = deque[Waiting]
+
+
+@dataclass(eq=False)
+class _Flow:
+    """The images of one tenant, by (trunk, bundle), none empty, each in order of arrival.
+
+    Attributes:
+        served: image passes so far, over the weight.
+        fresh: nothing was served since the flow was empty.
+    """
+
+    tenant: Tenant
+    served: float
+    fresh: bool = True
+    groups: dict[Hashable, Group] = field(default_factory=dict)
+
+
+_Choice = tuple[_Flow, Hashable]
+
+
+class FairQueue:
+    """Images that wait, of any tenants; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._flows: dict[str, _Flow] = {}
+        self._clock = 0.0  # the counter of the least served tenant that waits
+        self._turn: tuple[Hashable, float] = (None, 0.0)  # the group that was cut, and what it had since its swap
+        self.images = 0
+        self.cost = 0.0
+
+    def add(self, waiting: Waiting) -> None:
+        """Put an image at the end of its tenant's group."""
+        flow = self._flows.setdefault(waiting.tenant.name, _Flow(waiting.tenant, self._clock))
+        if not flow.groups:
+            flow.served, flow.fresh = max(flow.served, self._clock), True
+        flow.tenant = waiting.tenant  # its weight may be another one now
+        flow.groups.setdefault(_key(waiting), Group()).append(waiting)
+        self.images += 1
+        self.cost += passes(waiting.item)
+
+    def take(self, room: Room, engine: Engine, overdue: float) -> list[Waiting]:
+        """What the next pass runs, out of the queue; the images of the first mask first.
+
+        Args:
+            engine: of which a mask that is materialized already goes before others.
+            overdue: the group of the oldest image that came by then is first, whatever its size.
+        """
+        active = [flow for flow in self._flows.values() if flow.groups]
+        if not active:
+            return []
+        self._clock = min(flow.served for flow in active)
+        self._flows = {n: f for n, f in self._flows.items() if f.groups or f.served > self._clock}
+        allowed = [flow for flow in active if flow.served < self._clock + TURN]
+        flow, key = self._first(allowed, room, engine, overdue)
+        taken = self._pull(flow, key, room)
+        before = self._turn[1] if self._turn[0] == key else 0.0
+        self._turn = (key if key in flow.groups else None, before + sum(passes(w.item) for w in taken))
+        return taken + self._company(allowed, taken, room, engine)
+
+    def remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
+        """Those of the queue, out of it."""
+        gone: list[Waiting] = []
+        for flow in self._flows.values():
+            for key in [*flow.groups]:
+                kept = Group()
+                for waiting in flow.groups.pop(key):
+                    (gone if which(waiting) else kept).append(waiting)
+                if kept:
+                    flow.groups[key] = kept
+        self._count(gone)
+        return gone
+
+    def _first(self, allowed: list[_Flow], room: Room, engine: Engine, overdue: float) -> _Choice:
+        """Whose images are first, of which group."""
+        fresh = [flow for flow in allowed if flow.fresh]
+        choices = [(flow, key) for flow in fresh or allowed for key in flow.groups]
+        cut, had = self._turn
+        turn = [choice for choice in choices if choice[1] == cut]
+        if turn and not fresh and had < TURN:  # its mask is in place
+            return min(turn, key=lambda choice: choice[0].served)
+        oldest = min(choices, key=lambda choice: _group(choice)[0].since)
+        if _group(oldest)[0].since <= overdue:
+            return oldest
+        return max(choices, key=lambda choice: _worth(_group(choice), room, engine))
+
+    def _company(self, allowed: list[_Flow], first: list[Waiting], room: Room, engine: Engine) -> list[Waiting]:
+        """What fills the pass: images under the same mask, then groups that share its plain trunk.
+
+        Of those that share the trunk never a part: a group in two passes is swapped in twice.
+        """
+        taken: list[Waiting] = []
+        left = _less(room, first)
+        key, head = _key(first[0]), first[0].item
+        for flow in sorted(allowed, key=lambda flow: flow.served):
+            if key in flow.groups and left.images > 0 and passes(flow.groups[key][0].item) <= left.cost:
+                taken += self._pull(flow, key, left)
+                left = _less(room, first + taken)
+        if head.bundle.dispatcher.start > 0:
+            shared = [(flow, k) for flow in allowed for k in flow.groups if k != key and _trunk(flow, k) == trunk(head)]
+            for flow, k in sorted(shared, key=lambda c: _worth(_group(c), room, engine), reverse=True):
+                group = flow.groups[k]
+                if len(group) <= left.images and _cost(group) <= left.cost:
+                    taken += self._pull(flow, k, left)
+                    left = _less(room, first + taken)
+        return taken
+
+    def _pull(self, flow: _Flow, key: Hashable, room: Room) -> list[Waiting]:
+        """The first images of a group, out of the queue and charged to their tenant: one at least."""
+        group = flow.groups.pop(key)
+        taken = [group.popleft()]
+        cost = passes(taken[0].item)
+        while group and len(taken) < room.images and cost + passes(group[0].item) <= room.cost:
+            taken.append(group.popleft())
+            cost += passes(taken[-1].item)
+        if group:
+            flow.groups[key] = group
+        flow.served += cost / flow.tenant.weight
+        flow.fresh = False
+        self._count(taken)
+        return taken
+
+    def _count(self, gone: list[Waiting]) -> None:
+        self.images -= len(gone)
+        self.cost -= _cost(gone)
+
+
+def _key(waiting: Waiting) -> Hashable:
+    return trunk(waiting.item), waiting.item.bundle.identity
+
+
+def _group(choice: _Choice) -> Group:
+    flow, key = choice
+    return flow.groups[key]
+
+
+def _trunk(flow: _Flow, key: Hashable) -> Hashable:
+    return trunk(flow.groups[key][0].item)
+
+
+def _cost(images: Iterable[Waiting]) -> float:
+    return sum(passes(waiting.item) for waiting in images)
+
+
+def _less(room: Room, taken: list[Waiting]) -> Room:
+    return Room(room.images - len(taken), room.cost - _cost(taken))
+
+
+def _worth(group: Group, room: Room, engine: Engine) -> tuple[int, bool, float]:
+    """Large groups first, then those whose mask is materialized, then the oldest."""
+    return min(len(group), room.images), group[0].item.bundle.dispatcher in engine.weight_cache, -group[0].since

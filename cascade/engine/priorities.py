@@ -1,0 +1,47 @@
+"""Two levels of priority, each a fair queue: batch work fills the passes that interactive work leaves."""
+
+from collections.abc import Callable
+
+from cascade.engine.engine import Engine
+from cascade.engine.fair_queue import FairQueue, Room, Waiting
+from cascade.engine.tenants import PRIORITIES, Priority
+
+SHARE = 10
+"""Of so many passes, batch work has one even if interactive work waits, so that it never starves."""
+
+
+class PriorityQueue:
+    """Images that wait, by priority and tenant; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._levels: dict[Priority, FairQueue] = {priority: FairQueue() for priority in PRIORITIES}
+        self._passed_over = 0  # passes since the last one of batch work, while some waits
+
+    @property
+    def images(self) -> int:
+        return sum(level.images for level in self._levels.values())
+
+    @property
+    def cost(self) -> float:
+        """Image passes that wait."""
+        return sum(level.cost for level in self._levels.values())
+
+    def add(self, waiting: Waiting) -> None:
+        """Put an image into the level that its request names, or else its tenant's."""
+        self._levels[waiting.item.options.priority or waiting.tenant.priority].add(waiting)
+
+    def take(self, room: Room, engine: Engine, overdue: float) -> list[Waiting]:
+        """What the next pass runs; arguments as of ``FairQueue.take``."""
+        return self._next().take(room, engine, overdue)
+
+    def remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
+        """Those of all levels, out of them."""
+        return [waiting for level in self._levels.values() for waiting in level.remove(which)]
+
+    def _next(self) -> FairQueue:
+        interactive, batch = self._levels["interactive"], self._levels["batch"]
+        if batch.images and (not interactive.images or self._passed_over >= SHARE - 1):
+            self._passed_over = 0
+            return batch
+        self._passed_over = self._passed_over + 1 if batch.images else 0
+        return interactive
