@@ -269,6 +269,8 @@ def test_the_command_ends_in_order(many: Path, photos: list[bytes]) -> None:
         assert process.stdout.readline().startswith(b"ready")
         with cascade.Client(f"http://{LOOPBACK}:{port}") as client:
             assert isinstance(client.predict(photos[0], cascade.Options("a")), Prediction)
+        rebound = httpx.get(f"http://{LOOPBACK}:{port}/v2", headers={"Host": "evil.example"}, trust_env=False)
+        assert (rebound.status_code, rebound.json()["error"].partition(":")[0]) == (421, "unknown_host")
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

@@ -6,8 +6,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cascade import Bundle, Engine, Prediction
 from tests.conftest import DATA, need
@@ -114,6 +116,24 @@ def test_an_image_is_shown_with_its_answer(
     assert "this is not a JPEG" in page.until("document.getElementById('error').textContent")
     assert not any(page.text(id) for id in ("facts", "labels", "neighbors", "legend")), "the last answer is another's"
     assert page.complaints() == []
+
+
+def test_an_image_unlike_the_training_images_is_said_to_be(
+    browser: Any, asgi: Asgi, engine: Engine, tmp_path: Path
+) -> None:
+    """Its labels are muted: they would be one of the bundle's, whatever it shows."""
+    page = Page(browser, asgi.base)
+    assert page.until("document.querySelectorAll('#bundle option').length") == 2
+    for name, size, unknown in (("noise", 32, True), ("known", 0, False)):
+        pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        file = tmp_path / f"{name}.png"
+        Image.fromarray(pixels).save(file) if size else file.write_bytes(PHOTO.read_bytes())
+        (answer,) = engine.predict([file])
+        assert isinstance(answer, Prediction) and (answer.ood >= 0.99) == unknown
+        page.choose(file)
+        assert page.until("document.body.dataset.shown") == "one"
+        assert ("labels mean little" in page.text("facts")) == unknown
+        assert page.browser.execute_script("return labels.className") == ("muted" if unknown else "")
 
 
 def test_names_are_text_and_nothing_comes_from_elsewhere(browser: Any, asgi: Asgi) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import tarfile
 import time
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from PIL import Image
 
 from cascade.bundle import format as bundles
+from cascade.bundle.archive import pack, unpack
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import decode
 from cascade.offline.sources import plan, read
@@ -166,6 +169,24 @@ def test_bundle(file: str, seconds: float, tmp_path: Path, cifar: list[Image.Ima
     else:
         seed, parser = bundle_with(file, folder)  # type: ignore[assignment]
     fuzz([seed], parser, seconds, tmp_path)
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_packed_bundle(inside: bool, seconds: float, tmp_path: Path, cifar: list[Image.Image]) -> None:
+    """The compressed file, or the tar inside under a right checksum."""
+    folder = bundles.write(handmade(cifar[:40]), tmp_path / "store" / "hand" / "1")
+    seed = pack(folder, tmp_path / "packed").read_bytes()
+    compressor = zstandard.ZstdCompressor(write_checksum=True, write_content_size=True)
+
+    def parser(data: bytes) -> None:
+        (tmp_path / "packed").write_bytes(compressor.compress(data) if inside else data)
+        try:
+            unpack(tmp_path / "packed", tmp_path / "other" / "hand" / "1")
+        finally:
+            shutil.rmtree(tmp_path / "other", ignore_errors=True)
+
+    fuzz([zstandard.ZstdDecompressor().decompress(seed) if inside else seed], parser, seconds, tmp_path)
 
 
 @pytest.mark.parametrize("seconds", SECONDS)
