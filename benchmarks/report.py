@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cascade import __version__
 from cascade.engine.executors.selection import processor
 
-PACKAGES = ("cascade-vision", "torch", "timm", "onnxruntime", "onnxruntime-gpu", "numba", "numpy", "pillow", "pyarrow")
+PACKAGES = ("torch", "timm", "onnxruntime", "onnxruntime-gpu", "numba", "numpy", "pillow", "pyarrow")
 VARIABLES = ("CASCADE_EXECUTOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "TRITON_INTERPRET")
 LOAD = [round(load, 2) for load in os.getloadavg()]  # 1, 5 and 15 minutes before the benchmark began
 
@@ -70,7 +71,7 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide how fast a pass is."""
-    installed = {"python": platform.python_version()}
+    installed = {"python": platform.python_version(), "cascade-vision": __version__}  # installed may be an older one
     for package in PACKAGES:
         try:
             installed[package] = version(package)

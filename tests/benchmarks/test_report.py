@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import figure, report
+from cascade import __version__
 from tests.helpers.paths import ROOT
 
 
@@ -23,6 +24,7 @@ def test_the_last_line_records_executor_versions_and_threads(
     assert json.loads((tmp_path / "x.json").read_text()) == body
     assert body["figures"] == {"ratio": {"value": 2.0, "goal": ">= 1.5", "met": True, "spread": [1.0, 3.0]}}
     assert body["executor"] == "FoldedExecutor" and body["environment"]["CASCADE_EXECUTOR"] == "plain"
+    assert body["versions"]["cascade-vision"] == __version__, "installed in editable mode, its metadata may be older"
     assert body["versions"]["torch"] and body["threads"] >= 1 and len(body["load"]) == 3
 
 
