@@ -1,3 +1,5 @@
 """Measurements: ``python -m benchmarks.<what>`` prints a table to read and, as its last line, one JSON object."""
 
-import cascade  # noqa: F401  before torch: it says how OpenMP's threads wait
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; torch reads it when it is imported

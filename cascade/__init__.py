@@ -8,17 +8,10 @@
 Names are loaded on first use, so that ``import cascade`` (and ``cascade --help``) costs no torch.
 """
 
-import os
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cascade.errors import CascadeError
-
-if "torch" not in sys.modules:
-    # PyTorch's threads would spin for a while after each operation, and take the cores from ONNX Runtime's
-    # (docs/performance.md). OpenMP reads this once, when torch loads it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from cascade.bundle.format import Bundle

@@ -12,7 +12,8 @@ import cascade
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle, read
 from cascade.model.preprocessing import decode
-from tests.conftest import DATA, sheet
+from tests.conftest import sheet
+from tests.helpers.paths import DATA
 
 pytestmark = pytest.mark.slow
 

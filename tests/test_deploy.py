@@ -1,10 +1,8 @@
 """The files in deploy/: valid by the tools' own checks, and about options and metrics that exist."""
 
-import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,19 +13,11 @@ from typer.testing import CliRunner
 import handlers.asgi.metrics  # noqa: F401  adds its metrics to the registry
 from cascade.cli import main
 from tests.conftest import need
+from tests.helpers.deploy import DEPLOY, PROMETHEUS, dashboard, expressions
+from tests.helpers.paths import ROOT
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
-PROMETHEUS = DEPLOY / "prometheus"
-DEPLOYMENT = Path(__file__).parents[1] / "docs" / "deployment.md"
-DOCS = Path(__file__).parents[1] / "docs" / "observability.md"
-
-
-def dashboard() -> dict[str, Any]:
-    return dict(json.loads((DEPLOY / "grafana" / "cascade.json").read_text()))
-
-
-def expressions() -> list[str]:
-    return [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+DEPLOYMENT = ROOT / "docs" / "deployment.md"
+DOCS = ROOT / "docs" / "observability.md"
 
 
 def known() -> set[str]:

@@ -51,8 +51,8 @@ def options(module: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("benchmarks", "training")):
             names += [str(node.module), *(f"{node.module}.{each.name}" for each in node.names)]
     texts = "".join(text_of(name).read_text() for name in names if text_of(name).exists())
-    recipe = (ROOT / "training" / "recipe.py").read_text() if "recipe=True" in texts else ""
-    fields = re.findall(r"^    (\w+): ", recipe, re.MULTILINE)
+    recipe = (ROOT / "training" / "recipe.py").read_text() if "@with_recipe" in texts else ""
+    fields = re.findall(r"^    (\w+): ", recipe, re.MULTILINE) + re.findall(r"(\w+): (?:Annotated|RunFolder)\b", texts)
     return {*re.findall(r'"(--[a-z-]+)"', texts), *(f"--{name.replace('_', '-')}" for name in fields)}
 
 

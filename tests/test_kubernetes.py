@@ -11,8 +11,8 @@ from kubernetes_validate import ValidationError, validate  # type: ignore[import
 from typer.testing import CliRunner
 
 from cascade.cli import main
-from tests.conftest import DATA, need
-from tests.helpers.paths import ROOT
+from tests.conftest import need
+from tests.helpers.paths import DATA, ROOT
 
 KUBERNETES = "1.33"
 

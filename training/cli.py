@@ -1,17 +1,20 @@
 """The command line of a stage: options, progress bars, and errors of one line."""
 
-import argparse
 import errno
+import inspect
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import Field, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -23,9 +26,9 @@ from training.data import dataset
 from training.recipe import ABOUT, Recipe
 
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-
-
 EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+RUN = Path("runs/default")
+RunFolder = Annotated[Path, typer.Option(help="Folder of the run.")]
 
 
 class Watch:
@@ -93,60 +96,71 @@ def watching() -> Iterator[Watch]:
                 bar.stop()
 
 
-class Parser(argparse.ArgumentParser):
-    """One that says what is wrong with its options in one line, instead of listing all of them."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help shows the options\n")
-
-
-def parser(about: str | None, *, recipe: bool = False) -> argparse.ArgumentParser:
-    """Command-line options of a stage: ``--run``, and with ``recipe`` one option for each of the recipe's fields."""
-    out = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.usage = "%(prog)s DATA [options]" if recipe else "%(prog)s [options]"
-    folder = None if recipe else Path("runs/default")
-    out.add_argument("--run", type=Path, default=folder, help="folder of the run (default runs/NAME-VERSION of --out)")
-    if not recipe:
-        return out
-    of = {f.name: f for f in fields(Recipe)}
-    for title, meanings in ABOUT.items():
-        group = out.add_argument_group(title)
-        for name, meaning in meanings.items():
-            flag, default = f"--{name.replace('_', '-')}", of[name].default
-            text = (
-                f"{meaning} (default {default:g})" if isinstance(default, float) else f"{meaning} (default {default!r})"
-            )
-            if name == "data":
-                group.add_argument(name, metavar="DATA", help=f"{meaning}: {', '.join(dataset.NAMES)}")
-            elif isinstance(default, bool):
-                group.add_argument(flag, action="store_true", help=meaning)
-            elif isinstance(default, tuple):
-                group.add_argument(flag, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"), help=text)
-            else:
-                choices = choices_of(of[name].type) or None
-                group.add_argument(flag, type=type(default), default=default, choices=choices, help=text)
-    return out
-
-
-def choices_of(kind: Any) -> list[str]:
-    """The strings of a Literal, or of a union of several; empty for other types."""
-    return [value for part in get_args(kind) for value in ([part] if isinstance(part, str) else choices_of(part))]
-
-
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that the options of ``parser(recipe=True)`` give."""
-    return Recipe.from_json(vars(arguments))
-
-
-def main(stage: Any) -> None:
-    """Run a stage; an error meant for a person is one line and exit status 1."""
+@contextmanager
+def stage() -> Iterator[Watch]:
+    """The body of a stage's command: yields what shows its progress, with all processes of ``torchrun`` connected."""
     limit_threads()
+    with watching() as watch, distributed.together():
+        yield watch
+
+
+def start(command: Callable[..., None], arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    """Run the command of a stage; its help is the docstring of its module.
+
+    An error meant for a person is one line and exit status 1; wrong options have exit status 2.
+
+    Args:
+        command: a function with typer's annotations.
+        arguments: those of this process by default.
+        name: of the program in its help.
+    """
+    about = escape(sys.modules[command.__module__].__doc__ or "").replace("\n\n    ", "\n\n\b\n    ")  # keeps its lines
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    app.command(help=about)(command)
     try:
-        with watching() as watch, distributed.together():
-            stage(watch)
+        app(arguments, prog_name=name)
     except CascadeError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
         sys.exit(f"error: {error}: make room, or choose folders that can be written to")
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each field of the recipe to a command, which is called with the recipe as first argument."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        recipe = Recipe(**{field.name: options.pop(field.name) for field in fields(Recipe)})
+        command(recipe, **options)
+
+    of = {field.name: field for field in fields(Recipe)}
+    parameters = [_parameter(of[name], title, text) for title, texts in ABOUT.items() for name, text in texts.items()]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.name != "recipe"
+    ]
+    run.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
+    return run
+
+
+def _parameter(field: Field[Any], panel: str, text: str) -> inspect.Parameter:
+    """The option of a recipe's field, or the argument ``DATA``."""
+    if field.name == "data":
+        info: Any = typer.Argument(help=f"{text}: {', '.join(dataset.NAMES)}", metavar="DATA")
+    else:
+        metavar = "LOW HIGH" if isinstance(field.default, tuple) else None
+        flag = f"--{field.name.replace('_', '-')}"  # alone: typer would add --no-... to a bool
+        info = typer.Option(flag, help=text, metavar=metavar, rich_help_panel=f"Recipe: {panel}")
+    kind = Literal[tuple(choices)] if (choices := choices_of(field.type)) else field.type
+    default = inspect.Parameter.empty if field.name == "data" else field.default
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )
+
+
+def choices_of(kind: Any) -> list[str]:
+    """The strings of a Literal, or of a union of several; empty for other types."""
+    return [value for part in get_args(kind) for value in ([part] if isinstance(part, str) else choices_of(part))]

@@ -17,7 +17,7 @@ from cascade.errors import CascadeError
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
 from training import embed
-from training.cli import Watch, main, parser
+from training.cli import RUN, RunFolder, stage, start
 from training.data.augment import crop_flip
 from training.heads import calibration_error
 from training.run import CLUSTERS, FEWEST, Run, resume, write_json, write_tensors
@@ -190,10 +190,11 @@ def effective(counts: list[int]) -> float:
     return float(np.exp(-sum(p * np.log(p) for p in share if p)))
 
 
+def command(run: RunFolder = RUN) -> None:
+    """Fit the clusters of a run whose dispatcher is trained."""
+    with stage() as watch:
+        fit(resume(run, watch))
+
+
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
-
-    def stage(watch: Watch) -> None:
-        fit(resume(options.run, watch))
-
-    main(stage)
+    start(command)

@@ -8,16 +8,17 @@ three. ``model_store/demo/1`` is what this command wrote.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from cascade.model.router import Calibration, route
 from training import clusters, dispatcher, embed, evaluate, experts, export
-from training.cli import Watch, main, parser
+from training.cli import RunFolder, Watch, stage, start
 from training.data import dataset
 from training.evaluate import Features
 from training.recipe import Recipe
@@ -118,13 +119,14 @@ def _spread(values: list[float]) -> list[float]:
     return [round(float(np.mean(values)), 4), round(float(np.std(values, ddof=1)), 4)]
 
 
+def command(
+    run: RunFolder = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("runs/demo/store/demo/1"),
+) -> None:
+    """Train the demo cascade."""
+    with stage() as watch:
+        train(run, out, watch)
+
+
 if __name__ == "__main__":
-    arguments = parser(__doc__)
-    arguments.set_defaults(run=Path("runs/demo"))
-    arguments.add_argument("--out", type=Path, default=Path("runs/demo/store/demo/1"), help="default %(default)s")
-    options = arguments.parse_args()
-
-    def stage(watch: Watch) -> None:
-        train(options.run, options.out, watch)
-
-    main(stage)
+    start(command)

@@ -12,10 +12,11 @@ import torch
 from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
 from training import embed, teacher
-from training.cli import Watch, main, parser, recipe_of
+from training.cli import RUN, RunFolder, stage, start, with_recipe
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel
 from training.objectives import Distillation, Objective, SelfSupervised, Supervised
+from training.recipe import Recipe
 from training.run import Run, begin, device, trained
 
 ZERO_STEPS = 20  # with BatchNorm in eval mode only the scores could move, so these show as much as all
@@ -109,10 +110,12 @@ def _validation(run: Run, model: MaskedModel, loss: Objective, rows: np.ndarray)
     return accuracy
 
 
+@with_recipe
+def command(recipe: Recipe, run: RunFolder = RUN) -> None:
+    """Train the dispatcher of a new run, or go on with it."""
+    with stage() as watch:
+        train(begin(run, recipe, watch))
+
+
 if __name__ == "__main__":
-    options = parser(__doc__, recipe=True).parse_args()
-
-    def stage(watch: Watch) -> None:
-        train(begin(options.run, recipe_of(options), watch))
-
-    main(stage)
+    start(command)

@@ -18,7 +18,7 @@ from cascade.bundle.inspect import percent
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.masks import difference
 from training import fusion, heads
-from training.cli import Watch, main, parser
+from training.cli import RUN, RunFolder, stage, start
 from training.routing import router_of
 from training.run import Run, resume, write_json
 
@@ -226,11 +226,12 @@ def fusions(run: Run, features: Features) -> dict[Mode, tuple[Fusion, Tensor]]:
     return out
 
 
+def command(run: RunFolder = RUN) -> None:
+    """Evaluate a trained run."""
+    with stage() as watch:
+        trained = resume(run, watch)
+        show(evaluate(trained, collect(trained)), Console())
+
+
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
-
-    def stage(watch: Watch) -> None:
-        run = resume(options.run, watch)
-        show(evaluate(run, collect(run)), Console())
-
-    main(stage)
+    start(command)

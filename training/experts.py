@@ -1,19 +1,21 @@
 """Stage 3: one expert a cluster, each started from the dispatcher (paper §3.3).
 
     python -m training.experts --run runs/cifar
-    python -m training.experts --run runs/cifar --only 0 3     # these, and the others elsewhere
+    python -m training.experts --run runs/cifar --only 0 --only 3     # these, and the others elsewhere
 
 Experts are independent: any process that sees the run's folder may train some of them, and each writes a folder of its
 own there. The next stage needs them all. ``training.ray_experts`` trains them in parallel.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 
 from cascade.errors import CascadeError
-from training.cli import Watch, main, parser
+from training.cli import RUN, RunFolder, stage, start
 from training.dispatcher import objective
 from training.loop import fit
 from training.run import Run, resume
@@ -53,12 +55,14 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
     )
 
 
+def command(
+    run: RunFolder = RUN,
+    only: Annotated[list[int] | None, typer.Option(metavar="K", help="Number of an expert; may be repeated.")] = None,
+) -> None:
+    """Train the experts of a run whose clusters are fitted."""
+    with stage() as watch:
+        train(resume(run, watch), only or ())
+
+
 if __name__ == "__main__":
-    arguments = parser(__doc__)
-    arguments.add_argument("--only", type=int, nargs="+", default=[], metavar="K", help="numbers of experts")
-    options = arguments.parse_args()
-
-    def stage(watch: Watch) -> None:
-        train(resume(options.run, watch), options.only)
-
-    main(stage)
+    start(command)

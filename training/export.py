@@ -5,10 +5,11 @@ python -m training.export --run runs/cifar --out model_store/cifar/1
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -21,7 +22,7 @@ from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration
 from training import heads
-from training.cli import Watch, main, parser
+from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
 from training.evaluate import Features, collect, fusions
 from training.frozen import Candidate
@@ -147,16 +148,18 @@ def one_line(name: str) -> str:
     return " ".join(name.split())
 
 
-if __name__ == "__main__":
-    arguments = parser(__doc__)
-    arguments.add_argument("--out", type=Path, required=True, help="<store>/<name>/<version>, must not exist")
-    arguments.add_argument("--thumbnails", action="store_true", help=THUMBNAILS)
-    options = arguments.parse_args()
-
-    def stage(watch: Watch) -> None:
-        run = resume(options.run, watch)
-        path = run.folder / "evaluation.json"
+def command(
+    out: Annotated[Path, typer.Option(help="Bundle to write: <store>/<name>/<version>.")],
+    run: RunFolder = RUN,
+    thumbnails: Annotated[bool, typer.Option("--thumbnails", help=THUMBNAILS)] = False,
+) -> None:
+    """Export a trained run."""
+    with stage() as watch:
+        trained = resume(run, watch)
+        path = trained.folder / "evaluation.json"
         accuracy = read_json(path) if path.exists() else {}
-        watch.say(f"wrote {export(run, collect(run), accuracy, options.out, thumbnails=options.thumbnails)}")
+        watch.say(f"wrote {export(trained, collect(trained), accuracy, out, thumbnails=thumbnails)}")
 
-    main(stage)
+
+if __name__ == "__main__":
+    start(command)

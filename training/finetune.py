@@ -15,8 +15,9 @@ from cascade.bundle.format import strip_prefix
 from cascade.model.backbone import Backbone
 from cascade.model.stages import stage_of, stages
 from training import dispatcher
-from training.cli import Watch, main, parser, recipe_of
+from training.cli import RUN, RunFolder, stage, start, with_recipe
 from training.masking import Amp, MaskedModel, write
+from training.recipe import Recipe
 from training.run import Run, begin
 
 
@@ -75,10 +76,12 @@ def logits(run: Run, name: str, found: np.ndarray) -> np.ndarray:
     return found @ head["weight"].numpy().T + head["bias"].numpy()
 
 
+@with_recipe
+def command(recipe: Recipe, run: RunFolder = RUN) -> None:
+    """Fine-tune in a new run, or go on with it."""
+    with stage() as watch:
+        train(begin(run, recipe, watch))
+
+
 if __name__ == "__main__":
-    options = parser(__doc__, recipe=True).parse_args()
-
-    def stage(watch: Watch) -> None:
-        train(begin(options.run, recipe_of(options), watch))
-
-    main(stage)
+    start(command)

@@ -11,13 +11,14 @@ Stopped at any moment and started again with the same options, it resumes.
 """
 
 import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import typer
 
 from cascade.errors import CascadeError
 from cascade.model.masks import density
@@ -32,11 +33,11 @@ from training import (
     export,
     ray_experts,
 )
-from training.cli import Watch, main, parser, recipe_of
+from training.cli import stage, start, with_recipe
 from training.cost import Cost
 from training.frozen import check_labels, frozen_head
 from training.loop import fit
-from training.recipe import paper
+from training.recipe import Recipe, paper
 from training.run import Run, begin, read_json, write_json
 
 TIMED_STEPS = 6
@@ -220,38 +221,51 @@ def default_run(out: Path) -> Path:
     return Path("runs") / f"{out.parent.name or 'bundle'}-{out.name}"
 
 
-def command(arguments: list[str]) -> None:
-    """``cascade train``."""
-    options = parser(__doc__, recipe=True)
-    options.usage = "cascade train DATA --out BUNDLE [options]"
-    options.add_argument("--out", type=Path, required=True, help="bundle to write: <store>/<name>/<version>")
-    options.add_argument("--controls", action="store_true", help="train and evaluate the controls, too")
-    options.add_argument("--thumbnails", action="store_true", help=export.THUMBNAILS)
-    options.add_argument("--ray", action="store_true", help=ray_experts.HELP)
-    options.add_argument("--frozen", action="store_true", help="with --labels: only a head on the frozen backbone")
-    options.add_argument("--compare", action="store_true", help="with --labels: also LoRA and full fine-tuning")
-    options.add_argument("--minutes", type=float, default=0.0, help="cut the steps to fit into this time; 0: all")
-    options.add_argument("--preset", choices=["paper"], help="start from the published setting")
-    options.add_argument(
-        "--price-per-hour", type=float, default=0.0, help="of one GPU, or of this machine without: its cost is told"
-    )
-    chosen = options.parse_args(arguments)
-    if chosen.preset:
-        options.set_defaults(**asdict(paper(chosen.data)))
-        chosen = options.parse_args(arguments)  # what was said beside the preset still counts
+def _preset(context: typer.Context, name: str | None) -> None:
+    """Start from the published setting; options that are given still count."""
+    if name == "paper":
+        context.default_map = {field: value for field, value in asdict(paper("")).items() if field != "data"}
 
-    def stage(watch: Watch) -> None:
-        with Cost(chosen.price_per_hour) as cost:
-            run = begin(chosen.run or default_run(chosen.out), recipe_of(chosen), watch)
-            names = ("controls", "thumbnails", "ray", "frozen", "compare", "minutes")
-            path = train(run, chosen.out, **{name: getattr(chosen, name) for name in names})
+
+@with_recipe
+def command(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Bundle to write: <store>/<name>/<version>.")],
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name>-<version> by default.")] = None,
+    preset: Annotated[
+        Literal["paper"] | None,
+        typer.Option(help="Start from the published setting.", is_eager=True, callback=_preset),
+    ] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Train and evaluate the controls, too.")] = False,
+    thumbnails: Annotated[bool, typer.Option("--thumbnails", help=export.THUMBNAILS)] = False,
+    ray: Annotated[bool, typer.Option("--ray", help=ray_experts.HELP)] = False,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="With --labels: only a head on the frozen backbone.")
+    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="With --labels: also LoRA and full fine-tuning.")] = False,
+    minutes: Annotated[float, typer.Option(help="Cut the steps to fit into this time; 0: all.")] = 0.0,
+    price_per_hour: Annotated[
+        float, typer.Option(help="Of one GPU, or of this machine without: its cost is told.")
+    ] = 0.0,
+) -> None:
+    """Train a cascade."""
+    with stage() as watch:
+        with Cost(price_per_hour) as cost:
+            path = train(
+                begin(run or default_run(out), recipe, watch),
+                out,
+                controls=controls,
+                thumbnails=thumbnails,
+                ray=ray,
+                frozen=frozen,
+                compare=compare,
+                minutes=minutes,
+            )
         if not distributed.rank():
             watch.say(f"wrote {path}")
-            if not chosen.ray:  # what its tasks use, elsewhere, is not seen
+            if not ray:  # what its tasks use, elsewhere, is not seen
                 watch.say(cost.line())
-
-    main(stage)
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    start(command)

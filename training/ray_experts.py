@@ -22,7 +22,7 @@ from cascade.errors import CascadeError, brief
 from cascade.kernels.materialize import materialize
 from training import distributed, experts
 from training.checkpoint import DONE
-from training.cli import Watch, main, parser
+from training.cli import RUN, RunFolder, Watch, stage, start
 from training.curve import CURVE
 from training.run import Run, resume
 
@@ -125,10 +125,11 @@ def _result(ray: Any, task: Any, k: int) -> None:
         raise CascadeError(f"expert {k} was not trained ({brief(cause)}): started again it goes on") from error
 
 
+def command(run: RunFolder = RUN) -> None:
+    """Train the experts of a run whose clusters are fitted."""
+    with stage() as watch:
+        train(resume(run, watch))
+
+
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
-
-    def stage(watch: Watch) -> None:
-        train(resume(options.run, watch))
-
-    main(stage)
+    start(command)

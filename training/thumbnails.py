@@ -3,14 +3,16 @@
 python -m training.thumbnails model_store/photos/1 photos/ --out model_store/photos/2
 """
 
-import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from cascade.bundle.format import Bundle, read, write
 from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
+from training.cli import start
 from training.data import dataset
 from training.data.dataset import Images
 from training.export import one_line
@@ -36,17 +38,14 @@ def illustrated(bundle: Bundle, images: Images) -> Bundle:
     return replace(bundle, thumbnails=make(images.open(places[name]) for name in names))
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("bundle", type=Path, help="its folder")
-    options.add_argument("data", help="folder of images, or cifar10, fashion-mnist: what it was trained on")
-    options.add_argument("--out", type=Path, required=True, help="<store>/<name>/<version>, must not exist")
-    chosen = options.parse_args()
-    try:
-        print(f"wrote {write(illustrated(read(chosen.bundle), dataset.load(chosen.data, 'train')), chosen.out)}")
-    except CascadeError as error:
-        sys.exit(f"error: {error}")
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Its folder.")],
+    data: Annotated[str, typer.Argument(help="Images that it was trained on: a folder, or a published data set.")],
+    out: Annotated[Path, typer.Option(help="Bundle to write: <store>/<name>/<version>.")],
+) -> None:
+    """Add thumbnails to a bundle."""
+    print(f"wrote {write(illustrated(read(bundle), dataset.load(data, 'train')), out)}")
 
 
 if __name__ == "__main__":
-    main()
+    start(command)

@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs, so that ``cascade --help`` answers at once.
 """
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -65,6 +66,9 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """One resident backbone, adapted per image by 1-bit masks."""
+    # Read once, when torch is imported. PyTorch's threads would otherwise spin after each operation and take the cores
+    # from ONNX Runtime's.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 if __name__ == "__main__":

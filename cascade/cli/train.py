@@ -8,6 +8,7 @@ def train(context: typer.Context) -> None:
 
     All options: cascade train --help
     """
+    from training.cli import start
     from training.pipeline import command
 
-    command(context.args)
+    start(command, context.args, "cascade train")

@@ -17,9 +17,9 @@ from PIL import Image
 
 from cascade import Client, Engine, ItemError, Options, Prediction
 from cascade.client import ClientError
-from tests.e2e.conftest import CLIENT, NotStarted, Running
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.http import answer, encoded, error, lone, post, same
+from tests.helpers.servers import CLIENT, NotStarted, Running
 from tests.helpers.torments import terminated, until
 
 pytestmark = pytest.mark.e2e

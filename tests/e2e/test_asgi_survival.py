@@ -25,11 +25,11 @@ from PIL import Image
 
 import cascade
 from cascade.bundle.format import write
-from tests.e2e.conftest import CLIENT, EXECUTOR, NO_TLS
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.bundles import handmade
 from tests.helpers.hostile_images import bomb, mutated
 from tests.helpers.http import encoded
+from tests.helpers.servers import CLIENT, EXECUTOR, NO_TLS
 from tests.helpers.torments import (
     NO_FILES,
     Clock,

@@ -16,11 +16,12 @@ import yaml
 
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
-from tests.e2e.conftest import CLIENT, ROOT, Running
 from tests.helpers.asgi_server import Asgi
+from tests.helpers.deploy import PROMETHEUS, dashboard, expressions
 from tests.helpers.http import post
+from tests.helpers.paths import ROOT
+from tests.helpers.servers import CLIENT, Running
 from tests.helpers.torments import settled
-from tests.test_deploy import PROMETHEUS, dashboard, expressions
 
 pytestmark = pytest.mark.e2e
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import need
-from tests.e2e.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.e2e
 ENVIRONMENT = {

@@ -26,7 +26,8 @@ from cascade.engine.results import ItemError, Prediction
 from handlers.ray.serve import NAME, QUIET, serving
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
-from tests.e2e.conftest import EXECUTOR, ROOT
+from tests.helpers.paths import ROOT
+from tests.helpers.servers import EXECUTOR
 from tests.helpers.torments import settled
 
 pytestmark = [

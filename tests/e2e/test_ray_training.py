@@ -17,7 +17,7 @@ import torch
 from cascade.kernels.materialize import materialize
 from cascade.model.masks import Mask, pack
 from tests.conftest import need
-from tests.e2e.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.torments import until
 from training import clusters, dispatcher, experts
 from training.checkpoint import CHECKPOINT, DONE

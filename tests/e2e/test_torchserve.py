@@ -21,18 +21,19 @@ import cascade
 from cascade.engine.engine import Engine
 from cascade.engine.results import Prediction
 from cascade.model.preprocessing import LIMITS
-from tests.e2e.conftest import CLIENT, NotStarted, Running, serving
 from tests.helpers.http import answer, encoded, error, lone, post, same
+from tests.helpers.servers import CLIENT, NotStarted
+from tests.helpers.torchserve_server import TorchServe, serving
 
 pytestmark = pytest.mark.e2e
 
 
-def test_ready_means_that_every_worker_answers(server: Running, photos: list[bytes]) -> None:
+def test_ready_means_that_every_worker_answers(server: TorchServe, photos: list[bytes]) -> None:
     assert [worker["status"] for worker in server.workers()] == ["READY"]
     assert answer(post(server, photos[0], X_Cascade_Bundle="one"))["bundle"] == "one"
 
 
-def test_answer_is_the_engines(server: Running, engine: Engine, photos: list[bytes]) -> None:
+def test_answer_is_the_engines(server: TorchServe, engine: Engine, photos: list[bytes]) -> None:
     for mode in ("dispatcher", "conditional", "unconditional"):
         (expected,) = engine.predict(photos[:1], cascade.Options(mode=mode, embedding=True))
         assert isinstance(expected, Prediction)
@@ -41,7 +42,7 @@ def test_answer_is_the_engines(server: Running, engine: Engine, photos: list[byt
         assert same(answer(response), json.loads(json.dumps(expected.to_json())) | {"bundle": "two"})
 
 
-def test_raw_bodies_json_and_forms(server: Running, photos: list[bytes], cifar: list[Image.Image]) -> None:
+def test_raw_bodies_json_and_forms(server: TorchServe, photos: list[bytes], cifar: list[Image.Image]) -> None:
     lone = answer(post(server, photos[0], X_Cascade_Bundle="one"))
     raw = post(server, photos[0], Content_Type="application/octet-stream", X_Cascade_Bundle="one")
     assert same(answer(raw), lone)
@@ -54,7 +55,7 @@ def test_raw_bodies_json_and_forms(server: Running, photos: list[bytes], cifar: 
     assert same(answer(form), lone)
 
 
-def test_fields_choose_what_is_answered(server: Running, photos: list[bytes]) -> None:
+def test_fields_choose_what_is_answered(server: TorchServe, photos: list[bytes]) -> None:
     whole = answer(post(server, photos[0], X_Cascade_Bundle="one"))
     assert whole["neighbors"] and "embedding" not in whole
     bare = answer(post(server, photos[0], X_Cascade_Bundle="one", X_Cascade_Fields="embedding"))
@@ -77,12 +78,12 @@ def test_fields_choose_what_is_answered(server: Running, photos: list[bytes]) ->
     ],
 )
 def test_wrong_options(
-    server: Running, photos: list[bytes], headers: dict[str, str], expected: tuple[int, str]
+    server: TorchServe, photos: list[bytes], headers: dict[str, str], expected: tuple[int, str]
 ) -> None:
     assert error(post(server, photos[0], **headers)) == expected
 
 
-def test_wrong_bodies(server: Running, photos: list[bytes], cifar: list[Image.Image]) -> None:
+def test_wrong_bodies(server: TorchServe, photos: list[bytes], cifar: list[Image.Image]) -> None:
     def ask(body: bytes, kind: str = "image/png") -> tuple[int, str]:
         return error(post(server, body, Content_Type=kind, X_Cascade_Bundle="one"))
 
@@ -98,12 +99,12 @@ def test_wrong_bodies(server: Running, photos: list[bytes], cifar: list[Image.Im
     assert post(server, photos[0], X_Cascade_Bundle="one").status_code == 200
 
 
-def test_what_a_client_sends_cannot_spoil_the_log(server: Running) -> None:
+def test_what_a_client_sends_cannot_spoil_the_log(server: TorchServe) -> None:
     """TorchServe logs a body that is no form with a stack trace; that client must not write to our terminal."""
     body = b"x=%zz\x1b[2J\n2026-01-01 ERROR all is lost\n" + 10_000 * b"x"
     status = post(server, body, Content_Type="application/x-www-form-urlencoded").status_code
     assert status == 500, "TorchServe's own, before our handler is asked"
-    log = (server.folder / "stderr").read_text()
+    log = server.log()
     assert "broken" in log, "the bundle that was refused"
     assert "HttpRequestHandler" in log, "that a request failed"
     assert "%zz" not in log and "\x1b" not in log
@@ -111,7 +112,7 @@ def test_what_a_client_sends_cannot_spoil_the_log(server: Running) -> None:
     assert len(log.splitlines()) < 20
 
 
-def test_one_bad_image_in_a_batch_of_eight(server: Running, photos: list[bytes], cifar: list[Image.Image]) -> None:
+def test_one_bad_image_in_a_batch_of_eight(server: TorchServe, photos: list[bytes], cifar: list[Image.Image]) -> None:
     """A large image keeps the worker busy while eight requests queue up, so that they become one batch."""
     busy = encoded(cifar[0], "jpeg", (6000, 6000))
     bodies = [b"not an image" if i == 3 else photos[i] for i in range(8)]
@@ -136,7 +137,7 @@ def test_one_bad_image_in_a_batch_of_eight(server: Running, photos: list[bytes],
 
 
 def test_interleaved_requests_swap_masks_over_one_backbone(
-    server: Running, engine: Engine, cifar: list[Image.Image], backbone_bytes: int, one_mask: int
+    server: TorchServe, engine: Engine, cifar: list[Image.Image], backbone_bytes: int, one_mask: int
 ) -> None:
     """Two bundles, every cluster and mode, eight clients: each answer is the lone request's."""
     some = cifar[:100]
@@ -203,7 +204,7 @@ def test_interleaved_requests_swap_masks_over_one_backbone(
     assert after["cascade_bundle_refused{bundle=broken}"] == 1
 
 
-def test_a_lone_request_waits_for_nobody(server: Running, engine: Engine, photos: list[bytes]) -> None:
+def test_a_lone_request_waits_for_nobody(server: TorchServe, engine: Engine, photos: list[bytes]) -> None:
     """What HTTP, TorchServe and its batching add to the engine's time stays far below a fixed batch delay."""
     assert lone(server, engine, photos[0]) < 0.05
 
@@ -219,7 +220,7 @@ def test_nothing_but_predictions_and_metrics_listens_outside(store: Path, photos
         post(server, b"x=%zz", Content_Type="application/x-www-form-urlencoded")
         assert (answered.status_code, refused.status_code) == (200, 400)
         end = time.monotonic() + 60
-        while '"not_an_image"' not in (text := (server.folder / "stderr").read_text().rpartition("\n")[0]):
+        while '"not_an_image"' not in (text := server.log().rpartition("\n")[0]):
             assert time.monotonic() < end
             time.sleep(0.05)
     predictions, metrics, management = (
@@ -240,7 +241,7 @@ def test_nothing_but_predictions_and_metrics_listens_outside(store: Path, photos
     assert "secret" not in text and "\x1b" not in text
 
 
-def test_no_url_is_ever_fetched(server: Running) -> None:
+def test_no_url_is_ever_fetched(server: TorchServe) -> None:
     """TorchServe 0.12 as it comes fetches any URL through its workflow API, even with the model API off."""
     hits: list[str] = []
 
@@ -273,7 +274,7 @@ def test_no_url_is_ever_fetched(server: Running) -> None:
     assert not list(server.folder.rglob("*evil*"))
 
 
-def test_predictions_need_the_token(server: Running, photos: list[bytes]) -> None:
+def test_predictions_need_the_token(server: TorchServe, photos: list[bytes]) -> None:
     (key_file,) = server.folder.glob("cascade-*/key_file.json")
     assert key_file.stat().st_mode & 0o777 == (server.folder / "token").stat().st_mode & 0o777 == 0o600
     assert key_file.parent.stat().st_mode & 0o777 == 0o700
@@ -291,14 +292,14 @@ def test_predictions_need_the_token(server: Running, photos: list[bytes]) -> Non
     assert post(server, photos[0], X_Cascade_Bundle="one").status_code == 200
 
 
-def test_metrics_need_the_token(server: Running) -> None:
+def test_metrics_need_the_token(server: TorchServe) -> None:
     """Their labels are the names of bundles."""
     refused = CLIENT.get(server.metrics_url)
     assert refused.status_code == 401 and b"bundle" not in refused.content
     assert server.metrics()["cascade_backbones"] == 1
 
 
-def test_tokens_are_made_anew_on_sigusr1(server: Running, photos: list[bytes]) -> None:
+def test_tokens_are_made_anew_on_sigusr1(server: TorchServe, photos: list[bytes]) -> None:
     before, keys = server.headers, server.keys()
     server.process.send_signal(signal.SIGUSR1)
     end = time.monotonic() + 60
@@ -313,7 +314,7 @@ def test_tokens_are_made_anew_on_sigusr1(server: Running, photos: list[bytes]) -
     assert [worker["status"] for worker in server.workers()] == ["READY"]
 
 
-def test_binary_answers(server: Running, engine: Engine, photos: list[bytes]) -> None:
+def test_binary_answers(server: TorchServe, engine: Engine, photos: list[bytes]) -> None:
     (expected,) = engine.predict(photos[:1], cascade.Options(embedding=True))
     assert isinstance(expected, Prediction) and expected.embedding is not None
     response = post(server, photos[0], X_Cascade_Bundle="two", Accept="application/octet-stream")

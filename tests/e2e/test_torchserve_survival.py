@@ -21,9 +21,10 @@ import pytest
 from PIL import Image
 
 from cascade.bundle.format import read, write
-from tests.e2e.conftest import CLIENT, NO_TLS, Running, serving
 from tests.helpers.hostile_images import bomb, mutated
 from tests.helpers.http import encoded
+from tests.helpers.servers import CLIENT, NO_TLS
+from tests.helpers.torchserve_server import TorchServe, serving
 from tests.helpers.torments import (
     DAY,
     NO_FILES,
@@ -56,7 +57,7 @@ class Load:
         wrong: answers that another bundle or version made than they say.
     """
 
-    server: Running
+    server: TorchServe
     photos: list[bytes]
     clients: int = 6
     answers: list[tuple[float, float, int, str | None]] = field(default_factory=list)
@@ -115,12 +116,12 @@ class Load:
         return str(answer["version"]) if bundle == "one" else None
 
 
-def replaced(server: Running, worker: int) -> bool:
+def replaced(server: TorchServe, worker: int) -> bool:
     """Whether another worker than that one is ready."""
     return [w["status"] for w in server.workers() if int(w["pid"]) != worker] == ["READY"]
 
 
-def gauge(server: Running, name: str) -> float:
+def gauge(server: TorchServe, name: str) -> float:
     return server.metrics().get(f"cascade_{name}", 0.0)
 
 
@@ -143,14 +144,14 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
 
 
 @pytest.fixture(scope="module")
-def survivor(shelf: Path, clock: Clock) -> Iterator[Running]:
+def survivor(shelf: Path, clock: Clock) -> Iterator[TorchServe]:
     """A server of its own for these tests."""
     with serving(shelf, poll=POLL, env={**clock.environment, **NO_FILES}) as server:
         yield server
 
 
 @pytest.mark.parametrize("times", short_and_whole(2, 20))
-def test_rolled_out_and_back_under_load(survivor: Running, shelf: Path, photos: list[bytes], times: int) -> None:
+def test_rolled_out_and_back_under_load(survivor: TorchServe, shelf: Path, photos: list[bytes], times: int) -> None:
     """Not one answer fails, and each is made by the version that it names."""
     aside, there = shelf.with_name("aside") / "2", shelf / "one" / "2"
     with Load(survivor, photos) as load:
@@ -168,7 +169,7 @@ def test_rolled_out_and_back_under_load(survivor: Running, shelf: Path, photos: 
 
 
 @pytest.mark.parametrize("times", short_and_whole(1, 10))
-def test_bad_bundles_disturb_nothing(survivor: Running, shelf: Path, photos: list[bytes], times: int) -> None:
+def test_bad_bundles_disturb_nothing(survivor: TorchServe, shelf: Path, photos: list[bytes], times: int) -> None:
     """Refused by name, in the log and in the metrics, while all else is served; and forgotten when they are gone."""
     good = shelf / "two" / "1"
     foreign = read(good)
@@ -210,7 +211,7 @@ def test_bad_bundles_disturb_nothing(survivor: Running, shelf: Path, photos: lis
 
 
 @pytest.mark.parametrize("times", short_and_whole(1, 5))
-def test_a_store_that_goes_and_comes(survivor: Running, shelf: Path, photos: list[bytes], times: int) -> None:
+def test_a_store_that_goes_and_comes(survivor: TorchServe, shelf: Path, photos: list[bytes], times: int) -> None:
     before = len(said(survivor))
     with Load(survivor, photos) as load:
         for _ in range(times):
@@ -229,7 +230,7 @@ def test_a_store_that_goes_and_comes(survivor: Running, shelf: Path, photos: lis
     )
 
 
-def test_the_clock_jumps(survivor: Running, clock: Clock, shelf: Path, photos: list[bytes]) -> None:
+def test_the_clock_jumps(survivor: TorchServe, clock: Clock, shelf: Path, photos: list[bytes]) -> None:
     """Of the workers and of who watches them; Java's in the whole form."""
     with Load(survivor, photos) as load:
         load.more()
@@ -259,7 +260,7 @@ def test_every_clock_jumps(store: Path, photos: list[bytes], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("seconds", short_and_whole(3, 120))
-def test_more_load_than_it_carries(survivor: Running, photos: list[bytes], seconds: int) -> None:
+def test_more_load_than_it_carries(survivor: TorchServe, photos: list[bytes], seconds: int) -> None:
     """Accepted requests are answered in bounded time, the others get 503 soon, and afterwards all is as before."""
     with Load(survivor, photos, clients=400) as load:  # the queue holds 256, a batch eight more
         time.sleep(seconds)
@@ -278,7 +279,7 @@ def test_more_load_than_it_carries(survivor: Running, photos: list[bytes], secon
 
 
 @pytest.mark.parametrize("times", short_and_whole(1, 10))
-def test_a_killed_worker_under_load(survivor: Running, photos: list[bytes], times: int) -> None:
+def test_a_killed_worker_under_load(survivor: TorchServe, photos: list[bytes], times: int) -> None:
     """What was in the worker fails cleanly, the rest waits and is answered; nothing is left of the dead."""
     took = []
     with Load(survivor, photos) as load:
@@ -339,7 +340,7 @@ def hostile(base: httpx.URL, photos: list[bytes], bombs: list[bytes], draw: rand
 
 
 @pytest.mark.parametrize("count", short_and_whole(300, 10_000))
-def test_hostile_requests(survivor: Running, photos: list[bytes], cifar: list[Image.Image], count: int) -> None:
+def test_hostile_requests(survivor: TorchServe, photos: list[bytes], cifar: list[Image.Image], count: int) -> None:
     """No 5xx but what TorchServe says of forms before our handler is asked; no crash; memory back to where it was."""
     bombs = [bomb(60_000), bomb(16_000), bomb(6_300), encoded(cifar[0], "jpeg", (8000, 5000))]
     worker = psutil.Process(int(survivor.workers()[0]["pid"]))
@@ -379,7 +380,7 @@ def test_hostile_requests(survivor: Running, photos: list[bytes], cifar: list[Im
 
 @pytest.mark.parametrize("times", short_and_whole(1, 5))
 def test_killed_without_a_store_and_with_a_full_disk(
-    survivor: Running, shelf: Path, photos: list[bytes], times: int
+    survivor: TorchServe, shelf: Path, photos: list[bytes], times: int
 ) -> None:
     """It says why it does not come back, comes back with the store, and needs no disk to serve.
 
@@ -398,7 +399,7 @@ def test_killed_without_a_store_and_with_a_full_disk(
         assert load.statuses.keys() == {200} and load.wrong == []
 
 
-def test_a_killed_entrypoint_takes_everything_with_it(survivor: Running) -> None:
+def test_a_killed_entrypoint_takes_everything_with_it(survivor: TorchServe) -> None:
     """The last test of this server."""
     assert len(survivor.processes()) == 3, "the entrypoint, Java, a worker"
     survivor.end(signal.SIGKILL)
@@ -446,7 +447,7 @@ def test_a_worker_that_never_comes_back_ends_the_server(bundle_path: Path, tmp_p
         (tmp_path / "store").rename(tmp_path / "gone")
         os.kill(int(server.workers()[0]["pid"]), signal.SIGKILL)
         assert server.process.wait(90) == 1
-        last = (server.folder / "stderr").read_text().splitlines()[-1]
+        last = server.log().splitlines()[-1]
     assert last.startswith("error: no worker came back within ") and "is it mounted?" in last
 
 

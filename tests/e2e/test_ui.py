@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from cascade import Bundle, Engine, Prediction
-from tests.conftest import DATA, need
-from tests.e2e.conftest import CLIENT
+from tests.conftest import need
 from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.paths import DATA
+from tests.helpers.servers import CLIENT
 
 pytestmark = pytest.mark.e2e
 PHOTO = DATA / "photos" / "cat-0000.png"

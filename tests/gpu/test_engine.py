@@ -11,8 +11,9 @@ from cascade import Engine, Options
 from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.executors.selection import Kind
 from cascade.model.fusion import MODES
-from tests.cascade.engine.test_engine import SHAPES, answers, embeddings, good, mixture, reference, same
+from tests.helpers.answers import answers, embeddings, good, mixture, same
 from tests.helpers.bundles import handmade
+from tests.helpers.reference import SHAPES, Reference
 
 
 def engine(device: str, *bundles: object, budget: int | None = None, executor: Kind = "auto") -> Engine:
@@ -27,11 +28,11 @@ def test_every_shape_equals_separately_built_models(cifar: list[Image.Image], sh
     bundle = handmade(cifar[:40], **SHAPES[shape])
     ours = engine(device, bundle)
     assert type(ours.executor(bundle)) is CudaExecutor
+    reference = Reference(bundle, cifar[:8])
     for mode in bundle.fusions:
-        clusters, want = reference(bundle, cifar[:8], mode)
         got = answers(ours, cifar[:8], mode=mode)
-        assert [a.cluster for a in got] == clusters
-        np.testing.assert_allclose(embeddings(got), want, rtol=2e-3, atol=2e-3)
+        assert [a.cluster for a in got] == reference.clusters
+        np.testing.assert_allclose(embeddings(got), reference.embeddings(mode), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("tight", [False, True])
@@ -54,7 +55,7 @@ def test_alone_as_in_a_mixed_batch(cifar: list[Image.Image], tight: bool, device
 def test_bfloat16(cifar: list[Image.Image], device: str) -> None:
     bundle = handmade(cifar[:40], norms=True)
     got = answers(engine(device, bundle, executor="bf16"), cifar[:16], mode="dispatcher")
-    want = reference(bundle, cifar[:16], "dispatcher")[1]
+    want = Reference(bundle, cifar[:16]).embeddings("dispatcher")
     found = embeddings(got)
     cosine = (found * want).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(want, axis=1)
     assert cosine.min() > 0.99

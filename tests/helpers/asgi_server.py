@@ -1,13 +1,8 @@
-"""`cascade serve --frontend asgi` as a process of its own, watched until nothing of it is left."""
+"""`cascade serve --frontend asgi` in a process of its own."""
 
-import os
-import shutil
-import signal
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +10,12 @@ import httpx
 import psutil
 
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
-from tests.e2e.conftest import CLIENT, ROOT, NotStarted, Running, environment
+from tests.helpers.servers import CLIENT, Running, watched
 
 
 @dataclass
 class Asgi(Running):
-    """As the TorchServe of the other tests; ``url`` is where images are posted."""
+    """An ASGI server whose engine is ready."""
 
     @property
     def base(self) -> str:
@@ -36,9 +31,6 @@ class Asgi(Running):
         (child,) = psutil.Process(self.process.pid).children(recursive=True)
         return child
 
-    def log(self) -> str:
-        return (self.folder / "stderr").read_text()
-
     def answers(self) -> bool:
         """Whether it is ready."""
         try:
@@ -47,42 +39,16 @@ class Asgi(Running):
             return False
 
 
-@contextmanager
 def serving_asgi(
     store: Path | str, *options: str, host: str = LOOPBACK, env: Mapping[str, str] = {}, place: str = "/tmp"
-) -> Iterator[Asgi]:
-    """Run the command until the block ends; then nothing of it may be left, neither process nor file.
-
-    Arguments as of `tests.e2e.conftest.serving`; options of the command.
-    """
+) -> AbstractContextManager[Asgi]:
+    """Run the command with these options, see `watched`."""
     (port,) = claim_ports((host, 0))
-    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir=place))
-    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--frontend", "asgi", "--model-store", str(store)]
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, "--host", host, "--port", str(port), *options],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            cwd=ROOT,
-            env={**environment(folder), **env},
-        )
     base = f"http://{LOOPBACK}:{port}"
-    server = Asgi(f"{base}/v1/predict", f"{base}/metrics", f"{base}/v2/health/ready", process, folder)
-    assert process.stdout is not None
-    try:
-        if not process.stdout.readline().startswith("ready"):
-            raise NotStarted(server.log())
-        yield server
-        if process.poll() is None:
-            assert server.end(signal.SIGTERM) == 0, server.log()
-        left = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.processes()]
-        files = [path.name for path in folder.iterdir() if path.name != "stderr"]
-        assert (left, files) == ([], [])
-    finally:
-        for pid in server.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        shutil.rmtree(folder)
+    command = ["-m", "cascade.cli.main", "serve", "--frontend", "asgi", "--model-store", str(store)]
+    command += ["--host", host, "--port", str(port), *options]
+
+    def server(process: "subprocess.Popen[str]", folder: Path) -> Asgi:
+        return Asgi(f"{base}/v1/predict", f"{base}/metrics", process, folder)
+
+    return watched(lambda folder: command, server, env, place)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import cascade
 from cascade import Engine
-from tests.e2e.conftest import CLIENT, Running
+from tests.helpers.servers import CLIENT, Running
 
 
 def post(server: Running, body: bytes, **headers: str) -> httpx.Response:

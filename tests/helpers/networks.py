@@ -1,9 +1,12 @@
 """Small networks whose features mean something, with masks and images for them: what tests of executors compare."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 
 from cascade.engine.executors import Executor
@@ -19,15 +22,25 @@ NETWORKS = [
     "test_efficientnet",
     "test_vit",
     "test_convnext",
-    "densenet121",
+    "tiny_densenet",
 ]  # norms that can't be folded
+
+default_cfgs = generate_default_cfgs({"tiny_densenet.untrained": {"input_size": (3, 64, 64)}})
+
+
+@register_model
+def tiny_densenet(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A DenseNet121 with one layer in each block: its norms come before the convolutions and can't be folded."""
+    options |= {"growth_rate": 32, "block_config": (1, 1, 1, 1)}
+    model: nn.Module = build_model_with_cfg(DenseNet, "tiny_densenet", pretrained, **options)
+    return model
 
 
 def calibrated(name: str) -> Backbone:
     """Random weights, with norms that do something and activations that stay in a sane range."""
     backbone = backbones.load(name, "random:0")
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, *backbone.config["input_size"], generator=generator)
+    batch = torch.randn(4, *images(backbone, 1).shape[1:], generator=generator)
     model = backbone.model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -36,7 +49,7 @@ def calibrated(name: str) -> Backbone:
             nn.init.uniform_(module.bias, -0.2, 0.2, generator=generator)
             module.reset_running_stats()
     with torch.no_grad():
-        model(images)
+        model(batch)
     return backbones.wrap(model.eval(), name, "random:0")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cascade.model.preprocessing import LIMITS, ImageError, Limits
 from cascade.offline.sources import Unit, read
-from tests.conftest import DATA
+from tests.helpers.paths import DATA
 
 PHOTOS = sorted((DATA / "photos").glob("*.png"))
 BYTES = [photo.read_bytes() for photo in PHOTOS]

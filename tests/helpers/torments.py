@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from tests.conftest import need
-from tests.e2e.conftest import CLIENT, Running
+from tests.helpers.servers import CLIENT, Running
 
 HERE = Path(__file__).parent
 MIB = 2**20

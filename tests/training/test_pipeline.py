@@ -25,7 +25,7 @@ from cascade.kernels.materialize import materialize
 from cascade.model import masks
 from cascade.model.fusion import MODES
 from training import clusters, dispatcher, evaluate, experts, export, fusion, pipeline
-from training.cli import Watch
+from training.cli import Watch, start
 from training.masking import MaskedModel
 from training.objectives import SelfSupervised
 from training.recipe import Recipe
@@ -329,7 +329,7 @@ def test_many_broken_images_are_all_in_the_file(tmp_path: Path, cifar: list[Imag
 def command(*arguments: object) -> str:
     """The error of ``cascade train``: one line, exit status 1."""
     with pytest.raises(SystemExit) as told:
-        pipeline.command([str(a) for a in arguments])
+        start(pipeline.command, [str(a) for a in arguments])
     line = str(told.value.code)
     assert line.startswith("error: ") and "\n" not in line
     return line

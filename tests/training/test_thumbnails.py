@@ -1,6 +1,5 @@
 """Pictures for a bundle that has none: the same bytes as if they had been asked for at once."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,26 +9,28 @@ from cascade.bundle.format import read, write
 from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import read as read_image
+from training.cli import start
 from training.data import dataset
-from training.thumbnails import illustrated, main
+from training.thumbnails import command, illustrated
 
 
 def test_the_same_bundle_as_with_the_option(
     bundle_path: Path,
     cifar_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bare = write(replace(read(bundle_path), thumbnails=None), tmp_path / "bare" / "1")
     assert not (bare / "thumbnails.safetensors").exists()
     out = tmp_path / "small" / "2"
-    monkeypatch.setattr(sys, "argv", ["thumbnails", str(bare), str(cifar_folder), "--out", str(out)])
-    main()
+    arguments = [str(bare), str(cifar_folder), "--out", str(out)]
+    with pytest.raises(SystemExit) as done:
+        start(command, arguments)
+    assert done.value.code == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
     assert all((out / file.name).read_bytes() == file.read_bytes() for file in bundle_path.iterdir())
     with pytest.raises(SystemExit, match="error: .*versions are never overwritten"):
-        main()
+        start(command, arguments)
 
 
 def test_pictures_are_those_of_the_banks_images(bundle_path: Path, cifar_folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Tables 2 and 3: masks and fine-tuned weights under compressors, and experts as deltas.
+r"""Tables 2 and 3: masks and fine-tuned weights under compressors, and experts as deltas.
 
 python -m training.experiments.compression
-python -m training.experiments.compression --set backbone=resnet50 source=package:imgsim/model.pth steps=40 clusters=1
+python -m training.experiments.compression --set backbone=resnet50 --set source=package:imgsim/model.pth \
+    --set steps=40 --set clusters=1
 """
 
 import bz2

@@ -2,29 +2,28 @@
 
     python -m training.experiments.prototypes                                  # --preset small: minutes, two cores
     python -m training.experiments.prototypes --preset paper --price-per-hour 2
-    python -m training.experiments.prototypes --data photos/ --set steps=50 limit=500
+    python -m training.experiments.prototypes --data photos/ --set steps=50 --set limit=500
 
 A run's folder is named after its recipe, so experiments share what they have in common. An interrupted experiment
 resumes.
 """
 
-import argparse
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.model.masks import Mask
 from training import dispatcher, embed, evaluate, fusion
-from training.cli import Watch, watching
+from training.cli import Watch, stage, start
 from training.cost import Cost
 from training.data import dataset
 from training.data.dataset import Images
@@ -209,11 +208,21 @@ def main(
         small, paper: what this experiment changes in the preset; beside the recipe's fields ``data`` (several),
             ``seeds`` and ``epochs``.
     """
-    name, about = Path(experiment.__code__.co_filename).stem, sys.modules[experiment.__module__].__doc__
-    options = parser(about).parse_args(arguments)
-    try:
-        with watching() as watch, Cost(options.price_per_hour) as cost:
-            lab = open_lab(options, {"small": small, "paper": paper}[options.preset], watch)
+
+    def command(
+        preset: Annotated[Literal["small", "paper"], typer.Option(help="Size of the experiment.")] = "small",
+        seeds: Annotated[int, typer.Option(help="Runs of each kind; 3 by default, 1 for the paper's preset.")] = 0,
+        out: Annotated[Path, typer.Option(help="Folder for results and runs.")] = Path("runs/paper"),
+        data: Annotated[list[str] | None, typer.Option(help="Folder or published data set; may be repeated.")] = None,
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="NAME=VALUE", help="Field of the recipe, such as steps=50; may be repeated."),
+        ] = None,
+        price_per_hour: Annotated[float, typer.Option(help="Of a GPU, or of this machine without one.")] = 0.0,
+    ) -> None:
+        with stage() as watch, Cost(price_per_hour) as cost:
+            changes = small if preset == "small" else paper
+            lab = open_lab(preset, changes, watch, out=out, seeds=seeds, data=data or (), settings=set_ or ())
             tables = experiment(lab)
         facts = {
             "experiment": name,
@@ -223,41 +232,39 @@ def main(
         }
         recipe = {k: v for k, v in asdict(lab.recipe).items() if k not in ("data", "source", "seed")}
         print(report.write(lab.path(name), tables, facts | cost.facts() | {"recipe": recipe}, lab.notes))
-    except CascadeError as error:
-        sys.exit(f"error: {error}")
+
+    name = Path(experiment.__code__.co_filename).stem
+    command.__module__ = experiment.__module__  # the help is its docstring
+    start(command, arguments)
 
 
-def parser(about: str | None) -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument("--preset", choices=["small", "paper"], default="small", help="default %(default)s")
-    out.add_argument("--seeds", type=int, default=0, metavar="N", help="runs of each kind (default 3; paper 1)")
-    out.add_argument("--out", type=Path, default=Path("runs/paper"), help="results and runs (default %(default)s)")
-    out.add_argument("--data", nargs="+", default=[], metavar="DATA", help="folders, or names of published data sets")
-    out.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="of the recipe, e.g. steps=50 limit=500"
-    )
-    out.add_argument("--price-per-hour", type=float, default=0.0, help="of a GPU, or of this machine without one")
-    return out
-
-
-def open_lab(options: argparse.Namespace, changes: Mapping[str, Any], watch: Watch) -> Lab:
+def open_lab(
+    preset: Literal["small", "paper"],
+    changes: Mapping[str, Any],
+    watch: Watch,
+    *,
+    out: Path,
+    seeds: int = 0,
+    data: Sequence[str] = (),
+    settings: Sequence[str] = (),
+) -> Lab:
     """The preset with an experiment's changes, overridden by the command line."""
-    base = SMALL if options.preset == "small" else PAPER
-    chosen = dict(changes) | dict(map(_setting, options.set))
-    names = tuple(options.data) or tuple(chosen.pop("data", (base.data,)))
+    base = SMALL if preset == "small" else PAPER
+    chosen = dict(changes) | dict(map(_setting, settings))
+    names = tuple(data) or tuple(chosen.pop("data", (base.data,)))
     chosen.pop("data", None)
-    seeds = options.seeds or chosen.pop("seeds", SEEDS[options.preset])
+    seeds = seeds or chosen.pop("seeds", SEEDS[preset])
     chosen.pop("seeds", None)
     epochs = chosen.pop("epochs", 0)
-    epochs = 0 if any(s.startswith("steps=") for s in options.set) else epochs
+    epochs = 0 if any(s.startswith("steps=") for s in settings) else epochs
     recipe = replace(base, **chosen)
     kind, _, path = recipe.source.partition(":")
     if path == SWAV and kind == "file" and not Path(path).exists():
         raise CascadeError(
             f"the paper's ResNet-50 is not here: get https://dl.fbaipublicfiles.com/deepcluster/{SWAV}"
-            f" into this folder, or give --set backbone=NAME source=SOURCE"
+            f" into this folder, or give --set backbone=NAME --set source=SOURCE"
         )
-    return Lab(options.out, options.preset, recipe, names, tuple(range(seeds)), watch, epochs)
+    return Lab(out, preset, recipe, names, tuple(range(seeds)), watch, epochs)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -1,5 +1,6 @@
 """The front door: help, each command on real images, and errors in one line."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -72,6 +73,12 @@ def test_only_serve_reads_options_from_the_environment(tmp_path: Path) -> None:
     """A container may have a variable CASCADE_VERSION of its own."""
     result = CliRunner().invoke(app, ["inspect", str(tmp_path)], env={"CASCADE_VERSION": "1"})
     assert result.exit_code == 1 and "no bundle" in result.output
+
+
+def test_idle_threads_do_not_spin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    run("inspect", tmp_path)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_without_a_command_there_is_help() -> None:

@@ -30,46 +30,12 @@ from cascade.kernels.weight_layout import PackedMask, WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.fusion import MODES
 from cascade.model.masks import Mask
-from tests.helpers.answers import embeddings
+from tests.helpers.answers import answers, embeddings, good, mixture, same
 from tests.helpers.bundles import handmade, named
+from tests.helpers.reference import SHAPES, Reference
 
 EXACT: tuple[Kind, ...] = ("plain", "folded", "onnx")
 """The executors that compute in float32."""
-
-
-def masked_model(bundle: Bundle, masks: list[Mask]) -> torch.nn.Module:
-    """A whole model of its own with the masks' weights written into it, one after the other."""
-    backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source)
-    for mask in masks:
-        first = backbone.offset(mask.start)
-        flat = materialize(backbone, mask)
-        backbone.point(flat, first)
-        state = backbone.model.state_dict()
-        for name, tensor in mask.norms.items():
-            state[name].copy_(tensor)
-    return backbone.model
-
-
-@torch.inference_mode()
-def reference(bundle: Bundle, images: list[Image.Image], mode: str) -> tuple[list[int], np.ndarray]:
-    """Clusters and embeddings, image by image, from separately built models."""
-    transform = bundle.preprocessing.transform()
-    dispatcher = masked_model(bundle, [bundle.dispatcher])
-    experts = [masked_model(bundle, [bundle.dispatcher, e]) for e in bundle.experts]
-    fusion = bundle.fusions[mode]  # type: ignore[index]
-    clusters, embeddings = [], []
-    for image in images:
-        x = transform(image)[None]
-        features = dispatcher(x)
-        cluster = 0 if bundle.router is None else int(bundle.router.probabilities(features).argmax())
-        out = fusion.bias + features @ fusion.weight[0].float()
-        for k, expert in enumerate(experts):
-            if mode == "unconditional" or (mode == "conditional" and k == cluster):
-                slot = 1 if len(fusion.weight) == 2 else k + 1
-                out = out + expert(x) @ fusion.weight[slot].float()
-        clusters.append(cluster)
-        embeddings.append(out[0].numpy())
-    return clusters, np.stack(embeddings)
 
 
 def engine_of(*bundles: Bundle, budget: int | None = None, executor: Kind = "plain") -> Engine:
@@ -79,76 +45,45 @@ def engine_of(*bundles: Bundle, budget: int | None = None, executor: Kind = "pla
     return engine
 
 
-def answers(engine: Engine, images: Sequence[Any], **wishes: object) -> list[Prediction]:
-    return good(engine.predict(images, Options(embedding=True, **wishes)))  # type: ignore[arg-type]
-
-
-def good(out: list[Prediction | ItemError]) -> list[Prediction]:
-    assert all(isinstance(a, Prediction) for a in out), out
-    return out  # type: ignore[return-value]
-
-
-def numbers(p: Prediction) -> list[float]:
-    return [p.confidence, *(x.score for x in p.labels), *(x.similarity for x in p.neighbors)]
-
-
-def same(a: Prediction | ItemError, b: Prediction | ItemError) -> None:
-    """Equal in everything that is a choice, and to float tolerance in everything that is a number."""
-    assert isinstance(a, Prediction) and isinstance(b, Prediction), (a, b)
-    choices = ("bundle", "version", "mode", "cluster", "masks")
-    assert [getattr(a, n) for n in choices] == [getattr(b, n) for n in choices]
-    assert [x.name for x in a.labels] == [x.name for x in b.labels]
-    assert [x.name for x in a.neighbors] == [x.name for x in b.neighbors]
-    np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-3, atol=1e-3)
-    assert a.ood == pytest.approx(b.ood, abs=0.01), "a percentile of few images: it jumps where they lie close"
-    if a.embedding is not None and b.embedding is not None:
-        np.testing.assert_allclose(a.embedding, b.embedding, rtol=1e-3, atol=1e-3)
-
-
 # --- the same as separately built models
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("executor", EXACT)
-@pytest.mark.parametrize("mode", MODES)
-def test_equals_separately_built_models(bundle_path: Path, cifar: list[Image.Image], mode: str, executor: Kind) -> None:
-    images = cifar[:24]
-    clusters, want = reference(read(bundle_path), images, mode)
-    got = answers(cascade.load(bundle_path, executor=executor), images, mode=mode)
-    assert [a.cluster for a in got] == clusters
-    assert len(set(clusters)) > 1, "the images must need more than one expert, or this proves little"
-    np.testing.assert_allclose(embeddings(got), want, rtol=1e-3, atol=1e-3)
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "everything masked": {"norms": True},
-    "experts deeper": {"mask_from": 0, "expert_from": 3, "norms": True},
-    "both deep": {"mask_from": 2, "expert_from": 4, "norms": True, "slots": "padded"},
-    "last stage": {"mask_from": 4, "experts": 3, "router": "gmm"},
-    "another family": {"backbone": "test_efficientnet", "mask_from": 3, "router": "prototypes", "norms": True},
-    "transformer": {"backbone": "test_vit", "mask_from": 1, "expert_from": 5, "size": 160, "slots": "padded"},
-    "one stage": {"backbone": "test_convnext", "experts": 3},
-    "single mask": {"experts": 0, "norms": True},
-}
+@pytest.fixture(scope="module")
+def built(bundle_path: Path, cifar: list[Image.Image]) -> Reference:
+    """The trained bundle's."""
+    return Reference(read(bundle_path), cifar[:16])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", EXACT)
+def test_equals_separately_built_models(
+    bundle_path: Path, built: Reference, cifar: list[Image.Image], executor: Kind
+) -> None:
+    engine = cascade.load(bundle_path, executor=executor)
+    assert len(set(built.clusters)) > 1, "the images must need more than one expert, or this proves little"
+    for mode in MODES:
+        got = answers(engine, cifar[:16], mode=mode)
+        assert [a.cluster for a in got] == built.clusters
+        np.testing.assert_allclose(embeddings(got), built.embeddings(mode), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_equals_separately_built_models(cifar: list[Image.Image], shape: str, executor: Kind) -> None:
+def test_every_shape_equals_separately_built_models(cifar: list[Image.Image], shape: str) -> None:
     bundle = handmade(cifar[:40], **SHAPES[shape])
-    engine = engine_of(bundle, executor=executor)
     routed: dict[int, list[Image.Image]] = {}
-    for image, answer in zip(cifar, answers(engine, cifar[:40], mode="dispatcher"), strict=False):
+    for image, answer in zip(cifar, answers(engine_of(bundle), cifar[:40], mode="dispatcher"), strict=False):
         routed.setdefault(answer.cluster, []).append(image)
-    images = [image for members in routed.values() for image in members[:6]]
-    for mode in bundle.fusions:
-        clusters, want = reference(bundle, images, mode)
-        got = answers(engine, images, mode=mode)
-        assert [a.cluster for a in got] == clusters
-        assert len(set(clusters)) > 1 or not bundle.experts
-        assert want.std(axis=0).max() > 0.01, "the images must differ, or this proves little"
-        np.testing.assert_allclose(embeddings(got), want, rtol=1e-3, atol=1e-3)
+    images = [image for members in routed.values() for image in members[:4]]
+    reference = Reference(bundle, images)
+    assert len(set(reference.clusters)) > 1 or not bundle.experts
+    for executor in EXACT:
+        engine = engine_of(bundle, executor=executor)
+        for mode in bundle.fusions:
+            want, got = reference.embeddings(mode), answers(engine, images, mode=mode)
+            assert [a.cluster for a in got] == reference.clusters
+            assert want.std(axis=0).max() > 0.01, "the images must differ, or this proves little"
+            np.testing.assert_allclose(embeddings(got), want, rtol=1e-3, atol=1e-3)
 
 
 def test_masks_that_were_applied(cifar: list[Image.Image]) -> None:
@@ -195,12 +130,6 @@ def pair(cifar: list[Image.Image]) -> tuple[Bundle, Bundle]:
     a = handmade(cifar[:40], name="a", mask_from=2, expert_from=3, norms=True)
     b = handmade(cifar[:40], name="b", mask_from=2, experts=3, router="gmm", slots="padded", seed=1)
     return a, b
-
-
-def mixture(*names: str, count: int = 24) -> list[Options]:
-    """Every bundle in every mode, in turn."""
-    kinds = [Options(bundle=n, mode=m, embedding=True) for n in names for m in MODES]
-    return [kinds[i % len(kinds)] for i in range(count)]
 
 
 @pytest.mark.slow

@@ -39,12 +39,11 @@ def command(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) -> Cal
 
     def run(module: ModuleType, *changes: str, seeds: int = 1) -> Results:
         arguments = ["--out", str(out), "--data", str(cifar_folder), "--seeds", str(seeds)]
-        lab.main(
-            module.experiment,
-            module.SMALL,
-            module.PAPER,
-            [*arguments, "--set", *(f"{k}={v}" for k, v in TINY.items()), *changes],
-        )
+        for change in (*(f"{k}={v}" for k, v in TINY.items()), *changes):
+            arguments += ["--set", change]
+        with pytest.raises(SystemExit) as done:
+            lab.main(module.experiment, module.SMALL, module.PAPER, arguments)
+        assert done.value.code == 0
         name = module.__name__.rpartition(".")[2]
         assert (out / f"{name}-small.md").read_text().startswith("**")
         left = json.loads((out / f"{name}-small.json").read_text())

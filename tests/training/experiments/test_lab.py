@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,41 +15,42 @@ from training.experiments import embeddings, error_bars, lab, main, report, spar
 from training.experiments.report import Table
 
 
-def opened(*arguments: str, small: dict[str, object] | None = None) -> lab.Lab:
-    return lab.open_lab(lab.parser(None).parse_args(list(arguments)), small or {}, Watch(None))
+def opened(*settings: str, preset: Literal["small", "paper"] = "small", **options: Any) -> lab.Lab:
+    changes = options.pop("small", {})
+    return lab.open_lab(preset, changes, Watch(None), **{"out": Path("runs"), "settings": settings, **options})
 
 
 def test_options_go_over_the_experiment_and_that_over_the_preset(tmp_path: Path) -> None:
-    made = opened("--set", "steps=7", "train_norms=true", "global_scale=0.5,1", small={"steps": 9, "dim": 11})
+    made = opened("steps=7", "train_norms=true", "global_scale=0.5,1", small={"steps": 9, "dim": 11})
     assert (made.recipe.steps, made.recipe.dim, made.recipe.lr) == (7, 11, lab.SMALL.lr)
     assert made.recipe.train_norms and made.recipe.global_scale == (0.5, 1.0)
     assert made.data == ("cifar10",) and made.seeds == (0, 1, 2) and made.small
-    assert opened("--seeds", "2", "--data", "a", "b").data == ("a", "b")
+    assert opened(seeds=2, data=("a", "b")).data == ("a", "b")
     for wrong in ("lr", "lr=", "lr=fast", "train_norms=1", "no_such=1"):
         with pytest.raises(CascadeError, match="--set"):
-            opened("--set", wrong)
+            opened(wrong)
 
 
 def test_the_papers_preset_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CascadeError, match="dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"):
-        opened("--preset", "paper")
+        opened(preset="paper")
     (tmp_path / lab.SWAV).touch()
-    paper = asdict(opened("--preset", "paper").recipe)
+    paper = asdict(opened(preset="paper").recipe)
     published = {"backbone": "resnet50", "optimizer": "sgd", "lr": 50.0, "batch": 64, "prototypes": 500, "queue": 512}
     published |= {"initial": 1.0, "threshold": 0.0, "neighbors": 200, "train_norms": True, "local_crops": 6}
     assert published.items() <= paper.items()
 
 
 def test_data_that_is_missing_is_noted(cifar_folder: Path, tmp_path: Path) -> None:
-    made = opened("--data", str(tmp_path / "nothing"), str(cifar_folder))
+    made = opened(data=(str(tmp_path / "nothing"), str(cifar_folder)))
     assert list(made.sets()) == [str(cifar_folder)] and "not run:" in made.notes[0]
     with pytest.raises(CascadeError, match="none of the data sets"):
-        list(opened("--data", str(tmp_path / "nothing")).sets())
+        list(opened(data=(str(tmp_path / "nothing"),)).sets())
 
 
 def test_epochs_become_steps_of_each_data_set(cifar_folder: Path, tmp_path: Path) -> None:
-    made = opened("--out", str(tmp_path), "--data", str(cifar_folder), small={"epochs": 3})
+    made = opened(out=tmp_path, data=(str(cifar_folder),), small={"epochs": 3})
     run = made.run(limit=160, batch=32)
     assert (run.recipe.steps, run.recipe.expert_steps) == (15, 15)
     assert made.run(limit=160, batch=32, epochs=2).recipe.steps == 10

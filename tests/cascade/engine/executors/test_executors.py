@@ -1,44 +1,31 @@
 """Every executor against the plain one: same features under every mask, from every stage, in any order of swaps."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade.bundle.format import read
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.executors.selection import Kind, make
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
-from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from tests.helpers.bundles import random_mask
-from tests.helpers.networks import calibrated, features
+from tests.helpers.networks import NETWORKS, calibrated, features, images
 
 pytestmark = pytest.mark.slow
 
 OTHERS: tuple[Kind, ...] = ("folded", "onnx")
-# The last three: norms that cannot be folded, grouped convolutions with squeeze and excitation, layer scale.
-NETWORKS = [
-    "test_resnet",
-    "test_efficientnet",
-    "test_vit",
-    "test_convnext",
-    "densenet121",
-    "regnety_002",
-    "test_convnext2",
-]
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+# The last two: grouped convolutions with squeeze and excitation, layer scale.
+@pytest.fixture(scope="module", params=[*NETWORKS, "test_byobnet", "test_convnext2"])
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     return calibrated(request.param)
 
 
 @pytest.fixture(scope="module")
 def x(backbone: Backbone) -> Tensor:
-    return torch.randn(3, *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
+    return images(backbone, 3)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -60,20 +47,6 @@ def test_equals_the_plain_executor(backbone: Backbone, x: Tensor, kind: Kind) ->
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_trained_bundles_masks(bundle_path: Path, kind: Kind) -> None:
-    """From the training loop, on its real backbone, in every range of stages that the engine asks for."""
-    bundle = read(bundle_path)
-    backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source)
-    plain, other = PlainExecutor(backbone, WeightCache(2**30)), make(backbone, WeightCache(2**30), kind)
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for start in range(len(backbone.stages)):
-        torch.testing.assert_close(other.run(x, 0, start), plain.run(x, 0, start), rtol=1e-3, atol=1e-3)
-    for mask in bundle.masks:
-        got, want = features(other, mask, x, mask.start), features(plain, mask, x, mask.start)
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", OTHERS)
 def test_any_batch_size_and_image_size(kind: Kind) -> None:
     backbone = calibrated("test_efficientnet")
     plain, other = PlainExecutor(backbone, WeightCache(2**30)), make(backbone, WeightCache(2**30), kind)
@@ -90,7 +63,7 @@ def test_bfloat16() -> None:
             make(backbone, WeightCache(2**30), "bf16")
         return
     plain, half = PlainExecutor(backbone, WeightCache(2**30)), make(backbone, WeightCache(2**30), "bf16")
-    x = torch.randn(3, *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
+    x = images(backbone, 3)
     masks = [random_mask(backbone, "m", start, torch.Generator().manual_seed(start), norms=True) for start in (0, 3)]
     for mask in (None, *masks):
         start = mask.start if mask else 0
@@ -107,7 +80,7 @@ def test_the_backbones_weights_are_given_up(kind: Kind) -> None:
     from cascade.engine.executors.selection import choose
 
     backbone = calibrated("test_resnet")
-    x = torch.randn(2, *backbone.config["input_size"], generator=torch.Generator().manual_seed(0))
+    x = images(backbone, 2)
     mask = random_mask(backbone, "m", 2, torch.Generator().manual_seed(0), norms=True)
     plain = PlainExecutor(backbone, WeightCache(2**30))
     want = features(plain, None, x, 0), features(plain, mask, x, 2)

@@ -39,7 +39,7 @@ def test_an_order_that_is_none() -> None:
 
 def test_blocks_are_found_on_this_processor() -> None:
     """Without blocks everything would still be right, and half as fast."""
-    executor = OnnxExecutor(backbones.load("resnet18", "random:0"), WeightCache(2**30))
+    executor = OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))
     blocks = {order.block for order in executor.layout.orders}
     assert blocks in ({16}, {8}), blocks
 
