@@ -9,10 +9,15 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def cpu_count() -> int:
-    """``OMP_NUM_THREADS`` if it is set, else the CPUs of the affinity mask and of the cgroup's quota; 1 at least."""
+    """Threads to use: ``OMP_NUM_THREADS`` if it is set, else one for each of ``usable``."""
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdecimal() and int(threads) > 0:
         return int(threads)
+    return usable()
+
+
+def usable() -> int:
+    """CPUs that the affinity mask and the cgroup's quota allow; 1 at least."""
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cgroup_quota())))
 
 

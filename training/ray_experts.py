@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cascade import ray_session
+from cascade.cpus import usable
 from cascade.errors import CascadeError, brief
 from cascade.kernels.materialize import materialize
 from training import distributed, experts
@@ -48,8 +49,7 @@ def train(run: Run) -> None:
     _ = run.clusters, run.pixels, run.views  # what is decoded and stored, is so once
     materialize(run.backbone, run.dispatcher)  # the kernel, when it first runs, sets PyTorch's number of threads, too
     threads = torch.get_num_threads()
-    cpus = len(os.sched_getaffinity(0))
-    with ray_session.running(cpus, OBJECT_STORE, log_to_driver=False) as ray:
+    with ray_session.running(usable(), OBJECT_STORE, log_to_driver=False) as ray:
         task = ray.remote(max_retries=RETRIES, **_needs(ray, len(missing), threads, run.watch))(_one)
         where = str(Path.cwd()), str(run.folder.resolve())
         running = {task.options(name=f"expert-{k}").remote(*where, k): k for k in missing}

@@ -20,6 +20,7 @@ import numpy as np
 from cascade import metrics
 from cascade.atomic import write_bytes
 from cascade.bundle.format import digest
+from cascade.cpus import usable
 from cascade.engine.engine import Engine
 from cascade.engine.executors.selection import Kind
 from cascade.engine.results import ItemError
@@ -103,7 +104,7 @@ def _run(
     progress(done, total)
     if not missing:
         return work
-    with cluster(actors or len(os.sched_getaffinity(0))):
+    with cluster(actors or usable()):
         import ray
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
