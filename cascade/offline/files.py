@@ -164,33 +164,37 @@ def images_in(folder: str) -> Iterator[str]:
     """The images below a folder at any depth, by suffix, sorted.
 
     Links are followed, but no folder is visited twice. Hidden files and leftovers are left out, and named in a warning.
-    A folder that cannot be listed is yielded itself, so that it becomes an error.
+    A folder that cannot be listed, or goes away meanwhile, is yielded itself, so that it becomes an error.
     """
-    left_out = LeftOut(folder)
-    yield from _images_in(folder, set(), left_out)
+    left_out, seen = LeftOut(folder), set[str]()
+    waiting = [(folder, True)]  # paths, the next one last, and whether they are folders; folders nest without limit
+    while waiting:
+        path, is_folder = waiting.pop()
+        if not is_folder:
+            yield path
+            continue
+        try:
+            if (real := os.path.realpath(path)) in seen:
+                continue
+            seen.add(real)
+            waiting += reversed([*_listed(path, left_out)])
+        except OSError:
+            yield path
     left_out.log()
 
 
-def _images_in(folder: str, seen: set[str], left_out: LeftOut) -> Iterator[str]:
-    if (real := os.path.realpath(folder)) in seen:
-        return
-    seen.add(real)
-    try:
-        with os.scandir(folder) as listed:
-            entries = sorted((entry.name, _is_folder(entry)) for entry in listed)
-    except OSError:
-        yield folder
-        return
+def _listed(folder: str, left_out: LeftOut) -> Iterator[tuple[str, bool]]:
+    """Images and folders in one folder, sorted, and which of them are folders. Raises OSError."""
+    with os.scandir(folder) as listed:
+        entries = sorted((entry.name, _is_folder(entry)) for entry in listed)
     for name, is_folder in entries:
         path = os.path.join(folder, name)
         if not (is_folder or suffix(name) in SUFFIXES):
             continue
         if is_leftover(name):
             left_out.add(path)
-        elif is_folder:
-            yield from _images_in(path, seen, left_out)
         else:
-            yield path
+            yield path, is_folder
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -1,5 +1,6 @@
 """What folders, patterns and URLs mean, and what slow servers may cost."""
 
+import errno
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ import pytest
 
 from cascade.model.preprocessing import ImageError, Limits
 from cascade.offline import files
-from cascade.offline.files import fetch, find
+from cascade.offline.files import fetch, find, images_in
 from cascade.offline.sources import plan
 from tests.helpers.photos import BAD, BYTES, PHOTOS, images, serving
 
@@ -101,6 +102,37 @@ def test_servers_that_fail_never_end_or_never_begin(monkeypatch: pytest.MonkeyPa
                 fetch(f"{url}/silent.png")
         finally:
             silence.set()
+
+
+def test_a_folder_that_goes_away_meanwhile_costs_the_others_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As below /proc, where it may happen while a link is followed."""
+    before, realpath = [*images_in(str(folder))], os.path.realpath
+
+    def gone(path: str) -> str:
+        if path.endswith("gone"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+        return realpath(path)
+
+    (folder / "gone").mkdir()
+    monkeypatch.setattr(os.path, "realpath", gone)
+    found = [*images_in(str(folder))]
+    assert str(folder / "gone") in found and sorted(before) == sorted(set(found) - {str(folder / "gone")})
+
+
+def test_folders_nest_without_limit(tmp_path: Path) -> None:
+    path = str(tmp_path)
+    while len(path) < 3000:
+        os.mkdir(path := f"{path}/d")
+    Path(path, "a.png").touch()
+    try:
+        assert [*images_in(str(tmp_path))] == [f"{path}/a.png"]
+    finally:  # shutil.rmtree would not get that deep
+        os.unlink(f"{path}/a.png")
+        while path != str(tmp_path):
+            os.rmdir(path)
+            path = os.path.dirname(path)
 
 
 def test_leftovers_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
