@@ -22,6 +22,10 @@ from cascade.metrics_files import (
 
 # isort: split
 
+from cascade.metrics_names import BusiestNames
+
+# isort: split
+
 from prometheus_client import (
     REGISTRY,
     CollectorRegistry,
@@ -52,6 +56,15 @@ MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and alrea
 MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialized.")
 MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialized masks that were dropped.")
 QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited for its pass.", buckets=SECONDS)
+BUNDLE_SECONDS = Histogram(
+    "cascade_bundle_seconds", "Time from an image's arrival to its answer, with a queue.", ["bundle"], buckets=SECONDS
+)
+BUNDLE_QUEUE_SECONDS = Histogram(
+    "cascade_bundle_queue_seconds", "Time from an image's arrival to its pass.", ["bundle"], buckets=SECONDS
+)
+BUNDLE_MASKS = Counter(
+    "cascade_bundle_masks_total", "Masks of a bundle that were needed: hit or miss.", ["bundle", "result"]
+)
 DROPPED = Counter(
     "cascade_dropped_total",
     "Images that came to no pass: overloaded, deadline, cancelled, stopping, or over a limit of their tenant.",
@@ -107,6 +120,11 @@ class _Shares:
         return sum(abs(s - t) for s, t in zip(self.served, self.trained, strict=True)) / 2
 
 
+MOST_NAMES = 100
+"""Bundles, and tenants, with labels of their own; the rest are ``other``."""
+_bundle_metrics = (REQUESTS, OOD_SCORE, CLUSTER_SHARE_SHIFT, BUNDLE_SECONDS, BUNDLE_QUEUE_SECONDS, BUNDLE_MASKS)
+bundle_label = BusiestNames("bundle", _bundle_metrics, MOST_NAMES)
+
 _serving: dict[tuple[str, str], _Shares] = {}
 _refused: set[str] = set()
 _lock = threading.Lock()
@@ -119,7 +137,7 @@ def add_bundle(bundle: str, version: str, shares: Sequence[float] = ()) -> None:
     """
     with _lock:
         _serving[bundle, version] = _Shares(tuple(shares), list(shares))
-    if shares:
+    if shares and bundle_label.has_own(bundle):
         CLUSTER_SHARE_SHIFT.labels(bundle, version).set(0)
 
 
@@ -127,10 +145,10 @@ def remove_bundle(bundle: str, version: str) -> None:
     """Forget a bundle's cluster shares, and its drift with them."""
     with _lock:
         shares = _serving.pop((bundle, version), None)
-    if shares and shares.trained:
+    if shares and shares.trained and bundle_label.has_own(bundle):
         CLUSTER_SHARE_SHIFT.labels(bundle, version).set(0)  # prometheus_client can't remove it from shared files
         if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-            CLUSTER_SHARE_SHIFT.remove(bundle, version)
+            CLUSTER_SHARE_SHIFT.remove_by_labels({"bundle": bundle, "version": version})
 
 
 def refused(bundle: str, still: bool = True) -> None:
@@ -151,12 +169,20 @@ def count_answer(bundle: str | None, cluster: int | None, outcome: str = "ok", *
     """
     with _lock:
         shares = _serving.get((bundle or "", version or ""))
-        if shares and cluster is not None and cluster < len(shares.served):
-            CLUSTER_SHARE_SHIFT.labels(bundle, version).set(shares.add(cluster))
         known = shares is not None or any(name == bundle for name, _ in _serving)
-    REQUESTS.labels(
-        bundle=bundle if known else "unknown", cluster="none" if cluster is None else str(cluster), outcome=outcome
-    ).inc()
+        label = bundle_label(bundle) if known and bundle is not None else "unknown"
+        if shares and cluster is not None and cluster < len(shares.served):
+            shift = shares.add(cluster)
+            if label == bundle:
+                CLUSTER_SHARE_SHIFT.labels(bundle, version).set(shift)
+    REQUESTS.labels(label, "none" if cluster is None else str(cluster), outcome).inc()
+
+
+def count_mask(bundle: str | None, hit: bool) -> None:
+    """Count a mask that was needed, of a bundle that is served (None: of nobody's)."""
+    (MASK_HITS if hit else MASK_MISSES).inc()
+    if bundle is not None:
+        BUNDLE_MASKS.labels(bundle_label(bundle), "hit" if hit else "miss").inc()
 
 
 def stage(name: str) -> AbstractContextManager[object]:

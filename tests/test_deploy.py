@@ -10,7 +10,8 @@ import yaml
 from prometheus_client import REGISTRY
 from typer.testing import CliRunner
 
-import handlers.asgi.metrics  # noqa: F401  adds its metrics to the registry
+import cascade.engine.tenant_metrics  # noqa: F401  adds its metrics to the registry
+import handlers.asgi.metrics  # noqa: F401  the same
 from cascade.cli import main
 from tests.conftest import need
 from tests.helpers.deploy import DEPLOY, PROMETHEUS, dashboard, expressions

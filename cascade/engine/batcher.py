@@ -17,6 +17,7 @@ from typing import Self
 
 from cascade import metrics
 from cascade.cpus import cpu_count
+from cascade.engine import tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.engine import Engine, Source
@@ -125,9 +126,9 @@ class Batcher:
             if isinstance(admitted, Tenant):
                 self._decoding += len(images)
         if isinstance(admitted, ItemError):
-            return [_answered(admitted, options.bundle) for _ in images]
+            return [_answered(admitted, options.bundle, tenant) for _ in images]
         futures: list[Future[Answer]] = [Future() for _ in images]
-        self._finish_with(futures, admitted)
+        self._follow(futures, admitted, since)
         for image, future in zip(images, futures, strict=True):
             decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
             decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
@@ -141,10 +142,10 @@ class Batcher:
         with self._changed:
             admitted = self._enter(tenant, item.bundle.name, 1, since)
             if isinstance(admitted, Tenant):
-                self._finish_with([future], admitted)
+                self._follow([future], admitted, since)
                 self._add(Waiting(item, admitted, future, since, deadline))
                 return future
-        return _answered(admitted, item.bundle.name)
+        return _answered(admitted, item.bundle.name, tenant)
 
     async def answers(
         self, images: Sequence[Source], options: Options, timeout: float, tenant: Tenant | None = None
@@ -155,9 +156,7 @@ class Batcher:
         """
         futures = self.submit_all(images, options, timeout, tenant)
         try:
-            done = asyncio.gather(*map(asyncio.wrap_future, futures))
-            return [*await asyncio.wait_for(done, timeout)]
-        except TimeoutError:
+            await asyncio.wait([asyncio.wrap_future(future) for future in futures], timeout=timeout)
             return [future.result() if _has_answer(future) else DEADLINE for future in futures]
         finally:
             for future in futures:
@@ -186,15 +185,18 @@ class Batcher:
         if tenant is None:
             alone = len(names) == 1
             name = next(iter(names)) if alone and bundle is None else bundle
-            tenant = Tenant(name if name is not None and name in names else "")  # clients may send any number of names
+            known = name is not None and name in names
+            tenant = Tenant(name if known and name else "", keyed=False)  # clients may send any number of names
         return self._admission.enter(tenant, images, now, alone) or tenant
 
-    def _finish_with(self, futures: Sequence["Future[Answer]"], tenant: Tenant) -> None:
-        """The tenant's request ends with the last of its images."""
+    def _follow(self, futures: Sequence["Future[Answer]"], tenant: Tenant, since: float) -> None:
+        """Count the answers; the tenant's request ends with the last of them."""
         left = len(futures)
 
-        def done(_: "Future[Answer]") -> None:
+        def done(future: "Future[Answer]") -> None:
             nonlocal left
+            answer = None if future.cancelled() else future.result()
+            tenant_metrics.answered(tenant, time.monotonic() - since, answer)
             with self._changed:
                 left -= 1
                 if left == 0:
@@ -290,6 +292,7 @@ class Batcher:
         taken = self._waiting.take(room, self.engine, now - self.patience)
         for waiting in taken:
             metrics.QUEUE_SECONDS.observe(now - waiting.since)
+            tenant_metrics.waited(waiting.item.bundle.name, waiting.tenant, now - waiting.since)
         return [waiting for waiting in taken if self._leave(waiting)]
 
     def _remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
@@ -310,8 +313,9 @@ def _cost(batch: Sequence[Waiting]) -> int:
     return sum(passes(waiting.item) for waiting in batch)
 
 
-def _answered(error: ItemError, bundle: str | None) -> "Future[Answer]":
+def _answered(error: ItemError, bundle: str | None, tenant: Tenant | None) -> "Future[Answer]":
     future: Future[Answer] = Future()
+    tenant_metrics.answered(tenant, 0.0, error)
     future.set_result(_counted(error, bundle))
     return future
 

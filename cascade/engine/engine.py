@@ -128,6 +128,7 @@ class Engine:
             bundle = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts).to(self.device)
             self._fit(here, bundle, executor, replaces)
             executor.prepare(bundle.masks, bundle.preprocessing.size)
+            self.weight_cache.owners.update(dict.fromkeys(bundle.masks, bundle.name))
             self._executors = {**self._executors, fingerprint: executor}
             if warm:
                 try:

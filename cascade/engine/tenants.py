@@ -18,6 +18,7 @@ class Tenant:
         rate: images a second, of which one second's worth may come at once.
         concurrency: requests in progress.
         queued: images that wait or are decoded.
+        keyed: it has a key; else it is a bundle, and is counted as one.
     """
 
     name: str
@@ -26,3 +27,4 @@ class Tenant:
     rate: float | None = None
     concurrency: int | None = None
     queued: int | None = None
+    keyed: bool = True

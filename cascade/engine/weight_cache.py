@@ -19,11 +19,13 @@ class WeightCache:
         budget: the most bytes at any moment.
         used: bytes now, those in flight included.
         hits, misses, evictions: what happened so far.
+        owners: names of the masks' bundles, for the metrics.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget, self.used = budget, 0
         self.hits = self.misses = self.evictions = 0
+        self.owners: dict[Hashable, str] = {}
         self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._pinned: Hashable = None  # what was asked for last is in use
         self._in_flight: tuple[Hashable, int, Future[Tensor]] | None = None
@@ -49,13 +51,12 @@ class WeightCache:
         self._pinned = key
         if key in self._entries:
             if not came:
-                self.hits += 1
-                metrics.MASK_HITS.inc()
+                self.count(key, hit=True)
             self._entries.move_to_end(key)
             return self._entries[key]
         if size > self.budget:
             raise CascadeError(f"the budget of {self.budget} bytes is below one mask's weights: give at least {size}")
-        self._missed()
+        self.count(key, hit=False)
         self._entries[key] = make(self._evict_for(size))
         self._use(size)
         return self._entries[key]
@@ -69,7 +70,7 @@ class WeightCache:
         in_use = self._entries[self._pinned].nbytes if self._pinned in self._entries else 0
         if key in self or self._in_flight is not None or size + in_use > self.budget:
             return False
-        self._missed()
+        self.count(key, hit=False)
         reuse = self._evict_for(size)
         self._use(size)
         self._in_flight = key, size, self._thread.submit(make, reuse)
@@ -82,8 +83,9 @@ class WeightCache:
             self._drop(next(iter(self._entries)))
 
     def drop(self, key: Hashable) -> None:
-        """Evict one mask, if its weights are here."""
+        """Forget one mask, and evict its weights if they are here."""
         self._settle()
+        self.owners.pop(key, None)
         if key in self._entries:
             self._drop(key)
 
@@ -110,9 +112,11 @@ class WeightCache:
         self.used += size
         metrics.MATERIALIZED_BYTES.set(self.used)
 
-    def _missed(self) -> None:
-        self.misses += 1
-        metrics.MASK_MISSES.inc()
+    def count(self, key: Hashable, hit: bool) -> None:
+        """Count a mask that was needed, and was here or not."""
+        self.hits += hit
+        self.misses += not hit
+        metrics.count_mask(self.owners.get(key), hit)
 
     def _drop(self, key: Hashable) -> Tensor:
         weights = self._entries.pop(key)

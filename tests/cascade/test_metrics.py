@@ -46,6 +46,7 @@ def test_names_types_and_units() -> None:
     found = {f.name: f.type for f in text_string_to_metric_families(metrics.scrape().decode())}
     ours = {name.removeprefix("cascade_"): kind for name, kind in found.items() if name.startswith("cascade_")}
     front_ends = {"http_seconds", "http_in_progress", "engine_restarts"}  # other tests may have imported them
+    front_ends |= {"tenant_images", "tenant_seconds", "tenant_queue_seconds"}
     assert {name: kind for name, kind in ours.items() if name not in front_ends and not name.endswith("_created")} == {
         "requests": "counter",
         "stage_seconds": "histogram",
@@ -68,6 +69,9 @@ def test_names_types_and_units() -> None:
         "store_unreachable": "gauge",
         "reloads": "counter",
         "ood_score": "histogram",
+        "bundle_seconds": "histogram",
+        "bundle_queue_seconds": "histogram",
+        "bundle_masks": "counter",
     }
 
 

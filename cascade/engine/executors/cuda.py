@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade import metrics
 from cascade.engine.executors.folded import FoldedExecutor
 from cascade.engine.executors.graph import Graph
 from cascade.engine.executors.precision import DEVICE, products
@@ -83,12 +82,9 @@ class CudaExecutor(FoldedExecutor):
             self._now = None
             return
         assert isinstance(mask, PackedMask), "a mask is packed before it is swapped"
-        if mask is self._last():
-            self.weight_cache.hits += 1
-            metrics.MASK_HITS.inc()
-        else:
-            self.weight_cache.misses += 1
-            metrics.MASK_MISSES.inc()
+        hit = mask is self._last()
+        self.weight_cache.count(mask, hit)
+        if not hit:
             with DEVICE:
                 self._fill(mask)
         self._now, self._last = mask, weakref.ref(mask)

@@ -1,6 +1,7 @@
 """The batcher over a real engine; where the order of passes is tested, the engine waits for a sign before each."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -258,6 +259,25 @@ def test_answers_in_an_event_loop(held: Held, cifar: list[Image.Image]) -> None:
         assert all(isinstance(a, Prediction) for a in asyncio.run(ask(30)))
 
 
+def test_answers_that_are_given_up_leave_no_error(
+    held: Held, cifar: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio logs an exception that nobody takes from a future: an error for every client that hangs up."""
+
+    async def give_up() -> None:
+        task = asyncio.create_task(batcher.answers(cifar[:2], Options("a"), 30))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+    with Batcher(held) as batcher:
+        busy(batcher, cifar[0])
+        asyncio.run(give_up())
+        gc.collect()
+        held.go.release(10)
+    assert held.passes == [["c"]] and not caplog.records
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 30
     while not condition():
@@ -333,6 +353,25 @@ def test_batch_work_comes_last_and_still_comes(held: Held, cifar: list[Image.Ima
         futures = [batcher.submit_item(later) for _ in range(2)]
         futures += [batcher.submit_item(item) for _ in range(20)]
         assert "".join(order(held, batcher, futures)) == "a" * 9 + "b" + "a" * 9 + "b" + "aa"
+
+
+def test_what_a_customer_notices_is_counted(held: Held, cifar: list[Image.Image]) -> None:
+    tenant, name = Tenant("acme", rate=2), {"tenant": "acme"}
+    before = now("bundle_seconds_count", bundle="a"), now("bundle_queue_seconds_count", bundle="a")
+    missed = now("bundle_masks_total", bundle="a", result="miss")
+    held.go.release(10)
+    with Batcher(held) as batcher:
+        assert isinstance(batcher.submit(cifar[0], Options("a"), tenant=tenant).result(30), Prediction)
+        assert kind(batcher.submit(b"no image", Options("a"), tenant=tenant)) == "not_an_image"
+        assert kind(batcher.submit(b"", Options("a"), tenant=tenant)) == "over_rate"
+        assert isinstance(batcher.submit(cifar[0], Options("a")).result(30), Prediction), "nobody's but the bundle's"
+        wait_for(lambda: now("bundle_seconds_count", bundle="a") == before[0] + 2)
+    for outcome in ("ok", "not_an_image", "over_rate"):
+        assert now("tenant_images_total", outcome=outcome, **name) == 1
+    assert now("tenant_seconds_count", **name) == now("tenant_queue_seconds_count", **name) == 1
+    assert now("bundle_queue_seconds_count", bundle="a") == before[1] + 2
+    assert now("bundle_masks_total", bundle="a", result="miss") == missed + 1
+    assert now("tenant_images_total", tenant="a", outcome="ok") == 0
 
 
 # --- faults and the end

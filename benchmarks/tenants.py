@@ -1,0 +1,288 @@
+"""Customers that share a server: what a quiet one notices of a flood, what fairness costs, and how even the shares are.
+
+    python -m benchmarks.tenants                                        # ResNet-50, about ten minutes
+    python -m benchmarks.tenants --backbone test_resnet --seconds 5     # a quick look
+
+Two ASGI servers over one store with a bundle, a key and a name for each tenant. The ``fair`` one has its defaults. The
+``arrival`` one is our batcher as it is without tenants: everybody sends the same key, ``--patience 0`` takes groups in
+order of arrival, and no time slice ends a pass. Only one works at a time; rounds are interleaved. JPEG files in,
+answers out; clients share the cores with the servers.
+
+victim_p99       p99 of a tenant that sends one image after the other, with pauses, beside one that sends ten times what
+                 the server can carry, over its p99 alone
+fair_throughput  images a second of all tenants, each of which has several requests in progress all the time: fair over
+                 arrival
+jain             Jain's index of what those tenants got, although some have three times as many requests in progress
+"""
+
+import argparse
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+import numpy as np
+from rich.table import Table
+
+from benchmarks.images import jpegs
+from benchmarks.report import Figure, figure, report
+from benchmarks.synthetic import executor_name, single
+from cascade.bundle.format import read, write
+from cascade.model import backbone as backbones
+from handlers.signals import exit_on_signals
+
+OVERLOAD = 10  # times what the server can carry
+CONNECTIONS = 256  # of the tenant that floods: more than it may have in the queue
+REQUESTS = (2, 4, 6)  # in progress, of one saturating tenant after the other
+PAUSE = 0.2  # mean seconds between two images of the quiet tenant
+LIMIT = 60.0  # seconds for an answer
+
+
+@dataclass
+class Seen:
+    """The answers that one tenant got in some time: seconds of each with status 200, and how many of each status."""
+
+    seconds: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def p99(self) -> float:
+        return float(np.percentile(self.seconds, 99))
+
+    @property
+    def refused(self) -> int:
+        return self.statuses.total() - self.statuses[200]
+
+
+class Sender:
+    """One connection of one tenant. Little work, since it shares the cores with the server."""
+
+    def __init__(self, url: httpx.URL, key: str, bundle: str, images: list[bytes]) -> None:
+        head = [f"POST {url.path} HTTP/1.1", f"Host: {url.host}", f"Authorization: Bearer {key}"]
+        head += [f"X-Cascade-Bundle: {bundle}", "X-Cascade-Fields: labels", "Content-Type: image/jpeg"]
+        self.url = url
+        self.requests = ["\r\n".join([*head, f"Content-Length: {len(i)}", "", ""]).encode() + i for i in images]
+        self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def send(self, number: int, seen: Seen) -> None:
+        """Send an image and note its answer."""
+        begin = time.perf_counter()
+        if self.streams is None:
+            self.streams = await asyncio.open_connection(self.url.host, self.url.port)
+        reader, writer = self.streams
+        writer.write(self.requests[number % len(self.requests)])
+        async with asyncio.timeout(LIMIT):
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
+        status = int(head[9:12])
+        seen.statuses[status] += 1
+        if status == 200:
+            seen.seconds.append(time.perf_counter() - begin)
+
+    def close(self) -> None:
+        if self.streams is not None:
+            self.streams[1].close()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; ``shared``: everybody sends the key for all bundles."""
+
+    url: httpx.URL
+    images: list[bytes]
+    shared: bool = False
+
+    def sender(self, tenant: int) -> Sender:
+        return Sender(self.url, "shared" if self.shared else f"key-{tenant}", f"tenant-{tenant}", self.images)
+
+
+async def saturate(server: Server, tenants: int, seconds: float) -> list[Seen]:
+    """All tenants send whenever they have fewer than their REQUESTS in progress."""
+    seen = [Seen() for _ in range(tenants)]
+    end = time.monotonic() + seconds
+
+    async def client(tenant: int, number: int) -> None:
+        sender = server.sender(tenant)
+        while time.monotonic() < end:
+            await sender.send(number, seen[tenant])
+            number += 1
+        sender.close()
+
+    senders = [(tenant, n) for tenant in range(tenants) for n in range(REQUESTS[tenant % len(REQUESTS)])]
+    await asyncio.gather(*(client(*sender) for sender in senders))
+    return seen
+
+
+async def quiet(server: Server, seconds: float, seed: int) -> Seen:
+    """Tenant 0 sends an image now and then."""
+    seen, sender, draw = Seen(), server.sender(0), random.Random(seed)
+    end, number = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        await sender.send(number, seen)
+        number += 1
+        await asyncio.sleep(draw.uniform(0, 2 * PAUSE))
+    sender.close()
+    return seen
+
+
+async def flood(server: Server, rate: float, seen: Seen) -> None:
+    """Tenant 1 sends ``rate`` images a second, whether answers come or not, until it is cancelled."""
+    idle = [server.sender(1) for _ in range(CONNECTIONS)]
+    senders, tasks = [*idle], set[asyncio.Task[None]]()
+    begin, number = time.monotonic(), 0
+
+    async def one(sender: Sender, number: int) -> None:
+        await sender.send(number, seen)
+        idle.append(sender)
+
+    try:
+        while True:
+            due = int((time.monotonic() - begin) * rate)
+            for number in range(number, due):  # noqa: B020
+                if idle:
+                    task = asyncio.create_task(one(idle.pop(), number))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+            number = max(number, due)
+            await asyncio.sleep(0.005)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sender in senders:
+            sender.close()
+
+
+async def beside(server: Server, rate: float, seconds: float, seed: int) -> tuple[Seen, Seen]:
+    """The quiet tenant beside the flood, once that has filled its share of the queue; and the flood."""
+    flooded = Seen()
+    task = asyncio.create_task(flood(server, rate, flooded))
+    await asyncio.sleep(3)
+    seen = await quiet(server, seconds, seed)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return seen, flooded
+
+
+def jain(values: list[int]) -> float:
+    """Jain's index: 1 where all are equal, 1/n where one has everything."""
+    return float(sum(values) ** 2 / (len(values) * sum(v * v for v in values)))
+
+
+@contextmanager
+def serving(store: Path, keys: Path, *options: str) -> Iterator[httpx.URL]:
+    """Start the server by its command; yields the URL to post to."""
+    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--port", "0", "--log-level", "error"]
+    command += ["--model-store", str(store), "--api-keys", str(keys), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            if not line.startswith("ready"):
+                raise SystemExit("the server does not start: see the error above")
+            yield httpx.URL(line.split()[-1])
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def servers(backbone: str, tenants: int) -> Iterator[tuple[Server, Server]]:
+    """The fair server, and the one in order of arrival."""
+    with TemporaryDirectory(prefix="cascade-tenants-") as folder, ExitStack() as stack:
+        store, keys = Path(folder, "store"), Path(folder, "keys")
+        network = backbones.load(backbone, "random:0")
+        for i in range(tenants):
+            bundle = write(single(network, f"tenant-{i}", i), store / f"tenant-{i}" / "1")
+        images = jpegs(read(bundle).preprocessing.size)
+        lines = [f"tenant-{i} {digest(f'key-{i}')} name=tenant-{i}" for i in range(tenants)]
+        keys.write_text("\n".join([*lines, f"* {digest('shared')} name=shared"]))
+        fair = stack.enter_context(serving(store, keys))
+        arrival = stack.enter_context(serving(store, keys, "--patience", "0", "--time-slice", "60", "--queue", "512"))
+        yield Server(fair, images), Server(arrival, images, shared=True)
+
+
+def digest(key: str) -> str:
+    return sha256(key.encode()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--tenants", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=40, help="of each measurement")
+    parser.add_argument("--out", type=Path, help="JSON file to write instead of the one in benchmarks/results")
+    options = parser.parse_args()
+    exit_on_signals(1)  # stops the servers and removes the folder
+    shares: dict[str, list[list[Seen]]] = {"fair": [], "arrival": []}
+    alone: list[Seen] = []
+    flooded: list[tuple[Seen, Seen]] = []
+    with servers(options.backbone, options.tenants) as (fair, arrival):
+        for server in (fair, arrival):
+            asyncio.run(saturate(server, options.tenants, options.seconds / 8))  # warm
+        for nth in range(options.rounds):
+            for name, server in (("fair", fair), ("arrival", arrival)):
+                shares[name].append(asyncio.run(saturate(server, options.tenants, options.seconds)))
+            carried = sum(len(seen.seconds) for seen in shares["fair"][-1]) / options.seconds
+            alone.append(asyncio.run(quiet(fair, options.seconds, nth)))
+            flooded.append(asyncio.run(beside(fair, OVERLOAD * carried, options.seconds, nth)))
+    show(options, shares, alone, flooded)
+
+
+def show(
+    options: argparse.Namespace,
+    shares: dict[str, list[list[Seen]]],
+    alone: list[Seen],
+    flooded: list[tuple[Seen, Seen]],
+) -> None:
+    """Report the tables and the figures."""
+    images = {n: [[len(seen.seconds) for seen in run] for run in runs] for n, runs in shares.items()}
+    rates = {name: [sum(run) / options.seconds for run in runs] for name, runs in images.items()}
+    table = Table(
+        "server", "images/s", "least of a tenant", "most", "Jain", "refused", title=f"{options.tenants} tenants"
+    )
+    for name, runs in images.items():
+        refused = sum(seen.refused for run in shares[name] for seen in run)
+        least, most = (f"{extreme(map(extreme, runs)) / options.seconds:.2f}" for extreme in (min, max))
+        table.add_row(
+            name,
+            f"{figure(rates[name]).value:.1f}",
+            least,
+            most,
+            f"{figure([*map(jain, runs)]).value:.3f}",
+            f"{refused}",
+        )
+    second = Table("quiet tenant", "images", "p50 ms", "p99 ms", "refused", title="beside a flood")
+    for name, runs_of_one in (
+        ("alone", alone),
+        ("beside it", [seen for seen, _ in flooded]),
+        ("the flood", [f for _, f in flooded]),
+    ):
+        seconds = [s for seen in runs_of_one for s in seen.seconds]
+        cells = (f"{1000 * float(np.percentile(seconds, p)):.1f}" for p in (50, 99))
+        second.add_row(name, str(len(seconds)), *cells, str(sum(seen.refused for seen in runs_of_one)))
+    figures: dict[str, Figure] = {
+        "victim_p99": figure([seen.p99 / lone.p99 for (seen, _), lone in zip(flooded, alone, strict=True)], "<= 2.5"),
+        "victim_refused": figure([float(seen.refused) for seen, _ in flooded], "<= 0"),
+        "victim_p99_ms": figure([1000 * seen.p99 for seen, _ in flooded]),
+        "victim_p99_ms_alone": figure([1000 * seen.p99 for seen in alone]),
+        "fair_throughput": figure([a / b for a, b in zip(rates["fair"], rates["arrival"], strict=True)], ">= 0.95"),
+        "jain": figure([*map(jain, images["fair"])], ">= 0.98"),
+        "jain_arrival": figure([*map(jain, images["arrival"])]),
+        "images_per_second": figure(rates["fair"]),
+    }
+    name = "tenants" if options.backbone == "resnet50" else f"tenants-{options.backbone}"
+    report(name, figures, table, second, executor=executor_name(options.backbone), out=options.out)
+
+
+if __name__ == "__main__":
+    main()
