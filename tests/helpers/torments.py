@@ -30,8 +30,9 @@ from tests.helpers.servers import CLIENT, Running
 
 HERE = Path(__file__).parent
 MIB = 2**20
-NO_FILES = {"CASCADE_EXECUTOR": "folded"}
-"""For a server whose disk is to be `full_disk`: ONNX Runtime writes a file in memory, which the limit counts, too."""
+NO_FILES = {"CASCADE_EXECUTOR": "folded", "PYTHONDONTWRITEBYTECODE": "1"}
+"""For a server whose disk is to be `full_disk`: ONNX Runtime writes a file in memory, which the limit counts, too, and
+Python 3.11 would leave cut-off bytecode for later tests."""
 DAY = 86_400
 
 
