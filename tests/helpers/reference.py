@@ -59,10 +59,9 @@ class Reference:
         self._bundle = bundle
         self._dispatcher = features(bundle.dispatcher)
         self._experts = [features(bundle.dispatcher, expert) for expert in bundle.experts]
-        router = bundle.router
-        self.clusters = [
-            0 if router is None else int(router.probabilities(x).argmax()) for x in self._dispatcher.split(1)
-        ]
+        self.clusters = [0] * len(images)
+        if bundle.router is not None:
+            self.clusters = [int(bundle.router.probabilities(x).argmax()) for x in self._dispatcher.split(1)]
 
     @torch.inference_mode()
     def embeddings(self, mode: Mode) -> np.ndarray:
@@ -70,8 +69,8 @@ class Reference:
         fusion = self._bundle.fusions[mode]
         out = fusion.bias + self._dispatcher @ fusion.weight[0].float()
         clusters = torch.tensor(self.clusters)
-        for k, expert in enumerate(self._experts):
+        for k, expert in enumerate([] if mode == "dispatcher" else self._experts):
             slot = 1 if len(fusion.weight) == 2 else k + 1
-            takes = {"dispatcher": clusters < 0, "conditional": clusters == k, "unconditional": clusters >= 0}[mode]
+            takes = clusters == k if mode == "conditional" else clusters >= 0
             out = out + takes[:, None] * (expert @ fusion.weight[slot].float())
         return out.numpy()
