@@ -184,6 +184,7 @@ def test_ray_serve_takes_its_configuration(where: str) -> None:
     module, _, name = application.import_path.partition(":")
     assert callable(getattr(import_module(module), name))
     settings = Settings(**application.args)
+    assert settings.api_keys or settings.hosts, "a web page can give its own name the address of loopback"
     assert {each.name for each in application.deployments} == {DEPLOYMENT.name}
     if where == "kubernetes":
         for template in templates(RAY):
