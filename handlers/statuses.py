@@ -44,6 +44,13 @@ STATUSES: dict[str, int] = {
     "over_rate": 429,
     "over_concurrency": 429,
     "over_queue": 429,
+    "key_not_admin": 403,
+    # Management.
+    "management_off": 404,
+    "bad_bundle": 400,
+    "load_failed": 400,
+    "version_exists": 409,
+    "store_not_writable": 409,
     # The server.
     "overloaded": 503,
     "deadline": 503,

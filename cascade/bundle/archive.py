@@ -57,10 +57,15 @@ def unpack(file: Path, folder: Path) -> Path:
         raw = file.read_bytes()
     except OSError as error:
         raise BundleError(f"can't read {file}: {error.strerror or error}") from None
+    return unpack_bytes(raw, folder, str(file))
+
+
+def unpack_bytes(raw: bytes, folder: Path, source: str) -> Path:
+    """``unpack`` for the content of a file, called ``source`` in errors. Raises BundleError."""
     try:
         files = _members(_expanded(raw))
     except (zstandard.ZstdError, tarfile.TarError, ValueError, OSError) as error:
-        raise BundleError(f"{file} is not a packed bundle, or it was damaged ({error}): get it again") from None
+        raise BundleError(f"{source} is not a packed bundle, or it was damaged ({error}): get it again") from None
     return write_files(folder, files, packed=len(raw))  # masks in proportion to the archive, not to what it expands to
 
 

@@ -25,6 +25,7 @@ from cascade.engine.fair_queue import Answer, Room, Waiting
 from cascade.engine.items import Item, passes
 from cascade.engine.priorities import PriorityQueue
 from cascade.engine.results import ItemError, Options
+from cascade.engine.statistics import Statistics
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
 
@@ -69,6 +70,7 @@ class Batcher:
         self.engine, self.max_batch, self.patience, self.queue = engine, max_batch, patience, queue
         self.time_slice = time_slice
         self._decoders = Decoders(decoders or cpu_count(), engine.limits.max_seconds)
+        self.statistics = Statistics()
         self._admission = Admission(queue)
         self._waiting = PriorityQueue()
         self._decoding = 0
@@ -273,11 +275,14 @@ class Batcher:
     def _run(self, batch: list[Waiting]) -> None:
         """One pass; every future has its answer afterwards."""
         answers: list[tuple[Waiting, Answer]]
+        failed = False
         try:
             answers = [*zip(batch, self.engine.run([waiting.item for waiting in batch]), strict=True)]
         except Exception:
             log.exception("a pass over %d images failed", len(batch))
             answers = [(waiting, _failed(FAILED, waiting.item.bundle.name)) for waiting in batch]
+            failed = True
+        self.statistics.count([(w.item.bundle.identity, w.since) for w in batch], self._begun, failed)
         seconds = (time.monotonic() - self._begun) / _cost(batch)
         with self._changed:
             self._running = 0

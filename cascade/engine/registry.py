@@ -79,6 +79,7 @@ class Registry:
         self._bad: dict[Identity, _Bad] = {}
         self._states: dict[Identity, State] = {}  # replaced, never changed: readers need no lock
         self._trouble: str | None = None
+        self._unloaded: frozenset[str] = frozenset()
         self._looking = threading.Lock()
 
     def states(self, name: str | None = None) -> list[State]:
@@ -91,13 +92,32 @@ class Registry:
         """Why the store can't be read at the moment, or None."""
         return self._trouble
 
+    @property
+    def unloaded(self) -> frozenset[str]:
+        """Names that ``unload`` took away."""
+        return self._unloaded
+
+    def unload(self, name: str) -> None:
+        """Take a name away, although it is in the store, until ``load`` or the end of the process."""
+        self._unloaded |= {name}
+        self.reload()
+
+    def load(self, name: str) -> list[State]:
+        """Look at the bundles of a name again, also at those that were refused or unloaded; their states."""
+        self._unloaded -= {name}
+        with self._looking:
+            self._bad = {i: bad for i, bad in self._bad.items() if i[0] != name}
+        self.reload()
+        return self.states(name)
+
     def reload(self) -> list[State]:
         """Look at the store now: load what is new, remove what is gone; all faults are states, logged and counted."""
         with self._looking:
             self.engine.release()
             try:
-                found = self.store.look()
-                if not found and self._held:
+                listed = self.store.look()
+                found = {i: stamp for i, stamp in listed.items() if i[0] not in self._unloaded}
+                if not listed and self._held:
                     raise StoreError(f"the store {self.store.where} is empty: is it mounted? The last bundles stay")
             except StoreError as error:
                 self._is_reachable(str(error))
@@ -118,7 +138,7 @@ class Registry:
                 else:  # a name is never without a version while one that works is here
                     why = "it is gone from the store, and serves until another version is loaded, or the name is gone"
                     self._set(identity, "ready", why)
-            self.store.prune(found)
+            self.store.prune(listed)
             metrics.RELOADS.labels("unchanged" if self._held == before else "changed").inc()
             return self.states()
 

@@ -19,12 +19,12 @@ from cascade import __version__, metrics
 from cascade.bundle.format import Bundle
 from cascade.bundle.thumbnails import media_type
 from cascade.engine.batcher import STOPPING
-from cascade.engine.registry import State
+from cascade.engine.registry import Registry, State
 from cascade.engine.results import ItemError, Options
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
-from handlers.asgi import open_inference, search, ui
+from handlers.asgi import open_inference, repository, search, ui
 from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
@@ -35,7 +35,7 @@ ROW = re.compile(r"[0-9]{1,9}")
 PICTURE = {"type": "string", "format": "binary"}
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
-STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 500, 503)
+STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 409, 413, 415, 429, 431, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, ERROR)
 JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer.", "content": {"application/json": {}, "application/octet-stream": {}}}
@@ -53,17 +53,25 @@ BAD_FORM = ItemError("bad_request", "send one image per request: a form has exac
 ATTEMPTS = 2  # for a request without a version, whose version is removed meanwhile
 
 
-def create_app(service: Service, index: Index | None = None, hosts: Collection[str] | None = None) -> Guard:
+def create_app(
+    service: Service,
+    index: Index | None = None,
+    hosts: Collection[str] | None = None,
+    registry: Registry | None = None,
+) -> Guard:
     """The ASGI application over a service.
 
     Args:
         index: for /v1/search, which is there only with one.
+        registry: for /v2/repository, which is there only with one.
         hosts: the Host headers to accept; None for any.
     """
     app = FastAPI(
         title="Cascade", version=__version__, redoc_url=None, docs_url=None, responses=ERRORS, redirect_slashes=False
     )
     _predictions(app, service)
+    if registry is not None:
+        repository.add(app, service, registry)
     _protocol(app, service)
     _state(app, service)
     _pages(app, service)
@@ -152,7 +160,9 @@ def _protocol(app: FastAPI, service: Service) -> None:
 
     @app.get("/v2", summary="Server metadata")
     async def server() -> dict[str, Any]:
-        return {"name": "cascade", "version": __version__, "extensions": ["binary_tensor_data"]}
+        managed = service.keys is not None and service.keys.admins
+        extensions = ["binary_tensor_data", "statistics", *(["model_repository"] if managed else [])]
+        return {"name": "cascade", "version": __version__, "extensions": extensions}
 
     @app.get("/v2/models", summary="Bundles and their versions")
     async def models(request: Request) -> dict[str, Any]:
@@ -171,6 +181,17 @@ def _protocol(app: FastAPI, service: Service) -> None:
         if not service.ready:
             raise Refusal(STOPPING)
         return {"name": bundle.name, "ready": True}
+
+    @app.get("/v2/models/{model}/stats", summary="Statistics of a bundle's versions")
+    @app.get("/v2/models/{model}/versions/{version}/stats", summary="Statistics of a bundle", openapi_extra=VERSION)
+    async def model_statistics(request: Request, model: str) -> dict[str, Any]:
+        bundle = find_bundle(request, model)
+        versions = [v for name, v in service.engine.bundles if name == bundle.name]
+        if "version" in request.path_params:
+            versions = [bundle.version]
+        return {
+            "model_stats": [service.batcher.statistics.of(bundle.name, v).to_triton(bundle.name, v) for v in versions]
+        }
 
     tensors: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     body = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}} | tensors

@@ -12,10 +12,13 @@ from torch import Tensor
 from cascade.engine.batcher import STOPPING, Answer, Batcher
 from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
-from handlers.asgi.keys import EVERY, FORBIDDEN, Keys
+from handlers.asgi.keys import EVERY, FORBIDDEN, Caller, Keys
 from handlers.asgi.middleware import LIMITS, Limits, Refusal
 from handlers.requests import COMPRESSED, is_compressed
 from handlers.statuses import error_body, status_of
+
+NO_ADMIN = ItemError("management_off", "no key of this server may change what is served: give one role=admin")
+NOT_ADMIN = ItemError("key_not_admin", "this API key may not change what is served: use one with role=admin")
 
 
 class States(Protocol):
@@ -60,12 +63,14 @@ class Service:
         """The bundles that the caller may use; ``*`` stands for all. Notes whose the request is."""
         if self.keys is None:
             return frozenset((EVERY,))
-        caller = self.keys.caller(request.headers.get("authorization"))
-        if isinstance(caller, ItemError):
-            raise Refusal(caller)
-        request.state.log_fields["tenant"] = caller.tenant.name
-        request.state.tenant = caller.tenant
-        return caller.bundles
+        return self._caller(request, self.keys).bundles
+
+    def administer(self, request: Request) -> None:
+        """Raise Refusal unless the caller may change what is served."""
+        if self.keys is None or not self.keys.admins:
+            raise Refusal(NO_ADMIN)
+        if not self._caller(request, self.keys).admin:
+            raise Refusal(NOT_ADMIN)
 
     def states(self, request: Request, name: str | None = None) -> dict[str, list[State]]:
         """The versions, ascending, of every bundle that the caller may use (or of ``name``), refused ones too."""
@@ -106,6 +111,14 @@ class Service:
         if status in (408, 413) or error is STOPPING:
             headers["Connection"] = "close"
         return JSONResponse(error_body(error, request.url.path), status, headers)
+
+    def _caller(self, request: Request, keys: Keys) -> Caller:
+        caller = keys.caller(request.headers.get("authorization"))
+        if isinstance(caller, ItemError):
+            raise Refusal(caller)
+        request.state.log_fields["tenant"] = caller.tenant.name
+        request.state.tenant = caller.tenant
+        return caller
 
     def _only(self) -> str | None:
         names = {name for name, _ in self.engine.bundles}

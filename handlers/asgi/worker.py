@@ -127,7 +127,7 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
         )
         stack.enter_context(registry.watching(settings.poll))
         service = Service(batcher, None if keys is None else keys.keys, registry=registry)
-        guard = create_app(service, index, settings.hosts)
+        guard = create_app(service, index, settings.hosts, registry)
         config = uvicorn.Config(
             guard,
             http=partial(Connection, most=_most_connections(settings.connections, most_files)),  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def test_unmodified_tritonclient(asgi: Asgi, engine: Engine, photos: list[bytes]
         assert client.is_server_live() and client.is_server_ready()
         assert client.is_model_ready("one") and client.is_model_ready("one", "1")
         assert not client.is_model_ready("three")
-        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "statistics"]
         assert client.get_model_metadata("one")["inputs"][0]["datatype"] == "BYTES"
         want = [each for each in engine.predict(photos[:4]) if isinstance(each, Prediction)]
         encoded = http.InferInput("image", [4], "BYTES")

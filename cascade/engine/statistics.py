@@ -1,0 +1,91 @@
+"""What each version of each bundle did since the start: images, passes and their times."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cascade.bundle.store import Identity
+
+MOST = 20_000
+"""Versions that are remembered; from there on the one that was idle longest is forgotten."""
+
+
+@dataclass
+class Times:
+    """Of one version. Seconds add up over images; ``last`` is in seconds since 1970, 0 for never."""
+
+    images: int = 0
+    passes: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    failure_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    pass_seconds: float = 0.0
+    last: float = 0.0
+
+    def to_triton(self, name: str, version: str) -> dict[str, Any]:
+        """As the statistics extension of the Open Inference Protocol has it: nanoseconds."""
+
+        def spent(count: int, seconds: float) -> dict[str, int]:
+            return {"count": count, "ns": round(1e9 * seconds)}
+
+        nothing = spent(0, 0.0)
+        return {
+            "name": name,
+            "version": version,
+            "last_inference": round(1000 * self.last),
+            "inference_count": self.images,
+            "execution_count": self.passes,
+            "inference_stats": {
+                "success": spent(self.images, self.seconds),
+                "fail": spent(self.failures, self.failure_seconds),
+                "queue": spent(self.images + self.failures, self.queue_seconds),
+                "compute_input": nothing,
+                "compute_infer": spent(self.images + self.failures, self.pass_seconds),
+                "compute_output": nothing,
+                "cache_hit": nothing,
+                "cache_miss": nothing,
+            },
+            "batch_stats": [],
+        }
+
+
+class Statistics:
+    """Times by version; thread-safe."""
+
+    def __init__(self) -> None:
+        self._times: dict[Identity, Times] = {}
+        self._lock = threading.Lock()
+
+    def of(self, name: str, version: str) -> Times:
+        """The times of one version so far; zeros where it has answered nothing."""
+        return self._times.get((name, version), Times())
+
+    def count(self, images: Sequence[tuple[Identity, float]], begun: float, failed: bool = False) -> None:
+        """Count a pass that ends now.
+
+        Args:
+            images: whose they were, and when they came. begun: when the pass began. Both monotonic.
+        """
+        now = time.monotonic()
+        with self._lock:
+            for identity, number in Counter(identity for identity, _ in images).items():
+                times = self._times.pop(identity, None) or Times()
+                self._times[identity] = times  # at the end: the first one is idle longest
+                came = [since for each, since in images if each == identity]
+                times.passes += 1
+                times.queue_seconds += sum(begun - since for since in came)
+                times.pass_seconds += number * (now - begun)
+                took = sum(now - since for since in came)
+                if failed:
+                    times.failures += number
+                    times.failure_seconds += took
+                else:
+                    times.images += number
+                    times.seconds += took
+                    times.last = time.time()
+            while len(self._times) > MOST:
+                del self._times[next(iter(self._times))]
