@@ -225,13 +225,12 @@ def test_imports_point_one_way() -> None:
         assert not {other for other in imported if other.startswith(apart)}, module
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
-def test_no_test_module_is_imported_by_another_one(path: Path) -> None:
+def test_no_test_module_is_imported_by_another_one() -> None:
     """What several need is in ``tests/helpers``, which imports no fixtures of a single folder."""
-    ours = {name for name in imports(path) if name.startswith("tests.")}
-    assert not {name for name in ours if re.search(r"\.test_\w+", name)}
-    if path.parent.name == "helpers":
-        assert {name.split(".")[1] for name in ours} <= {"helpers", "conftest"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        ours = {name for name in imports(path) if name.startswith("tests.")}
+        assert not {name for name in ours if re.search(r"\.test_\w+", name)}, path
+        assert path.parent.name != "helpers" or {n.split(".")[1] for n in ours} <= {"helpers", "conftest"}, path
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -36,6 +36,7 @@ from tests.helpers.torments import (
     Shelf,
     full_disk,
     jumps,
+    put,
     remote,
     sampled,
     settled,
@@ -160,61 +161,6 @@ def test_twice_the_load_that_it_carries(survivor: Asgi, photos: list[bytes], sec
     assert after.stop().keys() == {200}, "recovered at once"
 
 
-@pytest.mark.parametrize("times", short_and_whole(2, 20))
-def test_versions_come_and_go_under_load(
-    cifar: list[Image.Image], photos: list[bytes], tmp_path: Path, times: int
-) -> None:
-    """Not one failed answer, and each is of the version that it names."""
-    store, aside = tmp_path / "store", tmp_path / "aside"
-    want = {}
-    for version, seed in (("1", 0), ("2", 1)):
-        path = write(handmade(cifar[:20], seed=seed), (aside if version == "2" else store) / "rolled" / version)
-        want[version] = cascade.load(path, executor=EXECUTOR).predict(photos, cascade.Options(embedding=True))
-    seen: Counter[str] = Counter()
-    done = threading.Event()
-
-    def client(number: int) -> None:
-        i = number
-        with cascade.Client(server.base) as http:
-            while not done.is_set():
-                i = (i + 1) % 10
-                if i % 2:
-                    found = http.infer([photos[i], photos[i - 1]], "rolled")
-                    got, version = found["embedding"][0], found["version"]
-                else:
-                    answer = http.predict(photos[i], cascade.Options(embedding=True))
-                    assert isinstance(answer, cascade.Prediction), answer
-                    got, version = answer.embedding, answer.version
-                expected = want[version][i]
-                assert isinstance(expected, cascade.Prediction) and expected.embedding is not None
-                np.testing.assert_allclose(got, expected.embedding, atol=1e-3)
-                seen[version] += 1
-
-    def shows(versions: list[str]) -> bool:
-        return CLIENT.get(f"{server.base}/v2/models/rolled").json()["versions"] == versions
-
-    def answered(version: str) -> None:
-        before = seen[version]
-        until(lambda: seen[version] > before + 20 or any(each.done() for each in clients))  # done: with a fault
-
-    with serving_asgi(store, "--poll", "0.1", "--log-level", "warning") as server, ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(client, i) for i in range(4)]
-        try:
-            for _ in range(times):
-                (aside / "rolled" / "2").rename(store / "rolled" / "2")
-                until(lambda: shows(["1", "2"]))
-                answered("2")
-                (store / "rolled" / "2").rename(aside / "rolled" / "2")
-                until(lambda: shows(["1"]))
-                answered("1")
-        finally:
-            done.set()
-        for each in clients:
-            each.result()
-    print(f"rolled out and back {times} times: answers by version {dict(seen)}")
-    assert min(seen["1"], seen["2"]) > 20 * times
-
-
 @pytest.fixture(scope="module")
 def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
     """The shelved server's."""
@@ -235,6 +181,64 @@ def shelved(shelf: Path, clock: Clock) -> Iterator[Asgi]:
     env = {**clock.environment, **NO_FILES}
     with serving_asgi(shelf, "--poll", "0.1", "--log-level", "warning", env=env) as server:
         yield server
+
+
+@pytest.mark.parametrize("times", short_and_whole(2, 20))
+def test_versions_come_and_go_under_load(
+    shelved: Asgi, shelf: Path, cifar: list[Image.Image], photos: list[bytes], tmp_path: Path, times: int
+) -> None:
+    """Not one failed answer, and each is of the version that it names."""
+    aside = tmp_path / "aside"
+    want = {}
+    for version, seed in (("1", 0), ("2", 1)):
+        path = write(handmade(cifar[:20], seed=seed), aside / "rolled" / version)
+        want[version] = cascade.load(path, executor=EXECUTOR).predict(photos, cascade.Options(embedding=True))
+    seen: Counter[str] = Counter()
+    done = threading.Event()
+
+    def client(number: int) -> None:
+        i = number
+        with cascade.Client(shelved.base) as http:
+            while not done.is_set():
+                i = (i + 1) % 10
+                if i % 2:
+                    found = http.infer([photos[i], photos[i - 1]], "rolled")
+                    got, version = found["embedding"][0], found["version"]
+                else:
+                    answer = http.predict(photos[i], cascade.Options("rolled", embedding=True))
+                    assert isinstance(answer, cascade.Prediction), answer
+                    got, version = answer.embedding, answer.version
+                expected = want[version][i]
+                assert isinstance(expected, cascade.Prediction) and expected.embedding is not None
+                np.testing.assert_allclose(got, expected.embedding, atol=1e-3)
+                seen[version] += 1
+
+    def shows(versions: list[str]) -> bool:
+        return CLIENT.get(f"{shelved.base}/v2/models/rolled").json().get("versions") == versions
+
+    def answered(version: str) -> None:
+        before = seen[version]
+        until(lambda: seen[version] > before + 20 or any(each.done() for each in clients))  # done: with a fault
+
+    put(aside / "rolled" / "1", shelf / "rolled" / "1")
+    until(lambda: shows(["1"]))
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client, i) for i in range(4)]
+        try:
+            for _ in range(times):
+                (aside / "rolled" / "2").rename(shelf / "rolled" / "2")
+                until(lambda: shows(["1", "2"]))
+                answered("2")
+                (shelf / "rolled" / "2").rename(aside / "rolled" / "2")
+                until(lambda: shows(["1"]))
+                answered("1")
+        finally:
+            done.set()
+        for each in clients:
+            each.result()
+    take(shelf / "rolled")
+    print(f"rolled out and back {times} times: answers by version {dict(seen)}")
+    assert min(seen["1"], seen["2"]) > 20 * times
 
 
 def test_a_store_that_goes_wrong_disturbs_nothing(shelved: Asgi, shelf: Path, photos: list[bytes]) -> None:

@@ -451,52 +451,58 @@ def test_a_worker_that_never_comes_back_ends_the_server(bundle_path: Path, tmp_p
     assert last.startswith("error: no worker came back within ") and "is it mounted?" in last
 
 
-@pytest.mark.parametrize("times", short_and_whole(1, 10))
-def test_sigterm_under_load(store: Path, photos: list[bytes], cifar: list[Image.Image], times: int) -> None:
+@pytest.mark.soak
+def test_ten_ends_under_load(store: Path, photos: list[bytes], cifar: list[Image.Image]) -> None:
     """What was sent half a second before is answered; later ones are, or are refused; nothing stays (see `serving`)."""
     large = encoded(cifar[0], "jpeg", (6000, 6000))
-    for _ in range(times):
+    for _ in range(10):
         with serving(store, drain_timeout=60) as server:
             print(terminated(server, photos, large))
 
 
 @pytest.mark.parametrize("failing", short_and_whole("503", "silence"))
-def test_a_remote_store_a_killed_worker_and_a_full_disk(
+def test_a_remote_store_a_killed_worker_a_full_disk_and_the_end(
     shelf: Path,
     tmp_path: Path,
     photos: list[bytes],
+    cifar: list[Image.Image],
     monkeypatch: pytest.MonkeyPatch,
     failing: Literal["503", "silence"],
 ) -> None:
-    """A worker that starts again while the store is down takes its copies; a copy that has no room is tried again."""
+    """A worker that starts again while the store is down takes its copies; a copy that has no room is tried again.
+
+    At the end a SIGTERM under load: what was sent before is answered, and nothing stays.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     try:
-        with remote(shelf) as url, serving(url, poll=POLL) as server, Load(server, photos) as load:
-            load.more()
-            copies = sorted(Shelf.fetched)
-            assert copies and len(copies) == len(set(copies))
-
-            Shelf.fail(failing)
-            until(lambda: gauge(server, "store_unreachable") == 1)
-            killed = int(server.workers()[0]["pid"])
-            os.kill(killed, signal.SIGKILL)
-            until(partial(replaced, server, killed))
-            load.more()
-            Shelf.mend()
-            until(lambda: gauge(server, "store_unreachable") == 0)
-            assert sorted(Shelf.fetched) == copies, "nothing was fetched twice"
-
-            put(shelf / "two" / "1", shelf / "two" / "0")
-            until(lambda: gauge(server, "bundles{state=ready}") == 3)
-            with full_disk(server, int(server.workers()[0]["pid"])):
-                (shelf.with_name("aside") / "2").rename(shelf / "one" / "2")
-                until(lambda: gauge(server, "bundle_refused{bundle=one}") == 1)
+        with remote(shelf) as url, serving(url, poll=POLL, drain_timeout=60) as server:
+            with Load(server, photos) as load:
                 load.more()
-                (line,) = told_of(server, "refused bundle one/2: ")
-                assert "File too large: make room for copies" in line["message"]
-            take(shelf / "two" / "0")  # when a bundle leaves, there is another try, else within a minute
-            until(lambda: gauge(server, "bundle_refused{bundle=one}") == 0)
-            load.more(version="2")
+                copies = sorted(Shelf.fetched)
+                assert copies and len(copies) == len(set(copies))
+
+                Shelf.fail(failing)
+                until(lambda: gauge(server, "store_unreachable") == 1)
+                killed = int(server.workers()[0]["pid"])
+                os.kill(killed, signal.SIGKILL)
+                until(partial(replaced, server, killed))
+                load.more()
+                Shelf.mend()
+                until(lambda: gauge(server, "store_unreachable") == 0)
+                assert sorted(Shelf.fetched) == copies, "nothing was fetched twice"
+
+                put(shelf / "two" / "1", shelf / "two" / "0")
+                until(lambda: gauge(server, "bundles{state=ready}") == 3)
+                with full_disk(server, int(server.workers()[0]["pid"])):
+                    (shelf.with_name("aside") / "2").rename(shelf / "one" / "2")
+                    until(lambda: gauge(server, "bundle_refused{bundle=one}") == 1)
+                    load.more()
+                    (line,) = told_of(server, "refused bundle one/2: ")
+                    assert "File too large: make room for copies" in line["message"]
+                take(shelf / "two" / "0")  # when a bundle leaves, there is another try, else within a minute
+                until(lambda: gauge(server, "bundle_refused{bundle=one}") == 0)
+                load.more(version="2")
+            print(terminated(server, photos, encoded(cifar[0], "jpeg", (6000, 6000))))
         assert load.statuses.keys() <= {200, 500, 507} and load.wrong == []
         assert sum(n for status, n in load.statuses.items() if status != 200) <= 8, "the batch of the killed worker"
     finally:
