@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +24,12 @@ from PIL import Image
 
 import cascade
 from cascade.bundle.format import write
+from tests.helpers.asgi_load import Load
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.bundles import handmade
 from tests.helpers.hostile_images import bomb, mutated
 from tests.helpers.http import encoded
-from tests.helpers.servers import CLIENT, EXECUTOR, NO_TLS
+from tests.helpers.servers import CLIENT, EXECUTOR
 from tests.helpers.torments import (
     NO_FILES,
     Clock,
@@ -48,6 +48,8 @@ from tests.helpers.torments import (
 )
 
 pytestmark = pytest.mark.e2e
+
+
 MIB = 2**20
 
 
@@ -56,62 +58,6 @@ def survivor(store: Path) -> Iterator[Asgi]:
     """A server of its own for these tests: it is killed and flooded."""
     with serving_asgi(store, "--log-level", "warning", "--queue", "32") as running:
         yield running
-
-
-@dataclass
-class Load:
-    """Clients in threads that ask one image after the other until told to stop.
-
-    Attributes:
-        answers: (when sent, seconds, status or 0 for a broken connection).
-    """
-
-    url: str
-    photos: list[bytes]
-    bundles: tuple[str, ...] = ("one", "two")
-    answers: list[tuple[float, float, int]] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    _done: threading.Event = field(default_factory=threading.Event)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def start(self, clients: int) -> "Load":
-        self._threads = [threading.Thread(target=self._client, args=(i,), daemon=True) for i in range(clients)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def more(self, count: int = 12) -> None:
-        """Wait until that many more good answers have come."""
-
-        def good() -> int:
-            return sum(status == 200 for _, _, status in self.answers)
-
-        before = good()
-        until(lambda: good() >= before + count)
-
-    def stop(self) -> Counter[int]:
-        """How often each status came."""
-        self._done.set()
-        for thread in self._threads:
-            thread.join()
-        return Counter(status for _, _, status in self.answers)
-
-    def _client(self, number: int) -> None:
-        bundle = self.bundles[number % len(self.bundles)]
-        headers = {"Content-Type": "image/png", "X-Cascade-Bundle": bundle}
-        with httpx.Client(trust_env=False, timeout=120, verify=NO_TLS) as http:
-            while not self._done.is_set():
-                start = time.monotonic()
-                try:
-                    response = http.post(self.url, content=self.photos[number % 10], headers=headers)
-                    status = response.status_code
-                    if status == 200 and response.json()["bundle"] != bundle:
-                        self.wrong.append(response.text)
-                except httpx.TransportError:
-                    status = 0
-                self.answers.append((start, time.monotonic() - start, status))
-                if status != 200:
-                    time.sleep(0.02)
 
 
 @pytest.mark.parametrize("times", short_and_whole(1, 10))
