@@ -101,8 +101,8 @@ def fit_gmm(features: np.ndarray, clusters: int, seed: int) -> GaussianMixture:
     """The paper's: PCA to 20 dimensions, whitened, and a full-covariance mixture (scikit-learn)."""
     pca, x = _whiten(features, seed)
     mixture = Mixture(clusters, covariance_type="full", n_init=3, random_state=seed).fit(x)
-    found = (mixture.means_, mixture.precisions_cholesky_, mixture.weights_)
-    return GaussianMixture(*_projection(pca), *(torch.from_numpy(np.ascontiguousarray(a)) for a in found))
+    parameters = (mixture.means_, mixture.precisions_cholesky_, mixture.weights_)
+    return GaussianMixture(*_projection(pca), *(torch.from_numpy(np.ascontiguousarray(a)) for a in parameters))
 
 
 def fit_centroids(features: np.ndarray, clusters: int, seed: int) -> Centroids:

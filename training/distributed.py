@@ -82,9 +82,9 @@ def average(tensors: Iterable[Tensor]) -> None:
     """The mean over all processes, in place, as one message."""
     if not dist.is_initialized():
         return
-    held = list(tensors)
-    flat = torch.cat([t.detach().flatten().float() for t in held])
+    parts = list(tensors)
+    flat = torch.cat([t.detach().flatten().float() for t in parts])
     dist.all_reduce(flat)
     flat /= world()
-    for tensor, part in zip(held, flat.split([t.numel() for t in held]), strict=True):
+    for tensor, part in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
         tensor.detach().copy_(part.view_as(tensor))

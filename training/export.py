@@ -29,7 +29,7 @@ from training.frozen import Candidate
 from training.routing import ood_of, router_of
 from training.run import Run, read_json, resume
 
-THUMBNAILS = "put small pictures of the neighbors' images into the bundle, for all who may use it"
+THUMBNAILS = "Store small pictures of the neighbors' images in the bundle; everyone who may use it sees them."
 
 
 def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False) -> Path:

@@ -245,7 +245,8 @@ def command(
     compare: Annotated[bool, typer.Option("--compare", help="With --labels: also LoRA and full fine-tuning.")] = False,
     minutes: Annotated[float, typer.Option(help="Cut the steps to fit into this time; 0: all.")] = 0.0,
     price_per_hour: Annotated[
-        float, typer.Option(help="Of one GPU, or of this machine without: its cost is told.")
+        float,
+        typer.Option(help="Price of one GPU, or of a machine without one; the cost of the run is shown at the end."),
     ] = 0.0,
 ) -> None:
     """Train a cascade."""

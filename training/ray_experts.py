@@ -31,7 +31,7 @@ RETRIES = 3  # of a task that dies
 LOOK = 1.0  # seconds between two looks at the curves
 TAIL = 1 << 16  # bytes of a curve in which its last line lies
 OBJECT_STORE = 80 * 2**20  # bytes, hardly more than Ray's least: nothing goes through it
-HELP = "a Ray task for each expert, on the cluster of RAY_ADDRESS or here (training.ray_experts)"
+HELP = "Train each expert in a Ray task, on the cluster at RAY_ADDRESS or on this machine."
 
 
 def train(run: Run) -> None:

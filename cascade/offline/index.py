@@ -160,8 +160,8 @@ def read(folder: Path, device: str = "cpu") -> Index:
 
 def unit(embeddings: np.ndarray) -> np.ndarray:
     """float32 [n, dim], L2-normalized; an embedding of zeros stays zero."""
-    found = np.ascontiguousarray(embeddings, np.float32)
-    scaled: np.ndarray = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    vectors = np.ascontiguousarray(embeddings, np.float32)
+    scaled: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return scaled
 
 
@@ -173,7 +173,7 @@ def search(index: Index, engine: "Engine", images: Sequence["Source"], k: int = 
     """
     fits(index, engine)
     answers = engine.predict(images, index.options())
-    return [each if isinstance(each, ItemError) else found(index, each.embedding, k) for each in answers]
+    return [answer if isinstance(answer, ItemError) else found(index, answer.embedding, k) for answer in answers]
 
 
 def fits(index: Index, engine: "Engine") -> None:

@@ -80,20 +80,20 @@ def opened(folder: Path, job: Job) -> Iterator[None]:
     """
     try:
         folder.mkdir(exist_ok=True)
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise CascadeError(
             f"{folder} cannot be written ({error.strerror}): name a folder, or a .parquet file, in one that exists"
         ) from error
     try:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CascadeError(f"{folder} is being written by another process: wait for it, or name another") from None
         _begin(folder, job)
         yield
     finally:
-        os.close(held)
+        os.close(lock)
 
 
 def units(folder: Path) -> Iterator[tuple[int, Unit]]:
@@ -151,7 +151,7 @@ def writing(path: Path, schema: "pa.Schema") -> Iterator[Callable[["pa.Table"], 
 
     def append(table: "pa.Table", least: int = ROW_GROUP) -> None:
         waiting.append(table)
-        if sum(each.num_rows for each in waiting) >= least:
+        if sum(rows.num_rows for rows in waiting) >= least:
             writer.write_table(pa.concat_tables(waiting))
             waiting.clear()
 
@@ -167,9 +167,9 @@ def join(folder: Path, out: Path) -> None:
     """Join all parts to one file, in the order of the sources, and delete the folder."""
     import pyarrow.parquet as pq
 
-    found = list(parts(folder))
-    with writing(out, pq.read_schema(found[0])) as append:
-        for path in found:
+    files = list(parts(folder))
+    with writing(out, pq.read_schema(files[0])) as append:
+        for path in files:
             with pq.ParquetFile(path) as part:
                 for group in range(part.num_row_groups):
                     append(part.read_row_group(group))

@@ -259,14 +259,14 @@ def _batches(
     for number, unit in units:
         keys: list[str] = []
         futures: list[Future[Item | ItemError]] = []
-        held = 0
+        pending_bytes = 0
         for key, load in read(unit, engine.limits):
-            if len(keys) == batch or held > HELD:
+            if len(keys) == batch or pending_bytes > HELD:
                 yield number, keys, futures
-                keys, futures, held = [], [], 0
+                keys, futures, pending_bytes = [], [], 0
             keys.append(key)
             futures.append(pool.submit(prepare, engine, job, load))
-            held += len(load.data) if isinstance(load, Held) else 0
+            pending_bytes += len(load.data) if isinstance(load, Held) else 0
         yield number, keys, futures
 
 

@@ -41,8 +41,8 @@ def schema(job: Job) -> "pa.Schema":
     if job.embedding != "none":
         number = pa.float16() if job.embedding == "float16" else pa.float32()
         columns["embedding"] = pa.list_(number, job.dim)
-    about = {"bundle": job.bundle, "version": job.version, "mode": job.mode, "digest": job.digest}
-    return pa.schema(columns, metadata=about | {"cascade": __version__})
+    written_by = {"bundle": job.bundle, "version": job.version, "mode": job.mode, "digest": job.digest}
+    return pa.schema(columns, metadata=written_by | {"cascade": __version__})
 
 
 def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Table":
@@ -50,17 +50,17 @@ def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Tab
     import pyarrow as pa
 
     kinds = schema(job)
-    found: list[dict[str, Any]] = []
-    for key, each in zip(keys, answers, strict=True):
+    rows: list[dict[str, Any]] = []
+    for key, answer in zip(keys, answers, strict=True):
         row: dict[str, Any] = {"path": _text(key)}
-        if isinstance(each, ItemError):
-            found.append(row | {"error": _text(each.message), "error_kind": each.kind})
+        if isinstance(answer, ItemError):
+            rows.append(row | {"error": _text(answer.message), "error_kind": answer.kind})
         else:
-            found.append(row | {name: value for name, value in each.to_json().items() if name != "embedding"})
+            rows.append(row | {name: value for name, value in answer.to_json().items() if name != "embedding"})
     columns = [
         _embeddings(job, answers)
         if field.name == "embedding"
-        else pa.array([row.get(field.name) for row in found], field.type)
+        else pa.array([row.get(field.name) for row in rows], field.type)
         for field in kinds
     ]
     return pa.Table.from_arrays(columns, schema=kinds)

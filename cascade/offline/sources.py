@@ -54,8 +54,8 @@ class Unit:
     @classmethod
     def from_json(cls, line: str) -> "Unit":
         """The inverse of ``to_json``."""
-        found = json.loads(line)
-        return cls(**found | {"names": tuple(found.get("names", ()))})
+        values = json.loads(line)
+        return cls(**values | {"names": tuple(values.get("names", ()))})
 
 
 def plan(sources: Iterable[str | Path], rows: int = ROWS) -> Iterator[Unit]:

@@ -41,11 +41,11 @@ def report(path: str | Path, reason: str) -> None:
 
 def workers(java: int) -> set[int]:
     """The living worker processes of the Java process with this PID."""
-    found = set()
+    pids = set()
     for children in Path(f"/proc/{java}/task").glob("*/children"):
         with suppress(OSError):  # a thread that has just ended
-            found |= {int(pid) for pid in children.read_text().split() if _is_worker(int(pid))}
-    return found
+            pids |= {int(pid) for pid in children.read_text().split() if _is_worker(int(pid))}
+    return pids
 
 
 def _is_worker(pid: int) -> bool:

@@ -56,6 +56,7 @@ def test_omp_num_threads(cgroup: Path, monkeypatch: pytest.MonkeyPatch, value: s
     assert (cpus.cpu_count(), cpus.usable()) == (count, 64)
 
 
+@pytest.mark.slow
 def test_the_library_keeps_to_it() -> None:
     """PyTorch and numba count the CPUs of the machine; here a quota of one stands in for a container's."""
     program = """

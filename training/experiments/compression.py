@@ -124,12 +124,12 @@ def _weights(run: Run, start: int) -> int:
 
 
 def _fastest(call: Callable[[], Any], rounds: int = 3) -> float:
-    found = []
+    seconds = []
     for _ in range(rounds):
         begin = time.perf_counter()
         call()
-        found.append(time.perf_counter() - begin)
-    return min(found)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 if __name__ == "__main__":

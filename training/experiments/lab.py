@@ -99,16 +99,16 @@ class Lab:
 
     def sets(self) -> Iterator[str]:
         """The available data sets; missing ones are noted, with how to get them."""
-        found = False
+        available = False
         for name in self.data:
             try:
                 dataset.load(name, "test", 1)
             except (CascadeError, OSError) as error:
                 self.notes.append(f"not run: {error}")
                 continue
-            found = True
+            available = True
             yield name
-        if not found:
+        if not available:
             raise CascadeError(f"none of the data sets is there ({'; '.join(self.notes)})")
 
     def run(self, name: str = "", seed: int = 0, variant: str = "", epochs: float | None = None, **changes: Any) -> Run:
@@ -218,7 +218,7 @@ def main(
             list[str] | None,
             typer.Option("--set", metavar="NAME=VALUE", help="Field of the recipe, such as steps=50; may be repeated."),
         ] = None,
-        price_per_hour: Annotated[float, typer.Option(help="Of a GPU, or of this machine without one.")] = 0.0,
+        price_per_hour: Annotated[float, typer.Option(help="Price of a GPU, or of a machine without one.")] = 0.0,
     ) -> None:
         with stage() as watch, Cost(price_per_hour) as cost:
             changes = small if preset == "small" else paper

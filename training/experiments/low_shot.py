@@ -82,10 +82,10 @@ def by_labels(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
         dispatcher.train(run, own, **some)
         model = finetune.train(tuned, own, **some)
         for method, folder in (("head alone", head), ("supervised mask", own)):
-            found = embed.blocks(run.executor, [run.mask(folder, run.mask_from)], _inputs(run))[0]
-            out.setdefault(method, {})[f"{share} %"] = accuracy(run, folder, found)
-        found = finetune.features(model, _inputs(run))
-        out.setdefault("supervised full fine-tuning", {})[f"{share} %"] = accuracy(tuned, own, found)
+            features = embed.blocks(run.executor, [run.mask(folder, run.mask_from)], _inputs(run))[0]
+            out.setdefault(method, {})[f"{share} %"] = accuracy(run, folder, features)
+        features = finetune.features(model, _inputs(run))
+        out.setdefault("supervised full fine-tuning", {})[f"{share} %"] = accuracy(tuned, own, features)
     return out
 
 

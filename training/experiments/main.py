@@ -43,8 +43,8 @@ def experiment(lab: Lab) -> list[Table]:
             table.add("pixels, 8 x 8", knn(run, raw, eigenvalue=True) | probe(run, raw, plain=not lab.small))
             for method, parts in evaluate.methods(run, evaluate.collect(run)):
                 joined = evaluate.joined(parts[0]).numpy(), evaluate.joined(parts[1]).numpy()
-                found = knn(run, joined, eigenvalue=True) | probe(run, joined, plain=not lab.small)
-                table.add(method, found)
+                scores = knn(run, joined, eigenvalue=True) | probe(run, joined, plain=not lab.small)
+                table.add(method, scores)
         tables.append(table)
     return tables
 

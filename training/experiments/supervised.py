@@ -76,8 +76,8 @@ def rows(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
 
 def accuracy(run: Run, name: str, features: np.ndarray) -> float:
     """Accuracy in % of the head that the training ``name`` has left, on held-out features [N, F]."""
-    found = finetune.logits(run, name, features).argmax(axis=1)
-    return 100 * float(np.mean(found == labels(run)[1].numpy()))
+    predicted = finetune.logits(run, name, features).argmax(axis=1)
+    return 100 * float(np.mean(predicted == labels(run)[1].numpy()))
 
 
 def tuned_features(run: Run, name: str = "fine-tuned", head: Path | None = None) -> Pair:

@@ -10,6 +10,8 @@ from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from tests.helpers.adapters import NETWORKS, adapters, reference
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=NETWORKS)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
