@@ -67,6 +67,8 @@ class Client:
         for name in ("bundle", "version", "mode", "priority"):
             if (value := getattr(options, name)) is not None:
                 headers[f"X-Cascade-{name}"] = str(value).encode()  # UTF-8: names may be in any script
+        if options.dispatch != "image":
+            headers["X-Cascade-Dispatch"] = options.dispatch.encode()
         answer = self._ask("POST", self._predict, content=_read(image), headers=headers)
         if not _good(answer):
             return _error(answer)
@@ -86,7 +88,7 @@ class Client:
 
         Args:
             images: files, or float32 [N, 3, H, W], preprocessed.
-            outputs: some of ``cascade.open_inference.OUTPUTS``.
+            outputs: some of ``cascade.open_inference.OUTPUTS``; with the bundle ``auto`` also of ``AUTO_OUTPUTS``.
 
         Returns:
             Each output by name: an array with a row an image, or a list of texts; and the ``version`` that made them.

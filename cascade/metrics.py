@@ -73,6 +73,14 @@ DROPPED = Counter(
 for _why in ("overloaded", "over_rate", "over_concurrency", "over_queue", "deadline", "cancelled", "stopping"):
     DROPPED.labels(_why)  # there from the start, as zero
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
+DISPATCHED = Counter(
+    "cascade_dispatched_total",
+    "Images that named no bundle, by the one they were sent to (unknown: none fits).",
+    ["bundle"],
+)
+DISPATCH_CONFIDENCE = Histogram(
+    "cascade_dispatch_confidence", "Calibrated p(bundle) of images that named none.", buckets=_CONFIDENCES
+)
 OOD_SCORE = Histogram(
     "cascade_ood_score",
     "Out-of-domain score, a percentile among the training images: without drift it is spread evenly.",
@@ -183,6 +191,13 @@ def count_mask(bundle: str | None, hit: bool) -> None:
     (MASK_HITS if hit else MASK_MISSES).inc()
     if bundle is not None:
         BUNDLE_MASKS.labels(bundle_label(bundle), "hit" if hit else "miss").inc()
+
+
+def count_dispatch(bundle: str | None, confidence: float = 0.0) -> None:
+    """Count one image that named no bundle. bundle: where it was sent; None: it fits none."""
+    DISPATCHED.labels("unknown" if bundle is None else bundle).inc()
+    if bundle is not None:
+        DISPATCH_CONFIDENCE.observe(confidence)
 
 
 def stage(name: str) -> AbstractContextManager[object]:

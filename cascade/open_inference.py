@@ -12,6 +12,8 @@ OUTPUTS = {
     "label": "BYTES",
     "error": "BYTES",
 }
+AUTO_OUTPUTS = OUTPUTS | {"bundle": "BYTES", "bundle_confidence": "FP32"}
+"""Of the model ``auto``, which sends each image to the bundle that it fits."""
 NUMPY = {"INT64": "<i8", "FP32": "<f4"}
 
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.results import DISPATCHES, ItemError, Options, Prediction
 from cascade.engine.tenants import PRIORITIES
 from handlers.statuses import error_body
 
 PREFIX = "x-cascade-"
-OPTIONS = ("bundle", "version", "mode", "fields", "priority")
+OPTIONS = ("bundle", "version", "mode", "fields", "priority", "dispatch")
 BINARY = "application/octet-stream"
 FIELDS = ("labels", "neighbors", "embedding")
 MAX_MEMBERS = 100
@@ -92,8 +92,12 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
     if priority not in (None, *PRIORITIES):
         return ItemError("bad_option", f"option 'priority' is one of {', '.join(PRIORITIES)}")
     labels, neighbors = (5 if name in fields else 0 for name in ("labels", "neighbors"))
+    how = given.get("dispatch") or "image"
+    dispatch = next((choice for choice in DISPATCHES if choice == how), None)
+    if dispatch is None:
+        return ItemError("bad_option", f"option 'dispatch' is one of {', '.join(DISPATCHES)}")
     settled = given.get("bundle"), given.get("version"), given.get("mode")
-    return Options(*settled, "embedding" in fields, labels, neighbors, priority)
+    return Options(*settled, "embedding" in fields, labels, neighbors, priority, dispatch)
 
 
 def wants_bytes(headers: Mapping[str, str]) -> bool:

@@ -20,6 +20,7 @@ STATUSES: dict[str, int] = {
     "too_complex": 413,
     # The request.
     "bundle_missing": 400,
+    "unknown_domain": 422,
     "unknown_bundle": 404,
     "unknown_version": 404,
     "unknown_mode": 400,

@@ -19,7 +19,9 @@ from torch.nn.functional import mse_loss
 from cascade.bundle.format import Bundle, read, write
 from cascade.bundle.schema import BackboneCard, Card, MaskCard
 from cascade.engine.engine import Engine
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.results import Options, Prediction
+from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model import finetuned, preprocessing
@@ -31,6 +33,7 @@ from cascade.model.heads import Linear
 from cascade.model.masks import Mask, unpack
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Calibration
+from training import domains
 
 BATCH, RATE = 64, 2e-4
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -44,6 +47,7 @@ def import_copy(
     classes: list[str] | None = None,
     size: int | None = None,
     distill: Path | None = None,
+    domain: Path | None = None,
     steps: int = 100,
     seed: int = 0,
 ) -> tuple[Path, FineTuned, list[Loss]]:
@@ -54,6 +58,7 @@ def import_copy(
         classes: names of the classifier's rows; numbers if left out.
         size: side of the images, pixels; the backbone's own if left out.
         distill: folder of images to train the deltas on, for ``steps`` steps of 64 images.
+        domain: folder of images like those that will be sent, so that images can be dispatched to the bundle.
 
     Raises:
         CascadeError: the checkpoint is not a copy of this backbone, or there are not as many names as classes.
@@ -68,6 +73,8 @@ def import_copy(
     if distill is not None:
         mask = fit_deltas(backbone, mask, tuned.state, images_in(distill), view, steps, seed)
     weights = backbone.weights.numel() - backbone.offset(mask.start)
+    executor = PlainExecutor(backbone, WeightCache(2**34))
+    found, stage = (None, None) if domain is None else domains.of_files(executor, images_in(domain), view)
     heads = {} if tuned.weight is None or tuned.bias is None else {"dispatcher": Linear(tuned.weight, tuned.bias)}
     bundle = Bundle(
         name=out.parent.name,
@@ -77,6 +84,7 @@ def import_copy(
             backbone=BackboneCard.of(backbone),
             preprocessing=view.to_json(),
             masks=[MaskCard(name=mask.name, start=mask.start, weights=weights, density=1.0)],
+            domain=stage,
             mode="dispatcher",
             dim=backbone.features,
             classes=names,
@@ -88,6 +96,7 @@ def import_copy(
         router=None,
         calibration=Calibration(),
         ood=None,
+        domain=found,
         fusions={"dispatcher": Identity.of(backbone.features)},
         linear=dict(heads),  # type: ignore[arg-type]
     )

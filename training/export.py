@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cascade.bundle.format import Bundle, write
-from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle.schema import BackboneCard, Card, DomainCard, MaskCard, RouterCard
 from cascade.bundle.thumbnails import make
 from cascade.model.fusion import Identity, Mode
 from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration
-from training import heads
+from training import domains, heads
 from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
 from training.evaluate import Features, collect, fusions
@@ -39,10 +39,12 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
     masks = (run.dispatcher, *run.experts)
     summary = read_json(run.folder / SUMMARY)
     rows = _bank_rows(run)
+    domain, stage = domains.of_run(run)
     bundle = Bundle(
         name=out.parent.name,
         version=out.name,
-        card=_card(run, masks, len(fitted["dispatcher"][0].bias), summary, accuracy),
+        card=_card(run, masks, len(fitted["dispatcher"][0].bias), summary, accuracy, stage),
+        domain=domain,
         preprocessing=run.preprocessing,
         dispatcher=masks[0],
         experts=masks[1:],
@@ -68,10 +70,12 @@ def export_classifier(
     features = torch.from_numpy(run.features(chosen.name)[0])
     rows = _bank_rows(run)
     head = Linear(chosen.head.weight.half(), chosen.head.bias)
+    domain, stage = domains.of_run(run)
     bundle = Bundle(
         name=out.parent.name,
         version=out.name,
-        card=_card(run, (replace(mask, name="dispatcher"),), run.backbone.features, {}, accuracy),
+        card=_card(run, (replace(mask, name="dispatcher"),), run.backbone.features, {}, accuracy, stage),
+        domain=domain,
         preprocessing=run.preprocessing,
         dispatcher=replace(mask, name="dispatcher"),
         experts=(),
@@ -91,7 +95,9 @@ def _ood(run: Run, name: str) -> OutOfDomain:
     return fit_ood(train, test[::2])
 
 
-def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any]) -> Card:
+def _card(
+    run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any], stage: DomainCard
+) -> Card:
     backbone, recipe = run.backbone, run.recipe
     kept = {k: v for k, v in asdict(recipe).items() if k not in ("data", "source")}
     return Card(
@@ -109,6 +115,7 @@ def _card(run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], 
             for mask in masks
         ],
         router=RouterCard(**{k: summary[k] for k in RouterCard.model_fields}) if recipe.clusters else None,
+        domain=stage,
         mode=recipe.mode if recipe.clusters else "dispatcher",
         dim=dim,
         classes=run.images.classes if run.images.labels is not None else [],

@@ -86,7 +86,8 @@ def fit(
     try:
         for step, parts in zip(range(begin, steps), loaded, strict=False):
             progress = step / steps
-            set_rates(optimizers, schedule(progress, objective.warmup(steps)))
+            unfrozen = step - head_steps if head_steps else None
+            set_rates(optimizers, schedule(progress, objective.warmup(steps)), unfrozen)
             model.head_only = step < head_steps
             if recipe.progressive:
                 model.progress(1 - progress * (1 - recipe.share))

@@ -10,6 +10,8 @@ from training.masking import MaskedModel
 from training.objectives import Objective
 from training.recipe import Recipe
 
+WEIGHTS_WARMUP = 100  # steps
+
 
 class RmsSGD(torch.optim.SGD):
     """SGD on gradients scaled to a root mean square of 1, tensor by tensor: layers differ a thousandfold."""
@@ -59,10 +61,18 @@ def make_optimizers(
     return optimizers
 
 
-def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
-    """Multiply every initial learning rate with ``factor``."""
-    for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
-        group["lr"] = group["initial_lr"] * factor
+def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float, unfrozen: int | None = None) -> None:
+    """Multiply every initial learning rate with ``factor``.
+
+    Args:
+        unfrozen: steps since the head is no longer trained alone; None where it never was. The rate of whole weights
+            rises over ``WEIGHTS_WARMUP`` of them: Adam's first steps move every weight by the full rate, and a network
+            with depthwise layers does not survive that.
+    """
+    for kind, optimizer in optimizers.items():
+        rising = 1.0 if unfrozen is None or kind != "weights" else min(1.0, max(0, unfrozen + 1) / WEIGHTS_WARMUP)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor * rising
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:

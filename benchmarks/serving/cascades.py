@@ -5,6 +5,7 @@ from collections.abc import Callable
 from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, figure
 from benchmarks.subprocesses import peers, ratios, rounds
+from cascade.engine.results import Prediction
 from cascade.engine.weight_cache import WeightCache
 from cascade.model.fusion import Mode
 
@@ -27,7 +28,8 @@ def build(name: str, expert_from: int, mode: Mode) -> Callable[[int], set[int]]:
 
     def work(nth: int) -> set[int]:
         images = [pixels[(nth * BATCH + i) % 64] for i in range(BATCH)]
-        return {p.cluster for p in engine.run([synthetic.item(engine, "cascade", image, mode) for image in images])}
+        answers = engine.run([synthetic.item(engine, "cascade", image, mode) for image in images])
+        return {answer.cluster for answer in answers if isinstance(answer, Prediction)}
 
     return work
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from cascade.bundle.schema import Card
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.errors import CascadeError
+from cascade.model.domain import Domain
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask
@@ -34,6 +35,7 @@ class Bundle:
         router, calibration: None and identity without experts.
         ood: None where none was fitted.
         fusions, linear, banks: by mode.
+        domain: what its images look like to the plain backbone; None where it can't be dispatched to.
         thumbnails: pictures of the banks' rows; None without the option.
         digest: over every byte of its files, in hex; empty if it was not read from files.
     """
@@ -50,6 +52,7 @@ class Bundle:
     fusions: dict[Mode, Fusion]
     linear: dict[Mode, Linear] = field(default_factory=dict)
     banks: dict[Mode, Bank] = field(default_factory=dict)
+    domain: Domain | None = None
     thumbnails: Thumbnails | None = None
     digest: str = ""
 
@@ -69,13 +72,14 @@ class Bundle:
             experts=tuple(_moved(m, device) for m in self.experts),
             router=None if self.router is None else _moved(self.router, device),
             ood=None if self.ood is None else _moved(self.ood, device),
+            domain=None if self.domain is None else _moved(self.domain, device),
             fusions={mode: _moved(f, device) for mode, f in self.fusions.items()},
             linear={mode: _moved(h, device) for mode, h in self.linear.items()},
         )
 
     def bytes(self) -> int:
         """Resident memory of the bundle, everything counted, materialized weights apart."""
-        parts = [self.router, self.ood, self.thumbnails, *self.fusions.values(), *self.linear.values()]
+        parts = [self.router, self.ood, self.domain, self.thumbnails, *self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
         counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
         return sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)

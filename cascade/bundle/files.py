@@ -16,6 +16,7 @@ from cascade.bundle.bundle import BundleError
 CARD, SUMS = "cascade.json", "SHA256SUMS"
 FILE_NAME = re.compile(r"[a-z]+(\.[a-z]+)+|SHA256SUMS")
 MAX_BYTES = 2**31  # of one file; a bundle is megabytes
+RESERVED = "auto"
 MAX_FILES = 16  # of a bundle; it has seven at most
 CARD_BYTES = 2**22  # of the card, which is parsed as JSON
 NAME = re.compile(r"\w([\w. -]{0,62}[\w.-])?")
@@ -30,6 +31,8 @@ def check_name(path: Path) -> tuple[str, str]:
         BundleError: one of them can't be used everywhere.
     """
     path = Path(os.path.abspath(path))  # "." has a name, too
+    if path.parent.name == RESERVED:
+        raise BundleError(f"no bundle can be called {RESERVED!r}: requests say it to have an image dispatched")
     for part in (path.parent.name, path.name):
         if not NAME.fullmatch(part) or unicodedata.normalize("NFC", part) != part:
             raise BundleError(

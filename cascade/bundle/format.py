@@ -30,6 +30,7 @@ from cascade.bundle.thumbnails import Thumbnails
 from cascade.bundle.validate import inconsistencies
 from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
+from cascade.model.domain import Domain
 from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, all_ones
@@ -154,7 +155,8 @@ def serialize(bundle: Bundle, *, compress: bool = True) -> dict[str, bytes]:
     files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in held.items() if tensors}
     sizes = {name: len(raw) for name, raw in sorted(files.items())}
     card = bundle.card.model_copy(update={"format": format_of(bundle), "bytes": sizes})
-    return files | {CARD: (json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()}
+    document = card.model_dump(exclude={"domain"} if card.domain is None else None)
+    return files | {CARD: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
@@ -200,7 +202,7 @@ def write_files(path: Path, files: Mapping[str, bytes], packed: int | None = Non
 def format_of(bundle: Bundle) -> int:
     """The oldest format that can hold the bundle."""
     halves = any(head.weight.dtype != torch.float32 for head in bundle.linear.values())
-    new = halves or any(isinstance(f, Identity) for f in bundle.fusions.values())
+    new = halves or bundle.domain is not None or any(isinstance(f, Identity) for f in bundle.fusions.values())
     for mask, card in zip(bundle.masks, bundle.card.masks, strict=True):
         new |= bool(mask.channels or mask.deltas) or _keeps_all(mask, card)
     return 2 if new else 1
@@ -234,6 +236,7 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
         masks |= {f"{m.name}.deltas.{name}": t for name, t in m.deltas.items()}
     router = {} if bundle.router is None else {f"router.{n}": t for n, t in tensors(bundle.router).items()}
     ood = {} if bundle.ood is None else {f"ood.{f.name}": getattr(bundle.ood, f.name) for f in fields(bundle.ood)}
+    domain = {} if bundle.domain is None else {f"domain.{n}": getattr(bundle.domain, n) for n in Domain.layout}
     projected = [(mode, f) for mode, f in bundle.fusions.items() if not isinstance(f, Identity)]
     fusion = {f"{mode}.{n}": getattr(f, n) for mode, f in projected for n in ("weight", "bias")}
     heads = {f"{mode}.linear.{n}": getattr(h, n) for mode, h in bundle.linear.items() for n in ("weight", "bias")}
@@ -242,7 +245,8 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
         heads |= {"bank.labels": _text(bank.labels)} if bank.labels else {}
     small = bundle.thumbnails
     pictures = {} if small is None else {f"thumbnails.{f.name}": getattr(small, f.name) for f in fields(small)}
-    parts = {"masks": masks, "router": router | ood, "fusion": fusion, "heads": heads, "thumbnails": pictures}
+    parts = {"masks": masks, "router": router | ood, "domain": domain, "fusion": fusion, "heads": heads}
+    parts["thumbnails"] = pictures
     # Copies, because safetensors takes no two names for one memory.
     return {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
 
@@ -252,7 +256,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
     masks = [_mask(parts.get("masks.safetensors", {}), m, card.format) for m in card.masks]
     routing = parts.get("router.safetensors", {})
     fusion, heads = parts.get("fusion.safetensors", {}), parts.get("heads.safetensors", {})
-    pictures = parts.get("thumbnails.safetensors", {})
+    pictures, domain = parts.get("thumbnails.safetensors", {}), parts.get("domain.safetensors", {})
     router = None
     if card.router is not None:
         kind = next((k for k in KINDS if k.kind == card.router.kind), None)
@@ -274,6 +278,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
         or {"dispatcher": Identity.of(card.dim)},
         linear={m: Linear(**strip_prefix(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
+        domain=Domain(**strip_prefix(domain, "domain.")) if domain else None,
         thumbnails=Thumbnails(**strip_prefix(pictures, "thumbnails.")) if pictures else None,
     )
 

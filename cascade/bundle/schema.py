@@ -62,6 +62,12 @@ class RouterCard(Finite):
     intercept: float = 0.0
 
 
+class DomainCard(Finite):
+    """Where the domain of the bundle's images was fitted: before this stage of the plain backbone."""
+
+    stage: int = Field(ge=0)
+
+
 class Versioned(BaseModel):
     """What every format's card has: which one it is."""
 
@@ -76,6 +82,7 @@ class Card(Versioned):
     preprocessing: dict[str, Any]
     masks: list[MaskCard] = Field(min_length=1, max_length=1025)
     router: RouterCard | None = None
+    domain: DomainCard | None = None
     mode: Mode
     dim: int = Field(gt=0)
     classes: list[str] = []

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.thumbnails import Thumbnails
+from cascade.model.domain import MAX_WIDTH, Domain
 from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.preprocessing import MAX_RESIZED, Preprocessing
 from cascade.model.router import Prototypes, Router
 
+MAX_PROTOTYPES = 256
 MAX_SIZE, MIN_CROP, MAX_CROP = 2048, 0.2, 2.0
 
 
@@ -50,6 +52,19 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
         int(r.clusters) != k or not set(r.cluster.tolist()) <= {*range(k)}
     ):
         yield "router: its prototypes are not of one cluster for each expert"
+    if (bundle.domain is None) != (card.domain is None):
+        yield "a domain needs its stage in the card, and a stage a domain"
+    if bundle.domain is not None and card.domain is not None:
+        yield from _misshapen("domain", bundle.domain, sizes)
+        width = bundle.domain.prototypes.shape[-1]
+        if card.format == 1 or not 0 < len(bundle.domain.prototypes) <= MAX_PROTOTYPES:
+            yield f"domain: it needs format 2, and 1 to {MAX_PROTOTYPES} prototypes"
+        if not 0 < width <= MAX_WIDTH or len(bundle.domain.scatter) != width * (width + 1) // 2:
+            yield f"domain: its scatter is no triangle of {width} columns, or there are more than {MAX_WIDTH}"
+        if not 2 <= len(bundle.domain.samples) <= MAX_PROTOTYPES:
+            yield f"domain: it has {len(bundle.domain.samples)} samples, not 2 to {MAX_PROTOTYPES}"
+        if card.domain.stage >= len(card.backbone.stages):
+            yield "domain: it was fitted after the last stage"
     if bundle.ood is not None and len(bundle.ood.quantiles) < 2:
         yield "ood: a percentile needs two quantiles or more"
     slots = {"dispatcher": {1}, "conditional": {2, k + 1}, "unconditional": {k + 1}}
@@ -73,7 +88,7 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
 
 def _not_finite(bundle: Bundle) -> Iterator[str]:
     """Parts that hold NaN or infinity: their answers would not be numbers."""
-    parts = {"router": bundle.router, "ood": bundle.ood} | {m.name: m for m in bundle.masks}
+    parts = {"router": bundle.router, "ood": bundle.ood, "domain": bundle.domain} | {m.name: m for m in bundle.masks}
     for group in ("fusions", "linear", "banks"):
         parts |= {f"{group} {mode}": part for mode, part in getattr(bundle, group).items()}
     for what, part in parts.items():
@@ -96,7 +111,7 @@ def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
 
 
 def _misshapen(
-    what: str, part: Router | OutOfDomain | Fusion | Linear | Bank | Thumbnails | None, sizes: dict[str, int]
+    what: str, part: Router | OutOfDomain | Domain | Fusion | Linear | Bank | Thumbnails | None, sizes: dict[str, int]
 ) -> Iterator[str]:
     """Tensors that do not have the part's layout; an axis that ``sizes`` lacks takes the first length that occurs."""
     sizes = dict(sizes)

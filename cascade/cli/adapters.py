@@ -50,7 +50,9 @@ def import_checkpoint(
     elif images is not None:
         names = sorted(folder.name for folder in images.iterdir() if folder.is_dir())
     plain = load_backbone(backbone, source, weights)
-    path, tuned, losses = import_copy(checkpoint, plain, out, classes=names, size=size, distill=distill, steps=steps)
+    path, tuned, losses = import_copy(
+        checkpoint, plain, out, classes=names, size=size, distill=distill, domain=distill or images, steps=steps
+    )
     table = Table("weight", "change", "lost before distillation", title="what the delta keeps")
     for loss in losses:
         table.add_row(loss.weight, f"{loss.change:.1%}", f"{loss.lost:.1%}")

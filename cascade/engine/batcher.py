@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -20,11 +21,12 @@ from cascade.cpus import cpu_count
 from cascade.engine import tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
+from cascade.engine.dispatch import outvoted
 from cascade.engine.engine import Engine, Source
 from cascade.engine.fair_queue import Answer, Room, Waiting
-from cascade.engine.items import Item, passes
+from cascade.engine.items import AnyItem, Item, OpenItem, passes
 from cascade.engine.priorities import PriorityQueue
-from cascade.engine.results import ItemError, Options
+from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.statistics import Statistics
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
@@ -136,26 +138,42 @@ class Batcher:
             decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
         return futures
 
-    def submit_item(self, item: Item, timeout: float | None = None, tenant: Tenant | None = None) -> "Future[Answer]":
+    def submit_item(
+        self, item: AnyItem, timeout: float | None = None, tenant: Tenant | None = None
+    ) -> "Future[Answer]":
         """``submit`` for an item that ``Engine.prepare`` made."""
         since = time.monotonic()
         deadline = math.inf if timeout is None else since + timeout
         future: Future[Answer] = Future()
         with self._changed:
-            admitted = self._enter(tenant, item.bundle.name, 1, since)
+            admitted = self._enter(tenant, item.name, 1, since)
             if isinstance(admitted, Tenant):
                 self._follow([future], admitted, since)
                 self._add(Waiting(item, admitted, future, since, deadline))
                 return future
-        return _answered(admitted, item.bundle.name, tenant)
+        return _answered(admitted, item.name, tenant)
 
     async def answers(
         self, images: Sequence[Source], options: Options, timeout: float, tenant: Tenant | None = None
     ) -> list[Answer]:
         """``submit_all`` for an event loop; images without an answer after ``timeout`` seconds get DEADLINE.
 
-        Cancelling it gives up the images that are in no pass yet.
+        Images that are dispatched as a set are answered by one bundle. Cancelling it gives up the images that are in no
+        pass yet.
         """
+        end = time.monotonic() + timeout
+        answers = await self._answers(images, options, timeout, tenant)
+        if options.dispatch == "set" and (vote := outvoted(answers)) and vote[1]:
+            named = replace(options, bundle=vote[0], dispatch="image")
+            left = max(0.0, end - time.monotonic())
+            again = await self._answers([images[row] for row in vote[1]], named, left, tenant)
+            for row, answer in zip(vote[1], again, strict=True):
+                answers[row] = answer
+        return answers
+
+    async def _answers(
+        self, images: Sequence[Source], options: Options, timeout: float, tenant: Tenant | None
+    ) -> list[Answer]:
         futures = self.submit_all(images, options, timeout, tenant)
         try:
             await asyncio.wait([asyncio.wrap_future(future) for future in futures], timeout=timeout)
@@ -209,7 +227,7 @@ class Batcher:
 
     def _decode(
         self, image: Source, options: Options, deadline: float, future: "Future[Answer]"
-    ) -> Item | ItemError | None:
+    ) -> AnyItem | ItemError | None:
         """In a decoder thread. None where nobody waits for the answer any more."""
         if future.cancelled():
             return None
@@ -225,7 +243,7 @@ class Batcher:
         since: float,
         deadline: float,
         future: "Future[Answer]",
-        decoded: "Future[Item | ItemError | None]",
+        decoded: "Future[AnyItem | ItemError | None]",
     ) -> None:
         """Once an image is decoded: it waits for its pass, or has its answer."""
         try:
@@ -236,7 +254,7 @@ class Batcher:
         with self._changed:
             self._decoding -= 1
             self._changed.notify_all()
-            if isinstance(item, Item) and not future.cancelled():
+            if isinstance(item, Item | OpenItem) and not future.cancelled():
                 self._add(Waiting(item, tenant, future, since, deadline))
                 return
             self._admission.leave(tenant)
@@ -280,9 +298,9 @@ class Batcher:
             answers = [*zip(batch, self.engine.run([waiting.item for waiting in batch]), strict=True)]
         except Exception:
             log.exception("a pass over %d images failed", len(batch))
-            answers = [(waiting, _failed(FAILED, waiting.item.bundle.name)) for waiting in batch]
+            answers = [(waiting, _failed(FAILED, waiting.item.name)) for waiting in batch]
             failed = True
-        self.statistics.count([(w.item.bundle.identity, w.since) for w in batch], self._begun, failed)
+        self.statistics.count([(_identity(*pair), pair[0].since) for pair in answers], self._begun, failed)
         seconds = (time.monotonic() - self._begun) / _cost(batch)
         with self._changed:
             self._running = 0
@@ -297,7 +315,7 @@ class Batcher:
         taken = self._waiting.take(room, self.engine, now - self.patience)
         for waiting in taken:
             metrics.QUEUE_SECONDS.observe(now - waiting.since)
-            tenant_metrics.waited(waiting.item.bundle.name, waiting.tenant, now - waiting.since)
+            tenant_metrics.waited(waiting.item.name, waiting.tenant, now - waiting.since)
         return [waiting for waiting in taken if self._leave(waiting)]
 
     def _remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
@@ -314,6 +332,13 @@ class Batcher:
         return wanted
 
 
+def _identity(waiting: Waiting, answer: Answer) -> tuple[str, str]:
+    """Name and version of the bundle that an image was for, or was dispatched to; empty where it fits none."""
+    if isinstance(answer, Prediction):
+        return answer.bundle, answer.version
+    return ("", "") if isinstance(waiting.item, OpenItem) else waiting.item.bundle.identity
+
+
 def _cost(batch: Sequence[Waiting]) -> int:
     return sum(passes(waiting.item) for waiting in batch)
 
@@ -326,7 +351,7 @@ def _answered(error: ItemError, bundle: str | None, tenant: Tenant | None) -> "F
 
 
 def _refuse(waiting: Waiting, why: ItemError) -> None:
-    waiting.future.set_result(_counted(why, waiting.item.bundle.name))
+    waiting.future.set_result(_counted(why, waiting.item.name))
 
 
 def _counted(why: ItemError, bundle: str | None) -> ItemError:

@@ -22,15 +22,15 @@ from cascade import metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.format import check, digest, read
 from cascade.cpus import limit_threads
+from cascade.engine.dispatch import DispatchTable, dispatch, mode_of, outvoted, surest
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
-from cascade.engine.items import Item
+from cascade.engine.items import AnyItem, Item, OpenItem
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
-from cascade.model.fusion import MODES
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import LIMITS, ImageError, Limits, Preprocessing, convert
 from cascade.model.preprocessing import decode as decode_image
@@ -38,6 +38,8 @@ from cascade.model.preprocessing import read as read_image
 
 DEFAULT_BUDGET = 2**30
 MAX_PIXEL = 1000  # normalized ones lie within +-20 or so; from very large ones a network makes NaN
+AUTO = "auto"
+"""In place of a bundle's name: dispatch the image to the bundle that it fits."""
 T = TypeVar("T")
 Source = bytes | bytearray | str | Path | Image.Image | Tensor
 
@@ -82,6 +84,7 @@ class Engine:
         # Replaced, never changed in place: who reads them needs no lock.
         self._executors: dict[str, Executor] = {}
         self._bundles: dict[str, dict[str, Bundle]] = {}
+        self._table: tuple[object, Mapping[str, str], DispatchTable] | None = None  # for these bundles and pins
         self._leaving: list[tuple[weakref.ref[Bundle], tuple[Mask, ...], str]] = []
         self._lock = threading.Lock()  # of passes, which take turns
         self._changing = threading.RLock()  # of what is loaded; taken before the other one
@@ -127,7 +130,8 @@ class Engine:
             experts = tuple(map(executor.pack, bundle.experts))
             bundle = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts).to(self.device)
             self._fit(here, bundle, executor, replaces)
-            executor.prepare(bundle.masks, bundle.preprocessing.size)
+            stage = bundle.card.domain.stage if bundle.card.domain else 0
+            executor.prepare(bundle.masks, bundle.preprocessing.size, stage)
             self.weight_cache.owners.update(dict.fromkeys(bundle.masks, bundle.name))
             self._executors = {**self._executors, fingerprint: executor}
             if warm:
@@ -161,6 +165,7 @@ class Engine:
             others = {n: b for n, b in self._bundles.items() if n != name}
             self._bundles = {**others, name: held} if held else others
             self._leaving = [*self._leaving, leaving]
+            self._table = None
             self.release()
 
     def release(self) -> None:
@@ -175,7 +180,7 @@ class Engine:
         self,
         images: Sequence[Source],
         options: Options | Sequence[Options] = Options(),
-        decode: Callable[..., Iterable[Item | ItemError]] = map,
+        decode: Callable[..., Iterable[AnyItem | ItemError]] = map,
         on_error: Literal["return", "raise"] = "return",
     ) -> list[Prediction | ItemError]:
         """Answers in the order of ``images``; a bad image gets an ``ItemError`` and does not affect the others.
@@ -197,15 +202,23 @@ class Engine:
             raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
         with metrics.stage("decode"):
             prepared = [*decode(self.prepare, images, wishes)]
-        if on_error == "raise" and (
-            errors := [(n, item) for n, item in enumerate(prepared) if isinstance(item, ItemError)]
-        ):
-            raise CascadeError(f"image {errors[0][0]}: {errors[0][1]}")
-        answers = iter(self.run([item for item in prepared if isinstance(item, Item)]))
-        return [next(answers) if isinstance(item, Item) else item for item in prepared]
+        if on_error == "raise":
+            _raise_first(prepared)
+        rest = iter(self.run([item for item in prepared if not isinstance(item, ItemError)]))
+        answers = [item if isinstance(item, ItemError) else next(rest) for item in prepared]
+        if isinstance(options, Options) and options.dispatch == "set" and (vote := outvoted(answers)):
+            rows, named = vote[1], replace(options, bundle=vote[0], dispatch="image")
+            again = self.predict([images[row] for row in rows], named, decode) if rows else []
+            for row, answer in zip(rows, again, strict=True):
+                answers[row] = answer
+        if on_error == "raise":
+            _raise_first(answers)
+        return answers
 
-    def prepare(self, image: Source, options: Options = Options()) -> Item | ItemError:
-        """Decode one image for the bundle that it wants; safe in any thread, beside a pass.
+    def prepare(self, image: Source, options: Options = Options()) -> AnyItem | ItemError:
+        """Decode one image for the bundle that it wants, or for all that it may be dispatched to.
+
+        It is safe in any thread, beside a pass.
 
         What is wrong with the image or the options is the answer, counted.
         """
@@ -214,18 +227,31 @@ class Engine:
             metrics.count_answer(options.bundle, None, item.kind)
         return item
 
-    def run(self, items: Sequence[Item]) -> list[Prediction]:
-        """One pass for all ``items``, answers in their order; passes of several threads take turns."""
+    def run(self, items: Sequence[AnyItem]) -> list[Prediction | ItemError]:
+        """One pass for all ``items``, answers in their order; passes of several threads take turns.
+
+        Only an open item, which names no bundle, may have an error for an answer.
+        """
         metrics.BATCH_IMAGES.observe(len(items))
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            answers = forward(self._executors, self.weight_cache, self.device, items)
-        for item, answer in zip(items, answers, strict=True):
+            settled = dispatch(self._executors, self.device, items)
+            flat = [item for own in settled if not isinstance(own, ItemError) for item in own]
+            passed = forward(self._executors, self.weight_cache, self.device, flat)
+        found = iter(passed)
+        answers: list[Prediction | ItemError] = []
+        for own in settled:
+            if isinstance(own, ItemError):
+                metrics.count_answer(None, None, own.kind)
+                answers.append(own)
+                continue
+            answer = surest([next(found) for _ in own])
             metrics.count_answer(answer.bundle, answer.cluster, version=answer.version)
             metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
-            if item.bundle.ood is not None:
+            if any(item.bundle.ood is not None for item in own):
                 metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
+            answers.append(answer)
         return answers
 
     def stats(self) -> dict[str, int]:
@@ -268,6 +294,17 @@ class Engine:
             )
         found = held[max(held, key=number)] if version is None else held.get(version)
         return found or ItemError("unknown_version", f"no such version; loaded: {versions}")
+
+    def dispatch_table(self) -> DispatchTable | ItemError:
+        """What an image that names no bundle is dispatched by; made anew after the bundles have changed."""
+        bundles, kept = self._bundles, self._table
+        if kept is None or kept[0] is not bundles or kept[1] != self.pins:
+            serving = [bundle for name in bundles if isinstance(bundle := self.find(name), Bundle)]
+            kept = self._table = bundles, dict(self.pins), DispatchTable.of(serving)
+        if kept[2].spaces:
+            return kept[2]
+        names = " ".join(sorted(bundles)) or "none"
+        return ItemError("bundle_missing", f"say which bundle, none has a domain to dispatch by; loaded: {names}")
 
     def _load(self, bundle: Bundle) -> Executor:
         """An executor for the bundle's backbone, after the bundle was checked against it."""
@@ -324,23 +361,32 @@ class Engine:
             self._executors = {f: e for f, e in self._executors.items() if f in used}
         metrics.resident(self.stats())
 
-    def _prepare(self, image: Source, options: Options) -> Item | ItemError:
+    def _prepare(self, image: Source, options: Options) -> AnyItem | ItemError:
+        if options.bundle == AUTO or (options.bundle is None and len(self._bundles) > 1):
+            table = self.dispatch_table()
+            if isinstance(table, ItemError):
+                return table
+            pixels = self._pixels(image, [space.preprocessing for space in table.spaces])
+            return pixels if isinstance(pixels, ItemError) else OpenItem(table, options, tuple(pixels))
         bundle = self.find(options.bundle, options.version)
         if isinstance(bundle, ItemError):
             return bundle
-        mode = next((m for m in MODES if m == (options.mode or bundle.card.mode)), None)
-        if mode is None:
-            return ItemError("unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
-        if mode not in bundle.fusions:
-            return ItemError("mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
+        mode = mode_of(bundle, options)
+        if isinstance(mode, ItemError):
+            return mode
+        pixels = self._pixels(image, [bundle.preprocessing])
+        return pixels if isinstance(pixels, ItemError) else Item(bundle, mode, options, pixels[0])
+
+    def _pixels(self, image: Source, wanted: Sequence[Preprocessing]) -> list[Tensor] | ItemError:
+        """An image decoded once, and cropped as each preprocessing wants it."""
         if isinstance(image, Tensor):
-            wrong = _wrong(image, bundle.preprocessing.size)
-            return ItemError("bad_pixels", wrong) if wrong else Item(bundle, mode, options, image)
+            wrong = next((why for p in wanted if (why := _wrong(image, p.size))), None)
+            return ItemError("bad_pixels", wrong) if wrong else [image] * len(wanted)
         try:
-            pixels = _crop(bundle.preprocessing)(_open(image, self.limits))
+            opened = _open(image, self.limits)
+            return [_crop(preprocessing)(opened) for preprocessing in wanted]
         except ImageError as error:
             return ItemError(error.kind, str(error))
-        return Item(bundle, mode, options, pixels)
 
 
 def load(
@@ -362,6 +408,12 @@ def load(
 
 def _no_room(here: str, needed: int, used: int, limit: int) -> str:
     return f"{here} needs {needed} bytes of memory, {used} of {limit} are taken: give more, or remove other bundles"
+
+
+def _raise_first(results: Sequence[object]) -> None:
+    for n, result in enumerate(results):
+        if isinstance(result, ItemError):
+            raise CascadeError(f"image {n}: {result}")
 
 
 def number(version: str) -> tuple[int, str]:

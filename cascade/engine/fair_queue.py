@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from cascade.engine.engine import Engine
-from cascade.engine.items import Item, passes, trunk
+from cascade.engine.items import AnyItem, Item, OpenItem, group_key, passes, trunk
 from cascade.engine.results import ItemError, Prediction
 from cascade.engine.tenants import Tenant
 
@@ -27,7 +27,7 @@ takes 40) costs 4 %. While all of 20 tenants wait, each has its turn within 80 p
 class Waiting:
     """An image in the queue; times in seconds of the monotonic clock."""
 
-    item: Item
+    item: AnyItem
     tenant: Tenant
     future: "Future[Answer]"
     since: float
@@ -79,7 +79,7 @@ class FairQueue:
         if not flow.groups:
             flow.served, flow.fresh = max(flow.served, self._clock), True
         flow.tenant = waiting.tenant  # its weight may be another one now
-        flow.groups.setdefault(_key(waiting), Group()).append(waiting)
+        flow.groups.setdefault(group_key(waiting.item), Group()).append(waiting)
         self.images += 1
         self.cost += passes(waiting.item)
 
@@ -135,12 +135,12 @@ class FairQueue:
         """
         taken: list[Waiting] = []
         left = _less(room, first)
-        key, head = _key(first[0]), first[0].item
+        key, head = group_key(first[0].item), first[0].item
         for flow in sorted(allowed, key=lambda flow: flow.served):
             if key in flow.groups and left.images > 0 and passes(flow.groups[key][0].item) <= left.cost:
                 taken += self._pull(flow, key, left)
                 left = _less(room, first + taken)
-        if head.bundle.dispatcher.start > 0:
+        if isinstance(head, Item) and head.bundle.dispatcher.start > 0:
             shared = [(flow, k) for flow in allowed for k in flow.groups if k != key and _trunk(flow, k) == trunk(head)]
             for flow, k in sorted(shared, key=lambda c: _worth(_group(c), room, engine), reverse=True):
                 group = flow.groups[k]
@@ -169,10 +169,6 @@ class FairQueue:
         self.cost -= _cost(gone)
 
 
-def _key(waiting: Waiting) -> Hashable:
-    return trunk(waiting.item), waiting.item.bundle.identity
-
-
 def _group(choice: _Choice) -> Group:
     flow, key = choice
     return flow.groups[key]
@@ -191,5 +187,7 @@ def _less(room: Room, taken: list[Waiting]) -> Room:
 
 
 def _worth(group: Group, room: Room, engine: Engine) -> tuple[int, bool, float]:
-    """Large groups first, then those whose mask is materialized, then the oldest."""
-    return min(len(group), room.images), group[0].item.bundle.dispatcher in engine.weight_cache, -group[0].since
+    """Large groups first, then those that need no mask or a materialized one, then the oldest."""
+    item = group[0].item
+    ready = isinstance(item, OpenItem) or item.bundle.dispatcher in engine.weight_cache
+    return min(len(group), room.images), ready, -group[0].since

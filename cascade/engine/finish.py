@@ -45,6 +45,12 @@ class Group:
     def bundle(self) -> Bundle:
         return self.items[0].bundle
 
+    @property
+    def begin(self) -> int:
+        """The first stage of its pass; 0 for pixels."""
+        entry = self.items[0].entry
+        return 0 if entry is None else entry.stage
+
     def modes(self) -> Iterator[tuple[Mode, int, int]]:
         """Each mode, and where its images begin and end."""
         modes = [item.mode for item in self.items]
@@ -176,6 +182,7 @@ def _predictions(
             labels=labels[i],
             neighbors=neighbors[i],
             embedding=embeddings[i].copy() if item.options.embedding else None,
+            dispatch=item.dispatch,
         )
         for i, (row, item) in enumerate(zip(group.rows, group.items, strict=True))
     }

@@ -72,9 +72,10 @@ def _run_trunk(
         groups.sort(key=lambda group: group.bundle.dispatcher not in weight_cache)
     x = stack([item for group in groups for item in group.items], device)
     with metrics.stage("dispatch"):
-        if start := groups[0].bundle.dispatcher.start:
+        begin, start = groups[0].begin, groups[0].bundle.dispatcher.start
+        if begin < start:
             executor.swap(None)
-            x = _run(executor, x, 0, start)
+            x = run_stages(executor, x, begin, start)
     if together:
         _dispatch_together(executor, groups, x)  # type: ignore[arg-type]
     else:
@@ -98,8 +99,8 @@ def _dispatch(executor: Executor, groups: list[Group], x: Tensor) -> None:
         mask, split = group.bundle.dispatcher, _split(group.bundle)
         _swap(executor, mask, after)
         with metrics.stage("dispatch"):
-            group.trunk = _run(executor, part, mask.start, split) if split > mask.start else part
-            group.features = _run(executor, group.trunk, split)
+            group.trunk = run_stages(executor, part, mask.start, split) if split > mask.start else part
+            group.features = run_stages(executor, group.trunk, split)
 
 
 def _dispatch_together(executor: Distinct, groups: list[Group], x: Tensor) -> None:
@@ -140,7 +141,7 @@ def _run_tails(executor: Executor, tails: list[Tail]) -> None:
     for tail, expert, after in zip(tails, experts, [*experts[1:], None], strict=False):
         _swap(executor, expert, after)
         with metrics.stage("expert"):
-            tail.features = _run(executor, tail.input(), expert.start)
+            tail.features = run_stages(executor, tail.input(), expert.start)
 
 
 def _run_tails_together(executor: Distinct, tails: list[Tail]) -> None:
@@ -167,7 +168,7 @@ def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     return [*groups.values()]
 
 
-def _run(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> Tensor:
+def run_stages(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> Tensor:
     """Stages of the backbone under the mask that is in place, for any number of images."""
     if len(x) <= CHUNK:
         return executor.run(x, start, stop)

@@ -2,15 +2,32 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
-from cascade.engine.results import Options
+from cascade.engine.results import Dispatch, Options
 from cascade.model.fusion import Mode
-from cascade.model.preprocessing import normalize_on_device
+from cascade.model.preprocessing import Preprocessing, normalize_on_device
+
+if TYPE_CHECKING:
+    from cascade.engine.dispatch import DispatchTable
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Activations of the plain backbone from which an image continues.
+
+    Attributes:
+        stage: the first one that has not run.
+        x: what enters it, [...] for this image.
+    """
+
+    stage: int
+    x: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,34 +39,82 @@ class Item:
         mode: one that the bundle has.
         options: what the answer should hold.
         pixels: uint8 [3, H, W], resized and cropped; or float32 [3, H, W], normalized as well.
+        entry: where the pass continues, if the image was dispatched; None: from the pixels.
+        dispatch: why this bundle; None where the request named it.
     """
 
     bundle: Bundle
     mode: Mode
     options: Options
     pixels: Tensor
+    entry: Entry | None = None
+    dispatch: Dispatch | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Of its bundle."""
+        return self.bundle.name
 
 
-def trunk(item: Item) -> Hashable:
+@dataclass(frozen=True, eq=False)
+class OpenItem:
+    """One decoded image that names no bundle: ``cascade.engine.dispatch`` makes an ``Item`` of it.
+
+    Attributes:
+        table: the bundles that it may be sent to.
+        options: what the answer should hold.
+        pixels: for each space of the table, as in ``Item``.
+    """
+
+    table: "DispatchTable"
+    options: Options
+    pixels: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str | None:
+        """Of its bundle: none yet."""
+        return None
+
+
+AnyItem = Item | OpenItem
+
+
+def group_key(item: AnyItem) -> Hashable:
+    """Items with equal keys wait together: those of one bundle, and those that are still to be dispatched."""
+    return trunk(item), () if isinstance(item, OpenItem) else item.bundle.identity
+
+
+def trunk(item: AnyItem) -> Hashable:
     """Items with equal keys share one pass of the plain backbone, up to their dispatchers' first stage."""
+    if isinstance(item, OpenItem):
+        return item.table
     bundle, preprocessing = item.bundle, item.bundle.preprocessing
     normalization = preprocessing.mean, preprocessing.std
-    return bundle.card.backbone.fingerprint, bundle.dispatcher.start, item.pixels.shape, normalization
+    begin = 0 if item.entry is None else item.entry.stage
+    return bundle.card.backbone.fingerprint, bundle.dispatcher.start, begin, item.pixels.shape, normalization
 
 
-def passes(item: Item) -> int:
+def passes(item: AnyItem) -> int:
     """What an image costs, in passes: one under the dispatcher, and one under each expert that its mode takes."""
+    if isinstance(item, OpenItem):
+        return 2  # the trunk to dispatch it, and a pass
     experts = len(item.bundle.experts)
     return 1 + (experts if item.mode == "unconditional" else min(experts, 1) if item.mode == "conditional" else 0)
 
 
 def stack(items: Sequence[Item], device: str) -> Tensor:
-    """Normalized pixels of items with one trunk, float32 [N, 3, H, W], on the device.
+    """What items with one trunk begin with, on the device: activations, or normalized pixels float32 [N, 3, H, W]."""
+    entries = [item.entry.x for item in items if item.entry is not None]
+    if entries:
+        return torch.stack(entries)
+    return stack_pixels([item.pixels for item in items], items[0].bundle.preprocessing, device)
+
+
+def stack_pixels(pixels: Sequence[Tensor], preprocessing: Preprocessing, device: str) -> Tensor:
+    """Normalized pixels, float32 [N, 3, H, W], on the device.
 
     Bytes are a quarter of the floats, so they are what is transferred, from pinned memory, and the device normalizes.
     """
-    preprocessing = items[0].bundle.preprocessing
-    pixels = [item.pixels for item in items]
     if all(image.dtype == torch.uint8 for image in pixels):
         rows = [image.permute(1, 2, 0) for image in pixels]  # as decoders write them; channels last in the pass
         batch = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=_pinned(device))

@@ -10,18 +10,26 @@ import numpy as np
 
 from cascade.engine.tenants import Priority
 
+How = Literal["image", "top2", "set"]
+DISPATCHES: tuple[How, ...] = ("image", "top2", "set")
+
 
 @dataclass(frozen=True)
 class Options:
     """What one image's answer should hold.
 
     Attributes:
-        bundle: name; may be left out where only one is loaded.
+        bundle: name; ``auto`` dispatches the image to the bundle that it fits, and so does None where several are
+            loaded.
         version: None for the latest.
         mode: ``dispatcher``, ``conditional``, ``unconditional``; None for the bundle's default.
         embedding: return the embedding.
         labels: how many labels at most. neighbors: how many at most.
         priority: of a queue, ``interactive`` or ``batch``; None for the tenant's default.
+        dispatch: how an image that names no bundle finds one: ``image`` sends each image to the likeliest; ``top2``
+            asks two where that is not certain, and takes the more certain answer; ``set`` sends all images of a request
+            to the bundle that most of them fit.
+        among: names of the bundles that it may be sent to; None for all.
     """
 
     bundle: str | None = None
@@ -31,6 +39,8 @@ class Options:
     labels: int = 5
     neighbors: int = 5
     priority: Priority | None = None
+    dispatch: How = "image"
+    among: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,21 @@ class Neighbor:
 
 
 @dataclass(frozen=True)
+class Dispatch:
+    """Why a bundle answered an image that named none.
+
+    Attributes:
+        confidence: calibrated probability that the image belongs to this bundle.
+        likely: the likeliest bundles, best first, each with its probability.
+        repeated_stages: stages of the backbone that ran twice, because the bundle's mask begins before the dispatch.
+    """
+
+    confidence: float
+    likely: tuple[Label, ...]
+    repeated_stages: int
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The answer for one image.
 
@@ -61,6 +86,7 @@ class Prediction:
         masks: the masks that were applied, by name.
         labels, neighbors: best first; empty without head or bank.
         embedding: float32 [D], where it was asked for.
+        dispatch: None where the request named the bundle.
     """
 
     bundle: str
@@ -73,13 +99,16 @@ class Prediction:
     labels: tuple[Label, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
     embedding: np.ndarray | None = None
+    dispatch: Dispatch | None = None
     ok: ClassVar[Literal[True]] = True
     error: ClassVar[None] = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; the embedding as a list of floats, left out where there is none."""
+        """Plain types; the embedding as a list of floats. Embedding and dispatch are left out where there is none."""
         out = asdict(replace(self, embedding=None)) | {"masks": list(self.masks)}
         del out["embedding"]
+        if self.dispatch is None:
+            del out["dispatch"]
         return out if self.embedding is None else out | {"embedding": self.embedding.tolist()}
 
     @classmethod
@@ -90,6 +119,9 @@ class Prediction:
             "labels": tuple(Label(**label) for label in data["labels"]),
             "neighbors": tuple(Neighbor(**neighbor) for neighbor in data["neighbors"]),
         }
+        if "dispatch" in data:
+            likely = tuple(Label(**label) for label in data["dispatch"]["likely"])
+            parts["dispatch"] = Dispatch(**data["dispatch"] | {"likely": likely})
         if "embedding" in data:
             parts["embedding"] = np.array(data["embedding"], np.float32)
         return cls(**data | parts)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cascade.engine.engine import Engine
-    from cascade.engine.items import Item
+    from cascade.engine.items import AnyItem
 
 T = TypeVar("T")
 
@@ -188,7 +188,7 @@ def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa
     return rows_of(job, keys, answer(engine, [prepare(engine, job, load) for load in loads]))
 
 
-def prepare(engine: "Engine", job: Job, load: Load) -> "Item | ItemError":
+def prepare(engine: "Engine", job: Job, load: Load) -> "AnyItem | ItemError":
     """Load and decode one image, in any thread."""
     with metrics.stage("decode"):
         try:
@@ -199,7 +199,7 @@ def prepare(engine: "Engine", job: Job, load: Load) -> "Item | ItemError":
         return engine.prepare(data, _options(job))
 
 
-def answer(engine: "Engine", prepared: Sequence["Item | ItemError"]) -> list[Answer]:
+def answer(engine: "Engine", prepared: Sequence["AnyItem | ItemError"]) -> list[Answer]:
     """One pass for all that could be decoded, grouped by mask; answers in the order of ``prepared``."""
     items = [item for item in prepared if not isinstance(item, ItemError)]
     answers = iter(engine.run(items) if items else ())
@@ -254,11 +254,11 @@ def _answers(
 
 def _batches(
     engine: "Engine", job: Job, units: Iterable[tuple[int, Unit]], batch: int, pool: ThreadPoolExecutor
-) -> Generator[tuple[int, list[str], list["Future[Item | ItemError]"]], None, None]:
+) -> Generator[tuple[int, list[str], list["Future[AnyItem | ItemError]"]], None, None]:
     """The images batch by batch, submitted to the decoding threads."""
     for number, unit in units:
         keys: list[str] = []
-        futures: list[Future[Item | ItemError]] = []
+        futures: list[Future[AnyItem | ItemError]] = []
         pending_bytes = 0
         for key, load in read(unit, engine.limits):
             if len(keys) == batch or pending_bytes > HELD:
@@ -271,7 +271,7 @@ def _batches(
 
 
 def _passes(
-    engine: "Engine", batches: Iterable[tuple[int, list[str], list["Future[Item | ItemError]"]]]
+    engine: "Engine", batches: Iterable[tuple[int, list[str], list["Future[AnyItem | ItemError]"]]]
 ) -> Generator[tuple[int, list[str], list[Answer]], None, None]:
     for number, keys, futures in batches:
         yield number, keys, answer(engine, [future.result() for future in futures])

@@ -20,11 +20,11 @@ from cascade.bundle.format import Bundle
 from cascade.bundle.thumbnails import media_type
 from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import Registry, State
-from cascade.engine.results import ItemError, Options
+from cascade.engine.results import DISPATCHES, ItemError, Options
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
-from handlers.asgi import open_inference, repository, search, ui
+from handlers.asgi import auto, open_inference, repository, search, ui
 from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
@@ -72,6 +72,7 @@ def create_app(
     _predictions(app, service)
     if registry is not None:
         repository.add(app, service, registry)
+    auto.add(app, service)
     _protocol(app, service)
     _state(app, service)
     _pages(app, service)
@@ -113,7 +114,10 @@ def create_app(
 def _predictions(app: FastAPI, service: Service) -> None:
     """/v1/predict: one file in, one answer out; headers, JSON and forms as with TorchServe."""
     header = {"in": "header", "required": False, "schema": {"type": "string"}}
-    options = [{"name": f"X-Cascade-{name}", **header} for name in ("Bundle", "Version", "Mode", "Fields", "Priority")]
+    options = [
+        {"name": f"X-Cascade-{name}", **header}
+        for name in ("Bundle", "Version", "Mode", "Fields", "Priority", "Dispatch")
+    ]
     form = {"type": "object", "properties": {"image": JPEG_OR_SO}, "required": ["image"]}
     document = {
         "type": "object",
@@ -122,6 +126,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
             "image": {"type": "string", "format": "byte", "description": "The file in base64."},
             "fields": {"type": "array", "items": {"enum": ["labels", "neighbors", "embedding"]}},
             "priority": {"enum": [*PRIORITIES]},
+            "dispatch": {"enum": [*DISPATCHES]},
             **{name: {"type": "string"} for name in ("bundle", "version", "mode")},
         },
     }
@@ -143,7 +148,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
         if isinstance(asked, ItemError):
             raise Refusal(asked)
         image, options = asked
-        service.check(request, options.bundle)
+        options = service.allowed(request, options)
         (answer,) = await service.answers(request, [image], options)
         if isinstance(answer, ItemError):
             raise Refusal(answer)
@@ -219,7 +224,8 @@ def _protocol(app: FastAPI, service: Service) -> None:
         errors = [answer for answer in answers if isinstance(answer, ItemError)]
         if len(errors) == len(answers) and status_of(errors[0]) in (429, *range(500, 600)):
             raise Refusal(errors[0])
-        content, length = await asyncio.to_thread(open_inference.response, asked, bundle, answers)
+        width = bundle.card.dim
+        content, length = await asyncio.to_thread(open_inference.response, asked, bundle.identity, answers, width)
         if length is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")

@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
-from cascade.engine.results import ItemError, Prediction
+from cascade.engine.results import DISPATCHES, How, ItemError, Prediction
 from cascade.engine.tenants import Priority
 from cascade.model.fusion import MODES
-from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
+from cascade.open_inference import AUTO_OUTPUTS, LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from handlers.asgi.middleware import Refusal
 from handlers.requests import NOT_FINITE
 from handlers.statuses import status_of
@@ -56,7 +56,7 @@ class OutputParameters(BaseModel):
 class Output(BaseModel):
     """An output that is asked for."""
 
-    name: Literal["cluster", "confidence", "ood", "embedding", "label", "error"]
+    name: Literal["cluster", "confidence", "ood", "embedding", "label", "error", "bundle", "bundle_confidence"]
     parameters: OutputParameters | None = None
 
 
@@ -67,6 +67,7 @@ class RequestParameters(BaseModel):
     priority: Literal["interactive", "batch", 0, 1, 2] | None = Field(
         default=None, description="interactive or batch; Triton's clients send 1 or 2."
     )
+    dispatch: How | None = Field(default=None, description=f"Of the model auto: one of {', '.join(DISPATCHES)}.")
     binary_data_output: bool | None = None
 
 
@@ -94,10 +95,14 @@ class Inference:
     priority: Priority | None
     images: list[bytes | Tensor]
     outputs: dict[str, bool]
+    dispatch: How
 
 
-def parse(body: bytes, json_length: str | None, most: int) -> Inference:
+def parse(body: bytes, json_length: str | None, most: int, default: Iterable[str] = OUTPUTS) -> Inference:
     """Read a request of at most ``most`` images; ``json_length`` is the value of LENGTH_HEADER.
+
+    Args:
+        default: outputs of a request that names none.
 
     Raises:
         Refusal: with 400, or 413 for too many images.
@@ -122,12 +127,12 @@ def parse(body: bytes, json_length: str | None, most: int) -> Inference:
     images = (_files if tensor.name == "image" else _pixels)(tensor, rest, most)
     options = asked.parameters or RequestParameters()
     binary = bool(options.binary_data_output)
-    outputs: dict[str, bool] = dict.fromkeys(OUTPUTS, binary)
+    outputs: dict[str, bool] = dict.fromkeys(default, binary)
     if asked.outputs is not None:
         choices = {o.name: o.parameters.binary_data if o.parameters else None for o in asked.outputs}
         outputs = {name: binary if choice is None else choice for name, choice in choices.items()}
     priority = NUMBERED.get(options.priority) if isinstance(options.priority, int) else options.priority
-    return Inference(asked.id, options.mode, priority, images, outputs)
+    return Inference(asked.id, options.mode, priority, images, outputs, options.dispatch or "image")
 
 
 def _length(text: str, most: int) -> int:
@@ -138,12 +143,18 @@ def _length(text: str, most: int) -> int:
     return int(digits)
 
 
-def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | ItemError]) -> tuple[bytes, int | None]:
-    """The body of an answer, and the length of its JSON part where binary data follows."""
+def response(
+    asked: Inference, model: tuple[str, str], answers: Sequence[Prediction | ItemError], width: int
+) -> tuple[bytes, int | None]:
+    """The body of an answer, and the length of its JSON part where binary data follows.
+
+    Args:
+        model: name and version. width: of the embeddings.
+    """
     described, blobs = [], []
     for name, binary in asked.outputs.items():
-        values = _column(name, bundle, answers)
-        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": list(np.shape(values))}
+        values = _column(name, width, answers)
+        tensor: dict[str, Any] = {"name": name, "datatype": AUTO_OUTPUTS[name], "shape": list(np.shape(values))}
         if binary:
             texts = isinstance(values, list)
             blobs.append(packed([text.encode() for text in values]) if texts else values.tobytes())
@@ -151,8 +162,8 @@ def response(asked: Inference, bundle: Bundle, answers: Sequence[Prediction | It
         else:
             tensor["data"] = values if isinstance(values, list) else values.ravel().tolist()
         described.append(tensor)
-    model = {"model_name": bundle.name, "model_version": bundle.version}
-    head = model | ({} if asked.id is None else {"id": asked.id}) | {"outputs": described}
+    head: dict[str, Any] = {"model_name": model[0], "model_version": model[1]}
+    head |= ({} if asked.id is None else {"id": asked.id}) | {"outputs": described}
     try:
         text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
     except ValueError:
@@ -225,19 +236,24 @@ def _count(tensor: Input, most: int) -> int:
     return count
 
 
-def _column(name: str, bundle: Bundle, answers: Sequence[Prediction | ItemError]) -> Any:
+def _column(name: str, width: int, answers: Sequence[Prediction | ItemError]) -> Any:
     """One output: an array, or a list of texts. What has no answer is -1 for the cluster, else 0 or empty."""
     good = [None if isinstance(answer, ItemError) else answer for answer in answers]
     match name:
         case "cluster":
             return np.array([-1 if a is None else a.cluster for a in good], NUMPY["INT64"])
         case "embedding":
-            blank = np.zeros(bundle.card.dim, np.float32)
+            blank = np.zeros(width, np.float32)
             return np.stack([blank if a is None or a.embedding is None else a.embedding for a in good]).astype(
                 NUMPY["FP32"]
             )
         case "label":
             return [a.labels[0].name if a and a.labels else "" for a in good]
+        case "bundle":
+            return [a.bundle if a else "" for a in good]
+        case "bundle_confidence":
+            sure = [0 if a is None else 1 if a.dispatch is None else a.dispatch.confidence for a in good]
+            return np.array(sure, NUMPY["FP32"])
         case "error":
             return [f"{status_of(a)} {a.kind}: {a.message}" if isinstance(a, ItemError) else "" for a in answers]
         case _:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Protocol
 
 from fastapi import Request, Response
@@ -10,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from cascade.engine.batcher import STOPPING, Answer, Batcher
+from cascade.engine.engine import AUTO
 from cascade.engine.registry import State
 from cascade.engine.results import ItemError, Options
 from handlers.asgi.keys import EVERY, FORBIDDEN, Caller, Keys
@@ -58,6 +60,18 @@ class Service:
         opened = self.opened(request)
         if EVERY not in opened and (bundle or self._only()) not in opened:
             raise Refusal(FORBIDDEN)
+
+    def allowed(self, request: Request, options: Options) -> Options:
+        """Options for what the caller may use: an image that names no bundle is dispatched among those.
+
+        Raises:
+            Refusal: the caller may not use the bundle.
+        """
+        if options.bundle != AUTO and (options.bundle is not None or self._only() is not None):
+            self.check(request, options.bundle)
+            return options
+        opened = self.opened(request)
+        return options if EVERY in opened else replace(options, among=opened)
 
     def opened(self, request: Request) -> frozenset[str]:
         """The bundles that the caller may use; ``*`` stands for all. Notes whose the request is."""

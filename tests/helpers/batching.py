@@ -6,9 +6,9 @@ from concurrent.futures import Future
 
 from PIL import Image
 
-from cascade import Engine, Options, Prediction
+from cascade import Engine, Options
 from cascade.engine.batcher import Answer, Batcher
-from cascade.engine.forward import Item
+from cascade.engine.items import AnyItem
 
 
 class Held(Engine):
@@ -19,8 +19,8 @@ class Held(Engine):
         self.entered, self.go = threading.Semaphore(0), threading.Semaphore(0)
         self.passes: list[list[str]] = []
 
-    def run(self, items: Sequence[Item]) -> list[Prediction]:
-        self.passes.append([item.bundle.name for item in items])
+    def run(self, items: Sequence[AnyItem]) -> list[Answer]:
+        self.passes.append([item.name or "" for item in items])
         self.entered.release()
         assert self.go.acquire(timeout=30)
         return super().run(items)

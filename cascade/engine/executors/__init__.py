@@ -33,11 +33,12 @@ class Executor(Protocol):
         """Bytes of the mask's materialized weights."""
         ...
 
-    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
         """Build what passes of a bundle will need, outside of any pass and beside them.
 
         Args:
             masks: packed, the dispatcher first, then the experts. size: side of the images, pixels.
+            domain: stage before which images are dispatched to bundles; 0: they are not.
         """
         ...
 

@@ -34,7 +34,7 @@ class BaseExecutor:
         """Bytes of the mask's materialized weights."""
         return self.layout.size(mask.start)
 
-    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
         """Nothing: whatever is built is built in the first pass."""
 
     def swap(self, mask: Mask | None) -> None:

@@ -58,7 +58,7 @@ class CudaExecutor(FoldedExecutor):
             self._changed: set[str] = set()  # loose tensors that the last mask changed
             self._last: Callable[[], PackedMask | None] = lambda: None  # whose weights are in the buffer, if it lives
             self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
-            self._prepared: set[tuple[int, int, int]] = set()
+            self._prepared: set[tuple[int, int, int, int]] = set()
             self._stream = self._pool = None
             if self.plain.is_cuda:
                 self._stream, self._pool = torch.cuda.Stream(self.plain.device), torch.cuda.graph_pool_handle()
@@ -92,25 +92,29 @@ class CudaExecutor(FoldedExecutor):
     def prefetch(self, mask: Mask) -> None:
         """Nothing: there is one buffer, and it is in use."""
 
-    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
         """Compile, tune and capture what a pass of this bundle launches, for batches of up to ``PREPARED`` images.
 
         It may run beside passes: what the working buffer holds does not matter, and it stays as it is.
         """
         packed = [mask for mask in masks if isinstance(mask, PackedMask)]
         start, split = packed[0].start, packed[-1].start  # the dispatcher's, and the experts'
-        if (start, split, size) in self._prepared:
+        if (start, split, size, domain) in self._prepared:
             return
         for bucket in sorted((b for b in BUCKETS if b <= PREPARED), reverse=True):  # the others reuse its memory
             x = self.plain.new_zeros((bucket, 3, size, size), dtype=torch.float32)
             trunk = self._run(None, x, 0, start) if start else x
+            if domain:
+                pooled = self._run(None, x, 0, domain)
+                if start > domain:
+                    self._run(None, pooled, domain, start)
             middle = self._run(self.layout.first(start), trunk, start, split) if split > start else trunk
             self._run(self.layout.first(split), middle, split)
             if bucket > 1 and self._distinct is not None:
                 for x, first, last in ((trunk, start, split), (middle, split, None)):
                     if first != last:
                         self._run_each(x, packed[:1] * bucket, first, last)
-        self._prepared.add((start, split, size))
+        self._prepared.add((start, split, size, domain))
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         first = None if self._now is None else self.layout.first(max(self._now.start, start))

@@ -73,12 +73,14 @@ class OnnxExecutor(BaseExecutor):
             self.place[i] = weights, int(self.layout.begin[i] - self.layout.begin[first])
             self.shift[i] = shifts, int(self.layout.row[i] - self.layout.row[first])
 
-    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
         """Make the sessions for a bundle's masks; exporting a graph takes seconds, and passes go on meanwhile."""
         start = masks[0].start
         split = min((mask.start for mask in masks[1:]), default=start)
         ranges: list[tuple[int, int | None]] = [(0, start)] if start else []
         ranges += [*([(start, split)] if split > start else []), (split, None)]
+        if domain:
+            ranges += [(0, domain), *([(domain, start)] if start > domain else [])]
         x, folded = torch.zeros(1, 3, size, size), self.layout.folded
         for start, stop in ranges:
             earlier = [(i, unit) for i, unit in enumerate(folded.units) if unit.stage < start]

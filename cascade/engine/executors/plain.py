@@ -38,7 +38,7 @@ class PlainExecutor:
         channels = {n: t.float().to(device) for n, t in mask.channels.items()}
         return replace(mask, bits=mask.bits.to(device), norms=norms, channels=channels)
 
-    def prepare(self, masks: Sequence[Mask], size: int) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
         """Nothing: the model is ready as it is."""
 
     def bytes(self) -> int:

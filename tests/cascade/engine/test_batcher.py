@@ -16,7 +16,7 @@ from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Batcher
 from cascade.engine.fair_queue import Answer
-from cascade.engine.items import Item
+from cascade.engine.items import AnyItem, Item
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import LIMITS
@@ -181,7 +181,7 @@ def test_those_in_decoding_have_a_place(held: Held, cifar: list[Image.Image]) ->
     """Or else a crowd of decoders would hold any amount of pixels before the queue says that it is full."""
     prepare, started, go = held.prepare, threading.Semaphore(0), threading.Event()
 
-    def slow(*args: object) -> Item | ItemError:
+    def slow(*args: object) -> AnyItem | ItemError:
         started.release()
         assert go.wait(30)
         return prepare(*args)  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def test_those_in_decoding_have_a_place(held: Held, cifar: list[Image.Image]) ->
 def test_an_image_that_is_cancelled_in_decoding_takes_no_pass(held: Held, cifar: list[Image.Image]) -> None:
     prepare, started, go = held.prepare, threading.Event(), threading.Event()
 
-    def slow(*args: object) -> Item | ItemError:
+    def slow(*args: object) -> AnyItem | ItemError:
         started.set()
         assert go.wait(30)
         return prepare(*args)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def test_an_image_that_is_cancelled_in_decoding_takes_no_pass(held: Held, cifar:
 def test_costly_images_do_not_keep_others_from_being_decoded(held: Held, cifar: list[Image.Image]) -> None:
     prepare, stop = held.prepare, threading.Event()
 
-    def spin(image: object, *args: object) -> Item | ItemError:
+    def spin(image: object, *args: object) -> AnyItem | ItemError:
         while isinstance(image, bytes) and not stop.is_set():
             pass
         return prepare(image, *args)  # type: ignore[arg-type]
@@ -379,7 +379,7 @@ def test_what_a_customer_notices_is_counted(held: Held, cifar: list[Image.Image]
 
 def test_a_failing_pass_fails_its_own_images(late: Bundle, cifar: list[Image.Image]) -> None:
     class Failing(Engine):
-        def run(self, items: Sequence[Item]) -> list[Prediction]:
+        def run(self, items: Sequence[AnyItem]) -> list[Answer]:
             if items[0].options.labels == 0:
                 raise RuntimeError("out of luck")
             return super().run(items)
@@ -394,7 +394,7 @@ def test_a_failing_pass_fails_its_own_images(late: Bundle, cifar: list[Image.Ima
 
 
 def test_no_memory_for_an_image_is_its_own_error(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(*args: object) -> Item | ItemError:
+    def prepare(*args: object) -> AnyItem | ItemError:
         raise MemoryError
 
     monkeypatch.setattr(held, "prepare", prepare)

@@ -48,7 +48,7 @@ class Queue:
 
     def take(self, room: Room = LARGE, overdue: float = -1.0) -> list[tuple[str, str]]:
         """(tenant, bundle) of each image of the next pass."""
-        return [(w.tenant.name, w.item.bundle.name) for w in self.queue.take(room, self.engine, overdue)]
+        return [(w.tenant.name, w.item.name or "") for w in self.queue.take(room, self.engine, overdue)]
 
     def owners(self, count: int, room: Room = ONE, overdue: float = inf) -> str:
         """Whose the images of so many passes are, one letter each."""
@@ -144,7 +144,7 @@ def test_a_pass_has_room_for_so_many_passes(queue: Queue) -> None:
 
 def test_images_removed_are_gone(queue: Queue) -> None:
     queue.add("l", "aab")
-    gone = queue.queue.remove(lambda waiting: waiting.item.bundle.name == "a")
+    gone = queue.queue.remove(lambda waiting: waiting.item.name == "a")
     assert len(gone) == 2 and queue.queue.images == 1 and queue.queue.cost == 1
     assert queue.take() == [("l", "b")] and queue.take() == []
     assert queue.queue.images == 0 and queue.queue.cost == 0

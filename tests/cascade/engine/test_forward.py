@@ -55,6 +55,13 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def run(engine: Engine, batch: Sequence[Item]) -> list[Prediction]:
+    """The answers of a batch whose images name their bundles."""
+    answers = [answer for answer in engine.run(batch) if isinstance(answer, Prediction)]
+    assert len(answers) == len(batch)
+    return answers
+
+
 @pytest.fixture(scope="module")
 def bundles(cifar: list[Image.Image]) -> list[Bundle]:
     """A cascade, and twenty single masks that share its trunk."""
@@ -111,9 +118,9 @@ def same(a: Prediction, b: Prediction) -> None:
 
 
 def waits(engine: Engine, batch: list[Item]) -> int:
-    engine.run(batch)  # what is read from the device once
+    run(engine, batch)  # what is read from the device once
     OnDevice.waits.clear()
-    engine.run(batch)
+    run(engine, batch)
     return len(OnDevice.waits)
 
 
@@ -133,7 +140,7 @@ def test_many_masks_make_the_host_wait_no_more(bundles: list[Bundle], cifar: lis
     batch = prepared(engine, cifar, wishes)
     assert waits(engine, batch) == 1
     with Launches() as whole:
-        engine.run(batch)
+        run(engine, batch)
     backbone = engine.executor(bundles[0])
     x = stack(batch, "cpu")
     with Launches() as alone:
@@ -145,12 +152,12 @@ def test_many_masks_make_the_host_wait_no_more(bundles: list[Bundle], cifar: lis
 def test_experts_of_few_images_run_together(bundles: list[Bundle], cifar: list[Image.Image], calls: Calls) -> None:
     engine = engine_of(bundles[:1])
     batch = prepared(engine, cifar, [Options(mode="conditional", embedding=True)] * 7)
-    answers = engine.run(batch)
+    answers = run(engine, batch)
     experts = {answer.cluster for answer in answers}
     assert len(experts) > 1 and calls.each == [(3, None, 7, len(experts))]
     calls.each.clear()
     for item, answer in zip(batch, answers, strict=True):
-        (alone,) = engine.run([item])
+        (alone,) = run(engine, [item])
         assert answer.masks == ("dispatcher", f"expert-{answer.cluster}")
         same(alone, answer)
     assert not calls.each, "one image is no mixture"
@@ -159,18 +166,18 @@ def test_experts_of_few_images_run_together(bundles: list[Bundle], cifar: list[I
 def test_all_modes_of_a_bundle_share_its_passes(bundles: list[Bundle], cifar: list[Image.Image], calls: Calls) -> None:
     engine = engine_of(bundles[:1])
     batch = prepared(engine, cifar, [Options(mode=MODES[i % 3], embedding=True) for i in range(24)])
-    answers = engine.run(batch)
+    answers = run(engine, batch)
     assert [run for run in calls.runs if run[0] == 2] == [(2, 3, 24)]
     assert len([run for run in calls.runs if run[0] == 3]) == 4, "the dispatcher and each expert once"
     assert [answer.mode for answer in answers] == [item.mode for item in batch]
     for item, answer in zip(batch, answers, strict=True):
-        same(engine.run([item])[0], answer)
+        same(run(engine, [item])[0], answer)
 
 
 def test_every_image_gets_the_labels_that_it_asks_for(bundles: list[Bundle], cifar: list[Image.Image]) -> None:
     engine = engine_of(bundles[:1])
     wishes = [Options(labels=labels, neighbors=3 - labels) for labels in (0, 1, 2, 3)]
-    answers: list[Prediction] = engine.run(prepared(engine, cifar, wishes))
+    answers: list[Prediction] = run(engine, prepared(engine, cifar, wishes))
     assert [(len(a.labels), len(a.neighbors)) for a in answers] == [(0, 3), (1, 2), (2, 1), (3, 0)]
 
 

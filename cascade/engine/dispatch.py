@@ -1,0 +1,211 @@
+"""Dispatch between bundles: an image that names no bundle goes to the one whose domain it fits best.
+
+An open item carries pixels for every space of domains. The plain backbone runs up to the stage where the domains were
+fitted, its pooled activations are compared with all prototypes, and an item of one bundle is left. That item continues
+from the activations where its bundle's mask begins no earlier; otherwise the trunk runs again.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade import metrics
+from cascade.bundle.bundle import Bundle
+from cascade.engine.executors import Executor
+from cascade.engine.forward import run_stages
+from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels
+from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
+from cascade.model.domain import UNKNOWN, Domain, Domains, calibrated_temperature, pooled
+from cascade.model.fusion import MODES, Mode
+from cascade.model.preprocessing import Preprocessing
+
+SAMPLES = 2000  # held-out images over all bundles that calibrate the confidence
+LIKELY = 5  # bundles that an answer lists
+BEYOND = 1e9  # strangeness of a bundle that the caller may not use
+CONTESTED = 0.9  # confidence below which ``top2`` asks the two likeliest bundles
+UNKNOWN_DOMAIN = ItemError(
+    "unknown_domain", "this image fits no bundle that it could be sent to: name the bundle to ask it all the same"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Bundles whose domains can be compared: fitted on one backbone, at one stage, after one preprocessing.
+
+    Attributes:
+        fingerprint: of the backbone. stage: the first stage that has not run when the activations are pooled.
+        bundles: B of them. domains: theirs, in one matrix.
+        temperature: of the softmax over scores, so that the largest probability is a calibrated confidence.
+    """
+
+    fingerprint: str
+    stage: int
+    preprocessing: Preprocessing
+    bundles: tuple[Bundle, ...]
+    domains: Domains
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchTable:
+    """Every bundle that an image may be sent to.
+
+    Attributes:
+        spaces: their bundles one after the other are the columns of all scores.
+    """
+
+    spaces: tuple[Space, ...]
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        return [bundle for space in self.spaces for bundle in space.bundles]
+
+    @classmethod
+    def of(cls, bundles: Iterable[Bundle]) -> "DispatchTable":
+        """The table of those bundles that have a domain."""
+        groups: dict[tuple[str, int, Preprocessing], list[tuple[Bundle, Domain]]] = {}
+        for bundle in bundles:
+            if bundle.domain is not None and bundle.card.domain is not None:
+                key = bundle.card.backbone.fingerprint, bundle.card.domain.stage, bundle.preprocessing
+                groups.setdefault(key, []).append((bundle, bundle.domain))
+        spaces = []
+        for (fingerprint, stage, preprocessing), own in groups.items():
+            domains = Domains.of([domain for _, domain in own])
+            temperature = _temperature(domains, [domain for _, domain in own])
+            named = tuple(bundle for bundle, _ in own)
+            spaces.append(Space(fingerprint, stage, preprocessing, named, domains, temperature))
+        return cls(tuple(spaces))
+
+
+def dispatch(
+    executors: dict[str, Executor], device: str, items: Sequence[AnyItem]
+) -> list[tuple[Item, ...] | ItemError]:
+    """What runs for each item: itself; for an open one where it is sent (``top2``: maybe two items), or an error."""
+    settled: list[tuple[Item, ...] | ItemError] = [(i,) if isinstance(i, Item) else UNKNOWN_DOMAIN for i in items]
+    tables: dict[DispatchTable, list[int]] = {}
+    for row, item in enumerate(items):
+        if isinstance(item, OpenItem):
+            tables.setdefault(item.table, []).append(row)
+    for table, rows in tables.items():
+        own = [item for row in rows if isinstance(item := items[row], OpenItem)]
+        for row, result in zip(rows, _dispatch(executors, device, table, own), strict=True):
+            settled[row] = result
+    return settled
+
+
+def _dispatch(
+    executors: dict[str, Executor], device: str, table: DispatchTable, items: list[OpenItem]
+) -> list[tuple[Item, ...] | ItemError]:
+    """One trunk for each space, all scores in one matrix [N, B], one transfer."""
+    trunks: list[Tensor] = []
+    chances: list[Tensor] = []
+    strangeness: list[Tensor] = []
+    for n, space in enumerate(table.spaces):
+        with metrics.stage("dispatch"):
+            executor = executors[space.fingerprint]
+            executor.swap(None)
+            x = stack_pixels([item.pixels[n] for item in items], space.preprocessing, device)
+            trunks.append(run_stages(executor, x, 0, space.stage) if space.stage else x)
+            features = pooled(trunks[-1])
+            scores = space.domains.scores(features)
+            distance = space.domains.distance(features, scores)
+            strange, likelihood = space.domains.strangeness(distance), space.domains.likelihood(distance)
+            if any(item.options.among is not None for item in items):
+                forbidden = _forbidden(space, items).to(scores.device)
+                scores, likelihood = (part.masked_fill(forbidden, -BEYOND) for part in (scores, likelihood))
+                strange = strange.masked_fill(forbidden, BEYOND)
+            # p(bundle) = p(space) p(bundle | space); with one space, the first is 1
+            of_space = likelihood.max(dim=1, keepdim=True).values
+            chances.append((scores / space.temperature).log_softmax(dim=1) + of_space)
+            strangeness.append(strange)
+    best = torch.cat(chances, dim=1).softmax(dim=1).topk(min(LIKELY, len(table.bundles)))
+    distant = torch.cat(strangeness, dim=1).gather(1, best.indices[:, :1])
+    probable, columns, far = download([best.values, best.indices, distant])
+    names = [bundle.name for bundle in table.bundles]
+    settled: list[tuple[Item, ...] | ItemError] = []
+    for row, item in enumerate(items):
+        likely = [(int(c), float(p)) for c, p in zip(columns[row], probable[row], strict=True)]
+        if item.options.among is not None:  # who may not use a bundle learns nothing of it
+            likely = [(c, p) for c, p in likely if names[c] in item.options.among]
+        if likely and far[row, 0] <= UNKNOWN:
+            settled.append(_settle(table, item, likely, [x[row] for x in trunks]))
+        else:
+            metrics.count_dispatch(None)
+            settled.append(UNKNOWN_DOMAIN)
+    return settled
+
+
+def _settle(
+    table: DispatchTable, item: OpenItem, likely: list[tuple[int, float]], trunks: list[Tensor]
+) -> tuple[Item, ...] | ItemError:
+    """The item of the likeliest bundle, and of the second where ``top2`` asks for it.
+
+    Args:
+        likely: columns of scores and their probabilities, best first.
+        trunks: the image's activations in each space.
+    """
+    columns = [(n, space, bundle) for n, space in enumerate(table.spaces) for bundle in space.bundles]
+    named = tuple(Label(columns[column][2].name, chance) for column, chance in likely)
+    metrics.count_dispatch(named[0].name, named[0].score)
+    asked = 2 if item.options.dispatch == "top2" and named[0].score < CONTESTED else 1
+    made: list[Item] = []
+    for column, chance in likely[:asked]:
+        n, space, bundle = columns[column]
+        mode = mode_of(bundle, item.options)
+        if isinstance(mode, ItemError):
+            return mode
+        reused = bundle.dispatcher.start >= space.stage > 0
+        reason = Dispatch(chance, named, 0 if reused else space.stage)
+        entry = Entry(space.stage, trunks[n]) if reused else None
+        made.append(Item(bundle, mode, item.options, item.pixels[n], entry, reason))
+    return tuple(made)
+
+
+def mode_of(bundle: Bundle, options: Options) -> Mode | ItemError:
+    """The mode that the options ask for, or the bundle's own."""
+    mode = next((m for m in MODES if m == (options.mode or bundle.card.mode)), None)
+    if mode is None:
+        return ItemError("unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
+    if mode not in bundle.fusions:
+        return ItemError("mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
+    return mode
+
+
+def surest(answers: Sequence[Prediction]) -> Prediction:
+    """Of the answers of two bundles for one image: that with the more certain label, or from the likelier bundle."""
+    return max(answers, key=lambda answer: answer.labels[0].score if answer.labels else 0.0)
+
+
+def outvoted(answers: Sequence[Prediction | ItemError]) -> tuple[str, list[int]] | None:
+    """The bundle that answered most images of a set, and the rows that it did not answer but could.
+
+    None where no image was dispatched.
+    """
+    votes = Counter(a.bundle for a in answers if isinstance(a, Prediction) and a.dispatch is not None)
+    if not votes:
+        return None
+    winner = votes.most_common(1)[0][0]
+    others = [
+        row
+        for row, a in enumerate(answers)
+        if (a.bundle != winner if isinstance(a, Prediction) else a.kind == UNKNOWN_DOMAIN.kind)
+    ]
+    return winner, others
+
+
+def _forbidden(space: Space, items: list[OpenItem]) -> Tensor:
+    """bool [N, B]: bundles that an item may not be sent to."""
+    allowed = [item.options.among for item in items]
+    return torch.tensor([[own is not None and b.name not in own for b in space.bundles] for own in allowed])
+
+
+def _temperature(domains: Domains, own: Sequence[Domain]) -> float:
+    """Calibrated on the held-out samples of every bundle, the same number of each."""
+    if len(own) < 2:
+        return 1.0
+    samples = [domain.samples[: max(1, SAMPLES // len(own))].float() for domain in own]
+    owner = torch.repeat_interleave(torch.arange(len(own)), torch.tensor([*map(len, samples)]))
+    return calibrated_temperature(domains.scores(torch.cat(samples)).cpu(), owner)

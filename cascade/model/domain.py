@@ -1,0 +1,136 @@
+"""What the images of one bundle look like to the plain backbone, so that an image can be sent to the right bundle.
+
+A domain is a few prototypes of pooled activations at a stage of the frozen backbone, and how its images scatter around
+them. It is fitted on the bundle's own images, without labels and without the other bundles (``training.domains``).
+All domains together are compared in one metric: nearest prototype by the Mahalanobis distance of their mean scatter,
+which is linear discriminant analysis with several prototypes a class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+MAX_WIDTH = 96
+"""Wider activations are projected at random to this width, so that a domain stays at some 20 KB."""
+SHRINKAGE = 0.05  # of the scatter towards a sphere
+UNKNOWN = 6.0
+"""Spreads beyond a domain's typical image at which an image no longer belongs to it."""
+TEMPERATURES = torch.logspace(-1, 2, 46)
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """Prototypes of a bundle's images, and their scatter.
+
+    Attributes:
+        prototypes: float16 [P, D]: centroids of the pooled activations of training images.
+        scatter: float16 [D (D + 1) / 2]: lower triangle of their covariance around their centroids, row by row.
+        samples: float16 [S, D]: pooled activations of held-out images, which calibrate confidence and distance.
+    """
+
+    layout: ClassVar[dict[str, str]] = {
+        "prototypes": "float16 P D",
+        "scatter": "float16 T",
+        "samples": "float16 S D",
+    }
+    prototypes: Tensor
+    scatter: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Domains:
+    """The domains of B bundles that can be compared: one backbone, one stage, one preprocessing.
+
+    Attributes:
+        metric: float32 [D, D], inverse of the mean scatter. volume: log-determinant of the scatter.
+        weight: float32 [D, all P], bias: float32 [all P]: of linear discriminants, one for each prototype.
+        owner: int64 [all P], the domain of each prototype.
+        center, spread: float32 [B]: median distance of a domain's own held-out images, and how much more a distant one
+            has (the 84th percentile: one standard deviation).
+    """
+
+    metric: Tensor
+    volume: float
+    weight: Tensor
+    bias: Tensor
+    owner: Tensor
+    center: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, domains: Sequence[Domain]) -> "Domains":
+        """All of them in one matrix."""
+        scatter = torch.stack([domain.scatter for domain in domains]).double().mean(dim=0)
+        width = domains[0].prototypes.shape[1]
+        rows, columns = torch.tril_indices(width, width, device=scatter.device)
+        full = scatter.new_zeros(width, width)
+        full[rows, columns] = full[columns, rows] = scatter
+        sphere = full.diagonal().mean().clamp(min=1e-6) * torch.eye(width, dtype=full.dtype, device=full.device)
+        full += SHRINKAGE * sphere
+        metric, volume = torch.linalg.inv(full).float(), float(torch.logdet(full))
+        prototypes = torch.cat([domain.prototypes for domain in domains]).float()
+        sizes = torch.tensor([len(domain.prototypes) for domain in domains], device=prototypes.device)
+        projected = prototypes @ metric
+        owner = torch.repeat_interleave(torch.arange(len(domains), device=sizes.device), sizes)
+        blank, bias = metric.new_zeros(len(domains)), -0.5 * (projected * prototypes).sum(dim=1)
+        made = cls(metric, volume, projected.T.contiguous(), bias, owner, blank, blank)
+        samples = torch.cat([domain.samples for domain in domains]).float()
+        counts = [len(domain.samples) for domain in domains]
+        own = torch.repeat_interleave(
+            torch.arange(len(domains), device=samples.device), torch.tensor(counts, device=samples.device)
+        )
+        distances = made.distance(samples, made.scores(samples).gather(1, own[:, None]))[:, 0].split(counts)
+        levels = torch.stack([d.quantile(d.new_tensor([0.5, 0.84])) for d in distances])
+        center, spread = levels[:, 0], (levels[:, 1] - levels[:, 0]).clamp(min=1e-3 * float(levels.abs().mean()))
+        return cls(metric, volume, made.weight, made.bias, owner, center, spread)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Log-likelihoods of pooled features [N, D] under each domain, but for a constant of each image: [N, B]."""
+        each = torch.addmm(self.bias, features, self.weight)
+        best = each.new_full((len(features), len(self.center)), -torch.inf)
+        return best.scatter_reduce_(1, self.owner.expand(len(features), -1), each, "amax")
+
+    def distance(self, features: Tensor, scores: Tensor) -> Tensor:
+        """Squared Mahalanobis distances to the nearest prototype, from features [N, D] and their scores [N, k]."""
+        return ((features @ self.metric) * features).sum(dim=1, keepdim=True) - 2 * scores
+
+    def likelihood(self, distance: Tensor) -> Tensor:
+        """Log-likelihoods in nats for each of ``MAX_WIDTH`` dimensions, from squared distances of any shape.
+
+        Unlike scores they can be compared with those of other domains, where width, scatter and metric differ.
+        """
+        return -0.5 * (distance + self.volume) * (MAX_WIDTH / len(self.metric))
+
+    def strangeness(self, distance: Tensor) -> Tensor:
+        """How much farther [N, B] images are than a domain's own: 0 for its typical one, 1 for the 84th percentile."""
+        return (distance - self.center) / self.spread
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Activations between two stages, [N, C, H, W] or tokens [N, T, C], to float32 [N, D] of length sqrt(C)."""
+    mean = (x.mean(dim=(2, 3)) if x.dim() == 4 else x.mean(dim=1)).float()
+    width = mean.shape[1]
+    mean = normalize(mean) * width**0.5
+    return mean if width <= MAX_WIDTH else mean @ _projection(width).to(mean.device)
+
+
+def calibrated_temperature(scores: Tensor, owner: Tensor) -> float:
+    """The temperature of a softmax over scores [N, B] that makes the true domain, int64 [N], most likely.
+
+    The maximum-likelihood temperature of Guo et al. 2017, by a search over a grid.
+    """
+    losses = [cross_entropy(scores / temperature, owner) for temperature in TEMPERATURES]
+    return float(TEMPERATURES[int(torch.stack(losses).argmin())])
+
+
+@cache
+def _projection(width: int) -> Tensor:
+    """Orthonormal columns [width, MAX_WIDTH], the same for every bundle."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(width, MAX_WIDTH, generator=generator)).Q * (width / MAX_WIDTH) ** 0.5

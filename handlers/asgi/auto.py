@@ -1,0 +1,70 @@
+"""/v2/models/auto: the Open Inference Protocol without a bundle's name; each image goes to the bundle that it fits."""
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from cascade.engine.engine import AUTO
+from cascade.engine.results import ItemError, Options, Prediction
+from cascade.open_inference import AUTO_OUTPUTS, LENGTH_HEADER
+from handlers.asgi import open_inference
+from handlers.asgi.middleware import Refusal
+from handlers.asgi.service import Service
+from handlers.statuses import status_of
+
+SEVERAL_WIDTHS = ItemError(
+    "bad_request", "these bundles have embeddings of several widths: leave the output embedding out, or name a bundle"
+)
+
+
+def add(app: FastAPI, service: Service) -> None:
+    """Add the routes of the model ``auto``."""
+
+    @app.get(f"/v2/models/{AUTO}", summary="Metadata of the model that dispatches")
+    async def metadata(request: Request) -> dict[str, Any]:
+        table(request)
+        return {
+            "name": AUTO,
+            "versions": ["1"],
+            "platform": "cascade",
+            "inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}],
+            "outputs": [{"name": n, "datatype": t, "shape": [-1]} for n, t in AUTO_OUTPUTS.items()],
+        }
+
+    @app.get(f"/v2/models/{AUTO}/ready", summary="Whether images can be dispatched")
+    async def ready(request: Request) -> dict[str, Any]:
+        table(request)
+        return {"name": AUTO, "ready": True}
+
+    @app.post(f"/v2/models/{AUTO}/infer", summary="Predict images, each by the bundle that it fits")
+    async def infer(request: Request) -> Response:
+        service.admit(request)
+        table(request)
+        body = await request.body()
+        most = min(service.limits.images, service.batcher.queue)
+        length = request.headers.get(LENGTH_HEADER)
+        asked = await asyncio.to_thread(open_inference.parse, body, length, most, AUTO_OUTPUTS)
+        embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
+        wanted = Options(AUTO, None, asked.mode, embedding, labels, 0, asked.priority, asked.dispatch)
+        options = service.allowed(request, wanted)
+        answers = await service.answers(request, asked.images, options)
+        request.state.log_fields.update(bundle=AUTO, images=len(answers))
+        errors = [answer for answer in answers if isinstance(answer, ItemError)]
+        if len(errors) == len(answers) and status_of(errors[0]) in (429, *range(500, 600)):
+            raise Refusal(errors[0])
+        widths = {len(a.embedding) for a in answers if isinstance(a, Prediction) and a.embedding is not None}
+        if len(widths) > 1:
+            raise Refusal(SEVERAL_WIDTHS)
+        width = next(iter(widths), 0)
+        content, header = await asyncio.to_thread(open_inference.response, asked, (AUTO, "1"), answers, width)
+        if header is None:
+            return Response(content, media_type="application/json")
+        return Response(content, headers={LENGTH_HEADER: str(header)}, media_type="application/octet-stream")
+
+    def table(request: Request) -> None:
+        """That there is something to dispatch to, before the body is read."""
+        service.opened(request)
+        found = service.engine.dispatch_table()
+        if isinstance(found, ItemError):
+            raise Refusal(found)

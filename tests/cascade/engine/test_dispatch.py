@@ -1,0 +1,218 @@
+"""Dispatch between bundles, on real images: the right bundle, its very answer, and no pass that is not needed."""
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade import CascadeError, Engine, ItemError, Options, Prediction
+from cascade.bundle.format import Bundle
+from cascade.engine import dispatch as module
+from cascade.engine.batcher import Batcher
+from cascade.engine.executors.plain import PlainExecutor
+from tests.conftest import sheet
+from tests.helpers.bundles import handmade, named
+from tests.helpers.domains import with_domain
+from tests.helpers.metrics import now
+
+STAGE = 2
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    return sheet("cifar10")
+
+
+@pytest.fixture(scope="module")
+def clothes() -> list[Image.Image]:
+    return sheet("fashion_mnist")
+
+
+@pytest.fixture(scope="module")
+def bundles(photos: list[Image.Image], clothes: list[Image.Image]) -> list[Bundle]:
+    """One whose mask begins at the stage of dispatch, and one whose mask begins earlier."""
+    late = handmade(photos[:40], name="photos", mask_from=STAGE, experts=2)
+    early = handmade(clothes[:40], name="clothes", mask_from=0, experts=0, seed=1)
+    return [with_domain(late, photos[:200], STAGE), with_domain(early, clothes[:200], STAGE)]
+
+
+def engine_of(bundles: Sequence[Bundle]) -> Engine:
+    engine = Engine()
+    for bundle in bundles:
+        engine.add(bundle)
+    return engine
+
+
+@pytest.fixture
+def engine(bundles: list[Bundle]) -> Engine:
+    return engine_of(bundles)
+
+
+def answered(answers: Sequence[Prediction | ItemError]) -> list[Prediction]:
+    good = [answer for answer in answers if isinstance(answer, Prediction)]
+    assert len(good) == len(answers), answers
+    return good
+
+
+def same(a: Prediction, b: Prediction) -> None:
+    """Equal but for the reason of the dispatch, to the last bit."""
+    assert a.embedding is not None and b.embedding is not None
+    np.testing.assert_array_equal(a.embedding, b.embedding)
+    assert replace(a, embedding=None, dispatch=None) == replace(b, embedding=None, dispatch=None)
+
+
+def test_an_image_finds_its_bundle(engine: Engine, photos: list[Image.Image], clothes: list[Image.Image]) -> None:
+    found = engine.predict([*photos[200:240], *clothes[200:240]])
+    answers = [answer for answer in found if isinstance(answer, Prediction)]
+    assert len(answers) >= 78, "one in a hundred may look unknown"
+    want = ["photos"] * 40 + ["clothes"] * 40
+    assert sum(isinstance(a, Prediction) and a.bundle == w for a, w in zip(found, want, strict=True)) >= 74
+    for answer in answers:
+        assert answer.dispatch is not None
+        assert answer.dispatch.likely[0].name == answer.bundle
+        assert sum(label.score for label in answer.dispatch.likely) == pytest.approx(1, abs=1e-5)
+        assert answer.dispatch.repeated_stages == (0 if answer.bundle == "photos" else STAGE)
+    assert np.mean([a.dispatch.confidence for a in answers if a.dispatch]) > 0.9
+
+
+@pytest.mark.parametrize("name", ["photos", "clothes"])
+def test_the_answer_is_that_of_the_named_bundle(
+    engine: Engine, photos: list[Image.Image], clothes: list[Image.Image], name: str
+) -> None:
+    image = {"photos": photos, "clothes": clothes}[name][205]
+    (found,) = answered(engine.predict([image], Options("auto", embedding=True)))
+    (asked,) = answered(engine.predict([image], Options(name, embedding=True)))
+    assert found.bundle == name and found.dispatch is not None and asked.dispatch is None
+    same(found, asked)
+
+
+def test_the_trunk_runs_once(engine: Engine, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask of ``photos`` begins where the dispatch ends: its pass continues there."""
+    runs: list[tuple[int, int | None, int]] = []
+    plain = PlainExecutor.run
+
+    def run(self: PlainExecutor, x, start=0, stop=None):  # type: ignore[no-untyped-def]
+        runs.append((start, stop, len(x)))
+        return plain(self, x, start, stop)
+
+    (item,) = [engine.prepare(photos[205])]
+    assert not isinstance(item, ItemError)
+    monkeypatch.setattr(type(engine.executor(item.table.bundles[0])), "run", run)  # type: ignore[union-attr]
+    answered(engine.run([item] * 3))
+    assert runs[0] == (0, STAGE, 3) and [start for start, _, _ in runs].count(0) == 1, runs
+
+
+def test_only_where_the_caller_may_go(engine: Engine, photos: list[Image.Image]) -> None:
+    among = Options(among=frozenset({"clothes"}), dispatch="image")
+    (answer,) = engine.predict([photos[205]], among)
+    assert isinstance(answer, ItemError) and answer.kind == "unknown_domain", "a photo is no piece of clothing"
+    (answer,) = engine.predict([photos[205]], Options(among=frozenset({"photos"})))
+    assert isinstance(answer, Prediction) and answer.bundle == "photos"
+    assert answer.dispatch is not None and answer.dispatch.confidence == pytest.approx(1)
+    (nothing,) = engine.predict([photos[205]], Options(among=frozenset()))
+    assert isinstance(nothing, ItemError) and nothing.kind == "unknown_domain"
+
+
+def test_what_fits_nowhere_is_unknown(bundles: list[Bundle], photos: list[Image.Image]) -> None:
+    engine = engine_of([bundles[1], named(bundles[1], "others")])
+    before = now("dispatched_total", bundle="unknown")
+    (answer,) = engine.predict([photos[205]])
+    assert isinstance(answer, ItemError) and answer.kind == "unknown_domain"
+    assert now("dispatched_total", bundle="unknown") == before + 1
+    with pytest.raises(CascadeError, match="unknown_domain"):
+        engine.predict([photos[205]], on_error="raise")
+
+
+def test_a_contested_image_asks_two(engine: Engine, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONTESTED", 1.1)  # every image is
+    options = [Options(name, dispatch="top2") for name in ("auto", "photos", "clothes")]
+    answers = [answered(engine.predict([photos[205]], own))[0] for own in options]
+    surest = max(answers[1:], key=lambda answer: answer.labels[0].score)
+    assert answers[0].labels == surest.labels and answers[0].bundle == surest.bundle
+
+
+def test_a_set_goes_where_most_of_it_fits(
+    engine: Engine, photos: list[Image.Image], clothes: list[Image.Image]
+) -> None:
+    mixed = [*photos[200:206], clothes[200], clothes[201]]
+    answers = answered(engine.predict(mixed, Options(dispatch="set")))
+    assert {answer.bundle for answer in answers} == {"photos"}
+    with Batcher(engine) as batcher:
+        again = asyncio.run(batcher.answers(mixed, Options(dispatch="set"), 30))
+    assert {answer.bundle for answer in answered(again)} == {"photos"}
+
+
+def test_the_batcher_dispatches(engine: Engine, photos: list[Image.Image], clothes: list[Image.Image]) -> None:
+    with Batcher(engine) as batcher:
+        futures = [
+            batcher.submit(image) for pair in zip(photos[200:210], clothes[200:210], strict=True) for image in pair
+        ]
+        answers = answered([future.result(30) for future in futures])
+    assert [answer.bundle for answer in answers] == ["photos", "clothes"] * 10
+
+
+def test_bundles_of_other_input_sizes_take_part(
+    bundles: list[Bundle], photos: list[Image.Image], clothes: list[Image.Image]
+) -> None:
+    larger = with_domain(handmade(clothes[:40], name="large", size=96, experts=0), clothes[:200], STAGE)
+    engine = engine_of([bundles[0], larger])
+    answers = answered(engine.predict([*photos[200:220], *clothes[200:220]]))
+    names = [answer.bundle for answer in answers]
+    assert names[:20].count("photos") >= 19 and names[20:].count("large") >= 19
+
+
+def test_older_bundles_answer_bit_for_bit_as_before(
+    engine: Engine, bundles: list[Bundle], photos: list[Image.Image], clothes: list[Image.Image]
+) -> None:
+    """Twenty bundles come and ten of them go; nobody who named a bundle, or is sent to one, notices."""
+    images = {"photos": photos[200:250], "clothes": clothes[200:250]}
+
+    def ask() -> dict[str, list[Prediction]]:
+        return {n: answered(engine.predict(own, Options(n, embedding=True))) for n, own in images.items()}
+
+    before = ask()
+    single = with_domain(handmade(photos[:40], mask_from=STAGE, experts=0, seed=7), photos[:100], STAGE)
+    for i in range(20):
+        engine.add(named(single, f"new-{i}"))
+        if i % 2:
+            engine.remove(f"new-{i}", "1")
+    for name, answers in ask().items():
+        for a, b in zip(before[name], answers, strict=True):
+            same(a, b)
+    dispatched = answered(engine.predict(clothes[200:250], Options(embedding=True)))
+    for a, b in zip(before["clothes"], dispatched, strict=True):
+        if b.bundle == "clothes":
+            same(a, b)
+    assert sum(b.bundle == "clothes" for b in dispatched) >= 48
+
+
+def test_a_new_bundle_is_found_at_once_and_a_removed_one_never(
+    bundles: list[Bundle], photos: list[Image.Image]
+) -> None:
+    engine = engine_of(bundles[1:])
+    (only,) = engine.predict([photos[205]], Options("auto"))
+    assert isinstance(only, ItemError) and only.kind == "unknown_domain"
+    added = replace(bundles[0], version="2")
+    gone = weakref.ref(added)
+    engine.add(added)
+    (found,) = answered(engine.predict([photos[205]]))
+    assert found.bundle == "photos"
+    engine.remove("photos", "2")
+    (only,) = engine.predict([photos[205]], Options("auto"))
+    assert isinstance(only, ItemError)
+    del added
+    gc.collect()
+    assert gone() is None, "the table must not keep it"
+
+
+def test_bundles_without_a_domain_must_be_named(bundles: list[Bundle], photos: list[Image.Image]) -> None:
+    bare = [replace(bundle, domain=None, card=bundle.card.model_copy(update={"domain": None})) for bundle in bundles]
+    (answer,) = engine_of(bare).predict([photos[0]])
+    assert isinstance(answer, ItemError) and answer.kind == "bundle_missing" and "photos" in answer.message
+    (answer,) = engine_of([bare[0], bundles[1]]).predict([photos[0]], Options("photos"))
+    assert isinstance(answer, Prediction)

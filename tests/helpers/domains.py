@@ -1,0 +1,31 @@
+"""Bundles with a domain, fitted on real images as training does."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade.bundle.format import Bundle
+from cascade.bundle.schema import DomainCard
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
+from cascade.model import backbone as backbones
+from cascade.model.domain import pooled
+from training import domains
+
+
+@torch.inference_mode()
+def activations(bundle: Bundle, images: Sequence[Image.Image], stage: int) -> Tensor:
+    """Pooled activations float32 [N, D] of the plain backbone before a stage."""
+    backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source)
+    transform = bundle.preprocessing.transform()
+    x = torch.stack([transform(image) for image in images])
+    return pooled(PlainExecutor(backbone, WeightCache(2**30)).run(x, 0, stage))
+
+
+def with_domain(bundle: Bundle, images: Sequence[Image.Image], stage: int = 2) -> Bundle:
+    """The bundle with the domain of ``images``."""
+    domain = domains.fit(activations(bundle, images, stage))
+    return replace(bundle, domain=domain, card=bundle.card.model_copy(update={"domain": DomainCard(stage=stage)}))

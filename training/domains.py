@@ -1,0 +1,63 @@
+"""Fit the domain of a bundle: prototypes of its images in the plain backbone, for dispatch between bundles."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from cascade.bundle.schema import DomainCard
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.model.backbone import Backbone
+from cascade.model.domain import Domain, pooled
+from cascade.model.preprocessing import Preprocessing, read
+from training import embed
+from training.run import Run
+
+PROTOTYPES, SAMPLES, IMAGES = 16, 64, 4000
+
+
+def stage_of(backbone: Backbone) -> int:
+    """The stage before which the domains of a backbone are fitted: the middle one, the same for all its bundles."""
+    return (len(backbone.stages) + 1) // 2 if len(backbone.stages) > 1 else 0
+
+
+def fit(features: Tensor, seed: int = 0) -> Domain:
+    """A domain from pooled activations float32 [N, D] of a bundle's images; a fifth of them, at most, is held out."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    held_out = min(SAMPLES, max(2, len(features) // 5))
+    samples, rest = features[order[:held_out]], features[order[held_out:]]
+    clusters = min(PROTOTYPES, max(1, len(rest) // 8))
+    fitted = KMeans(clusters, n_init=3, random_state=seed).fit(rest.numpy())
+    prototypes = torch.from_numpy(fitted.cluster_centers_).float()
+    around = (rest - prototypes[torch.from_numpy(fitted.labels_).long()]).double()
+    scatter = around.T @ around / max(1, len(rest) - clusters)
+    rows, columns = torch.tril_indices(len(scatter), len(scatter))
+    return Domain(prototypes.half(), scatter[rows, columns].half(), samples.half())
+
+
+def features(executor: PlainExecutor, pixels: np.ndarray, preprocessing: Preprocessing, stage: int) -> Tensor:
+    """Pooled activations float32 [N, D] of images uint8 [N, 3, S, S] before a stage of the plain backbone."""
+    executor.swap(None)
+    device = executor.backbone.weights.device
+    batches = embed.normalized(pixels, preprocessing)
+    return torch.cat([pooled(executor.run(x.to(device), 0, stage) if stage else x.to(device)).cpu() for x in batches])
+
+
+def of_run(run: Run) -> tuple[Domain, DomainCard]:
+    """The domain of a run's training images, ``IMAGES`` at most."""
+    rows = np.sort(np.random.default_rng(run.recipe.seed).permutation(len(run.images))[:IMAGES])
+    stage = stage_of(run.backbone)
+    found = features(run.executor, run.inputs("train")[rows], run.preprocessing, stage)
+    return fit(found, run.recipe.seed), DomainCard(stage=stage)
+
+
+def of_files(executor: PlainExecutor, paths: Sequence[Path], preprocessing: Preprocessing) -> tuple[Domain, DomainCard]:
+    """The domain of image files, ``IMAGES`` at most."""
+    order = np.random.default_rng(0).permutation(len(paths))[:IMAGES]
+    crop = preprocessing.geometry()
+    pixels = np.stack([np.asarray(crop(read(paths[i]))).transpose(2, 0, 1) for i in order])
+    stage = stage_of(executor.backbone)
+    return fit(features(executor, pixels, preprocessing, stage)), DomainCard(stage=stage)
