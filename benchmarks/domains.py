@@ -3,7 +3,7 @@
     python -m benchmarks.domains                   # everything; resumes in runs/domains
     python -m benchmarks.domains --steps 100       # shorter trainings
 
-Six domains, cut out of four data sets (``python -m benchmarks.datasets cifar10 fashion-mnist groceries digits``), each a
+Six domains from four data sets (``python -m benchmarks.datasets cifar10 fashion-mnist groceries digits``), each a
 folder of class folders, as a customer has it. Every domain trains a bundle of its own with ``cascade train --labels``;
 the controls are one bundle that is trained on everything for the same total of steps, heads on the frozen backbone with
 the true domain named, and RanPAC (random features and one ridge classifier for all classes, McDonnell et al. 2023).

@@ -39,11 +39,11 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
     masks = (run.dispatcher, *run.experts)
     summary = read_json(run.folder / SUMMARY)
     rows = _bank_rows(run)
-    domain, stage = domains.of_run(run)
+    domain, where = domains.of_run(run)
     bundle = Bundle(
         name=out.parent.name,
         version=out.name,
-        card=_card(run, masks, len(fitted["dispatcher"][0].bias), summary, accuracy, stage),
+        card=_card(run, masks, len(fitted["dispatcher"][0].bias), summary, accuracy, where),
         domain=domain,
         preprocessing=run.preprocessing,
         dispatcher=masks[0],
@@ -70,11 +70,11 @@ def export_classifier(
     features = torch.from_numpy(run.features(chosen.name)[0])
     rows = _bank_rows(run)
     head = Linear(chosen.head.weight.half(), chosen.head.bias)
-    domain, stage = domains.of_run(run)
+    domain, where = domains.of_run(run)
     bundle = Bundle(
         name=out.parent.name,
         version=out.name,
-        card=_card(run, (replace(mask, name="dispatcher"),), run.backbone.features, {}, accuracy, stage),
+        card=_card(run, (replace(mask, name="dispatcher"),), run.backbone.features, {}, accuracy, where),
         domain=domain,
         preprocessing=run.preprocessing,
         dispatcher=replace(mask, name="dispatcher"),
@@ -96,7 +96,7 @@ def _ood(run: Run, name: str) -> OutOfDomain:
 
 
 def _card(
-    run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any], stage: DomainCard
+    run: Run, masks: tuple[Mask, ...], dim: int, summary: dict[str, Any], accuracy: dict[str, Any], where: DomainCard
 ) -> Card:
     backbone, recipe = run.backbone, run.recipe
     kept = {k: v for k, v in asdict(recipe).items() if k not in ("data", "source")}
@@ -115,7 +115,7 @@ def _card(
             for mask in masks
         ],
         router=RouterCard(**{k: summary[k] for k in RouterCard.model_fields}) if recipe.clusters else None,
-        domain=stage,
+        domain=where,
         mode=recipe.mode if recipe.clusters else "dispatcher",
         dim=dim,
         classes=run.images.classes if run.images.labels is not None else [],
