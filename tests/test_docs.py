@@ -130,6 +130,9 @@ def test_figures_of_the_readme_are_those_of_the_json() -> None:
         path = ROOT / "benchmarks" / "results" / "accuracy" / f"cifar10-{row}-tf_efficientnet_lite0-0.json"
         cell = json.loads(path.read_text())
         assert f" | {marks}{cell['accuracy']:.1f}{marks} | {marks}{cell['bytes'] / 1000:.0f}{marks} |" in text, row
+    for row in ("frozen", "distilled", "teacher"):
+        path = ROOT / "benchmarks" / "results" / "accuracy" / f"cifar10-unlabeled-{row}-tf_efficientnet_lite0-0.json"
+        assert f" {json.loads(path.read_text())['accuracy']:.1f} " in text, row
 
 
 def test_figures_of_the_demo_cascade_are_those_of_its_card() -> None:

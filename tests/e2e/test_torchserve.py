@@ -74,13 +74,19 @@ def test_fields_choose_what_is_answered(server: TorchServe, photos: list[bytes])
         ({"X_Cascade_Bundle": "one", "X_Cascade_Mode": "best"}, (400, "unknown_mode")),
         ({"X_Cascade_Bundle": "one", "X_Cascade_Fields": "labels,masks"}, (400, "bad_option")),
         ({"X_Cascade_Bundle": "one", "X_Cascade_Color": "red"}, (400, "unknown_option")),
-        ({}, (400, "bundle_missing")),
+        ({"X_Cascade_Dispatch": "best"}, (400, "bad_option")),
     ],
 )
 def test_wrong_options(
     server: TorchServe, photos: list[bytes], headers: dict[str, str], expected: tuple[int, str]
 ) -> None:
     assert error(post(server, photos[0], **headers)) == expected
+
+
+def test_an_image_without_a_bundle_is_dispatched(server: TorchServe, photos: list[bytes]) -> None:
+    dispatched = answer(post(server, photos[0]))
+    assert dispatched["bundle"] in ("one", "two"), "they are alike"
+    assert {label["name"] for label in dispatched["dispatch"]["likely"]} == {"one", "two"}
 
 
 def test_wrong_bodies(server: TorchServe, photos: list[bytes], cifar: list[Image.Image]) -> None:
