@@ -22,7 +22,7 @@ from cascade.engine import tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.dispatch import outvoted
-from cascade.engine.engine import Engine, Source
+from cascade.engine.engine import AUTO, Engine, Source
 from cascade.engine.fair_queue import Answer, Room, Waiting
 from cascade.engine.items import AnyItem, Item, OpenItem, passes
 from cascade.engine.priorities import PriorityQueue
@@ -315,7 +315,7 @@ class Batcher:
         taken = self._waiting.take(room, self.engine, now - self.patience)
         for waiting in taken:
             metrics.QUEUE_SECONDS.observe(now - waiting.since)
-            tenant_metrics.waited(waiting.item.name, waiting.tenant, now - waiting.since)
+            tenant_metrics.waited(waiting.item.name or AUTO, waiting.tenant, now - waiting.since)
         return [waiting for waiting in taken if self._leave(waiting)]
 
     def _remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:

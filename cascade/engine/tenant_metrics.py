@@ -19,7 +19,7 @@ TENANT_QUEUE_SECONDS = Histogram(
 tenants = BusiestNames("tenant", [TENANT_IMAGES, TENANT_SECONDS, TENANT_QUEUE_SECONDS], metrics.MOST_NAMES)
 
 
-def waited(bundle: str | None, tenant: Tenant, seconds: float) -> None:
+def waited(bundle: str, tenant: Tenant, seconds: float) -> None:
     """An image got its pass after this time in the queue."""
     metrics.BUNDLE_QUEUE_SECONDS.labels(metrics.bundle_label(bundle)).observe(seconds)
     if tenant.keyed:
