@@ -55,7 +55,7 @@ def test_names_types_and_units() -> None:
         "mask_hits": "counter",
         "mask_misses": "counter",
         "mask_evictions": "counter",
-        "dispatched_total": "counter",
+        "dispatched": "counter",
         "dispatch_confidence": "histogram",
         "routing_confidence": "histogram",
         "materialized_bytes": "gauge",

@@ -72,7 +72,7 @@ def test_errors_say_what_there_is(pair: tuple[Bundle, Bundle], cifar: list[Image
         "no such bundle; loaded: a b",
         "no such version; loaded: 1 9 10",
         "unknown mode; choose one of: dispatcher conditional unconditional",
-        "say which bundle; loaded: a b",
+        "say which bundle, none has a domain to dispatch by; loaded: a b",
     ]
 
 
