@@ -246,7 +246,9 @@ def module(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> No
     """``python -m training.<name>`` in this process."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     monkeypatch.delitem(sys.modules, f"training.{name}", raising=False)  # it may run more than once
-    runpy.run_module(f"training.{name}", run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"training.{name}", run_name="__main__")
+    assert not end.value.code
 
 
 def test_stage_by_stage_gives_what_all_in_a_row_give(
@@ -257,7 +259,8 @@ def test_stage_by_stage_gives_what_all_in_a_row_give(
     module("dispatcher", cifar_folder, "--run", run, *sum(options, []), monkeypatch=monkeypatch)
     module("clusters", "--run", run, monkeypatch=monkeypatch)
     for some in (("2",), ("0", "1")):  # in any order, by whomever
-        module("experts", "--run", run, "--only", *some, monkeypatch=monkeypatch)
+        only = [word for number in some for word in ("--only", number)]
+        module("experts", "--run", run, *only, monkeypatch=monkeypatch)
     module("evaluate", "--run", run, monkeypatch=monkeypatch)
     module("export", "--run", run, "--out", out, monkeypatch=monkeypatch)
     assert content(out) == content(once)
