@@ -190,7 +190,9 @@ def count_mask(bundle: str | None, hit: bool) -> None:
     """Count a mask that was needed, of a bundle that is served (None: of nobody's)."""
     (MASK_HITS if hit else MASK_MISSES).inc()
     if bundle is not None:
-        BUNDLE_MASKS.labels(bundle_label(bundle), "hit" if hit else "miss").inc()
+        label = bundle_label(bundle)
+        BUNDLE_MASKS.labels(label, "hit").inc(hit)  # both are there from the first one: a share needs them
+        BUNDLE_MASKS.labels(label, "miss").inc(not hit)
 
 
 def count_dispatch(bundle: str | None, confidence: float = 0.0) -> None:

@@ -86,6 +86,15 @@ def test_requests_by_bundle_cluster_and_outcome() -> None:
     assert now("requests_total", bundle="requests-test", cluster="none", outcome="not_an_image") == 1
 
 
+def test_a_bundle_without_a_hit_has_a_share_of_hits() -> None:
+    metrics.count_mask("masks-test", hit=False)
+    counts = {
+        labels: v for (name, labels), v in parsed(metrics.scrape()).items() if name == "cascade_bundle_masks_total"
+    }
+    assert counts[("bundle", "masks-test"), ("result", "hit")] == 0
+    assert counts[("bundle", "masks-test"), ("result", "miss")] == 1
+
+
 def test_labels_stay_bounded_whatever_clients_send() -> None:
     metrics.count_answer("warm", None, "unknown_bundle")
     before = len(parsed(metrics.scrape()))
