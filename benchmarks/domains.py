@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.report import Figure, figure, report, single
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle, read
-from cascade.engine.dispatch import DispatchTable
+from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.executors import Executor
 from cascade.model.domain import Domain, Domains, pooled
 from training import pipeline

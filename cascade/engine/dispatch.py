@@ -6,78 +6,27 @@ from the activations where its bundle's mask begins no earlier; otherwise the tr
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cascade import metrics
 from cascade.bundle.bundle import Bundle
+from cascade.engine.dispatch_table import DispatchTable, Space
 from cascade.engine.executors import Executor
 from cascade.engine.forward import run_stages
 from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
-from cascade.model.domain import UNKNOWN, Domain, Domains, calibrated_temperature, pooled
+from cascade.model.domain import UNKNOWN, pooled
 from cascade.model.fusion import MODES, Mode
-from cascade.model.preprocessing import Preprocessing
 
-SAMPLES = 2000  # held-out images over all bundles that calibrate the confidence
 LIKELY = 5  # bundles that an answer lists
 BEYOND = 1e9  # strangeness of a bundle that the caller may not use
 CONTESTED = 0.9  # confidence below which ``top2`` asks the two likeliest bundles
 UNKNOWN_DOMAIN = ItemError(
     "unknown_domain", "this image fits no bundle that it could be sent to: name the bundle to ask it all the same"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Space:
-    """Bundles whose domains can be compared: fitted on one backbone, at one stage, after one preprocessing.
-
-    Attributes:
-        fingerprint: of the backbone. stage: the first stage that has not run when the activations are pooled.
-        bundles: B of them. domains: theirs, in one matrix.
-        temperature: of the softmax over scores, so that the largest probability is a calibrated confidence.
-    """
-
-    fingerprint: str
-    stage: int
-    preprocessing: Preprocessing
-    bundles: tuple[Bundle, ...]
-    domains: Domains
-    temperature: float
-
-
-@dataclass(frozen=True, eq=False)
-class DispatchTable:
-    """Every bundle that an image may be sent to.
-
-    Attributes:
-        spaces: their bundles one after the other are the columns of all scores.
-    """
-
-    spaces: tuple[Space, ...]
-
-    @property
-    def bundles(self) -> list[Bundle]:
-        return [bundle for space in self.spaces for bundle in space.bundles]
-
-    @classmethod
-    def of(cls, bundles: Iterable[Bundle]) -> "DispatchTable":
-        """The table of those bundles that have a domain."""
-        groups: dict[tuple[str, int, Preprocessing], list[tuple[Bundle, Domain]]] = {}
-        for bundle in bundles:
-            if bundle.domain is not None and bundle.card.domain is not None:
-                key = bundle.card.backbone.fingerprint, bundle.card.domain.stage, bundle.preprocessing
-                groups.setdefault(key, []).append((bundle, bundle.domain))
-        spaces = []
-        for (fingerprint, stage, preprocessing), own in groups.items():
-            domains = Domains.of([domain for _, domain in own])
-            temperature = _temperature(domains, [domain for _, domain in own])
-            named = tuple(bundle for bundle, _ in own)
-            spaces.append(Space(fingerprint, stage, preprocessing, named, domains, temperature))
-        return cls(tuple(spaces))
 
 
 def dispatch(
@@ -200,12 +149,3 @@ def _forbidden(space: Space, items: list[OpenItem]) -> Tensor:
     """bool [N, B]: bundles that an item may not be sent to."""
     allowed = [item.options.among for item in items]
     return torch.tensor([[own is not None and b.name not in own for b in space.bundles] for own in allowed])
-
-
-def _temperature(domains: Domains, own: Sequence[Domain]) -> float:
-    """Calibrated on the held-out samples of every bundle, the same number of each."""
-    if len(own) < 2:
-        return 1.0
-    samples = [domain.samples[: max(1, SAMPLES // len(own))].float() for domain in own]
-    owner = torch.repeat_interleave(torch.arange(len(own)), torch.tensor([*map(len, samples)]))
-    return calibrated_temperature(domains.scores(torch.cat(samples)).cpu(), owner)

@@ -22,7 +22,8 @@ from cascade import metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.format import check, digest, read
 from cascade.cpus import limit_threads
-from cascade.engine.dispatch import DispatchTable, dispatch, mode_of, outvoted, surest
+from cascade.engine.dispatch import dispatch, mode_of, outvoted, surest
+from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward

@@ -2,19 +2,16 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
+from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.results import Dispatch, Options
 from cascade.model.fusion import Mode
 from cascade.model.preprocessing import Preprocessing, normalize_on_device
-
-if TYPE_CHECKING:
-    from cascade.engine.dispatch import DispatchTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +63,7 @@ class OpenItem:
         pixels: for each space of the table, as in ``Item``.
     """
 
-    table: "DispatchTable"
+    table: DispatchTable
     options: Options
     pixels: tuple[Tensor, ...]
 

@@ -479,10 +479,9 @@ def test_a_stage_without_the_one_before_says_which(tmp_path: Path, cifar: list[I
 def test_every_stage_explains_itself(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as told:
-        module(name, "--help", monkeypatch=monkeypatch)
+    module(name, "--help", monkeypatch=monkeypatch)
     shown = capsys.readouterr().out
-    assert told.value.code in (0, None) and "--run" in shown
+    assert "--run" in shown
     assert ("--mask-from" in shown) == (name in ("dispatcher", "pipeline"))
 
 

@@ -1,0 +1,70 @@
+"""Every bundle that an image may be dispatched to, in matrices that compare an image with all of them at once."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cascade.bundle.bundle import Bundle
+from cascade.model.domain import Domain, Domains, calibrated_temperature
+from cascade.model.preprocessing import Preprocessing
+
+SAMPLES = 2000  # held-out images over all bundles that calibrate the confidence
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Bundles whose domains can be compared: fitted on one backbone, at one stage, after one preprocessing.
+
+    Attributes:
+        fingerprint: of the backbone. stage: the first stage that has not run when the activations are pooled.
+        bundles: B of them. domains: theirs, in one matrix.
+        temperature: of the softmax over scores, so that the largest probability is a calibrated confidence.
+    """
+
+    fingerprint: str
+    stage: int
+    preprocessing: Preprocessing
+    bundles: tuple[Bundle, ...]
+    domains: Domains
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchTable:
+    """Every bundle that an image may be sent to.
+
+    Attributes:
+        spaces: their bundles one after the other are the columns of all scores.
+    """
+
+    spaces: tuple[Space, ...]
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        return [bundle for space in self.spaces for bundle in space.bundles]
+
+    @classmethod
+    def of(cls, bundles: Iterable[Bundle]) -> "DispatchTable":
+        """The table of those bundles that have a domain."""
+        groups: dict[tuple[str, int, Preprocessing], list[tuple[Bundle, Domain]]] = {}
+        for bundle in bundles:
+            if bundle.domain is not None and bundle.card.domain is not None:
+                key = bundle.card.backbone.fingerprint, bundle.card.domain.stage, bundle.preprocessing
+                groups.setdefault(key, []).append((bundle, bundle.domain))
+        spaces = []
+        for (fingerprint, stage, preprocessing), own in groups.items():
+            domains = Domains.of([domain for _, domain in own])
+            temperature = _temperature(domains, [domain for _, domain in own])
+            named = tuple(bundle for bundle, _ in own)
+            spaces.append(Space(fingerprint, stage, preprocessing, named, domains, temperature))
+        return cls(tuple(spaces))
+
+
+def _temperature(domains: Domains, own: Sequence[Domain]) -> float:
+    """Calibrated on the held-out samples of every bundle, the same number of each."""
+    if len(own) < 2:
+        return 1.0
+    samples = [domain.samples[: max(1, SAMPLES // len(own))].float() for domain in own]
+    owner = torch.repeat_interleave(torch.arange(len(own)), torch.tensor([*map(len, samples)]))
+    return calibrated_temperature(domains.scores(torch.cat(samples)).cpu(), owner)
