@@ -166,7 +166,7 @@ def images_in(folder: str) -> Iterator[str]:
     Links are followed, but no folder is visited twice. Hidden files and leftovers are left out, and named in a warning.
     A folder that cannot be listed, or goes away meanwhile, is yielded itself, so that it becomes an error.
     """
-    left_out, seen = LeftOut(folder), set[str]()
+    left_out, seen = LeftOut(folder), set[tuple[int, int]]()
     waiting = [(folder, True)]  # paths, the next one last, and whether they are folders; folders nest without limit
     while waiting:
         path, is_folder = waiting.pop()
@@ -174,9 +174,10 @@ def images_in(folder: str) -> Iterator[str]:
             yield path
             continue
         try:
-            if (real := os.path.realpath(path)) in seen:
+            status = os.stat(path)
+            if (identity := (status.st_dev, status.st_ino)) in seen:
                 continue
-            seen.add(real)
+            seen.add(identity)
             waiting += reversed([*_listed(path, left_out)])
         except OSError:
             yield path

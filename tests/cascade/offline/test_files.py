@@ -108,15 +108,15 @@ def test_a_folder_that_goes_away_meanwhile_costs_the_others_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As below /proc, where it may happen while a link is followed."""
-    before, realpath = [*images_in(str(folder))], os.path.realpath
+    before, stat = [*images_in(str(folder))], os.stat
 
-    def gone(path: str) -> str:
-        if path.endswith("gone"):
+    def gone(path: str, *arguments: object, **more: object) -> os.stat_result:
+        if str(path).endswith("gone"):
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
-        return realpath(path)
+        return stat(path, *arguments, **more)  # type: ignore[arg-type]
 
     (folder / "gone").mkdir()
-    monkeypatch.setattr(os.path, "realpath", gone)
+    monkeypatch.setattr(os, "stat", gone)
     found = [*images_in(str(folder))]
     assert str(folder / "gone") in found and sorted(before) == sorted(set(found) - {str(folder / "gone")})
 
