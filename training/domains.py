@@ -1,6 +1,7 @@
 """Fit the domain of a bundle: prototypes of its images in the plain backbone, for dispatch between bundles."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,20 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from cascade.bundle.format import check, write
+from cascade.bundle.format import read as load_bundle
 from cascade.bundle.schema import DomainCard
 from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
+from cascade.errors import CascadeError
+from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.domain import Domain, pooled
 from cascade.model.preprocessing import Preprocessing, read
 from training import embed
 from training.run import Run
 
-PROTOTYPES, SAMPLES, IMAGES = 16, 64, 4000
+PROTOTYPES, SAMPLES, IMAGES, LEAST = 16, 64, 4000, 10
 
 
 def stage_of(backbone: Backbone) -> int:
@@ -54,8 +60,26 @@ def of_run(run: Run) -> tuple[Domain, DomainCard]:
     return fit(found, run.recipe.seed), DomainCard(stage=stage)
 
 
+def add(path: Path, images: Sequence[Path], out: Path, weights: Path | None = None) -> Path:
+    """Write a bundle once more, to ``out`` (``<name>/<version>``), with the domain of these image files.
+
+    Args:
+        weights: a checkpoint that takes the place of the bundle's own weight source.
+
+    Raises:
+        CascadeError: the bundle or an image can't be read, there are too few images, or ``out`` exists.
+    """
+    bundle = load_bundle(path)
+    backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source, weights)
+    check(bundle, backbone)
+    domain, card = of_files(PlainExecutor(backbone, WeightCache(2**34)), images, bundle.preprocessing)
+    return write(replace(bundle, domain=domain, card=bundle.card.model_copy(update={"domain": card})), out)
+
+
 def of_files(executor: PlainExecutor, paths: Sequence[Path], preprocessing: Preprocessing) -> tuple[Domain, DomainCard]:
     """The domain of image files, ``IMAGES`` at most."""
+    if len(paths) < LEAST:
+        raise CascadeError(f"{len(paths)} images are too few to tell a domain from others: give {LEAST} or more")
     order = np.random.default_rng(0).permutation(len(paths))[:IMAGES]
     crop = preprocessing.geometry()
     pixels = np.stack([np.asarray(crop(read(paths[i]))).transpose(2, 0, 1) for i in order])

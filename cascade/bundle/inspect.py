@@ -26,6 +26,9 @@ def show(bundle: Bundle, console: Console | None = None) -> None:
     if {"recipe", "images", "data"} <= trained.keys():
         how = "with their labels" if trained["recipe"].get("labels") else "without labels"
         console.print(f"trained on {trained['images']} images of {trained['data']}, {how}")
+    if bundle.domain is not None and card.domain is not None:
+        stage = back.stages[card.domain.stage]
+        console.print(f"images can be dispatched to it: {len(bundle.domain.prototypes)} prototypes before {stage}")
     for table in (_masks(card), *_accuracies(card.accuracy), _bytes(card)):
         console.print(table)
     if trained.get("calibration_error") is not None:

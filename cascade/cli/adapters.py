@@ -64,6 +64,22 @@ def import_checkpoint(
         typer.echo(f"accuracy on {check}: {before:.1%} before, {after:.1%} after")
 
 
+def domain(
+    bundle: BundlePath,
+    images: Annotated[Path, typer.Argument(help="Folder of images like those that it should answer; no labels.")],
+    out: Annotated[Path, typer.Option(help="Folder <store>/<name>/<version> to make; must not exist.")],
+    weights: Weights = None,
+) -> None:
+    """Let images be dispatched to a bundle: [bold]cascade domain model_store/mine/1 photos --out model_store/mine/2[/]
+
+    Bundles of [bold]cascade train[/] have a domain already.
+    """
+    from training.delta import images_in
+    from training.domains import add
+
+    typer.echo(f"wrote {add(bundle, images_in(images), out, weights)}")
+
+
 def export(
     bundle: BundlePath,
     out: Annotated[Path, typer.Option(help="File to write; must not exist.")],

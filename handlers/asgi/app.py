@@ -35,11 +35,8 @@ ROW = re.compile(r"[0-9]{1,9}")
 PICTURE = {"type": "string", "format": "binary"}
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
-STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 409, 413, 415, 429, 431, 500, 503)
+STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 431, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, ERROR)
-JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer.", "content": {"application/json": {}, "application/octet-stream": {}}}
-}
 VERSION: dict[str, Any] = {
     "parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]
 }
@@ -138,7 +135,9 @@ def _predictions(app: FastAPI, service: Service) -> None:
     description = {"parameters": options, "requestBody": {"required": True, "content": content}}
 
     @app.put("/v1/predict", include_in_schema=False)  # curl -T
-    @app.post("/v1/predict", openapi_extra=description, responses=JSON_OR_BYTES, summary="Predict one image")
+    @app.post(
+        "/v1/predict", openapi_extra=description, responses=open_inference.JSON_OR_BYTES, summary="Predict one image"
+    )
     async def predict(request: Request) -> Response:
         service.admit(request)
         if request.query_params:
@@ -198,13 +197,10 @@ def _protocol(app: FastAPI, service: Service) -> None:
             "model_stats": [service.batcher.statistics.of(bundle.name, v).to_triton(bundle.name, v) for v in versions]
         }
 
-    tensors: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    body = {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}} | tensors
-    description: dict[str, Any] = {"requestBody": {"required": True, "content": body}}
-    shared: dict[str, Any] = {"responses": JSON_OR_BYTES, "summary": "Predict images"}
+    shared: dict[str, Any] = {"responses": open_inference.JSON_OR_BYTES, "summary": "Predict images"}
 
-    @app.post("/v2/models/{model}/infer", openapi_extra=description, **shared)
-    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=description | VERSION, **shared)
+    @app.post("/v2/models/{model}/infer", openapi_extra=open_inference.BODY, **shared)
+    @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=open_inference.BODY | VERSION, **shared)
     async def infer(request: Request, model: str) -> Response:
         service.admit(request)
         find_bundle(request, model)  # before the body is read

@@ -37,7 +37,12 @@ def add(app: FastAPI, service: Service) -> None:
         table(request)
         return {"name": AUTO, "ready": True}
 
-    @app.post(f"/v2/models/{AUTO}/infer", summary="Predict images, each by the bundle that it fits")
+    @app.post(
+        f"/v2/models/{AUTO}/infer",
+        summary="Predict images, each by the bundle that it fits",
+        openapi_extra=open_inference.BODY,
+        responses=open_inference.JSON_OR_BYTES,
+    )
     async def infer(request: Request) -> Response:
         service.admit(request)
         table(request)

@@ -30,6 +30,20 @@ NUMBERED: dict[int, Priority] = {1: "interactive", 2: "batch"}
 MAX_VALUES = 2**20
 """Commas and brackets in a request's JSON: six images of 224 px as numbers. A parsed value takes up to 60 bytes."""
 
+JSON_OR_BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer.", "content": {"application/json": {}, "application/octet-stream": {}}}
+}
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+"""How a request to .../infer is described: FastAPI does not read it itself."""
+
 
 class TensorParameters(BaseModel):
     """What goes with an input: where its data is."""
