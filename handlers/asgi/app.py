@@ -101,7 +101,7 @@ def create_app(
         """FastAPI's description, and the body of /infer, which FastAPI does not read itself."""
         schema = open_inference.InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        document["components"]["schemas"] |= schema.pop("$defs") | {"InferRequest": schema}
+        document["components"] = {"schemas": schema.pop("$defs") | {"InferRequest": schema}}
         return document
 
     app.openapi = described  # type: ignore[method-assign]
