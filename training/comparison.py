@@ -89,6 +89,11 @@ def verdict(facts: dict[str, Any]) -> str:
         )
     key = "validation" if frozen["test"] is None else "test"
     gain = 100 * (mask[key] - frozen[key])
+    if gain < 0:
+        return (
+            f"in doubt: the mask is better on the validation images, so the bundle serves it, but {-gain:.1f} points worse"
+            " on the test images; more images or more --steps would decide, --frozen keeps the head alone"
+        )
     return (
         f"the mask is worth having: {100 * mask[key]:.1f} % against {100 * frozen[key]:.1f} % with a head on the"
         f" frozen backbone ({gain:+.1f} points), for {mask['bytes'] / 1000:,.0f} KB instead of"
