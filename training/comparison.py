@@ -91,7 +91,7 @@ def verdict(facts: dict[str, Any]) -> str:
     gain = 100 * (mask[key] - frozen[key])
     if gain < 0:
         return (
-            f"in doubt: the mask is better on the validation images, so the bundle serves it, but {-gain:.1f} points worse"
+            f"in doubt: the bundle serves the mask, which is better on the validation images, but {-gain:.1f} points worse"
             " on the test images; more images or more --steps would decide, --frozen keeps the head alone"
         )
     return (
