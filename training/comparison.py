@@ -91,8 +91,8 @@ def verdict(facts: dict[str, Any]) -> str:
     gain = 100 * (mask[key] - frozen[key])
     if gain < 0:
         return (
-            f"in doubt: the mask is better on the validation images and served, but {-gain:.1f} points worse on the test"
-            " images; more images or more --steps would decide, --frozen keeps the head alone"
+            f"in doubt: the mask is better on the validation images and served, but {-gain:.1f} points worse on the"
+            " test images; more images or more --steps would decide, --frozen keeps the head alone"
         )
     return (
         f"the mask is worth having: {100 * mask[key]:.1f} % against {100 * frozen[key]:.1f} % with a head on the"
