@@ -49,8 +49,8 @@ class Domains:
 
     Attributes:
         metric: float32 [D, D], inverse of the mean scatter. volume: log-determinant of the scatter.
-        weight: float32 [D, all P], bias: float32 [all P]: of linear discriminants, one for each prototype.
-        owner: int64 [all P], the domain of each prototype.
+        weight: float32 [D, B P], bias: float32 [B P]: of linear discriminants, one for each prototype; a domain with
+            fewer than P prototypes has some that never win.
         center, spread: float32 [B]: median distance of a domain's own held-out images, and how much more a distant one
             has (the 84th percentile: one standard deviation).
     """
@@ -59,42 +59,29 @@ class Domains:
     volume: float
     weight: Tensor
     bias: Tensor
-    owner: Tensor
     center: Tensor
     spread: Tensor
 
     @classmethod
     def of(cls, domains: Sequence[Domain]) -> "Domains":
         """All of them in one matrix."""
-        scatter = torch.stack([domain.scatter for domain in domains]).double().mean(dim=0)
-        width = domains[0].prototypes.shape[1]
-        rows, columns = torch.tril_indices(width, width, device=scatter.device)
-        full = scatter.new_zeros(width, width)
-        full[rows, columns] = full[columns, rows] = scatter
-        sphere = full.diagonal().mean().clamp(min=1e-6) * torch.eye(width, dtype=full.dtype, device=full.device)
-        full += SHRINKAGE * sphere
-        metric, volume = torch.linalg.inv(full).float(), float(torch.logdet(full))
-        prototypes = torch.cat([domain.prototypes for domain in domains]).float()
-        sizes = torch.tensor([len(domain.prototypes) for domain in domains], device=prototypes.device)
-        projected = prototypes @ metric
-        owner = torch.repeat_interleave(torch.arange(len(domains), device=sizes.device), sizes)
-        blank, bias = metric.new_zeros(len(domains)), -0.5 * (projected * prototypes).sum(dim=1)
-        made = cls(metric, volume, projected.T.contiguous(), bias, owner, blank, blank)
-        samples = torch.cat([domain.samples for domain in domains]).float()
-        counts = [len(domain.samples) for domain in domains]
-        own = torch.repeat_interleave(
-            torch.arange(len(domains), device=samples.device), torch.tensor(counts, device=samples.device)
-        )
-        distances = made.distance(samples, made.scores(samples).gather(1, own[:, None]))[:, 0].split(counts)
-        levels = torch.stack([d.quantile(d.new_tensor([0.5, 0.84])) for d in distances])
+        metric, volume = _metric(domains)
+        count = max(len(domain.prototypes) for domain in domains)
+        prototypes = metric.new_zeros(len(domains), count, len(metric))
+        bias = metric.new_full((len(domains), count), -torch.inf)
+        for row, domain in enumerate(domains):
+            own = domain.prototypes.float()
+            prototypes[row, : len(own)] = own
+            bias[row, : len(own)] = -0.5 * ((own @ metric) * own).sum(dim=1)
+        weight = (prototypes.flatten(0, 1) @ metric).T.contiguous()
+        levels = torch.stack([_levels(domain, metric) for domain in domains])
         center, spread = levels[:, 0], (levels[:, 1] - levels[:, 0]).clamp(min=1e-3 * float(levels.abs().mean()))
-        return cls(metric, volume, made.weight, made.bias, owner, center, spread)
+        return cls(metric, volume, weight, bias.flatten(), center, spread)
 
     def scores(self, features: Tensor) -> Tensor:
         """Log-likelihoods of pooled features [N, D] under each domain, but for a constant of each image: [N, B]."""
         each = torch.addmm(self.bias, features, self.weight)
-        best = each.new_full((len(features), len(self.center)), -torch.inf)
-        return best.scatter_reduce_(1, self.owner.expand(len(features), -1), each, "amax")
+        return each.unflatten(1, (len(self.center), -1)).amax(dim=2)
 
     def distance(self, features: Tensor, scores: Tensor) -> Tensor:
         """Squared Mahalanobis distances to the nearest prototype, from features [N, D] and their scores [N, k]."""
@@ -110,6 +97,24 @@ class Domains:
     def strangeness(self, distance: Tensor) -> Tensor:
         """How much farther [N, B] images are than a domain's own: 0 for its typical one, 1 for the 84th percentile."""
         return (distance - self.center) / self.spread
+
+
+def _levels(domain: Domain, metric: Tensor) -> Tensor:
+    """Median and 84th percentile, [2], of the squared distances of a domain's samples to their nearest prototypes."""
+    gaps = domain.samples.float()[:, None] - domain.prototypes.float()
+    distances = ((gaps @ metric) * gaps).sum(dim=2).amin(dim=1)
+    return distances.quantile(distances.new_tensor([0.5, 0.84]))
+
+
+def _metric(domains: Sequence[Domain]) -> tuple[Tensor, float]:
+    """The inverse of the domains' mean scatter, float32 [D, D], and the scatter's log-determinant."""
+    scatter = torch.stack([domain.scatter for domain in domains]).double().mean(dim=0)
+    width = domains[0].prototypes.shape[1]
+    rows, columns = torch.tril_indices(width, width, device=scatter.device)
+    full = scatter.new_zeros(width, width)
+    full[rows, columns] = full[columns, rows] = scatter
+    full += SHRINKAGE * full.diagonal().mean().clamp(min=1e-6) * torch.eye(width, dtype=full.dtype, device=full.device)
+    return torch.linalg.inv(full).float(), float(torch.logdet(full))
 
 
 def pooled(x: Tensor) -> Tensor:
