@@ -114,12 +114,16 @@ def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None, joint
     return shares
 
 
-def route_shares(engine: Engine, sets: dict[str, HeldOut]) -> dict[str, float]:
-    """Share of each domain's images that are sent to its bundle."""
+def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = False) -> dict[str, float]:
+    """Share of each domain's images that are sent to its bundle (``same_data``: to one of the same data set)."""
+
+    def right(name: str, bundle: str) -> bool:
+        return bundle == name or (same_data and DOMAINS[bundle][0] == DOMAINS[name][0])
+
     shares = {}
     for name, own in sets.items():
         answers = engine.predict(own.images, Options("auto", labels=0, neighbors=0))
-        shares[name] = sum(isinstance(a, Prediction) and a.bundle == name for a in answers) / len(own.images)
+        shares[name] = sum(isinstance(a, Prediction) and right(name, a.bundle) for a in answers) / len(own.images)
     return shares
 
 
@@ -277,6 +281,7 @@ def main() -> None:
     executor = engine.executor(experts[labeled[0]])
     ours = {"named (oracle)": accuracy(engine, sets, None), "auto": accuracy(engine, sets, "auto")}
     routed = route_shares(engine, sets)
+    between = route_shares(engine, sets, same_data=True)
     aurocs = unknown(table, executor, sets)
     changed = forgotten(engine, sets, experts[labeled[0]])
     auto, named, share = costs(engine, sets)
@@ -292,9 +297,11 @@ def main() -> None:
         means[way] = 100 * float(np.mean(list(shares.values())))
         rows.add_row(way, f"{means[way]:.1f}", *(f"{100 * s:.1f}" for s in shares.values()))
     rows.add_row("sent to its bundle", f"{100 * np.mean(list(routed.values())):.1f}", *_percent(routed))
+    rows.add_row("sent to its data set", f"{100 * np.mean(list(between.values())):.1f}", *_percent(between))
     rows.add_row("AUROC as unknown", f"{100 * np.mean(list(aurocs.values())):.1f}", *_percent(aurocs))
     figures = {
         "route_accuracy": _spread(routed, ">= 0.98"),
+        "route_accuracy_between_data_sets": _spread(between, ">= 0.98"),
         "auto_over_oracle": single(means["auto"] / means["named (oracle)"], ">= 0.98"),
         "auto_over_joint": single(means["auto"] - means["one bundle, trained jointly"], ">= 0"),
         "auto_over_ranpac": single(means["auto"] - means["RanPAC"], "> 0"),

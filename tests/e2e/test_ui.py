@@ -127,7 +127,8 @@ def test_an_image_unlike_the_training_images_is_said_to_be(
 ) -> None:
     """Its labels are muted: they would be one of the bundle's, whatever it shows."""
     page = Page(browser, asgi.base)
-    assert page.until("document.querySelectorAll('#bundle option').length") == 2
+    assert page.until("document.querySelectorAll('#bundle option').length") == 3
+    page.browser.execute_script("bundle.selectedIndex = 1")
     for name, size, unknown in (("noise", 32, True), ("known", 0, False)):
         pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
         file = tmp_path / f"{name}.png"
