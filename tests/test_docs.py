@@ -135,6 +135,13 @@ def test_figures_of_the_readme_are_those_of_the_json() -> None:
         assert f" {json.loads(path.read_text())['accuracy']:.1f} " in text, row
 
 
+def test_figures_of_dispatch_are_those_of_the_json() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "results" / "domains.json").read_text())["figures"]
+    share = f"{100 * figures['route_accuracy_between_data_sets']['value']:.1f} %"
+    for page in ("README.md", "docs/cascade-quality.md"):
+        assert share in (ROOT / page).read_text(), page
+
+
 def test_figures_of_the_demo_cascade_are_those_of_its_card() -> None:
     text = (ROOT / "docs" / "cascade-quality.md").read_text()
     card = json.loads((ROOT / "model_store" / "demo" / "1" / "cascade.json").read_text())

@@ -19,7 +19,7 @@ MAX_WIDTH = 96
 """Wider activations are projected at random to this width, so that a domain stays at some 20 KB."""
 SHRINKAGE = 0.05  # of the scatter towards a sphere
 UNKNOWN = 4.0
-"""Spreads beyond a domain's typical image at which an image no longer belongs to it: 0.5 % of its own are (decision 20)."""
+"""Spreads beyond a domain's typical image at which an image no longer belongs to it (decision 20)."""
 TEMPERATURES = torch.logspace(-1, 2, 46)
 
 
