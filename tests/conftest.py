@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cascade.metrics_names import BusiestNames
 from tests.helpers.paths import DATA
 
 
@@ -86,6 +87,15 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) ->
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(heads, "PENALTIES", (0.1, 1.0))  # the weaker ones take most of the time of this training
             return pipeline.train(run, bundle, thumbnails=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds the hundred labels of bundles taken by those of the tests before it."""
+    from cascade import metrics
+
+    names = BusiestNames("bundle", metrics.bundle_label.metrics, metrics.MOST_NAMES)
+    monkeypatch.setattr(metrics, "bundle_label", names)
 
 
 @pytest.fixture
