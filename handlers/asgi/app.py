@@ -29,7 +29,6 @@ from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
 from handlers.requests import NOT_FINITE, OPTIONS, encode, parse, wants_bytes
-from handlers.statuses import status_of
 
 ROW = re.compile(r"[0-9]{1,9}")
 PICTURE = {"type": "string", "format": "binary"}
@@ -217,14 +216,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
             ):
                 break
         request.state.log_fields.update(bundle=bundle.name, version=bundle.version, images=len(answers))
-        errors = [answer for answer in answers if isinstance(answer, ItemError)]
-        if len(errors) == len(answers) and status_of(errors[0]) in (429, *range(500, 600)):
-            raise Refusal(errors[0])
-        width = bundle.card.dim
-        content, length = await asyncio.to_thread(open_inference.response, asked, bundle.identity, answers, width)
-        if length is None:
-            return Response(content, media_type="application/json")
-        return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
+        return await open_inference.reply(asked, bundle.identity, answers, bundle.card.dim)
 
     def find_bundle(request: Request, model: str) -> Bundle:
         service.check(request, model)

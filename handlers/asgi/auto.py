@@ -11,7 +11,6 @@ from cascade.open_inference import AUTO_OUTPUTS, LENGTH_HEADER
 from handlers.asgi import open_inference
 from handlers.asgi.middleware import Refusal
 from handlers.asgi.service import Service
-from handlers.statuses import status_of
 
 SEVERAL_WIDTHS = ItemError(
     "bad_request", "these bundles have embeddings of several widths: leave the output embedding out, or name a bundle"
@@ -23,7 +22,7 @@ def add(app: FastAPI, service: Service) -> None:
 
     @app.get(f"/v2/models/{AUTO}", summary="Metadata of the model that dispatches")
     async def metadata(request: Request) -> dict[str, Any]:
-        table(request)
+        await check_table(request)
         return {
             "name": AUTO,
             "versions": ["1"],
@@ -34,7 +33,7 @@ def add(app: FastAPI, service: Service) -> None:
 
     @app.get(f"/v2/models/{AUTO}/ready", summary="Whether images can be dispatched")
     async def ready(request: Request) -> dict[str, Any]:
-        table(request)
+        await check_table(request)
         return {"name": AUTO, "ready": True}
 
     @app.post(
@@ -45,7 +44,7 @@ def add(app: FastAPI, service: Service) -> None:
     )
     async def infer(request: Request) -> Response:
         service.admit(request)
-        table(request)
+        await check_table(request)
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
         length = request.headers.get(LENGTH_HEADER)
@@ -55,21 +54,14 @@ def add(app: FastAPI, service: Service) -> None:
         options = service.allowed(request, wanted)
         answers = await service.answers(request, asked.images, options)
         request.state.log_fields.update(bundle=AUTO, images=len(answers))
-        errors = [answer for answer in answers if isinstance(answer, ItemError)]
-        if len(errors) == len(answers) and status_of(errors[0]) in (429, *range(500, 600)):
-            raise Refusal(errors[0])
         widths = {len(a.embedding) for a in answers if isinstance(a, Prediction) and a.embedding is not None}
         if len(widths) > 1:
             raise Refusal(SEVERAL_WIDTHS)
-        width = next(iter(widths), 0)
-        content, header = await asyncio.to_thread(open_inference.response, asked, (AUTO, "1"), answers, width)
-        if header is None:
-            return Response(content, media_type="application/json")
-        return Response(content, headers={LENGTH_HEADER: str(header)}, media_type="application/octet-stream")
+        return await open_inference.reply(asked, (AUTO, "1"), answers, next(iter(widths), 0))
 
-    def table(request: Request) -> None:
+    async def check_table(request: Request) -> None:
         """That there is something to dispatch to, before the body is read."""
         service.opened(request)
-        found = service.engine.dispatch_table()
+        found = await asyncio.to_thread(service.engine.dispatch_table)  # half a second for a thousand new bundles
         if isinstance(found, ItemError):
             raise Refusal(found)

@@ -3,6 +3,7 @@
 docs/http.md lists the tensors. The protocol defines the names and the order of the fields; optional ones may be null.
 """
 
+import asyncio
 import base64
 import binascii
 import json
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -183,6 +185,23 @@ def response(
     except ValueError:
         raise Refusal(NOT_FINITE) from None
     return b"".join([text, *blobs]), len(text) if blobs else None
+
+
+async def reply(
+    asked: Inference, model: tuple[str, str], answers: Sequence[Prediction | ItemError], width: int
+) -> Response:
+    """The answer over HTTP; arguments as of ``response``.
+
+    Raises:
+        Refusal: no image has an answer, and it is the server or the caller's limit that is at fault.
+    """
+    errors = [answer for answer in answers if isinstance(answer, ItemError)]
+    if len(errors) == len(answers) and status_of(errors[0]) in (429, *range(500, 600)):
+        raise Refusal(errors[0])
+    content, length = await asyncio.to_thread(response, asked, model, answers, width)
+    if length is None:
+        return Response(content, media_type="application/json")
+    return Response(content, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
 
 def metadata(bundle: Bundle) -> dict[str, Any]:
