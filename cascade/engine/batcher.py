@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -21,7 +20,7 @@ from cascade.cpus import cpu_count
 from cascade.engine import tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
-from cascade.engine.dispatch import outvoted
+from cascade.engine.dispatch import second_round
 from cascade.engine.engine import AUTO, Engine, Source
 from cascade.engine.fair_queue import Answer, Room, Waiting
 from cascade.engine.items import AnyItem, Item, OpenItem, passes
@@ -163,12 +162,11 @@ class Batcher:
         """
         end = time.monotonic() + timeout
         answers = await self._answers(images, options, timeout, tenant)
-        if options.dispatch == "set" and (vote := outvoted(answers)) and vote[1]:
-            named = replace(options, bundle=vote[0], dispatch="image")
-            left = max(0.0, end - time.monotonic())
-            again = await self._answers([images[row] for row in vote[1]], named, left, tenant)
-            for row, answer in zip(vote[1], again, strict=True):
-                answers[row] = answer
+        named, rows = second_round(options, answers)
+        left = max(0.0, end - time.monotonic())
+        again = await self._answers([images[row] for row in rows], named, left, tenant) if rows else []
+        for row, answer in zip(rows, again, strict=True):
+            answers[row] = answer
         return answers
 
     async def _answers(

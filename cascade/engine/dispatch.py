@@ -7,6 +7,7 @@ from the activations where its bundle's mask begins no earlier; otherwise the tr
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,15 +71,14 @@ def _dispatch(
             of_space = likelihood.max(dim=1, keepdim=True).values
             chances.append((scores / space.temperature).log_softmax(dim=1) + of_space)
             strangeness.append(strange)
-    best = torch.cat(chances, dim=1).softmax(dim=1).topk(min(LIKELY, len(table.bundles)))
+    best = torch.cat(chances, dim=1).softmax(dim=1).topk(min(LIKELY, len(table.columns)))
     distant = torch.cat(strangeness, dim=1).gather(1, best.indices[:, :1])
     probable, columns, far = download([best.values, best.indices, distant])
-    names = [bundle.name for bundle in table.bundles]
     settled: list[tuple[Item, ...] | ItemError] = []
     for row, item in enumerate(items):
         likely = [(int(c), float(p)) for c, p in zip(columns[row], probable[row], strict=True)]
         if item.options.among is not None:  # who may not use a bundle learns nothing of it
-            likely = [(c, p) for c, p in likely if names[c] in item.options.among]
+            likely = [(c, p) for c, p in likely if table.columns[c][1].name in item.options.among]
         if likely and far[row, 0] <= UNKNOWN:
             settled.append(_settle(table, item, likely, [x[row] for x in trunks]))
         else:
@@ -96,19 +96,19 @@ def _settle(
         likely: columns of scores and their probabilities, best first.
         trunks: the image's activations in each space.
     """
-    columns = [(n, space, bundle) for n, space in enumerate(table.spaces) for bundle in space.bundles]
-    named = tuple(Label(columns[column][2].name, chance) for column, chance in likely)
+    named = tuple(Label(table.columns[column][1].name, chance) for column, chance in likely)
     metrics.count_dispatch(named[0].name, named[0].score)
     asked = 2 if item.options.dispatch == "top2" and named[0].score < CONTESTED else 1
     made: list[Item] = []
     for column, chance in likely[:asked]:
-        n, space, bundle = columns[column]
+        n, bundle = table.columns[column]
+        stage = table.spaces[n].stage
         mode = mode_of(bundle, item.options)
         if isinstance(mode, ItemError):
             return mode
-        reused = bundle.dispatcher.start >= space.stage > 0
-        reason = Dispatch(chance, named, 0 if reused else space.stage)
-        entry = Entry(space.stage, trunks[n]) if reused else None
+        reused = bundle.dispatcher.start >= stage > 0
+        reason = Dispatch(chance, named, 0 if reused else stage)
+        entry = Entry(stage, trunks[n]) if reused else None
         made.append(Item(bundle, mode, item.options, item.pixels[n], entry, reason))
     return tuple(made)
 
@@ -128,24 +128,25 @@ def surest(answers: Sequence[Prediction]) -> Prediction:
     return max(answers, key=lambda answer: answer.labels[0].score if answer.labels else 0.0)
 
 
-def outvoted(answers: Sequence[Prediction | ItemError]) -> tuple[str, list[int]] | None:
-    """The bundle that answered most images of a set, and the rows that it did not answer but could.
+def second_round(options: Options, answers: Sequence[Prediction | ItemError]) -> tuple[Options, list[int]]:
+    """The rows of a set that the bundle which answered most of it did not answer but could, and the options for them.
 
-    None where no image was dispatched.
+    There are none unless the images are dispatched as a set.
     """
     votes = Counter(a.bundle for a in answers if isinstance(a, Prediction) and a.dispatch is not None)
-    if not votes:
-        return None
+    if options.dispatch != "set" or not votes:
+        return options, []
     winner = votes.most_common(1)[0][0]
     others = [
         row
         for row, a in enumerate(answers)
         if (a.bundle != winner if isinstance(a, Prediction) else a.kind == UNKNOWN_DOMAIN.kind)
     ]
-    return winner, others
+    return replace(options, bundle=winner, dispatch="image"), others
 
 
 def _forbidden(space: Space, items: list[OpenItem]) -> Tensor:
     """bool [N, B]: bundles that an item may not be sent to."""
     allowed = [item.options.among for item in items]
-    return torch.tensor([[own is not None and b.name not in own for b in space.bundles] for own in allowed])
+    of = {own: [own is not None and b.name not in own for b in space.bundles] for own in set(allowed)}
+    return torch.tensor([of[own] for own in allowed])

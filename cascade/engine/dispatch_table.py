@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -40,9 +41,10 @@ class DispatchTable:
 
     spaces: tuple[Space, ...]
 
-    @property
-    def bundles(self) -> list[Bundle]:
-        return [bundle for space in self.spaces for bundle in space.bundles]
+    @cached_property
+    def columns(self) -> list[tuple[int, Bundle]]:
+        """Each column of the scores: the number of its space, and its bundle."""
+        return [(n, bundle) for n, space in enumerate(self.spaces) for bundle in space.bundles]
 
     @classmethod
     def of(cls, bundles: Iterable[Bundle]) -> "DispatchTable":

@@ -22,7 +22,7 @@ from cascade import metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.format import check, digest, read
 from cascade.cpus import limit_threads
-from cascade.engine.dispatch import dispatch, mode_of, outvoted, surest
+from cascade.engine.dispatch import dispatch, mode_of, second_round, surest
 from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
@@ -207,11 +207,10 @@ class Engine:
             _raise_first(prepared)
         rest = iter(self.run([item for item in prepared if not isinstance(item, ItemError)]))
         answers = [item if isinstance(item, ItemError) else next(rest) for item in prepared]
-        if isinstance(options, Options) and options.dispatch == "set" and (vote := outvoted(answers)):
-            rows, named = vote[1], replace(options, bundle=vote[0], dispatch="image")
-            again = self.predict([images[row] for row in rows], named, decode) if rows else []
-            for row, answer in zip(rows, again, strict=True):
-                answers[row] = answer
+        named, rows = second_round(options, answers) if isinstance(options, Options) else (options, [])
+        again = self.predict([images[row] for row in rows], named, decode) if rows else []
+        for row, answer in zip(rows, again, strict=True):
+            answers[row] = answer
         if on_error == "raise":
             _raise_first(answers)
         return answers
