@@ -249,7 +249,7 @@ class Engine:
             answer = surest([next(found) for _ in own])
             metrics.count_answer(answer.bundle, answer.cluster, version=answer.version)
             metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
-            if any(item.bundle.ood is not None for item in own):
+            if any(item.bundle.ood is not None and item.name == answer.bundle for item in own):
                 metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
             answers.append(answer)
         return answers

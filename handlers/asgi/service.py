@@ -64,12 +64,13 @@ class Service:
     def allowed(self, request: Request, options: Options) -> Options:
         """Options for what the caller may use: an image that names no bundle is dispatched among those.
 
+        That holds, too, where there is only one bundle now: another one may be loaded before the image is decoded.
+
         Raises:
             Refusal: the caller may not use the bundle.
         """
         if options.bundle != AUTO and (options.bundle is not None or self._only() is not None):
             self.check(request, options.bundle)
-            return options
         opened = self.opened(request)
         return options if EVERY in opened else replace(options, among=opened)
 
@@ -135,7 +136,7 @@ class Service:
         return caller
 
     def _only(self) -> str | None:
-        names = {name for name, _ in self.engine.bundles}
+        names = self.engine.names
         return next(iter(names)) if len(names) == 1 else None
 
 

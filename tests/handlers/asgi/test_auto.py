@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -90,6 +91,19 @@ def test_only_what_the_key_opens(
     assert foreign.status_code == 422 or foreign.json()["bundle"] == "photos"
     assert error(ask("POST", "/v1/predict", content=files["photos"])) == (401, "key_missing")
     assert error(ask("GET", "/v2/models/auto")) == (401, "key_missing")
+
+
+def test_a_bundle_that_is_loaded_meanwhile_opens_to_no_other_key(
+    batcher: Batcher, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Access is checked while there is one bundle, and the image is decoded when there are two."""
+    (tmp_path / "keys").write_text(f"photos {digest('one')}\n")
+    service = Service(batcher, read(tmp_path / "keys"), LIMITS)
+    monkeypatch.setattr(service, "_only", lambda: "photos")
+    key = {"Authorization": "Bearer one"}
+    answer = client(create_app(service))("POST", "/v1/predict", content=files["clothes"], headers=key)
+    assert answer.status_code == 422 or answer.json()["bundle"] == "photos"
+    assert "clothes" not in answer.text
 
 
 def test_an_unknown_image(ask: Ask, files: dict[str, bytes]) -> None:
