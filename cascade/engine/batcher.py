@@ -21,9 +21,10 @@ from cascade.engine import tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.dispatch import second_round
-from cascade.engine.engine import AUTO, Engine, Source
+from cascade.engine.engine import AUTO, Engine
 from cascade.engine.fair_queue import Answer, Room, Waiting
 from cascade.engine.items import AnyItem, Item, OpenItem, passes
+from cascade.engine.pixels import Source
 from cascade.engine.priorities import PriorityQueue
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.statistics import Statistics

@@ -10,13 +10,11 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cascade import metrics
 from cascade.bundle.bundle import Bundle
@@ -28,21 +26,18 @@ from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
 from cascade.engine.items import AnyItem, Item, OpenItem
+from cascade.engine.pixels import Source, crop_of, pixels_of
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
 from cascade.model.masks import Mask
-from cascade.model.preprocessing import LIMITS, ImageError, Limits, Preprocessing, convert
-from cascade.model.preprocessing import decode as decode_image
-from cascade.model.preprocessing import read as read_image
+from cascade.model.preprocessing import LIMITS, Limits
 
 DEFAULT_BUDGET = 2**30
-MAX_PIXEL = 1000  # normalized ones lie within +-20 or so; from very large ones a network makes NaN
 AUTO = "auto"
 """In place of a bundle's name: dispatch the image to the bundle that it fits."""
 T = TypeVar("T")
-Source = bytes | bytearray | str | Path | Image.Image | Tensor
 
 
 class Engine:
@@ -340,7 +335,7 @@ class Engine:
 
     def _try(self, bundle: Bundle) -> None:
         """A first pass, before anybody depends on it."""
-        blank = _crop(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
+        blank = crop_of(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
         item = Item(bundle, bundle.card.mode, Options(embedding=True, labels=1, neighbors=1), blank)
         with self._lock, torch.no_grad():
             (answer,) = forward(self._executors, self.weight_cache, self.device, [item])
@@ -366,7 +361,7 @@ class Engine:
             table = self.dispatch_table()
             if isinstance(table, ItemError):
                 return table
-            pixels = self._pixels(image, [space.preprocessing for space in table.spaces])
+            pixels = pixels_of(image, [space.preprocessing for space in table.spaces], self.limits)
             return pixels if isinstance(pixels, ItemError) else OpenItem(table, options, tuple(pixels))
         bundle = self.find(options.bundle, options.version)
         if isinstance(bundle, ItemError):
@@ -374,19 +369,8 @@ class Engine:
         mode = mode_of(bundle, options)
         if isinstance(mode, ItemError):
             return mode
-        pixels = self._pixels(image, [bundle.preprocessing])
+        pixels = pixels_of(image, [bundle.preprocessing], self.limits)
         return pixels if isinstance(pixels, ItemError) else Item(bundle, mode, options, pixels[0])
-
-    def _pixels(self, image: Source, wanted: Sequence[Preprocessing]) -> list[Tensor] | ItemError:
-        """An image decoded once, and cropped as each preprocessing wants it."""
-        if isinstance(image, Tensor):
-            wrong = next((why for p in wanted if (why := _wrong(image, p.size))), None)
-            return ItemError("bad_pixels", wrong) if wrong else [image] * len(wanted)
-        try:
-            opened = _open(image, self.limits)
-            return [_crop(preprocessing)(opened) for preprocessing in wanted]
-        except ImageError as error:
-            return ItemError(error.kind, str(error))
 
 
 def load(
@@ -419,27 +403,3 @@ def _raise_first(results: Sequence[object]) -> None:
 def number(version: str) -> tuple[int, str]:
     """Sorts versions as numbers where they are numbers."""
     return (int(version) if version.isdecimal() else -1, version)
-
-
-@cache
-def _crop(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    return preprocessing.crop()
-
-
-def _wrong(pixels: Tensor, size: int) -> str | None:
-    """Why these pixels are no input of a backbone that takes squares of ``size``."""
-    if pixels.dtype != torch.float32 or pixels.shape != (3, size, size):
-        return f"pixels are {pixels.dtype} {list(pixels.shape)}: this bundle takes float32 [3, {size}, {size}]"
-    within = pixels.abs() <= MAX_PIXEL  # of a NaN, too, that is false
-    return None if within.all() else f"pixels lie outside of +-{MAX_PIXEL}: send preprocessed ones"
-
-
-def _open(image: bytes | bytearray | str | Path | Image.Image, limits: Limits) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return convert(image, limits)
-    if isinstance(image, str | Path):
-        return read_image(Path(image), limits)
-    if isinstance(image, bytes | bytearray | memoryview):
-        return decode_image(image, limits)
-    kinds = "a file's bytes, a path, a PIL image (Image.fromarray makes one) or a float32 tensor [3, H, W]"
-    raise ImageError("not_an_image", f"{type(image).__name__} is no kind of image: give {kinds}")

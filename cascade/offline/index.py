@@ -25,7 +25,8 @@ from cascade.offline.job import writing
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from cascade.engine.engine import Engine, Source
+    from cascade.engine.engine import Engine
+    from cascade.engine.pixels import Source
 
 Kind = Literal["flat", "ivf", "hnsw"]
 CARD, VECTORS, ROWS = "index.json", "index.faiss", "rows.parquet"
