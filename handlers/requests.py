@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cascade.engine.results import DISPATCHES, ItemError, Options, Prediction
+from cascade.engine.results import DISPATCH_MODES, ItemError, Options, Prediction
 from cascade.engine.tenants import PRIORITIES
 from handlers.statuses import error_body
 
@@ -93,9 +93,9 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
         return ItemError("bad_option", f"option 'priority' is one of {', '.join(PRIORITIES)}")
     labels, neighbors = (5 if name in fields else 0 for name in ("labels", "neighbors"))
     how = given.get("dispatch") or "image"
-    dispatch = next((choice for choice in DISPATCHES if choice == how), None)
+    dispatch = next((choice for choice in DISPATCH_MODES if choice == how), None)
     if dispatch is None:
-        return ItemError("bad_option", f"option 'dispatch' is one of {', '.join(DISPATCHES)}")
+        return ItemError("bad_option", f"option 'dispatch' is one of {', '.join(DISPATCH_MODES)}")
     settled = given.get("bundle"), given.get("version"), given.get("mode")
     return Options(*settled, "embedding" in fields, labels, neighbors, priority, dispatch)
 

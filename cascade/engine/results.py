@@ -10,8 +10,8 @@ import numpy as np
 
 from cascade.engine.tenants import Priority
 
-How = Literal["image", "top2", "set"]
-DISPATCHES: tuple[How, ...] = ("image", "top2", "set")
+DispatchMode = Literal["image", "top2", "set"]
+DISPATCH_MODES: tuple[DispatchMode, ...] = ("image", "top2", "set")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Options:
     labels: int = 5
     neighbors: int = 5
     priority: Priority | None = None
-    dispatch: How = "image"
+    dispatch: DispatchMode = "image"
     among: frozenset[str] | None = None
 
 

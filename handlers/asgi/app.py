@@ -20,7 +20,7 @@ from cascade.bundle.format import Bundle
 from cascade.bundle.thumbnails import media_type
 from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import Registry, State
-from cascade.engine.results import DISPATCHES, ItemError, Options
+from cascade.engine.results import DISPATCH_MODES, ItemError, Options
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
@@ -122,7 +122,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
             "image": {"type": "string", "format": "byte", "description": "The file in base64."},
             "fields": {"type": "array", "items": {"enum": ["labels", "neighbors", "embedding"]}},
             "priority": {"enum": [*PRIORITIES]},
-            "dispatch": {"enum": [*DISPATCHES]},
+            "dispatch": {"enum": [*DISPATCH_MODES]},
             **{name: {"type": "string"} for name in ("bundle", "version", "mode")},
         },
     }

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
-from cascade.engine.results import DISPATCHES, How, ItemError, Prediction
+from cascade.engine.results import DISPATCH_MODES, DispatchMode, ItemError, Prediction
 from cascade.engine.tenants import Priority
 from cascade.model.fusion import MODES
 from cascade.open_inference import AUTO_OUTPUTS, LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
@@ -83,7 +83,9 @@ class RequestParameters(BaseModel):
     priority: Literal["interactive", "batch", 0, 1, 2] | None = Field(
         default=None, description="interactive or batch; Triton's clients send 1 or 2."
     )
-    dispatch: How | None = Field(default=None, description=f"Of the model auto: one of {', '.join(DISPATCHES)}.")
+    dispatch: DispatchMode | None = Field(
+        default=None, description=f"Of the model auto: one of {', '.join(DISPATCH_MODES)}."
+    )
     binary_data_output: bool | None = None
 
 
@@ -111,7 +113,7 @@ class Inference:
     priority: Priority | None
     images: list[bytes | Tensor]
     outputs: dict[str, bool]
-    dispatch: How
+    dispatch: DispatchMode
 
 
 def parse(body: bytes, json_length: str | None, most: int, default: Iterable[str] = OUTPUTS) -> Inference:
