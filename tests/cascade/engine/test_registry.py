@@ -219,13 +219,19 @@ def test_a_version_is_replaced_where_memory_holds_one(hand: Bundle, small: Path,
     assert engine.bundles == [("a", "2")] and ask(engine, cifar[0], bundle="a") == "2"
 
 
-def test_the_old_version_serves_until_a_new_one_is_loaded(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+def with_a_broken_newer_version(hand: Bundle, small: Path) -> tuple[Engine, Registry]:
+    """A store whose bundle ``a`` was replaced by version 2 on the disk, which is damaged."""
     engine = Engine()
     registry = load_store(engine, small)
     write(hand, small / "a/2")
     flip(small / "a/2/masks.safetensors")
     shutil.rmtree(small / "a/1")
     registry.reload()
+    return engine, registry
+
+
+def test_the_old_version_serves_until_a_new_one_is_loaded(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
+    engine, registry = with_a_broken_newer_version(hand, small)
     old, _ = registry.states("a")
     assert ask(engine, cifar[0]) == "1" and "until another version is loaded" in (old.reason or "")
     shutil.rmtree(small / "a/2")
@@ -237,12 +243,7 @@ def test_the_old_version_serves_until_a_new_one_is_loaded(hand: Bundle, small: P
 def test_it_ends_with_its_name(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
     """That is how to take a bundle away while a newer version of it is refused."""
     write(hand, small / "b/1")
-    engine = Engine()
-    registry = load_store(engine, small)
-    write(hand, small / "a/2")
-    flip(small / "a/2/masks.safetensors")
-    shutil.rmtree(small / "a/1")
-    registry.reload()
+    engine, registry = with_a_broken_newer_version(hand, small)
     assert engine.bundles == [("a", "1"), ("b", "1")]
     shutil.rmtree(small / "a")
     registry.reload()
