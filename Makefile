@@ -48,7 +48,7 @@ serve: env  ## serve model_store/ until Ctrl-C
 KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
 	MALLOC_TOP_PAD_=268435456
 
-train-demo: env  ## train the demo cascade again (resumes where it was stopped)
+train-demo: env  ## train the demo bundles again (resumes where it was stopped)
 	$(KEEP_MEMORY) .venv/bin/python -m training.demo
 
 PYTEST := .venv/bin/python -m pytest

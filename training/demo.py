@@ -1,11 +1,13 @@
-"""The demo cascade: EfficientNet-Lite0 on CIFAR-10 at 64 px, three seeds with all controls. ``make train-demo``
+"""The demo store: models of several customers over one backbone, each trained another way. ``make train-demo``
 
-    python -m training.demo --run runs/demo --out runs/demo/store/demo/1
+    python -m training.demo                  # all of them: runs/demo/<name>, runs/demo/store/<name>/1
+    python -m training.demo digits --quick   # a few steps on a few images, to see that everything works
 
-It goes on where it was stopped. The first seed's masks become the bundle; its card holds the accuracies of all
-three. ``model_store/demo/1`` is what this command wrote.
+It goes on where it was stopped. ``model_store`` is what this command wrote.
 """
 
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,119 +15,178 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from sklearn.metrics import roc_auc_score
+from torch.nn.functional import normalize
 
-from cascade.model.router import Calibration, route
-from training import clusters, dispatcher, embed, evaluate, experts, export
+from cascade.bundle.format import read, strip_prefix, write
+from cascade.bundle.thumbnails import make
+from cascade.engine.engine import Engine
+from cascade.engine.results import Options, Prediction
+from cascade.errors import CascadeError
+from cascade.model.heads import Bank, Linear
+from training import comparison, delta, dispatcher, embed, finetune, heads, pipeline, seeds
 from training.cli import RunFolder, Watch, stage, start
-from training.data import dataset
-from training.evaluate import Features
+from training.data.dataset import Images
 from training.recipe import Recipe
-from training.routing import ood_of, router_of
-from training.run import Run, begin, read_json
+from training.run import Run, begin, write_tensors
 
-SEEDS = (0, 1, 2)
-STRANGERS = "fashion-mnist"
-RECIPE = Recipe(
-    "cifar10",
-    limit=10_000,
-    test_limit=3_000,
-    size=64,
-    mask_from="blocks.6",
-    batch=128,
-    steps=600,
-    expert_steps=300,
-    objective="swav",
-    adapt="mask",
-    clusters=5,
-    local_crops=0,
-    draws=8,
-    dim=128,
-)
-
-
-def train(folder: Path, out: Path, watch: Watch) -> None:
-    """All seeds, their mean in one card, and the bundle."""
-    runs = [begin(folder / f"seed-{seed}", replace(RECIPE, seed=seed), watch) for seed in SEEDS]
-    steps = RECIPE.steps + RECIPE.clusters * RECIPE.expert_steps
-    watch.say(
-        f"{2 * len(SEEDS) * steps} steps of {RECIPE.batch} images: {len(SEEDS)} seeds, each dispatcher {RECIPE.steps},"
-        f" {RECIPE.clusters} experts {RECIPE.expert_steps}, an equal-steps control {steps}; stored features of"
-        f" {RECIPE.draws} draws of {RECIPE.limit} images, which are made first"
-    )
-    results = [one(run) for run in runs]
-    features = evaluate.collect(runs[0])
-    accuracy = combine(results) | {"ood_auroc": {STRANGERS: separation(runs[0], features)}}
-    evaluate.show(accuracy, Console())
-    gain, spread = accuracy["gain_over_frozen"]["conditional"]["knn"]
-    watch.say(f"conditional over frozen, whitened k-NN: {100 * gain:+.1f} points ± {100 * spread:.1f}")
-    watch.say(f"wrote {export.export(runs[0], features, accuracy, out, thumbnails=True)}")
-
-
-def one(run: Run) -> dict[str, Any]:
-    """Every stage and control of one seed, unless it was evaluated before."""
-    done = run.folder / "evaluation.json"
-    if not done.exists():
-        dispatcher.train(run)
-        dispatcher.controls(run)
-        clusters.fit(run)
-        experts.train(run)
-        evaluate.evaluate(run, evaluate.collect(run))
-    return read_json(done)
+CUSTOMERS = {
+    # Labels: a mask, scales and shifts, and a head.
+    "objects": Recipe("cifar10", limit=20_000, test_limit=4_000, size=64, labels=True),
+    # A copy that was fine-tuned elsewhere, imported as a 1-bit delta.
+    "clothes": Recipe(
+        "fashion-mnist",
+        limit=20_000,
+        test_limit=4_000,
+        size=64,
+        labels=True,
+        optimizer="adamw",
+        lr=0.001,
+        weight_decay=1e-4,
+    ),
+    # Larger images of few classes.
+    "groceries": Recipe("groceries", size=160, labels=True),
+    # No labels: distilled from a larger input size; it answers with its neighbors.
+    "digits": Recipe("digits", test_limit=4_000, size=64),
+    # The paper's cascade: SwAV, five clusters, three seeds with all controls.
+    "paper": Recipe(
+        "cifar10",
+        limit=10_000,
+        test_limit=3_000,
+        size=64,
+        mask_from="blocks.6",
+        batch=128,
+        steps=600,
+        expert_steps=300,
+        objective="swav",
+        adapt="mask",
+        clusters=5,
+        local_crops=0,
+        draws=8,
+        dim=128,
+        bank=500,
+    ),
+}
+PICTURES = 100  # images in the neighbor bank of a bundle with a head: a person sees what it knows
+DIGITS_BANK, DIGITS_DIM = 500, 64  # of the bundle that answers with its neighbors
+FILES, STEPS = 4_000, 200  # the import of ``clothes``: images, and steps of its distillation
+BATCH = 64
+QUICK = {"limit": 400, "test_limit": 100, "steps": 20, "expert_steps": 4, "batch": 32}
 
 
-def combine(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """[mean, sample standard deviation] over seeds of every accuracy, and of the gain over the frozen backbone."""
-    first = results[0]
-    out = {k: first[k] for k in ("k", "dim", "bank_images", "held_out_images")} | {"seeds": len(results)}
-    for part in ("whitened", "plain"):
-        out[part] = {
-            method: {m: _spread([r[part][method][m] for r in results]) for m in scores}
-            for method, scores in first[part].items()
-        }
-    out["gain_over_frozen"] = {
-        method: {
-            m: _spread([r["whitened"][method][m] - r["whitened"]["frozen backbone"][m] for r in results])
-            for m in scores
-        }
-        for method, scores in first["whitened"].items()
-        if method != "frozen backbone"
-    }
-    return out
+def customer(name: str, folder: Path, out: Path, watch: Watch, *, quick: bool = False) -> None:
+    """Train one customer in ``folder`` and write its bundle to ``out``."""
+    recipe = replace(CUSTOMERS[name], **QUICK) if quick else CUSTOMERS[name]  # type: ignore[arg-type]
+    if name == "paper":
+        seeds.train(folder, recipe, out, watch)
+        return
+    run = begin(folder, recipe, watch)
+    if name == "clothes":
+        fine_tuned(run, out, steps=4 if quick else STEPS)
+        return
+    # What a bundle keeps beside the mask is no setting of its training: the run stays as it was begun.
+    bank, dim = (PICTURES, recipe.dim) if recipe.labels else (DIGITS_BANK, DIGITS_DIM)
+    served = Run(folder, replace(recipe, bank=bank, dim=dim), watch)
+    if recipe.labels:
+        pipeline.train(served, out, thumbnails=True)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = read(pipeline.train(served, Path(temporary) / name / "1", thumbnails=True))
+    write(replace(whole, linear={}), out)  # a head needs labels
 
 
-def separation(run: Run, features: Features, limit: int = 2_000) -> dict[str, float]:
-    """AUROC of the out-of-domain score against images of another data set, and of 1 - confidence beside it.
+def fine_tuned(run: Run, out: Path, steps: int) -> None:
+    """Fine-tune every weight, save the copy as timm would, and import it as a person does: with files of images.
 
-    The own images are the held-out ones that its percentiles were not taken from.
+    Args:
+        steps: of the distillation.
     """
-    strangers = dataset.load(STRANGERS, "test", limit)
-    other = embed.blocks(run.executor, [run.dispatcher], embed.batches(strangers, run.preprocessing))[0]
-    both = [torch.from_numpy(features.test[0][1::2]), torch.from_numpy(other)]
-    truth = np.repeat([0, 1], [len(x) for x in both])
-    router, ood = router_of(run), ood_of(run)
-    summary = read_json(run.folder / clusters.SUMMARY)
-    calibration = Calibration(summary["slope"], summary["intercept"])
-    doubt = torch.cat([1 - route(router, calibration, x)[1] for x in both])
-    score = torch.cat([ood.score(x) for x in both])
-    return {
-        "ood": round(float(roc_auc_score(truth, score)), 4),
-        "one_minus_confidence": round(float(roc_auc_score(truth, doubt)), 4),
+    model = finetune.tune_backbone(run.backbone, run.mask_from, train_norms=run.recipe.train_norms)
+    dispatcher.train(run, model=model)
+    found = finetune.features(model, embed.normalized(run.inputs("test"), run.preprocessing))
+    trained = run.trained("dispatcher")
+    head = strip_prefix(trained, "objective.")
+    pristine = delta.load_backbone(run.recipe.backbone, run.recipe.source, None)
+    state = pristine.model.state_dict() | strip_prefix(trained, "weights.") | strip_prefix(trained, "norms.")
+    copy = run.folder / "copy.safetensors"
+    write_tensors(copy, state | {f"classifier.{n}": t for n, t in head.items()})
+    folder, classes, side = files(run), run.images.classes, run.recipe.size
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / out.parent.name / "1"
+        delta.import_copy(copy, pristine, path, classes=classes, size=side, distill=folder, domain=folder, steps=steps)
+        bundle = read(path)
+    engine = Engine(executor="plain")
+    engine.add(bundle)
+    assert run.held_out.labels is not None
+    answers = predict(engine, run.held_out, np.arange(len(run.held_out)))
+    right = [a.labels[0].name == classes[label] for a, label in zip(answers, run.held_out.labels, strict=True)]
+    score = heads.accuracy(Linear(head["weight"], head["bias"]), found, run.held_out.labels)
+    rows = {
+        comparison.TITLES["fine-tuned"]: {"validation": None, "test": round(score, 4), "bytes": copy.stat().st_size},
+        comparison.TITLES["delta"]: {
+            "validation": None,
+            "test": round(float(np.mean(right)), 4),
+            "bytes": sum(bundle.card.bytes.values()),
+        },
     }
+    run.watch.show(comparison.show({"rows": rows}))
+    facts = {"serves": "delta", "held_out_images": len(run.held_out), "rows": rows}
+    card = bundle.card.model_copy(update={"accuracy": facts})
+    write(replace(bundle, card=card, **neighbors(run, engine)), out)
 
 
-def _spread(values: list[float]) -> list[float]:
-    return [round(float(np.mean(values)), 4), round(float(np.std(values, ddof=1)), 4)]
+def files(run: Run) -> Path:
+    """A folder with a sample of the training images, as PNG files."""
+    folder, images = run.folder / "images", run.images
+    folder.mkdir(exist_ok=True)
+    for i in np.random.default_rng(run.recipe.seed).permutation(len(images))[:FILES].tolist():
+        path = folder / f"{i:05d}.png"
+        if not path.exists():
+            images.open(i).save(path)
+    return folder
+
+
+def neighbors(run: Run, engine: Engine) -> dict[str, Any]:
+    """``PICTURES`` training images as a neighbor bank with thumbnails: fields of a bundle whose engine this is."""
+    images = run.images
+    rows = np.sort(np.random.default_rng(run.recipe.seed).permutation(len(images))[:PICTURES])
+    embeddings = torch.from_numpy(
+        np.stack([a.embedding for a in predict(engine, images, rows) if a.embedding is not None])
+    )
+    assert images.labels is not None
+    labels = tuple(images.classes[images.labels[i]] for i in rows)
+    bank = Bank(normalize(embeddings).half(), tuple(images.names[i] for i in rows), labels)
+    return {"banks": {"dispatcher": bank}, "thumbnails": make(images.open(i) for i in rows)}
+
+
+def predict(engine: Engine, images: Images, rows: np.ndarray) -> Iterator[Prediction]:
+    """Answers of an engine with one bundle, in batches."""
+    for first in range(0, len(rows), BATCH):
+        batch = [images.open(i) for i in rows[first : first + BATCH]]
+        for answer in engine.predict(batch, Options(embedding=True, labels=1), on_error="raise"):
+            assert answer.ok
+            yield answer
 
 
 def command(
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"Customers; all by default: {', '.join(CUSTOMERS)}.")
+    ] = None,
     run: RunFolder = Path("runs/demo"),
-    out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("runs/demo/store/demo/1"),
+    out: Annotated[Path | None, typer.Option(help="Store to write; <run>/store by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps on a few images.")] = False,
 ) -> None:
-    """Train the demo cascade."""
+    """Train the demo store."""
+    if unknown := [name for name in names or () if name not in CUSTOMERS]:
+        raise CascadeError(f"no customer {unknown[0]}: name some of {', '.join(CUSTOMERS)}")
     with stage() as watch:
-        train(run, out, watch)
+        for name in names or CUSTOMERS:
+            bundle = (out or run / "store") / name / "1"
+            if bundle.exists():
+                watch.say(f"{bundle} is there")
+                continue
+            watch.say(f"[bold]{name}[/]")
+            customer(name, run / name, bundle, watch, quick=quick)
+            watch.say(f"wrote {bundle}: {sum(file.stat().st_size for file in bundle.iterdir()) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
