@@ -23,6 +23,7 @@ from training import embed
 from training.run import Run
 
 PROTOTYPES, SAMPLES, IMAGES, LEAST = 16, 64, 4000, 10
+MOST = 128  # prototypes, and samples, of a domain that has grown
 
 
 def stage_of(backbone: Backbone) -> int:
@@ -42,6 +43,18 @@ def fit(features: Tensor, seed: int = 0) -> Domain:
     scatter = around.T @ around / max(1, len(rest) - clusters)
     rows, columns = torch.tril_indices(len(scatter), len(scatter))
     return Domain(prototypes.half(), scatter[rows, columns].half(), samples.half())
+
+
+def merge(one: Domain, other: Domain, share: float, seed: int = 0) -> Domain:
+    """The domain of both sets of images; ``share`` of them, in (0, 1), belong to the other one."""
+    prototypes = torch.cat([one.prototypes, other.prototypes])
+    if len(prototypes) > MOST:
+        fitted = KMeans(MOST, n_init=1, random_state=seed).fit(prototypes.float().numpy())
+        prototypes = torch.from_numpy(fitted.cluster_centers_).half()
+    scatter = torch.lerp(one.scatter.float(), other.scatter.float(), share).half()
+    samples = torch.cat([one.samples, other.samples])
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:MOST]
+    return Domain(prototypes, scatter, samples[order.sort().values])
 
 
 def features(executor: PlainExecutor, pixels: np.ndarray, preprocessing: Preprocessing, stage: int) -> Tensor:

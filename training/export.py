@@ -21,7 +21,7 @@ from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration
-from training import domains, heads
+from training import domains, heads, new_classes
 from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
 from training.evaluate import Features, collect, fusions
@@ -29,6 +29,7 @@ from training.frozen import Candidate
 from training.routing import ood_of, router_of
 from training.run import Run, read_json, resume
 
+EXTENSIBLE = "With --labels: keep what cascade heads add needs for new classes, about 1.7 MB."
 THUMBNAILS = "Store small pictures of the neighbors' images in the bundle; everyone who may use it sees them."
 
 
@@ -60,11 +61,17 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
 
 
 def export_classifier(
-    run: Run, chosen: Candidate, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False
+    run: Run,
+    chosen: Candidate,
+    accuracy: dict[str, Any],
+    out: Path,
+    *,
+    thumbnails: bool = False,
+    extensible: bool = False,
 ) -> Path:
     """Write a bundle that serves a head with its calibrated scores: on the frozen backbone, or on a trained mask.
 
-    The embedding is the network's features without a projection.
+    The embedding is the network's features without a projection. An extensible one can learn classes later.
     """
     mask = frozen(run.backbone) if chosen.name == "frozen" else run.mask(chosen.name, run.mask_from)
     features = torch.from_numpy(run.features(chosen.name)[0])
@@ -85,6 +92,7 @@ def export_classifier(
         fusions={"dispatcher": Identity.of(run.backbone.features)},
         linear={"dispatcher": head},
         banks=_banks(run, {"dispatcher": features}),
+        discriminant=new_classes.fit(run, chosen.name) if extensible else None,
         thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
     return write(bundle, out)

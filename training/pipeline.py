@@ -50,6 +50,7 @@ def train(
     *,
     controls: bool = False,
     thumbnails: bool = False,
+    extensible: bool = False,
     ray: bool = False,
     frozen: bool = False,
     compare: bool = False,
@@ -60,6 +61,7 @@ def train(
     Args:
         controls: also train the controls of the paper.
         thumbnails: put small pictures of the neighbor bank's images into the bundle.
+        extensible: with labels, keep what ``cascade heads add`` needs for new classes.
         ray: train each expert as a Ray task.
         frozen: with labels, only the head on the frozen backbone.
         compare: with labels, also train LoRA and fine-tune every weight, for the same steps.
@@ -70,32 +72,34 @@ def train(
             trained), or a stage can't continue.
     """
     _check_out(out)
+    if extensible and not run.recipe.labels:
+        raise CascadeError("--extensible keeps statistics of each class: give --labels, too")
     if ray:
         ray_experts.check()
     if frozen:
         if not run.recipe.labels:
             raise CascadeError("--frozen fits a head to class folders: give --labels, too")
-        return _frozen(run, out, thumbnails)
+        return _frozen(run, out, thumbnails, extensible)
     if minutes:
         fit_to(run, minutes)
     budget(run, controls)
     if run.recipe.kind == "labels":
-        return _labeled(run, out, compare, thumbnails)
+        return _labeled(run, out, compare, thumbnails, extensible)
     if run.recipe.kind == "distill":
         return _distilled(run, out, controls, thumbnails)
     return _cascade(run, out, controls, thumbnails, ray)
 
 
-def _frozen(run: Run, out: Path, thumbnails: bool) -> Path:
+def _frozen(run: Run, out: Path, thumbnails: bool, extensible: bool) -> Path:
     """The first rung alone."""
     check_labels(run)
     head = frozen_head(run)
     run.watch.say(f"head on the frozen backbone: {100 * head.test:.1f} % of {len(run.held_out)} held-out images")
     facts = {"serves": "frozen", "accuracy": round(head.test, 4), "calibration_error": round(head.calibration_error, 4)}
-    return export.export_classifier(run, head, facts, out, thumbnails=thumbnails)
+    return export.export_classifier(run, head, facts, out, thumbnails=thumbnails, extensible=extensible)
 
 
-def _labeled(run: Run, out: Path, compare: bool, thumbnails: bool) -> Path:
+def _labeled(run: Run, out: Path, compare: bool, thumbnails: bool, extensible: bool) -> Path:
     """Frozen head, mask, and the better of both as a bundle."""
     check_labels(run)
     head = frozen_head(run)
@@ -106,7 +110,7 @@ def _labeled(run: Run, out: Path, compare: bool, thumbnails: bool) -> Path:
     chosen, facts = comparison.compare(run, others=compare)
     run.watch.show(comparison.show(facts))
     run.watch.say(comparison.verdict(facts))
-    return export.export_classifier(run, chosen, facts, out, thumbnails=thumbnails)
+    return export.export_classifier(run, chosen, facts, out, thumbnails=thumbnails, extensible=extensible)
 
 
 def _distilled(run: Run, out: Path, controls: bool, thumbnails: bool) -> Path:
@@ -238,6 +242,7 @@ def command(
     ] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Train and evaluate the controls, too.")] = False,
     thumbnails: Annotated[bool, typer.Option("--thumbnails", help=export.THUMBNAILS)] = False,
+    extensible: Annotated[bool, typer.Option("--extensible", help=export.EXTENSIBLE)] = False,
     ray: Annotated[bool, typer.Option("--ray", help=ray_experts.HELP)] = False,
     frozen: Annotated[
         bool, typer.Option("--frozen", help="With --labels: only a head on the frozen backbone.")
@@ -257,6 +262,7 @@ def command(
                 out,
                 controls=controls,
                 thumbnails=thumbnails,
+                extensible=extensible,
                 ray=ray,
                 frozen=frozen,
                 compare=compare,

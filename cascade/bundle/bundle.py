@@ -8,6 +8,7 @@ from torch import Tensor
 from cascade.bundle.schema import Card
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.errors import CascadeError
+from cascade.model.discriminant import Discriminant
 from cascade.model.domain import Domain
 from cascade.model.fusion import Fusion, Mode
 from cascade.model.heads import Bank, Linear
@@ -37,6 +38,7 @@ class Bundle:
         fusions, linear, banks: by mode.
         domain: what its images look like to the plain backbone; None where it can't be dispatched to.
         thumbnails: pictures of the banks' rows; None without the option.
+        discriminant: what a new class needs (``cascade heads add``); None without the option. Serving needs none of it.
         digest: over every byte of its files, in hex; empty if it was not read from files.
     """
 
@@ -54,6 +56,7 @@ class Bundle:
     banks: dict[Mode, Bank] = field(default_factory=dict)
     domain: Domain | None = None
     thumbnails: Thumbnails | None = None
+    discriminant: Discriminant | None = None
     digest: str = ""
 
     @property
@@ -79,7 +82,8 @@ class Bundle:
 
     def bytes(self) -> int:
         """Resident memory of the bundle, everything counted, materialized weights apart."""
-        parts = [self.router, self.ood, self.domain, self.thumbnails, *self.fusions.values(), *self.linear.values()]
+        parts: list[object] = [self.router, self.ood, self.domain, self.thumbnails, self.discriminant]
+        parts += [*self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
         counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
         return sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)

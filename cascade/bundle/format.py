@@ -30,6 +30,7 @@ from cascade.bundle.thumbnails import Thumbnails
 from cascade.bundle.validate import inconsistencies
 from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
+from cascade.model.discriminant import Discriminant
 from cascade.model.domain import Domain
 from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
@@ -202,7 +203,8 @@ def write_files(path: Path, files: Mapping[str, bytes], packed: int | None = Non
 def format_of(bundle: Bundle) -> int:
     """The oldest format that can hold the bundle."""
     halves = any(head.weight.dtype != torch.float32 for head in bundle.linear.values())
-    new = halves or bundle.domain is not None or any(isinstance(f, Identity) for f in bundle.fusions.values())
+    new = halves or bundle.domain is not None or bundle.discriminant is not None
+    new |= any(isinstance(f, Identity) for f in bundle.fusions.values())
     for mask, card in zip(bundle.masks, bundle.card.masks, strict=True):
         new |= bool(mask.channels or mask.deltas) or _keeps_all(mask, card)
     return 2 if new else 1
@@ -247,6 +249,8 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
     pictures = {} if small is None else {f"thumbnails.{f.name}": getattr(small, f.name) for f in fields(small)}
     parts = {"masks": masks, "router": router | ood, "domain": domain, "fusion": fusion, "heads": heads}
     parts["thumbnails"] = pictures
+    kept = bundle.discriminant
+    parts["discriminant"] = {} if kept is None else {n: getattr(kept, n) for n in Discriminant.layout}
     # Copies, because safetensors takes no two names for one memory.
     return {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
 
@@ -280,6 +284,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
         domain=Domain(**strip_prefix(domain, "domain.")) if domain else None,
         thumbnails=Thumbnails(**strip_prefix(pictures, "thumbnails.")) if pictures else None,
+        discriminant=Discriminant(**parts["discriminant.safetensors"]) if "discriminant.safetensors" in parts else None,
     )
 
 

@@ -3,7 +3,7 @@
 In a bundle by option only (docs/bundle-format.md): what is in there goes to everybody who may use the bundle.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate, pairwise
@@ -44,6 +44,10 @@ class Thumbnails:
         begin, end = self.offsets[row : row + 2].tolist()
         return self.data[begin:end].numpy().tobytes()
 
+    def take(self, rows: Sequence[int]) -> "Thumbnails":
+        """The pictures of these rows."""
+        return _joined([self[row] for row in rows])
+
     def inconsistencies(self) -> Iterator[str]:
         """What is wrong with the first bad one; layout and number of rows are for the bundle to check."""
         places = self.offsets.tolist()
@@ -58,6 +62,12 @@ class Thumbnails:
                 return
 
 
+def _joined(files: Sequence[bytes]) -> Thumbnails:
+    data = np.frombuffer(b"".join(files), np.uint8).copy()
+    offsets = [*accumulate(map(len, files), initial=0)]
+    return Thumbnails(torch.from_numpy(data), torch.tensor(offsets, dtype=torch.int64))
+
+
 def make(images: Iterable[Image.Image]) -> Thumbnails:
     """Thumbnails of RGB images: WebP, ``SIDE`` pixels at most, never enlarged; one libwebp makes the same bytes."""
     files = []
@@ -66,9 +76,7 @@ def make(images: Iterable[Image.Image]) -> Thumbnails:
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         small.save(out := BytesIO(), "webp", quality=80, method=6)
         files.append(out.getvalue())
-    data = np.frombuffer(b"".join(files), np.uint8).copy()
-    offsets = [*accumulate(map(len, files), initial=0)]
-    return Thumbnails(torch.from_numpy(data), torch.tensor(offsets, dtype=torch.int64))
+    return _joined(files)
 
 
 def media_type(file: bytes) -> str:

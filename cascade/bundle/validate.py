@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.thumbnails import Thumbnails
+from cascade.model.discriminant import Discriminant
 from cascade.model.domain import MAX_WIDTH, Domain
 from cascade.model.fusion import MODES, Fusion, Identity
 from cascade.model.heads import Bank, Linear
@@ -80,6 +81,12 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
             yield from _misshapen(f"bank {mode}", bank, sizes | {"rows": len(bank.names)})
             if len(bank.labels) not in (0, len(bank.names)):
                 yield f"bank {mode} has {len(bank.names)} names and {len(bank.labels)} labels"
+    if (kept := bundle.discriminant) is not None:
+        yield from _misshapen("discriminant", kept, sizes)
+        if card.format == 1 or k or len(kept.correlation) != card.dim * (card.dim + 1) // 2:
+            yield f"discriminant: it needs format 2, no experts, and a triangle of {card.dim} columns"
+        elif min(float(kept.deviation.min()), float(kept.ridge), float(kept.temperature)) <= 0 or kept.counts.min() < 0:
+            yield "discriminant: its deviations, ridge and temperature must be above 0, its counts not below"
     if bundle.thumbnails is not None:
         rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
         wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
@@ -88,7 +95,9 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
 
 def _not_finite(bundle: Bundle) -> Iterator[str]:
     """Parts that hold NaN or infinity: their answers would not be numbers."""
-    parts = {"router": bundle.router, "ood": bundle.ood, "domain": bundle.domain} | {m.name: m for m in bundle.masks}
+    named = ("router", "ood", "domain", "discriminant")
+    parts: dict[str, object] = {name: getattr(bundle, name) for name in named}
+    parts |= {m.name: m for m in bundle.masks}
     for group in ("fusions", "linear", "banks"):
         parts |= {f"{group} {mode}": part for mode, part in getattr(bundle, group).items()}
     for what, part in parts.items():
@@ -111,7 +120,9 @@ def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
 
 
 def _misshapen(
-    what: str, part: Router | OutOfDomain | Domain | Fusion | Linear | Bank | Thumbnails | None, sizes: dict[str, int]
+    what: str,
+    part: Router | OutOfDomain | Domain | Fusion | Linear | Bank | Thumbnails | Discriminant | None,
+    sizes: dict[str, int],
 ) -> Iterator[str]:
     """Tensors that do not have the part's layout; an axis that ``sizes`` lacks takes the first length that occurs."""
     sizes = dict(sizes)

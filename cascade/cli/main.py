@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from cascade import CascadeError, __version__
 from cascade.cli.adapters import domain, export, import_checkpoint
 from cascade.cli.bundles import inspect, pack, unpack, verify
+from cascade.cli.heads import heads
 from cascade.cli.index import index
 from cascade.cli.measure import bench, evaluate
 from cascade.cli.predict import predict
@@ -53,6 +54,7 @@ app.command("import")(import_checkpoint)
 for command in (domain, export, predict, inspect, verify, pack, unpack, evaluate, bench):
     app.command()(command)
 app.add_typer(index, name="index")
+app.add_typer(heads, name="heads")
 
 
 def _version(wanted: bool) -> None:

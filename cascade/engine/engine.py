@@ -124,7 +124,8 @@ class Engine:
             else:
                 check(bundle, executor.backbone)
             experts = tuple(map(executor.pack, bundle.experts))
-            bundle = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts).to(self.device)
+            packed = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts, discriminant=None)
+            bundle = packed.to(self.device)
             self._fit(here, bundle, executor, replaces)
             stage = bundle.card.domain.stage if bundle.card.domain else 0
             executor.prepare(bundle.masks, bundle.preprocessing.size, stage)

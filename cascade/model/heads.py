@@ -1,5 +1,6 @@
 """Heads on the fused embedding: a linear layer gives labels, a bank of images gives neighbors (method.md §4)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -43,6 +44,11 @@ class Bank:
     embeddings: Tensor
     names: tuple[str, ...]
     labels: tuple[str, ...] = field(default=())
+
+    def take(self, rows: Sequence[int]) -> "Bank":
+        """These rows."""
+        names, labels = ([column[i] for i in rows] if column else [] for column in (self.names, self.labels))
+        return Bank(self.embeddings[rows], tuple(names), tuple(labels))
 
     def bytes(self) -> int:
         """Resident memory: the float16 rows, and the float32 copy in FAISS."""

@@ -111,6 +111,28 @@ def load(source: str | Path, split: Split, limit: int | None = None, seed: int =
     return images.take(np.sort(evenly(labels, seed)[:limit]))
 
 
+def class_folders(folder: Path) -> Images:
+    """All images of a folder, a class for each of its subfolders, of which one is enough; nothing is held out.
+
+    Splits are understood as by ``load``, and joined.
+
+    Raises:
+        DataError: no such folder, no subfolder with images, or images beside the subfolders.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: name one with a subfolder of images for each class")
+    names, closed = walk(folder)
+    depth = 1 if split_folders(folder) else 0
+    beside = [name for name in names if name.count("/") <= depth]
+    if beside or not names:
+        raise DataError(f"put the images in {folder} into a subfolder for each class ({_some(beside) or 'none there'})")
+    good, images = _decodable(folder, names, "train", closed)
+    found = [name.split("/")[depth] for name in good]
+    classes = sorted(set(found))
+    labels = np.array([classes.index(name) for name in found], np.int64)
+    return replace(images, labels=labels, classes=[_text(name) for name in classes])
+
+
 def evenly(labels: np.ndarray, seed: int) -> np.ndarray:
     """All rows of labels [N] in an order drawn with ``seed``: the k-th of every class before the (k+1)-th of any."""
     order = np.random.default_rng(seed).permutation(len(labels))
