@@ -2,9 +2,10 @@
 
     python -m benchmarks.new_classes             # both data sets; resumes in runs/new-classes
 
-A bundle is trained on all classes of a data set but the last two, which are then added. Every row answers all classes of
-the same held-out images: the closed form; a logistic regression on the features of the same mask (which needs the images
-of all classes); a mask trained on all classes. Data sets come from ``python -m benchmarks.datasets digits groceries``.
+A bundle is trained on all classes of a data set but the last two, which are then added. Every row answers all classes
+of the same held-out images: the closed form; a logistic regression on the features of the same mask (which needs the
+images of all classes); a mask trained on all classes. Data sets come from ``python -m benchmarks.datasets digits
+groceries``.
 """
 
 import argparse
@@ -61,9 +62,8 @@ def right(bundle: Path, images: Images, rows: Sequence[int] | np.ndarray) -> flo
     engine.add(read(bundle))
     answers = engine.predict([images.open(i) for i in rows], Options(labels=1, neighbors=0))
     wanted = [images.classes[images.labels[i]].replace("/", " or ") for i in rows]
-    return float(
-        np.mean([isinstance(a, Prediction) and a.labels[0].name == w for a, w in zip(answers, wanted, strict=True)])
-    )
+    found = [a.labels[0].name if isinstance(a, Prediction) else None for a in answers]
+    return float(np.mean([name == label for name, label in zip(found, wanted, strict=True)]))
 
 
 def refitted(bundle: Path, train: Images, test: Images) -> float:
