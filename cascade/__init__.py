@@ -1,7 +1,7 @@
 """Cascade: one resident backbone, adapted per image by 1-bit masks over its weights.
 
     import cascade
-    engine = cascade.load("model_store/demo/1")
+    engine = cascade.load("model_store/paper/1")
     for answer in engine.predict(["cat.jpg", "ship.png"]):
         print(answer.labels if answer.ok else answer.error)
 

@@ -13,7 +13,7 @@ from cascade.offline.predict import predict_files
 
 images = sys.argv[1] if len(sys.argv) > 1 else "tests/data/photos"
 out = sys.argv[2] if len(sys.argv) > 2 else "runs/predictions"
-summary = predict_files(cascade.load("model_store/demo/1"), [images], Path(out), embedding="float16")
+summary = predict_files(cascade.load("model_store/paper/1"), [images], Path(out), embedding="float16")
 print(f"{summary.rows} rows in {out}, errors: {summary.errors or 'none'}")
 print(
     duckdb.sql(f"""

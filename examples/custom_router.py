@@ -27,7 +27,7 @@ class PrototypesWithPrior(Prototypes):
         return weighted / weighted.sum(dim=1, keepdim=True)
 
 
-bundle = read(Path("model_store/demo/1"))
+bundle = read(Path("model_store/paper/1"))
 assert isinstance(bundle.router, Prototypes), "this example extends the default router"
 trained = {field.name: getattr(bundle.router, field.name) for field in fields(bundle.router)}
 prior = torch.tensor([4.0, 1, 1, 1, 1])  # cluster 0 is four times as frequent here

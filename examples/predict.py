@@ -6,7 +6,7 @@ from pathlib import Path
 import cascade
 
 images = sys.argv[1:] or sorted(map(str, Path("tests/data/photos").iterdir()))
-engine = cascade.load("model_store/demo/1")
+engine = cascade.load("model_store/paper/1")
 for image, answer in zip(images, engine.predict(images), strict=True):
     if answer.ok:
         label = answer.labels[0]

@@ -10,7 +10,7 @@ from cascade.offline.predict import predict_files
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "tests/data/photos"
 image = sys.argv[2] if len(sys.argv) > 2 else "tests/data/photos/cat-0000.png"
-engine = cascade.load("model_store/demo/1")
+engine = cascade.load("model_store/paper/1")
 with tempfile.TemporaryDirectory() as scratch:
     predictions, built = Path(scratch) / "predictions", Path(scratch) / "index"
     predict_files(engine, [folder], predictions, embedding="float32")

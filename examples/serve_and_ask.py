@@ -15,9 +15,9 @@ try:
     with cascade.Client(url, patience=30) as client:  # patience: seconds to retry while the server is busy
         print("bundles:", client.models())
         for image in images:
-            answer = client.predict(image, cascade.Options(bundle="demo"))
+            answer = client.predict(image, cascade.Options(bundle="paper"))
             print(f"{image}: {answer.labels[0].name}" if answer.ok else f"{image}: {answer.error}")
-        columns = client.infer(images, bundle="demo", outputs=["label", "confidence", "error"])  # all in one request
+        columns = client.infer(images, bundle="paper", outputs=["label", "confidence", "error"])  # all in one request
         print(columns["label"], columns["confidence"])
 finally:
     server.terminate()  # the server answers the requests in progress, then exits

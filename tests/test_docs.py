@@ -142,9 +142,9 @@ def test_figures_of_dispatch_are_those_of_the_json() -> None:
         assert share in (ROOT / page).read_text(), page
 
 
-def test_figures_of_the_demo_cascade_are_those_of_its_card() -> None:
+def test_figures_of_the_papers_cascade_are_those_of_its_card() -> None:
     text = (ROOT / "docs" / "cascade-quality.md").read_text()
-    card = json.loads((ROOT / "model_store" / "demo" / "1" / "cascade.json").read_text())
+    card = json.loads((ROOT / "model_store" / "paper" / "1" / "cascade.json").read_text())
     for method, scores in card["accuracy"]["whitened"].items():
         cells = [f"{100 * mean:.1f} ± {100 * deviation:.1f}" for mean, deviation in scores.values()]
         assert f" | {' | '.join(cells)} |" in text, method

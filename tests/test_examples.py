@@ -38,7 +38,7 @@ def test_train_writes_a_bundle_that_answers(tmp_path: Path, cifar_folder: Path) 
 
 def test_serve_and_ask_answers_every_image() -> None:
     lines = run("serve_and_ask", *PHOTOS[:2])
-    assert "demo" in lines[0]
+    assert "paper" in lines[0]
     assert [photo.name for photo in PHOTOS[:2] if photo.name in "".join(lines)] == [photo.name for photo in PHOTOS[:2]]
     assert "error" not in "".join(lines)
 

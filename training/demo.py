@@ -75,7 +75,9 @@ QUICK = {"limit": 400, "test_limit": 100, "steps": 20, "expert_steps": 4, "batch
 
 def customer(name: str, folder: Path, out: Path, watch: Watch, *, quick: bool = False) -> None:
     """Train one customer in ``folder`` and write its bundle to ``out``."""
-    recipe = replace(CUSTOMERS[name], **QUICK) if quick else CUSTOMERS[name]  # type: ignore[arg-type]
+    recipe = CUSTOMERS[name]
+    if quick:
+        recipe = replace(recipe, **QUICK, clusters=min(2, recipe.clusters))  # type: ignore[arg-type]
     if name == "paper":
         seeds.train(folder, recipe, out, watch)
         return

@@ -27,8 +27,8 @@ def verify(bundle: BundlePath, weights: Weights = None) -> None:
     typer.echo(f"{bundle} is whole and fits {want.name} ({want.fingerprint[:12]})")
 
 
-def pack(bundle: BundlePath, file: Annotated[Path, typer.Argument(help="File to write, e.g. demo-1.cascade.")]) -> None:
-    """Write a bundle as one small file, to send it: [bold]cascade pack model_store/demo/1 demo-1.cascade[/]"""
+def pack(bundle: BundlePath, file: Annotated[Path, typer.Argument(help="File to write: paper-1.cascade.")]) -> None:
+    """Write a bundle as one small file, to send it: [bold]cascade pack model_store/paper/1 paper-1.cascade[/]"""
     from cascade.bundle import archive
 
     written = archive.pack(bundle, file)
@@ -39,7 +39,7 @@ def unpack(
     file: Annotated[Path, typer.Argument(help="What cascade pack has written.")],
     bundle: Annotated[Path, typer.Argument(help="Folder <store>/<name>/<version> to make; must not exist.")],
 ) -> None:
-    """Make a bundle of a packed one: [bold]cascade unpack demo-1.cascade model_store/demo/2[/]"""
+    """Make a bundle of a packed one: [bold]cascade unpack paper-1.cascade model_store/paper/2[/]"""
     from cascade.bundle import archive
 
     typer.echo(f"wrote {archive.unpack(file, bundle)}")

@@ -51,7 +51,7 @@ def index_build(
 def index_search(
     folder: IndexPath,
     images: Annotated[list[Path], typer.Argument(help="Images to look for.")],
-    bundle: Annotated[Path, typer.Option(help="The bundle that the index was made with.")] = Path("model_store/demo/1"),
+    bundle: Annotated[Path, typer.Option(help="The bundle that made the index.")] = Path("model_store/paper/1"),
     k: Annotated[int, typer.Option("-k", help="Results for each image.", min=1)] = 10,
     device: Device = Placed.cpu,
     weights: Weights = None,

@@ -16,7 +16,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Images at most.", min=1)] = None,
     weights: Weights = None,
 ) -> None:
-    """Measure a bundle's label accuracy on other images: [bold]cascade evaluate model_store/demo/1 cifar10[/]"""
+    """Measure a bundle's label accuracy on other images: [bold]cascade evaluate model_store/paper/1 cifar10[/]"""
     from rich.console import Console
 
     from training.bundle_accuracy import of_bundle

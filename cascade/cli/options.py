@@ -18,6 +18,6 @@ class ExecutorKind(StrEnum):
     onnx = "onnx"
 
 
-BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder, e.g. model_store/demo/1.")]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder, e.g. model_store/paper/1.")]
 Executor = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto picks the fastest one.")]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]

@@ -22,7 +22,7 @@ class EmbeddingKind(StrEnum):
 def predict(
     sources: Annotated[list[str], typer.Argument(help="Images, folders, globs, .tar, .parquet, lists (.txt), URLs.")],
     out: Annotated[Path, typer.Option(help="Folder for Parquet files, or a file that ends in .parquet.")],
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/demo/1"),
+    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/paper/1"),
     mode: Annotated[str | None, typer.Option(help="dispatcher, conditional or unconditional.")] = None,
     embedding: Annotated[EmbeddingKind, typer.Option(help="How embeddings are stored.")] = EmbeddingKind.float16,
     labels: Annotated[int, typer.Option(help="Maximum labels per image.", min=0)] = 5,
@@ -38,7 +38,7 @@ def predict(
     executor: Executor = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
-    """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/demo/1[/]
+    """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/paper/1[/]
 
     An interrupted job resumes when it is started again with the same options.
 

@@ -282,9 +282,9 @@ def load_store(
 
 
 def pinned(texts: Iterable[str]) -> dict[str, str]:
-    """``demo@3`` as ``{"demo": "3"}``. Raises CascadeError for anything else."""
+    """``paper@3`` as ``{"paper": "3"}``. Raises CascadeError for anything else."""
     pairs = [text.rpartition("@") for text in texts]
     for text, (name, _, version) in zip(texts, pairs, strict=True):
         if not name or not version:
-            raise CascadeError(f"can't pin {text!r}: write NAME@VERSION, like demo@3")
+            raise CascadeError(f"can't pin {text!r}: write NAME@VERSION, like paper@3")
     return {name: version for name, _, version in pairs}
