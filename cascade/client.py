@@ -88,7 +88,8 @@ class Client:
 
         Args:
             images: files, or float32 [N, 3, H, W], preprocessed.
-            outputs: some of ``cascade.open_inference.OUTPUTS``; with the bundle ``auto`` also of ``AUTO_OUTPUTS``.
+            outputs: some of ``cascade.open_inference.OUTPUTS``; with the bundle ``auto`` also of ``AUTO_OUTPUTS``, and
+                where there are two input sizes of ``DEFERRAL_OUTPUTS``.
 
         Returns:
             Each output by name: an array with a row an image, or a list of texts; and the ``version`` that made them.

@@ -78,6 +78,11 @@ DISPATCHED = Counter(
     "Images that named no bundle, by the one they were sent to (unknown: none fits).",
     ["bundle"],
 )
+DEFERRED = Counter(
+    "cascade_deferred_total",
+    "Images of a bundle with two input sizes that were asked again at the larger one.",
+    ["bundle"],
+)
 DISPATCH_CONFIDENCE = Histogram(
     "cascade_dispatch_confidence", "Calibrated p(bundle) of images that named none.", buckets=_CONFIDENCES
 )
@@ -130,7 +135,15 @@ class _Shares:
 
 MOST_NAMES = 100
 """Bundles, and tenants, with labels of their own; the rest are ``other``."""
-_bundle_metrics = (REQUESTS, OOD_SCORE, CLUSTER_SHARE_SHIFT, BUNDLE_SECONDS, BUNDLE_QUEUE_SECONDS, BUNDLE_MASKS)
+_bundle_metrics = (
+    REQUESTS,
+    OOD_SCORE,
+    CLUSTER_SHARE_SHIFT,
+    BUNDLE_SECONDS,
+    BUNDLE_QUEUE_SECONDS,
+    BUNDLE_MASKS,
+    DEFERRED,
+)
 bundle_label = BusiestNames("bundle", _bundle_metrics, MOST_NAMES)
 
 _serving: dict[tuple[str, str], _Shares] = {}
@@ -200,6 +213,11 @@ def count_dispatch(bundle: str | None, confidence: float = 0.0) -> None:
     DISPATCHED.labels("unknown" if bundle is None else bundle).inc()
     if bundle is not None:
         DISPATCH_CONFIDENCE.observe(confidence)
+
+
+def count_deferral(bundle: str, deferred: bool) -> None:
+    """Count one image of a bundle with two input sizes; its series is there from the first one, for a share of them."""
+    DEFERRED.labels(bundle_label(bundle)).inc(deferred)
 
 
 def stage(name: str) -> AbstractContextManager[object]:

@@ -14,7 +14,10 @@ OUTPUTS = {
 }
 AUTO_OUTPUTS = OUTPUTS | {"bundle": "BYTES", "bundle_confidence": "FP32"}
 """Of the model ``auto``, which sends each image to the bundle that it fits."""
-NUMPY = {"INT64": "<i8", "FP32": "<f4"}
+DEFERRAL_OUTPUTS = {"input_size": "INT64", "deferred": "BOOL"}
+"""Of a bundle with two input sizes: which one gave the label, and whether because the smaller one was unsure."""
+ALL_OUTPUTS = AUTO_OUTPUTS | DEFERRAL_OUTPUTS
+NUMPY = {"INT64": "<i8", "FP32": "<f4", "BOOL": "?"}
 
 
 def packed(elements: Sequence[bytes]) -> bytes:

@@ -118,5 +118,7 @@ def encode(answer: Prediction | ItemError, binary: bool) -> tuple[str | bytes, s
         return text, "application/json", {}
     values = {name: document[name] for name in ("bundle", "version", "mode", "cluster", "confidence", "ood")}
     values["masks"] = ",".join(answer.masks)
+    if answer.deferral is not None:
+        values |= {"input-size": answer.deferral.input_size, "deferred": str(answer.deferral.deferred).lower()}
     headers = {PREFIX + name: header_bytes(str(value)) for name, value in values.items()}
     return answer.embedding.astype("<f4").tobytes(), BINARY, headers

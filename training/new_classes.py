@@ -135,12 +135,19 @@ def _extensible(path: Path) -> tuple[Bundle, Discriminant]:
 def _with_head(
     bundle: Bundle, kept: Discriminant, classes: list[str], what: dict[str, Any], accuracy: dict[str, Any]
 ) -> Bundle:
-    """The bundle with the head of these statistics; its bank keeps the rows whose class is still there."""
+    """The bundle with the head of these statistics; its bank keeps the rows whose class is still there.
+
+    A larger input size is left out: its head, and the threshold, are of the old classes.
+    """
     head = kept.head()
     training = bundle.card.training | {"heads": [*bundle.card.training.get("heads", []), what]}
-    card = bundle.card.model_copy(update={"classes": classes, "training": training, "accuracy": accuracy})
+    changes = {"classes": classes, "training": training, "accuracy": accuracy, "deferral": None}
     changed = replace(
-        bundle, card=card, linear={"dispatcher": Linear(head.weight.half(), head.bias)}, discriminant=kept
+        bundle,
+        card=bundle.card.model_copy(update=changes),
+        linear={"dispatcher": Linear(head.weight.half(), head.bias)},
+        discriminant=kept,
+        larger=None,
     )
     if (bank := bundle.banks.get("dispatcher")) is None:
         return changed

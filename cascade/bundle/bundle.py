@@ -39,6 +39,8 @@ class Bundle:
         domain: what its images look like to the plain backbone; None where it can't be dispatched to.
         thumbnails: pictures of the banks' rows; None without the option.
         discriminant: what a new class needs (``cascade heads add``); None without the option. Serving needs none of it.
+        larger: the same model at a larger input size, with a mask and a head of its own, for images about which this
+            one is unsure; it has the name and version of this one. None: there is one input size.
         digest: over every byte of its files, in hex; empty if it was not read from files.
     """
 
@@ -57,7 +59,17 @@ class Bundle:
     domain: Domain | None = None
     thumbnails: Thumbnails | None = None
     discriminant: Discriminant | None = None
+    larger: "Bundle | None" = None
     digest: str = ""
+
+    def __post_init__(self) -> None:
+        if self.larger is not None and self.larger.identity != self.identity:
+            object.__setattr__(self, "larger", replace(self.larger, name=self.name, version=self.version))
+
+    @property
+    def parts(self) -> "tuple[Bundle, ...]":
+        """Itself, and the larger input size where there is one."""
+        return (self,) if self.larger is None else (self, self.larger)
 
     @property
     def masks(self) -> tuple[Mask, ...]:
@@ -78,6 +90,7 @@ class Bundle:
             domain=None if self.domain is None else _moved(self.domain, device),
             fusions={mode: _moved(f, device) for mode, f in self.fusions.items()},
             linear={mode: _moved(h, device) for mode, h in self.linear.items()},
+            larger=None if self.larger is None else self.larger.to(device),
         )
 
     def bytes(self) -> int:
@@ -86,7 +99,8 @@ class Bundle:
         parts += [*self.fusions.values(), *self.linear.values()]
         held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
         counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
-        return sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)
+        own = sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)
+        return own + (0 if self.larger is None else self.larger.bytes())
 
 
 def _moved(part: T, device: str) -> T:

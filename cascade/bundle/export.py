@@ -35,19 +35,25 @@ class Probabilities(nn.Module):
         return out.softmax(dim=1) if self.classes else out
 
 
-def export(path: Path, out: Path, to: Target = "timm", weights: Path | None = None) -> Path:
+def export(path: Path, out: Path, to: Target = "timm", weights: Path | None = None, *, larger: bool = False) -> Path:
     """Write the bundle at ``path`` as a plain model to the file ``out``, all of it or nothing.
+
+    Of two input sizes it is the smaller one, or with ``larger`` the larger one: a plain model can't ask again.
 
     ``timm`` is a safetensors file for ``timm.create_model(name, num_classes=len(classes))``; its metadata holds the
     name, the classes and the preprocessing. ``onnx`` and ``torchscript`` map ``x``, float32 [N, 3, size, size], to
     probabilities [N, classes]; the ONNX file has the same metadata.
 
     Raises:
-        BundleError: the bundle has experts, ``out`` exists, or the bundle does not fit its backbone.
+        BundleError: the bundle has experts, or does not fit its backbone, or has no larger size; or ``out`` exists.
     """
     if out.exists():
         raise BundleError(f"{out} exists: choose another name")
     bundle = read(path)
+    if larger:
+        if bundle.larger is None:
+            raise BundleError(f"{path} has one input size: leave --larger out")
+        bundle = bundle.larger
     model = plain_model(bundle, weights)
     card = bundle.card
     about = {

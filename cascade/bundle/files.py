@@ -17,7 +17,7 @@ CARD, SUMS = "cascade.json", "SHA256SUMS"
 FILE_NAME = re.compile(r"[a-z]+(\.[a-z]+)+|SHA256SUMS")
 MAX_BYTES = 2**31  # of one file; a bundle is megabytes
 RESERVED = "auto"
-MAX_FILES = 16  # of a bundle; it has eight at most
+MAX_FILES = 16  # of a bundle; it has eleven at most
 CARD_BYTES = 2**22  # of the card, which is parsed as JSON
 NAME = re.compile(r"\w([\w. -]{0,62}[\w.-])?")
 """A bundle's name, or its version. It becomes a path, a part of a URL, an HTTP header and a label of a metric."""

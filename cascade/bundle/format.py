@@ -1,8 +1,9 @@
 """The bundle: everything that an adapted backbone is beyond the backbone, as files (docs/bundle-format.md).
 
 ``model_store/<name>/<version>/`` holds ``cascade.json`` (the card), safetensors files (masks, router,
-fusion, heads) and ``SHA256SUMS`` over all of them. The folder names the bundle, so that a copy under
-another name is the same bytes. No pickle, no timestamps: same inputs, same bytes.
+fusion, heads; those of a larger input size as ``larger.*``) and ``SHA256SUMS`` over all of them. The
+folder names the bundle, so that a copy under another name is the same bytes. No pickle, no timestamps:
+same inputs, same bytes.
 """
 
 import json
@@ -40,6 +41,8 @@ from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import KINDS, Calibration, tensors
 
 ALWAYS, RATIO = 2**28, 100
+LARGER = "larger."
+"""Files of the larger input size begin so."""
 
 
 def read(
@@ -95,8 +98,9 @@ def check_claims(path: Path, card: Card, size: int, memory: int | None) -> None:
         BundleError: the masks claim more.
         OutOfMemory: they claim more than ``memory``.
     """
-    bits = sum(-(-mask.weights // 8) for mask in card.masks)
-    if any(mask.weights > card.backbone.maskable for mask in card.masks):
+    masks = [*card.masks, *([card.deferral.mask] if card.deferral else [])]
+    bits = sum(-(-mask.weights // 8) for mask in masks)
+    if any(mask.weights > card.backbone.maskable for mask in masks):
         raise BundleError(f"{path / CARD}: a mask covers more weights than the backbone has; write the bundle again")
     if bits > max(ALWAYS, RATIO * size):
         raise BundleError(f"{path / CARD}: {size} bytes of files claim {bits} bytes of masks; get the bundle again")
@@ -120,7 +124,7 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
         raise BundleError(f"{here}: {want.features} features and {want.maskable} masks do not fit {backbone.name}")
     if (found := [stage.name for stage in backbone.stages]) != want.stages:
         raise BundleError(f"{here} counts its stages as {' '.join(want.stages)}, {backbone.name} has {' '.join(found)}")
-    for mask in bundle.masks:
+    for mask in [mask for part in bundle.parts for mask in part.masks]:
         n = backbone.weights.numel() - backbone.offset(mask.start)
         if mask.bits.shape != (-(-n // 8),):
             raise BundleError(f"{here}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}")
@@ -156,7 +160,7 @@ def serialize(bundle: Bundle, *, compress: bool = True) -> dict[str, bytes]:
     files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in held.items() if tensors}
     sizes = {name: len(raw) for name, raw in sorted(files.items())}
     card = bundle.card.model_copy(update={"format": format_of(bundle), "bytes": sizes})
-    document = card.model_dump(exclude={"domain"} if card.domain is None else None)
+    document = card.model_dump(exclude={name for name in ("domain", "deferral") if getattr(card, name) is None})
     return files | {CARD: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
@@ -203,7 +207,8 @@ def write_files(path: Path, files: Mapping[str, bytes], packed: int | None = Non
 def format_of(bundle: Bundle) -> int:
     """The oldest format that can hold the bundle."""
     halves = any(head.weight.dtype != torch.float32 for head in bundle.linear.values())
-    new = halves or bundle.domain is not None or bundle.discriminant is not None
+    parts_of_2 = bundle.domain, bundle.discriminant, bundle.larger
+    new = halves or any(part is not None for part in parts_of_2)
     new |= any(isinstance(f, Identity) for f in bundle.fusions.values())
     for mask, card in zip(bundle.masks, bundle.card.masks, strict=True):
         new |= bool(mask.channels or mask.deltas) or _keeps_all(mask, card)
@@ -251,8 +256,10 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
     parts["thumbnails"] = pictures
     kept = bundle.discriminant
     parts["discriminant"] = {} if kept is None else {n: getattr(kept, n) for n in Discriminant.layout}
+    larger = {} if bundle.larger is None else contents(bundle.larger, compress=compress)
     # Copies, because safetensors takes no two names for one memory.
-    return {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
+    copies = {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
+    return copies | {LARGER + part: tensors for part, tensors in larger.items()}
 
 
 def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
@@ -268,6 +275,9 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
             raise ValueError(f"unknown router {card.router.kind}")
         router = kind(**strip_prefix(routing, "router."))
     labels = _lines(heads["bank.labels"]) if "bank.labels" in heads else ()
+    larger, of_larger = card.larger(), {n.removeprefix(LARGER): t for n, t in parts.items() if n.startswith(LARGER)}
+    if of_larger and larger is None:
+        raise ValueError("there are files of a larger input size, which the card does not have")
     return Bundle(
         name="",
         version="",
@@ -285,6 +295,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
         domain=Domain(**strip_prefix(domain, "domain.")) if domain else None,
         thumbnails=Thumbnails(**strip_prefix(pictures, "thumbnails.")) if pictures else None,
         discriminant=Discriminant(**parts["discriminant.safetensors"]) if "discriminant.safetensors" in parts else None,
+        larger=None if larger is None else assemble(larger, of_larger),
     )
 
 

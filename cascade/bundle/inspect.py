@@ -29,6 +29,11 @@ def show(bundle: Bundle, console: Console | None = None) -> None:
     if bundle.domain is not None and card.domain is not None:
         stage = back.stages[card.domain.stage]
         console.print(f"images can be dispatched to it: {len(bundle.domain.prototypes)} prototypes before {stage}")
+    if (d := card.deferral) is not None:
+        console.print(
+            f"asked again at {d.preprocessing['size']} px below a probability of {d.threshold:.3f}:"
+            f" {d.share:.1%} of the validation images"
+        )
     for table in (_masks(card), *_accuracies(card.accuracy), _bytes(card)):
         console.print(table)
     if trained.get("calibration_error") is not None:

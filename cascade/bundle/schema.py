@@ -68,6 +68,25 @@ class DomainCard(Finite):
     stage: int = Field(ge=0)
 
 
+class DeferralCard(Finite):
+    """When images are asked again at a larger input size, and what that was worth on held-out images.
+
+    Attributes:
+        threshold: probability of the likeliest class below which an image is asked again.
+        lose: points of accuracy below always asking the larger size that the threshold was chosen for.
+        share: of the validation images that were asked again.
+        accuracy: figures of the training.
+        preprocessing, mask: of the larger size.
+    """
+
+    threshold: float = Field(ge=0, le=1)
+    lose: float = Field(ge=0)
+    share: float = Field(ge=0, le=1)
+    accuracy: dict[str, Any] = {}
+    preprocessing: dict[str, Any]
+    mask: MaskCard
+
+
 class Versioned(BaseModel):
     """What every format's card has: which one it is."""
 
@@ -83,9 +102,18 @@ class Card(Versioned):
     masks: list[MaskCard] = Field(min_length=1, max_length=1025)
     router: RouterCard | None = None
     domain: DomainCard | None = None
+    deferral: DeferralCard | None = None
     mode: Mode
     dim: int = Field(gt=0)
     classes: list[str] = []
     training: dict[str, Any] = {}
     accuracy: dict[str, Any] = {}
     bytes: dict[str, int] = {}
+
+    def larger(self) -> "Card | None":
+        """The card of the larger input size: a bundle of one mask and its head, which shares all else with this one."""
+        if self.deferral is None:
+            return None
+        own = {"preprocessing": self.deferral.preprocessing, "masks": [self.deferral.mask], "mode": "dispatcher"}
+        shared = {name: getattr(self, name) for name in ("format", "backbone", "dim", "classes")}
+        return Card(**shared | own)

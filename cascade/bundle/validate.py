@@ -87,10 +87,30 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
             yield f"discriminant: it needs format 2, no experts, and a triangle of {card.dim} columns"
         elif min(float(kept.deviation.min()), float(kept.ridge), float(kept.temperature)) <= 0 or kept.counts.min() < 0:
             yield "discriminant: its deviations, ridge and temperature must be above 0, its counts not below"
+    yield from _larger(bundle)
     if bundle.thumbnails is not None:
         rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
         wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
         yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.inconsistencies())
+
+
+def _larger(bundle: Bundle) -> Iterator[str]:
+    """What is wrong with the larger input size."""
+    larger = bundle.larger
+    if (larger is None) != (bundle.card.deferral is None):
+        yield "a larger input size needs its part of the card, and that a larger input size"
+    if larger is None:
+        return
+    yield from (f"larger: {what}" for what in inconsistencies(larger))
+    if bundle.card.format == 1 or bundle.experts or larger.experts or larger.larger is not None:
+        yield "larger: it needs format 2, and no experts"
+    more = larger.router, larger.ood, larger.domain, larger.thumbnails, larger.discriminant
+    if larger.banks or any(part is not None for part in more):
+        yield "larger: it has more than a mask and a head"
+    if "dispatcher" not in bundle.linear or "dispatcher" not in larger.linear:
+        yield "larger: both sizes need a head"
+    if larger.preprocessing.size <= bundle.preprocessing.size:
+        yield f"larger: {larger.preprocessing.size} px are no more than {bundle.preprocessing.size} px"
 
 
 def _not_finite(bundle: Bundle) -> Iterator[str]:

@@ -84,12 +84,15 @@ def export(
     bundle: BundlePath,
     out: Annotated[Path, typer.Option(help="File to write; must not exist.")],
     to: Annotated[Target, typer.Option(help="timm: safetensors with timm's names; onnx; torchscript.")] = Target.timm,
+    larger: Annotated[
+        bool, typer.Option("--larger", help="Of two input sizes the larger one; default: the smaller one.")
+    ] = False,
     weights: Weights = None,
 ) -> None:
     """Write a bundle as a plain model: [bold]cascade export model_store/mine/1 --to onnx --out mine.onnx[/]"""
     from cascade.bundle.export import export as write
 
-    typer.echo(f"wrote {write(bundle, out, to.value, weights)}")
+    typer.echo(f"wrote {write(bundle, out, to.value, weights, larger=larger)}")
 
 
 def _bytes(path: Path) -> int:

@@ -23,7 +23,9 @@ def predict(
     sources: Annotated[list[str], typer.Argument(help="Images, folders, globs, .tar, .parquet, lists (.txt), URLs.")],
     out: Annotated[Path, typer.Option(help="Folder for Parquet files, or a file that ends in .parquet.")],
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/paper/1"),
-    mode: Annotated[str | None, typer.Option(help="dispatcher, conditional or unconditional.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="dispatcher, conditional, unconditional; or fast, adaptive, full.")
+    ] = None,
     embedding: Annotated[EmbeddingKind, typer.Option(help="How embeddings are stored.")] = EmbeddingKind.float16,
     labels: Annotated[int, typer.Option(help="Maximum labels per image.", min=0)] = 5,
     neighbors: Annotated[int, typer.Option(help="Maximum neighbors per image.", min=0)] = 0,
@@ -77,6 +79,8 @@ def predict(
     typer.echo(f"{summary.rows} rows in {out}, {speed}")
     if summary.fresh:
         typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in summary.shares.items()))
+    if summary.deferred is not None:
+        typer.echo(f"  {100 * summary.deferred:.1f} % asked again at the larger input size")
     for cluster, share in summary.clusters.items():
         typer.echo(f"  {100 * share:.1f} % in cluster {cluster}")
     for kind, number in summary.errors.items():

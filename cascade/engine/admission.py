@@ -65,6 +65,11 @@ class Admission:
         self.images += images
         return None
 
+    def reenter(self, tenant: Tenant) -> None:
+        """One image of the tenant has its place again, for a second pass: it was admitted before."""
+        self._uses[tenant.name].queued += 1
+        self.images += 1
+
     def leave(self, tenant: Tenant) -> None:
         """One image of the tenant has left the queue."""
         self._uses[tenant.name].queued -= 1

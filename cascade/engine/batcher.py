@@ -12,22 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
 from cascade import metrics
 from cascade.cpus import cpu_count
-from cascade.engine import tenant_metrics
+from cascade.engine import deferral, tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.dispatch import second_round
 from cascade.engine.engine import AUTO, Engine
-from cascade.engine.fair_queue import Answer, Room, Waiting
+from cascade.engine.fair_queue import Answer, Promise, Room, Waiting
 from cascade.engine.items import AnyItem, Item, OpenItem, passes
 from cascade.engine.pixels import Source
 from cascade.engine.priorities import PriorityQueue
 from cascade.engine.results import ItemError, Options, Prediction
-from cascade.engine.statistics import Statistics
+from cascade.engine.statistics import Statistics, Timed
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
 
@@ -79,7 +80,7 @@ class Batcher:
         self._running = 0  # image passes
         self._seconds = 0.0  # an image pass takes, lately
         self._begun = 0.0  # when the last pass began, monotonic
-        self._closed = False
+        self._closed, self._drains = False, True
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="cascade-batcher", daemon=True)
         self._thread.start()
@@ -106,11 +107,12 @@ class Batcher:
         options: Options = Options(),
         timeout: float | None = None,
         tenant: Tenant | None = None,
-    ) -> "Future[Answer]":
+    ) -> Promise:
         """Queue one image to be decoded and answered; returns at once.
 
         The future always gets an answer: the prediction, or the error of this image (never an exception). An image
-        whose ``timeout`` (seconds, from now on) ends before its pass, or whose future is cancelled, costs no pass.
+        whose ``timeout`` (seconds, from now on) ends before its pass, or whose future is cancelled, costs no pass. If
+        that happens between two passes of an image that is asked again, the answer of the first one stands.
         """
         (future,) = self.submit_all([image], options, timeout, tenant)
         return future
@@ -121,7 +123,7 @@ class Batcher:
         options: Options = Options(),
         timeout: float | None = None,
         tenant: Tenant | None = None,
-    ) -> "list[Future[Answer]]":
+    ) -> list[Promise]:
         """``submit`` for several images: all of them get a place in the queue, or none does."""
         since = time.monotonic()
         deadline = math.inf if timeout is None else since + timeout
@@ -131,20 +133,18 @@ class Batcher:
                 self._decoding += len(images)
         if isinstance(admitted, ItemError):
             return [_answered(admitted, options.bundle, tenant) for _ in images]
-        futures: list[Future[Answer]] = [Future() for _ in images]
+        futures: list[Promise] = [Promise() for _ in images]
         self._follow(futures, admitted, since)
         for image, future in zip(images, futures, strict=True):
             decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
             decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
         return futures
 
-    def submit_item(
-        self, item: AnyItem, timeout: float | None = None, tenant: Tenant | None = None
-    ) -> "Future[Answer]":
+    def submit_item(self, item: AnyItem, timeout: float | None = None, tenant: Tenant | None = None) -> Promise:
         """``submit`` for an item that ``Engine.prepare`` made."""
         since = time.monotonic()
         deadline = math.inf if timeout is None else since + timeout
-        future: Future[Answer] = Future()
+        future = Promise()
         with self._changed:
             admitted = self._enter(tenant, item.name, 1, since)
             if isinstance(admitted, Tenant):
@@ -189,7 +189,7 @@ class Batcher:
     def close(self, drain: bool = True) -> None:
         """Refuse new images, answer those that wait (without ``drain``: with an error), and end the threads."""
         with self._changed:
-            self._closed = True
+            self._closed, self._drains = True, drain
             gone = [] if drain else self._remove(lambda waiting: True)
             self._changed.notify_all()
         for waiting in gone:
@@ -208,11 +208,11 @@ class Batcher:
             tenant = Tenant(name if known and name else "", keyed=False)  # clients may send any number of names
         return self._admission.enter(tenant, images, now, alone) or tenant
 
-    def _follow(self, futures: Sequence["Future[Answer]"], tenant: Tenant, since: float) -> None:
+    def _follow(self, futures: Sequence[Promise], tenant: Tenant, since: float) -> None:
         """Count the answers; the tenant's request ends with the last of them."""
         left = len(futures)
 
-        def done(future: "Future[Answer]") -> None:
+        def done(future: Future[Answer]) -> None:
             nonlocal left
             answer = None if future.cancelled() else future.result()
             tenant_metrics.answered(tenant, time.monotonic() - since, answer)
@@ -224,9 +224,7 @@ class Batcher:
         for future in futures:
             future.add_done_callback(done)
 
-    def _decode(
-        self, image: Source, options: Options, deadline: float, future: "Future[Answer]"
-    ) -> AnyItem | ItemError | None:
+    def _decode(self, image: Source, options: Options, deadline: float, future: Promise) -> AnyItem | ItemError | None:
         """In a decoder thread. None where nobody waits for the answer any more."""
         if future.cancelled():
             return None
@@ -241,7 +239,7 @@ class Batcher:
         tenant: Tenant,
         since: float,
         deadline: float,
-        future: "Future[Answer]",
+        future: Promise,
         decoded: "Future[AnyItem | ItemError | None]",
     ) -> None:
         """Once an image is decoded: it waits for its pass, or has its answer."""
@@ -274,7 +272,7 @@ class Batcher:
                     self._changed.wait_for(lambda: self._waiting.images or (self._closed and not self._decoding))
                     if not self._waiting.images:
                         return
-                    late = self._remove(lambda waiting: waiting.deadline <= time.monotonic())
+                    late = self._remove(_late)
                     batch = self._take()
                     self._begun, self._running = time.monotonic(), _cost(batch)
                 for waiting in late:
@@ -290,22 +288,29 @@ class Batcher:
             self._decoders.close()
 
     def _run(self, batch: list[Waiting]) -> None:
-        """One pass; every future has its answer afterwards."""
-        answers: list[tuple[Waiting, Answer]]
+        """One pass; every future has its answer afterwards, or its image waits for a second pass."""
+        answers: list[tuple[Waiting, Answer | Item]]
         failed = False
         try:
-            answers = [*zip(batch, self.engine.run([waiting.item for waiting in batch]), strict=True)]
+            answers = [*zip(batch, self.engine.run_pass([waiting.item for waiting in batch]), strict=True)]
         except Exception:
             log.exception("a pass over %d images failed", len(batch))
             answers = [(waiting, _failed(FAILED, waiting.item.name)) for waiting in batch]
             failed = True
-        self.statistics.count([(_identity(*pair), pair[0].since) for pair in answers], self._begun, failed)
+        self.statistics.count([_timed(*pair) for pair in answers], self._begun, failed)
         seconds = (time.monotonic() - self._begun) / _cost(batch)
         with self._changed:
             self._running = 0
             self._seconds += (seconds - self._seconds) * (REMEMBERED if self._seconds else 1)
+            following = [(waiting, answer) for waiting, answer in answers if isinstance(answer, Item)]
+            for waiting, item in following if self._drains else ():
+                self._admission.reenter(waiting.tenant)
+                self._add(replace(waiting, item=item, queued=time.monotonic()))
+        for waiting, item in () if self._drains else following:
+            _refuse(replace(waiting, item=item), STOPPING)
         for waiting, answer in answers:
-            waiting.future.set_result(answer)
+            if not isinstance(answer, Item):
+                waiting.future.set_result(answer)
 
     def _take(self) -> list[Waiting]:
         """What the next pass runs, out of the queue."""
@@ -313,8 +318,9 @@ class Batcher:
         room = Room(self.max_batch, self.time_slice / self._seconds if self._seconds else math.inf)
         taken = self._waiting.take(room, self.engine, now - self.patience)
         for waiting in taken:
-            metrics.QUEUE_SECONDS.observe(now - waiting.since)
-            tenant_metrics.waited(waiting.item.name or AUTO, waiting.tenant, now - waiting.since)
+            waited = now - waiting.waits_from
+            metrics.QUEUE_SECONDS.observe(waited)
+            tenant_metrics.waited(waiting.item.name or AUTO, waiting.tenant, waited)
         return [waiting for waiting in taken if self._leave(waiting)]
 
     def _remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
@@ -325,32 +331,47 @@ class Batcher:
         """Out of the queue; whether anybody still waits, who from now on cannot cancel."""
         self._admission.leave(waiting.tenant)
         metrics.QUEUE_DEPTH.dec()
-        wanted = waiting.future.set_running_or_notify_cancel()
+        wanted = waiting.item.first is not None or waiting.future.set_running_or_notify_cancel()
         if not wanted:
             metrics.DROPPED.labels("cancelled").inc()
         return wanted
 
 
-def _identity(waiting: Waiting, answer: Answer) -> tuple[str, str]:
-    """Name and version of the bundle that an image was for, or was dispatched to; empty where it fits none."""
-    if isinstance(answer, Prediction):
-        return answer.bundle, answer.version
-    return ("", "") if isinstance(waiting.item, OpenItem) else waiting.item.bundle.identity
+def _timed(waiting: Waiting, answer: Answer | Item) -> Timed:
+    """For the statistics: name and version of the bundle that it was for, or was dispatched to; empty if it fits none.
+
+    An answer that is an item comes from another pass.
+    """
+    if isinstance(answer, Item):
+        identity = answer.bundle.identity
+    elif isinstance(answer, Prediction):
+        identity = answer.bundle, answer.version
+    else:
+        identity = ("", "") if isinstance(waiting.item, OpenItem) else waiting.item.bundle.identity
+    return Timed(identity, waiting.since, waiting.waits_from, answered=not isinstance(answer, Item))
+
+
+def _late(waiting: Waiting) -> bool:
+    """Whether an image gets no more pass: its time is over, or nobody waits for its second pass."""
+    given_up = waiting.item.first is not None and waiting.future.given_up
+    return given_up or waiting.deadline <= time.monotonic()
 
 
 def _cost(batch: Sequence[Waiting]) -> int:
     return sum(passes(waiting.item) for waiting in batch)
 
 
-def _answered(error: ItemError, bundle: str | None, tenant: Tenant | None) -> "Future[Answer]":
-    future: Future[Answer] = Future()
+def _answered(error: ItemError, bundle: str | None, tenant: Tenant | None) -> Promise:
+    future = Promise()
     tenant_metrics.answered(tenant, 0.0, error)
     future.set_result(_counted(error, bundle))
     return future
 
 
 def _refuse(waiting: Waiting, why: ItemError) -> None:
-    waiting.future.set_result(_counted(why, waiting.item.name))
+    """The answer of an image that gets no pass; where it had a first one, that stands."""
+    first = waiting.item.first
+    waiting.future.set_result(_counted(why, waiting.item.name) if first is None else deferral.count(first))
 
 
 def _counted(why: ItemError, bundle: str | None) -> ItemError:
@@ -363,5 +384,5 @@ def _failed(why: ItemError, bundle: str | None) -> ItemError:
     return why
 
 
-def _has_answer(future: "Future[Answer]") -> bool:
+def _has_answer(future: Promise) -> bool:
     return future.done() and not future.cancelled()

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from cascade import metrics
-from cascade.bundle.bundle import Bundle
+from cascade.engine.deferral import item_of, mode_of
 from cascade.engine.dispatch_table import DispatchTable, Space
 from cascade.engine.executors import Executor
 from cascade.engine.forward import run_stages
 from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
 from cascade.model.domain import UNKNOWN, pooled
-from cascade.model.fusion import MODES, Mode
 
 LIKELY = 5  # bundles that an answer lists
 BEYOND = 1e9  # strangeness of a bundle that the caller may not use
@@ -109,23 +108,12 @@ def _settle(
         reused = bundle.dispatcher.start >= stage > 0
         reason = Dispatch(chance, named, 0 if reused else stage)
         entry = Entry(stage, trunks[n]) if reused else None
-        made.append(Item(bundle, mode, item.options, item.pixels[n], entry, reason))
+        larger = None if bundle.larger is None else item.larger.get(bundle.larger.preprocessing)
+        own = item_of(bundle, mode, item.options, item.pixels[n], larger, entry, reason)
+        if isinstance(own, ItemError):
+            return own
+        made.append(own)
     return tuple(made)
-
-
-def mode_of(bundle: Bundle, options: Options) -> Mode | ItemError:
-    """The mode that the options ask for, or the bundle's own."""
-    mode = next((m for m in MODES if m == (options.mode or bundle.card.mode)), None)
-    if mode is None:
-        return ItemError("unknown_mode", f"unknown mode; choose one of: {' '.join(MODES)}")
-    if mode not in bundle.fusions:
-        return ItemError("mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(bundle.fusions)}")
-    return mode
-
-
-def surest(answers: Sequence[Prediction]) -> Prediction:
-    """Of the answers of two bundles for one image: that with the more certain label, or from the likelier bundle."""
-    return max(answers, key=lambda answer: answer.labels[0].score if answer.labels else 0.0)
 
 
 def second_round(options: Options, answers: Sequence[Prediction | ItemError]) -> tuple[Options, list[int]]:

@@ -46,6 +46,12 @@ class DispatchTable:
         """Each column of the scores: the number of its space, and its bundle."""
         return [(n, bundle) for n, space in enumerate(self.spaces) for bundle in space.bundles]
 
+    @cached_property
+    def larger(self) -> list[Preprocessing]:
+        """Of the larger input sizes, each once."""
+        larger = [bundle.larger for _, bundle in self.columns if bundle.larger is not None]
+        return [*dict.fromkeys(bundle.preprocessing for bundle in larger)]
+
     @classmethod
     def of(cls, bundles: Iterable[Bundle]) -> "DispatchTable":
         """The table of those bundles that have a domain."""

@@ -20,7 +20,8 @@ from cascade import metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.format import check, digest, read
 from cascade.cpus import limit_threads
-from cascade.engine.dispatch import dispatch, mode_of, second_round, surest
+from cascade.engine import deferral
+from cascade.engine.dispatch import dispatch, second_round
 from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
@@ -123,19 +124,19 @@ class Engine:
                 executor = self._load(bundle)
             else:
                 check(bundle, executor.backbone)
-            experts = tuple(map(executor.pack, bundle.experts))
-            packed = replace(bundle, dispatcher=executor.pack(bundle.dispatcher), experts=experts, discriminant=None)
-            bundle = packed.to(self.device)
+            bundle = _packed(bundle, executor).to(self.device)
             self._fit(here, bundle, executor, replaces)
             stage = bundle.card.domain.stage if bundle.card.domain else 0
-            executor.prepare(bundle.masks, bundle.preprocessing.size, stage)
-            self.weight_cache.owners.update(dict.fromkeys(bundle.masks, bundle.name))
+            for part in bundle.parts:
+                executor.prepare(part.masks, part.preprocessing.size, stage if part is bundle else 0)
+                self.weight_cache.owners.update(dict.fromkeys(part.masks, bundle.name))
             self._executors = {**self._executors, fingerprint: executor}
             if warm:
                 try:
-                    self._try(bundle)
+                    for part in bundle.parts:
+                        self._try(part)
                 except Exception:
-                    self._drop([(bundle.masks, fingerprint)])
+                    self._drop([(part.masks, fingerprint) for part in bundle.parts])
                     raise
             held = self._bundles.get(bundle.name, {})
             self._bundles = {**self._bundles, bundle.name: {**held, bundle.version: bundle}}
@@ -157,11 +158,12 @@ class Engine:
             bundle = held.pop(version)
             metrics.remove_bundle(name, version)
             # Items hold their bundle, so it lives as long as one of them waits or is in a pass.
-            leaving = (weakref.ref(bundle), bundle.masks, bundle.card.backbone.fingerprint)
+            fingerprint = bundle.card.backbone.fingerprint
+            leaving = [(weakref.ref(part), part.masks, fingerprint) for part in bundle.parts]
             del bundle
             others = {n: b for n, b in self._bundles.items() if n != name}
             self._bundles = {**others, name: held} if held else others
-            self._leaving = [*self._leaving, leaving]
+            self._leaving = [*self._leaving, *leaving]
             self._table = None
             self.release()
 
@@ -224,9 +226,19 @@ class Engine:
         return item
 
     def run(self, items: Sequence[AnyItem]) -> list[Prediction | ItemError]:
+        """Passes until all ``items`` have their answers, which are in their order; each is the pass of ``run_pass``."""
+        answers = self.run_pass(items)
+        while rows := [row for row, answer in enumerate(answers) if isinstance(answer, Item)]:
+            again = self.run_pass([answer for answer in answers if isinstance(answer, Item)])
+            for row, answer in zip(rows, again, strict=True):
+                answers[row] = answer
+        return [answer for answer in answers if not isinstance(answer, Item)]
+
+    def run_pass(self, items: Sequence[AnyItem]) -> list[Prediction | ItemError | Item]:
         """One pass for all ``items``, answers in their order; passes of several threads take turns.
 
-        Only an open item, which names no bundle, may have an error for an answer.
+        The answer may be an item: the image is to be asked again, in another pass. Only an open item, which names no
+        bundle, may have an error for an answer.
         """
         metrics.BATCH_IMAGES.observe(len(items))
         metrics.QUEUE_DEPTH.inc(len(items))
@@ -236,18 +248,17 @@ class Engine:
             flat = [item for own in settled if not isinstance(own, ItemError) for item in own]
             passed = forward(self._executors, self.weight_cache, self.device, flat)
         found = iter(passed)
-        answers: list[Prediction | ItemError] = []
+        answers: list[Prediction | ItemError | Item] = []
         for own in settled:
             if isinstance(own, ItemError):
                 metrics.count_answer(None, None, own.kind)
                 answers.append(own)
                 continue
-            answer = surest([next(found) for _ in own])
-            metrics.count_answer(answer.bundle, answer.cluster, version=answer.version)
-            metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
-            if any(item.bundle.ood is not None and item.name == answer.bundle for item in own):
+            item, answer = deferral.surest(own, [next(found) for _ in own])
+            if item.bundle.ood is not None:
                 metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
-            answers.append(answer)
+            following = deferral.next_of(item, answer)
+            answers.append(following if isinstance(following, Item) else deferral.count(following))
         return answers
 
     def stats(self) -> dict[str, int]:
@@ -321,11 +332,13 @@ class Engine:
         """Bytes of backbones and packed bundles: those that are loaded, and those that still answer requests."""
         loaded = [b for versions in self._bundles.values() for b in versions.values() if b.identity not in replaces]
         leaving = [b for reference, _, _ in self._leaving if (b := reference()) is not None]
-        return sum(e.bytes() for e in self._executors.values()) + sum(b.bytes() for b in (*loaded, *leaving))
+        counted = {id(part) for b in leaving for part in b.parts[1:]}  # with the bundle that they belong to
+        held = (*loaded, *(b for b in leaving if id(b) not in counted))
+        return sum(e.bytes() for e in self._executors.values()) + sum(b.bytes() for b in held)
 
     def _fit(self, here: str, bundle: Bundle, executor: Executor, replaces: Sequence[tuple[str, str]]) -> None:
         """That there is room for the bundle, and for its backbone if that is new. Raises OutOfMemory."""
-        largest = max(executor.size(mask) for mask in bundle.masks)
+        largest = max(executor.size(mask) for part in bundle.parts for mask in part.masks)
         if largest > self.weight_cache.budget:
             raise OutOfMemory(
                 f"{here} needs {largest} bytes for the weights of one mask, but --budget is {self.weight_cache.budget}"
@@ -362,16 +375,28 @@ class Engine:
             table = self.dispatch_table()
             if isinstance(table, ItemError):
                 return table
-            pixels = pixels_of(image, [space.preprocessing for space in table.spaces], self.limits)
-            return pixels if isinstance(pixels, ItemError) else OpenItem(table, options, tuple(pixels))
+            again = options.mode in (None, "adaptive", "full") and not isinstance(image, torch.Tensor)
+            sizes, spaces = table.larger if again else [], [space.preprocessing for space in table.spaces]
+            pixels = pixels_of(image, [*spaces, *sizes], self.limits)
+            if isinstance(pixels, ItemError):
+                return pixels
+            of_larger = dict(zip(sizes, pixels[len(spaces) :], strict=True))
+            return OpenItem(table, options, tuple(pixels[: len(spaces)]), of_larger)
         bundle = self.find(options.bundle, options.version)
         if isinstance(bundle, ItemError):
             return bundle
-        mode = mode_of(bundle, options)
+        mode = deferral.mode_of(bundle, options)
         if isinstance(mode, ItemError):
             return mode
-        pixels = pixels_of(image, [bundle.preprocessing], self.limits)
-        return pixels if isinstance(pixels, ItemError) else Item(bundle, mode, options, pixels[0])
+        if mode == "adaptive" and isinstance(image, torch.Tensor):
+            mode = "fast"  # preprocessed pixels are of one size
+        wanted = deferral.preprocessings(bundle, mode)
+        pixels = pixels_of(image, wanted, self.limits)
+        if isinstance(pixels, ItemError):
+            return pixels
+        of = dict(zip(wanted, pixels, strict=True))
+        larger = None if bundle.larger is None else of.get(bundle.larger.preprocessing)
+        return deferral.item_of(bundle, mode, options, of.get(bundle.preprocessing), larger)
 
 
 def load(
@@ -389,6 +414,14 @@ def load(
     engine = Engine(budget_bytes, device, weights=weights, executor=executor)
     engine.add(read(Path(path)))
     return engine
+
+
+def _packed(bundle: Bundle, executor: Executor) -> Bundle:
+    """The bundle with masks in the executor's own form, and without what serving does not need."""
+    experts = tuple(map(executor.pack, bundle.experts))
+    larger = None if bundle.larger is None else _packed(bundle.larger, executor)
+    mask = executor.pack(bundle.dispatcher)
+    return replace(bundle, dispatcher=mask, experts=experts, discriminant=None, larger=larger)
 
 
 def _no_room(here: str, needed: int, used: int, limit: int) -> str:

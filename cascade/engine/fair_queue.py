@@ -23,15 +23,35 @@ TURN = 4.0
 takes 40) costs 4 %. While all of 20 tenants wait, each has its turn within 80 passes, 3 s."""
 
 
+class Promise(Future[Answer]):
+    """The answer of one image. It remembers that it was given up, also once a pass has begun: a second one is saved."""
+
+    given_up = False
+
+    def cancel(self) -> bool:
+        self.given_up = True
+        return super().cancel()
+
+
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """An image in the queue; times in seconds of the monotonic clock."""
+    """An image in the queue; times in seconds of the monotonic clock.
+
+    Attributes:
+        since: when it came. queued: when it began to wait for its second pass; None for the first one.
+    """
 
     item: AnyItem
     tenant: Tenant
-    future: "Future[Answer]"
+    future: Promise
     since: float
     deadline: float
+    queued: float | None = None
+
+    @property
+    def waits_from(self) -> float:
+        """When it began to wait for its next pass."""
+        return self.since if self.queued is None else self.queued
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Images that are ready for a pass, and the transfers between host and device: one up, one down."""
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cascade.bundle.format import Bundle
 from cascade.engine.dispatch_table import DispatchTable
-from cascade.engine.results import Dispatch, Options
+from cascade.engine.results import Dispatch, Options, Prediction
 from cascade.model.fusion import Mode
 from cascade.model.preprocessing import Preprocessing, normalize_on_device
 
@@ -28,6 +28,23 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
+class Resolution:
+    """At which input size an image of a bundle with two of them is asked, see ``cascade.engine.deferral``.
+
+    Attributes:
+        mode: the answer's.
+        cost: passes of the small size that this one takes.
+        larger: pixels for a second pass; None where there will be none.
+        first: what the first pass has answered, in the second one.
+    """
+
+    mode: str
+    cost: int = 1
+    larger: Tensor | None = None
+    first: Prediction | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Item:
     """One image that is ready for a pass: decoded, and its bundle and mode settled.
 
@@ -38,6 +55,7 @@ class Item:
         pixels: uint8 [3, H, W], resized and cropped; or float32 [3, H, W], normalized as well.
         entry: where the pass continues, if the image was dispatched; None: from the pixels.
         dispatch: why this bundle; None where the request named it.
+        resolution: None outside of the modes of a bundle with two input sizes.
     """
 
     bundle: Bundle
@@ -46,6 +64,12 @@ class Item:
     pixels: Tensor
     entry: Entry | None = None
     dispatch: Dispatch | None = None
+    resolution: Resolution | None = None
+
+    @property
+    def first(self) -> Prediction | None:
+        """What the first pass has answered, where this is the second one."""
+        return None if self.resolution is None else self.resolution.first
 
     @property
     def name(self) -> str | None:
@@ -61,11 +85,18 @@ class OpenItem:
         table: the bundles that it may be sent to.
         options: what the answer should hold.
         pixels: for each space of the table, as in ``Item``.
+        larger: for the larger input sizes of the table, as far as the options may need them.
     """
 
     table: DispatchTable
     options: Options
     pixels: tuple[Tensor, ...]
+    larger: Mapping[Preprocessing, Tensor] = field(default_factory=dict)
+
+    @property
+    def first(self) -> None:
+        """What a first pass has answered: nothing yet."""
+        return None
 
     @property
     def name(self) -> str | None:
@@ -92,9 +123,14 @@ def trunk(item: AnyItem) -> Hashable:
 
 
 def passes(item: AnyItem) -> int:
-    """What an image costs, in passes: one under the dispatcher, and one under each expert that its mode takes."""
+    """What an image costs, in passes: one under the dispatcher, and one under each expert that its mode takes.
+
+    At the larger of two input sizes it is as many passes of the smaller one as take that long.
+    """
     if isinstance(item, OpenItem):
         return 2  # the trunk to dispatch it, and a pass
+    if item.resolution is not None:
+        return item.resolution.cost
     experts = len(item.bundle.experts)
     return 1 + (experts if item.mode == "unconditional" else min(experts, 1) if item.mode == "conditional" else 0)
 

@@ -11,6 +11,9 @@ import numpy as np
 from cascade.engine.tenants import Priority
 
 DispatchMode = Literal["image", "top2", "set"]
+InputMode = Literal["fast", "adaptive", "full"]
+INPUT_MODES: tuple[InputMode, ...] = ("fast", "adaptive", "full")
+"""Modes of a bundle with two input sizes, see ``cascade.engine.deferral``."""
 DISPATCH_MODES: tuple[DispatchMode, ...] = ("image", "top2", "set")
 
 
@@ -22,7 +25,8 @@ class Options:
         bundle: name; ``auto`` dispatches the image to the bundle that it fits, and so does None where several are
             loaded.
         version: None for the latest.
-        mode: ``dispatcher``, ``conditional``, ``unconditional``; None for the bundle's default.
+        mode: ``dispatcher``, ``conditional``, ``unconditional``, or of a bundle with two input sizes ``fast``,
+            ``adaptive``, ``full``; None for the bundle's default.
         embedding: return the embedding.
         labels: how many labels at most. neighbors: how many at most.
         priority: of a queue, ``interactive`` or ``batch``; None for the tenant's default.
@@ -76,6 +80,19 @@ class Dispatch:
 
 
 @dataclass(frozen=True)
+class Deferral:
+    """Which pass gave the labels of an answer.
+
+    Attributes:
+        input_size: side of its images, pixels.
+        deferred: whether it was the second pass, because the first one was unsure.
+    """
+
+    input_size: int
+    deferred: bool
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The answer for one image.
 
@@ -87,6 +104,7 @@ class Prediction:
         labels, neighbors: best first; empty without head or bank.
         embedding: float32 [D], where it was asked for.
         dispatch: None where the request named the bundle.
+        deferral: None outside of the modes of a bundle with two input sizes.
     """
 
     bundle: str
@@ -100,15 +118,16 @@ class Prediction:
     neighbors: tuple[Neighbor, ...] = ()
     embedding: np.ndarray | None = None
     dispatch: Dispatch | None = None
+    deferral: Deferral | None = None
     ok: ClassVar[Literal[True]] = True
     error: ClassVar[None] = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; the embedding as a list of floats. Embedding and dispatch are left out where there is none."""
+        """Plain types; the embedding as a list of floats. Embedding, dispatch and deferral are left out if None."""
         out = asdict(replace(self, embedding=None)) | {"masks": list(self.masks)}
-        del out["embedding"]
-        if self.dispatch is None:
-            del out["dispatch"]
+        for name in ("embedding", "dispatch", "deferral"):
+            if out[name] is None:
+                del out[name]
         return out if self.embedding is None else out | {"embedding": self.embedding.tolist()}
 
     @classmethod
@@ -122,6 +141,8 @@ class Prediction:
         if "dispatch" in data:
             likely = tuple(Label(**label) for label in data["dispatch"]["likely"])
             parts["dispatch"] = Dispatch(**data["dispatch"] | {"likely": likely})
+        if "deferral" in data:
+            parts["deferral"] = Deferral(**data["deferral"])
         if "embedding" in data:
             parts["embedding"] = np.array(data["embedding"], np.float32)
         return cls(**data | parts)

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +52,22 @@ class Times:
         }
 
 
+@dataclass(frozen=True)
+class Timed:
+    """An image of a pass; times in seconds of the monotonic clock.
+
+    Attributes:
+        identity: name and version of its bundle.
+        since: when it came. waits_from: when it began to wait for this pass.
+        answered: whether this pass was its last one.
+    """
+
+    identity: Identity
+    since: float
+    waits_from: float
+    answered: bool = True
+
+
 class Statistics:
     """Times by version; thread-safe."""
 
@@ -64,22 +79,23 @@ class Statistics:
         """The times of one version so far; zeros where it has answered nothing."""
         return self._times.get((name, version), Times())
 
-    def count(self, images: Sequence[tuple[Identity, float]], begun: float, failed: bool = False) -> None:
+    def count(self, images: Sequence[Timed], begun: float, failed: bool = False) -> None:
         """Count a pass that ends now.
 
         Args:
-            images: whose they were, and when they came. begun: when the pass began. Both monotonic.
+            begun: when the pass began, monotonic.
         """
         now = time.monotonic()
         with self._lock:
-            for identity, number in Counter(identity for identity, _ in images).items():
+            for identity in dict.fromkeys(image.identity for image in images):
                 times = self._times.pop(identity, None) or Times()
                 self._times[identity] = times  # at the end: the first one is idle longest
-                came = [since for each, since in images if each == identity]
+                own = [image for image in images if image.identity == identity]
                 times.passes += 1
-                times.queue_seconds += sum(begun - since for since in came)
-                times.pass_seconds += number * (now - begun)
-                took = sum(now - since for since in came)
+                times.queue_seconds += sum(begun - image.waits_from for image in own)
+                times.pass_seconds += len(own) * (now - begun)
+                answered = [image for image in own if image.answered]
+                number, took = len(answered), sum(now - image.since for image in answered)
                 if failed:
                     times.failures += number
                     times.failure_seconds += took

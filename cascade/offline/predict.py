@@ -21,7 +21,7 @@ from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError
 from cascade.offline.files import Held, Load, is_url
 from cascade.offline.job import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
-from cascade.offline.schema import Answer, count, rows_of, schema
+from cascade.offline.schema import Answer, count, deferred_share, rows_of, schema
 from cascade.offline.sources import ROWS, Unit, read
 from cascade.progress import Advance
 
@@ -68,6 +68,7 @@ class Summary:
         fresh: rows written by this run; earlier runs wrote the others.
         seconds: of this run.
         trained: share of each cluster in training; empty without a router.
+        deferred: share of the other images that were asked again at a larger input size; None outside of such modes.
         shares: of that time, by stage: ``forward``, ``swap``, and ``decode`` as a share of all decoding threads.
     """
 
@@ -81,6 +82,7 @@ class Summary:
     seconds: float
     trained: tuple[float, ...]
     shares: dict[str, float]
+    deferred: float | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -136,12 +138,12 @@ def predict_files(
             "swap": stages["swap"] / available,
             "decode": stages["decode"] / available / threads,
         }
-        done = count(parts(folder))
+        done, deferred = count(parts(folder)), deferred_share(parts(folder))
         bundle = engine.find(job.bundle, job.version)
         trained = () if isinstance(bundle, ItemError) or not bundle.card.router else tuple(bundle.card.router.shares)
         if folder != out:
             join(folder, out)
-    return Summary(job.bundle, job.version, job.mode, *done, work.rows, seconds, trained, shares)
+    return Summary(job.bundle, job.version, job.mode, *done, work.rows, seconds, trained, shares, deferred)
 
 
 def settle(
@@ -153,13 +155,15 @@ def settle(
         CascadeError: an unknown bundle, version or mode.
     """
     from cascade.bundle.format import digest
+    from cascade.engine.deferral import modes_of
 
     bundle = engine.find(options.bundle, options.version)
     if isinstance(bundle, ItemError):
         raise CascadeError(bundle.message)
-    mode = options.mode or bundle.card.mode
-    if mode not in bundle.fusions:
-        raise CascadeError(f"{bundle.name}/{bundle.version} has no mode {mode}; it has: {' '.join(bundle.fusions)}")
+    modes = modes_of(bundle)
+    mode = options.mode or modes[0]
+    if mode not in modes:
+        raise CascadeError(f"{bundle.name}/{bundle.version} has no mode {mode}; it has: {' '.join(modes)}")
     names = tuple(map(str, sources))
     relative = any(not is_url(name) and (not os.path.isabs(name) or name.endswith(".txt")) for name in names)
     return Job(

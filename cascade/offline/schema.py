@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cascade import __version__
-from cascade.engine.results import ItemError, Prediction
+from cascade.engine.results import INPUT_MODES, ItemError, Prediction
 from cascade.offline.job import Job
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def schema(job: Job) -> "pa.Schema":
         "error": pa.string(),
         "error_kind": pa.string(),
     }
+    if job.mode in INPUT_MODES:
+        columns |= {"input_size": pa.int32(), "deferred": pa.bool_()}
     if job.embedding != "none":
         number = pa.float16() if job.embedding == "float16" else pa.float32()
         columns["embedding"] = pa.list_(number, job.dim)
@@ -56,7 +58,8 @@ def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Tab
         if isinstance(answer, ItemError):
             rows.append(row | {"error": _text(answer.message), "error_kind": answer.kind})
         else:
-            rows.append(row | {name: value for name, value in answer.to_json().items() if name != "embedding"})
+            values = answer.to_json()
+            rows.append(row | values | values.get("deferral", {}))
     columns = [
         _embeddings(job, answers)
         if field.name == "embedding"
@@ -64,6 +67,15 @@ def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Tab
         for field in kinds
     ]
     return pa.Table.from_arrays(columns, schema=kinds)
+
+
+def deferred_share(paths: Iterable[Path]) -> float | None:
+    """Share of the answers in Parquet files of a job that came from a second pass; None where there can be none."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(path, columns=["deferred"]) for path in paths if "deferred" in pq.read_schema(path).names]
+    flags = [flag for table in tables for flag in table["deferred"].drop_null().to_pylist()]
+    return sum(flags) / len(flags) if flags else None
 
 
 def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]:

@@ -202,13 +202,13 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=open_inference.BODY | VERSION, **shared)
     async def infer(request: Request, model: str) -> Response:
         service.admit(request)
-        find_bundle(request, model)  # before the body is read
+        outputs = open_inference.outputs_of(find_bundle(request, model))  # before the body is read
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
-        asked = await asyncio.to_thread(open_inference.parse, body, request.headers.get(LENGTH_HEADER), most)
+        asked = await asyncio.to_thread(open_inference.parse, body, request.headers.get(LENGTH_HEADER), most, outputs)
         for _ in range(ATTEMPTS):
             bundle = find_bundle(request, model)  # one for all images of the request
-            embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
+            embedding, labels = "embedding" in asked.outputs, asked.labels
             options = Options(model, bundle.version, asked.mode, embedding, labels, 0, asked.priority)
             answers = await service.answers(request, asked.images, options)
             if "version" in request.path_params or not any(
@@ -272,7 +272,8 @@ def _pages(app: FastAPI, service: Service) -> None:
     @app.get("/v1/map/{bundle}/{version}", summary="The neighbor bank in two dimensions")
     async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
         loaded = find_bundle(request, bundle, version)
-        bank = next((bank for name, bank in loaded.banks.items() if name == (mode or loaded.card.mode)), None)
+        wanted = loaded.card.mode if mode in (None, "fast", "adaptive") else mode  # whose embeddings are of one network
+        bank = next((bank for name, bank in loaded.banks.items() if name == wanted), None)
         if bank is None:
             raise Refusal(ItemError("no_bank", "this bundle has no neighbor bank for that mode"))
         return await asyncio.to_thread(ui.bank_map, bank) | {"thumbnails": loaded.thumbnails is not None}

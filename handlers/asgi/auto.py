@@ -49,7 +49,7 @@ def add(app: FastAPI, service: Service) -> None:
         most = min(service.limits.images, service.batcher.queue)
         length = request.headers.get(LENGTH_HEADER)
         asked = await asyncio.to_thread(open_inference.parse, body, length, most, AUTO_OUTPUTS)
-        embedding, labels = "embedding" in asked.outputs, int("label" in asked.outputs)
+        embedding, labels = "embedding" in asked.outputs, asked.labels
         wanted = Options(AUTO, None, asked.mode, embedding, labels, 0, asked.priority, asked.dispatch)
         options = service.allowed(request, wanted)
         answers = await service.answers(request, asked.images, options)

@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
-from cascade.engine.results import DISPATCH_MODES, DispatchMode, ItemError, Prediction
+from cascade.engine.results import DISPATCH_MODES, INPUT_MODES, DispatchMode, ItemError, Prediction
 from cascade.engine.tenants import Priority
 from cascade.model.fusion import MODES
-from cascade.open_inference import AUTO_OUTPUTS, LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
+from cascade.open_inference import ALL_OUTPUTS, DEFERRAL_OUTPUTS, LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
 from handlers.asgi.middleware import Refusal
 from handlers.requests import NOT_FINITE
 from handlers.statuses import status_of
@@ -72,14 +72,25 @@ class OutputParameters(BaseModel):
 class Output(BaseModel):
     """An output that is asked for."""
 
-    name: Literal["cluster", "confidence", "ood", "embedding", "label", "error", "bundle", "bundle_confidence"]
+    name: Literal[
+        "cluster",
+        "confidence",
+        "ood",
+        "embedding",
+        "label",
+        "error",
+        "bundle",
+        "bundle_confidence",
+        "input_size",
+        "deferred",
+    ]
     parameters: OutputParameters | None = None
 
 
 class RequestParameters(BaseModel):
     """Options of the whole request."""
 
-    mode: str | None = Field(default=None, description=f"One of {', '.join(MODES)}.")
+    mode: str | None = Field(default=None, description=f"One of {', '.join((*MODES, *INPUT_MODES))}.")
     priority: Literal["interactive", "batch", 0, 1, 2] | None = Field(
         default=None, description="interactive or batch; Triton's clients send 1 or 2."
     )
@@ -114,6 +125,11 @@ class Inference:
     images: list[bytes | Tensor]
     outputs: dict[str, bool]
     dispatch: DispatchMode
+
+    @property
+    def labels(self) -> int:
+        """How many labels its answers need."""
+        return int(not self.outputs.keys().isdisjoint({"label", *DEFERRAL_OUTPUTS}))
 
 
 def parse(body: bytes, json_length: str | None, most: int, default: Iterable[str] = OUTPUTS) -> Inference:
@@ -172,7 +188,7 @@ def response(
     described, blobs = [], []
     for name, binary in asked.outputs.items():
         values = _column(name, width, answers)
-        tensor: dict[str, Any] = {"name": name, "datatype": AUTO_OUTPUTS[name], "shape": list(np.shape(values))}
+        tensor: dict[str, Any] = {"name": name, "datatype": ALL_OUTPUTS[name], "shape": list(np.shape(values))}
         if binary:
             texts = isinstance(values, list)
             blobs.append(packed([text.encode() for text in values]) if texts else values.tobytes())
@@ -217,8 +233,13 @@ def metadata(bundle: Bundle) -> dict[str, Any]:
             {"name": "image", "datatype": "BYTES", "shape": [-1]},
             {"name": "pixels", "datatype": "FP32", "shape": [-1, 3, side, side]},
         ],
-        "outputs": [{"name": n, "datatype": t, "shape": shapes.get(n, [-1])} for n, t in OUTPUTS.items()],
+        "outputs": [{"name": n, "datatype": t, "shape": shapes.get(n, [-1])} for n, t in outputs_of(bundle).items()],
     }
+
+
+def outputs_of(bundle: Bundle) -> dict[str, str]:
+    """The outputs of one bundle, and their datatypes."""
+    return OUTPUTS if bundle.larger is None else OUTPUTS | DEFERRAL_OUTPUTS
 
 
 def _files(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:
@@ -289,6 +310,10 @@ def _column(name: str, width: int, answers: Sequence[Prediction | ItemError]) ->
         case "bundle_confidence":
             sure = [0 if a is None else 1 if a.dispatch is None else a.dispatch.confidence for a in good]
             return np.array(sure, NUMPY["FP32"])
+        case "input_size":
+            return np.array([a.deferral.input_size if a and a.deferral else 0 for a in good], NUMPY["INT64"])
+        case "deferred":
+            return np.array([bool(a and a.deferral and a.deferral.deferred) for a in good], NUMPY["BOOL"])
         case "error":
             return [f"{status_of(a)} {a.kind}: {a.message}" if isinstance(a, ItemError) else "" for a in answers]
         case _:

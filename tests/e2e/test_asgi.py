@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import socket
 import time
@@ -16,8 +17,11 @@ import pytest
 from PIL import Image
 
 from cascade import Client, Engine, ItemError, Options, Prediction
+from cascade.bundle.format import write
 from cascade.client import ClientError
+from cascade.engine.results import Deferral
 from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.deferral import two_sizes
 from tests.helpers.http import answer, encoded, error, lone, post, same
 from tests.helpers.servers import CLIENT, NotStarted, Running
 from tests.helpers.torments import terminated, until
@@ -183,7 +187,10 @@ def test_search(asgi: Asgi, indexed: list[Path]) -> None:
         assert error(CLIENT.post(f"{asgi.base}/v1/search", params=params, content=body)) == want
 
 
-def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> None:
+def test_keys_over_http(store: Path, photos: list[bytes], cifar: list[Image.Image], tmp_path: Path) -> None:
+    """And two input sizes, whose metrics are asked for with a key."""
+    store = shutil.copytree(store, tmp_path / "store")
+    write(two_sizes(cifar[:20], threshold=1.0), store / "sizes" / "1")
     file = tmp_path / "keys"
     file.write_text(f"one {sha256(b'secret-of-one').hexdigest()}\n")
     with serving_asgi(store, "--api-keys", str(file), "--connections", "4") as server:
@@ -205,6 +212,11 @@ def test_keys_over_http(store: Path, photos: list[bytes], tmp_path: Path) -> Non
         assert CLIENT.get(server.metrics_url).status_code == 401
         metrics = CLIENT.get(server.metrics_url, headers={"Authorization": "Bearer secret-of-all"}).text
         assert "cascade_engine_restarts_total 1.0" in metrics
+        with Client(server.url, key="secret-of-all") as client:
+            again = client.predict(photos[0], Options("sizes"))
+        assert isinstance(again, Prediction) and again.deferral == Deferral(64, True)
+        metrics = CLIENT.get(server.metrics_url, headers={"Authorization": "Bearer secret-of-all"}).text
+        assert 'cascade_deferred_total{bundle="sizes"} 1.0' in metrics
         assert post(server, photos[0], **two).status_code == 200
         assert "secret-of" not in server.log()
         too_many_connections(server)

@@ -67,7 +67,7 @@ def outputs(answer: httpx.Response) -> dict[str, Any]:
     for output in json.loads(answer.content[:length])["outputs"]:
         size = output.get("parameters", {}).get("binary_data_size")
         data, rest = (None, rest) if size is None else (rest[:size], rest[size:])
-        kind = {"INT64": "<i8", "FP32": "<f4"}.get(output["datatype"])
+        kind = {"INT64": "<i8", "FP32": "<f4", "BOOL": "?"}.get(output["datatype"])
         if kind is None:
             texts = output["data"] if data is None else [b.decode() for b in unpacked(data)]
             found[output["name"]] = texts

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cascade import Engine, Options
 from cascade.engine.batcher import Answer, Batcher
-from cascade.engine.items import AnyItem
+from cascade.engine.items import AnyItem, Item
 
 
 class Held(Engine):
@@ -19,11 +19,11 @@ class Held(Engine):
         self.entered, self.go = threading.Semaphore(0), threading.Semaphore(0)
         self.passes: list[list[str]] = []
 
-    def run(self, items: Sequence[AnyItem]) -> list[Answer]:
+    def run_pass(self, items: Sequence[AnyItem]) -> list[Answer | Item]:
         self.passes.append([item.name or "" for item in items])
         self.entered.release()
         assert self.go.acquire(timeout=30)
-        return super().run(items)
+        return super().run_pass(items)
 
 
 def busy(batcher: Batcher, image: Image.Image, bundle: str = "c") -> "Future[Answer]":

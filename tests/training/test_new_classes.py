@@ -1,14 +1,17 @@
 """``cascade heads add`` and ``remove``: classes come and go, the mask stays."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
-from cascade.bundle.format import read
+from cascade.bundle.format import read, write
+from cascade.bundle.schema import DeferralCard
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.cli.main import app
 from cascade.engine.engine import Engine
@@ -95,6 +98,21 @@ def test_serving_does_not_hold_the_statistics(bundle: Path) -> None:
     engine.add(kept)
     (held,) = engine._bundles["photos"].values()
     assert kept.discriminant is not None and held.discriminant is None and held.bytes() < kept.bytes()
+
+
+def test_a_larger_input_size_knows_only_the_old_classes(bundle: Path, tmp_path: Path) -> None:
+    before = read(bundle)
+    preprocessing = replace(before.preprocessing, size=2 * before.preprocessing.size)
+    mask = before.card.masks[0]
+    deferral = DeferralCard(threshold=0.5, lose=0.3, share=0.5, preprocessing=preprocessing.to_json(), mask=mask)
+    card = before.card.model_copy(update={"deferral": deferral})
+    assert (of_larger := card.larger()) is not None
+    parts: dict[str, Any] = dict.fromkeys(("ood", "domain", "thumbnails", "discriminant"))
+    larger = replace(before, card=of_larger, preprocessing=preprocessing, banks={}, **parts)
+    path = write(replace(before, card=card, larger=larger), tmp_path / "photos" / "1")
+    assert read(path).larger is not None
+    less = read(new_classes.remove(path, before.card.classes[:1], tmp_path / "photos" / "2"))
+    assert less.larger is None and less.card.deferral is None
 
 
 def test_the_commands_write_the_next_version(bundle: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:

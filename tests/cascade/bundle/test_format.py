@@ -18,7 +18,7 @@ from PIL import Image
 
 from cascade.bundle.files import NAME
 from cascade.bundle.format import Bundle, BundleError, check, digest, read, write
-from cascade.bundle.schema import BackboneCard, Card, MaskCard, RouterCard
+from cascade.bundle.schema import BackboneCard, Card, DeferralCard, MaskCard, RouterCard
 from cascade.bundle.store import discover
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.model import backbone as backbones
@@ -229,7 +229,7 @@ np.savez(sys.argv[2], bits=bits, names=names, **{{"fusion": tensors["conditional
 
 def test_the_document_names_every_field_and_layout() -> None:
     text = DOCUMENT.read_text()
-    for model in (Card, BackboneCard, MaskCard, RouterCard):
+    for model in (Card, BackboneCard, MaskCard, RouterCard, DeferralCard):
         for field in model.model_fields:
             assert f"`{field}`" in text, f"{model.__name__}.{field}"
     for part in (*KINDS, OutOfDomain, Fusion, Linear, Bank, Thumbnails):

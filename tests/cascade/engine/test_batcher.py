@@ -53,7 +53,7 @@ def queue(batcher: Batcher, image: Image.Image, bundles: str) -> "list[Future[An
     return [batcher.submit_item(item) for item in items if isinstance(item, Item)]
 
 
-def order(engine: Held, batcher: Batcher, futures: "list[Future[Answer]]") -> list[str]:
+def order(engine: Held, batcher: Batcher, futures: "Sequence[Future[Answer]]") -> list[str]:
     """Let all passes go; the bundles of each but the first, joined."""
     engine.go.release(100)
     assert all(isinstance(f.result(30), Prediction) for f in futures)
@@ -379,10 +379,10 @@ def test_what_a_customer_notices_is_counted(held: Held, cifar: list[Image.Image]
 
 def test_a_failing_pass_fails_its_own_images(late: Bundle, cifar: list[Image.Image]) -> None:
     class Failing(Engine):
-        def run(self, items: Sequence[AnyItem]) -> list[Answer]:
+        def run_pass(self, items: Sequence[AnyItem]) -> list[Answer | Item]:
             if items[0].options.labels == 0:
                 raise RuntimeError("out of luck")
-            return super().run(items)
+            return super().run_pass(items)
 
     engine = Failing()
     engine.add(named(late, "late"))

@@ -71,7 +71,7 @@ def test_errors_say_what_there_is(pair: tuple[Bundle, Bundle], cifar: list[Image
     assert messages == [
         "no such bundle; loaded: a b",
         "no such version; loaded: 1 9 10",
-        "unknown mode; choose one of: dispatcher conditional unconditional",
+        "unknown mode; choose one of: dispatcher conditional unconditional fast adaptive full",
         "say which bundle, none has a domain to dispatch by; loaded: a b",
     ]
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
 from math import inf
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 
 from cascade import Engine, Options
-from cascade.engine.fair_queue import TURN, FairQueue, Room, Waiting
+from cascade.engine.fair_queue import TURN, FairQueue, Promise, Room, Waiting
 from cascade.engine.items import Item, passes
 from cascade.engine.tenants import Tenant
 from cascade.model.fusion import Mode
@@ -43,7 +42,7 @@ class Queue:
             assert not hasattr(bundle, "kind")
             item = Item(bundle, mode or bundle.card.mode, Options(), torch.zeros(3, 32, 32))
             owner = Tenant(tenant) if isinstance(tenant, str) else tenant
-            self.queue.add(Waiting(item, owner, Future(), self.now, inf))
+            self.queue.add(Waiting(item, owner, Promise(), self.now, inf))
             self.now += 1
 
     def take(self, room: Room = LARGE, overdue: float = -1.0) -> list[tuple[str, str]]:

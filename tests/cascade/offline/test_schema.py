@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import cascade
 from cascade.bundle.format import Bundle, digest
@@ -15,6 +16,7 @@ from cascade.engine.engine import Engine
 from cascade.engine.results import Options, Prediction
 from cascade.offline.job import Embedding, files_of
 from cascade.offline.predict import predict_files
+from tests.helpers.deferral import two_sizes
 from tests.helpers.photos import BAD, PHOTOS
 
 
@@ -111,3 +113,17 @@ def test_others_read_it(engine: Engine, folder: Path, tmp_path: Path, embedding:
     )
     assert loaded["path"][:] == [row["path"] for row in want]
     assert [v is None for v in loaded["embedding"][:]] == [v is None for v in vectors]
+
+
+def test_two_input_sizes_have_columns_of_their_own(cifar: list[Image.Image], tmp_path: Path) -> None:
+    engine = Engine()
+    engine.add(two_sizes(cifar[:20], threshold=1.0))
+    out = tmp_path / "out.parquet"
+    summary = predict_files(engine, [*PHOTOS[:2], tmp_path / "gone.png"], out)
+    rows = pq.read_table(out, columns=["mode", "input_size", "deferred"]).to_pydict()
+    assert rows == {"mode": ["adaptive"] * 2 + [None], "input_size": [64, 64, None], "deferred": [True, True, None]}
+    assert summary.deferred == 1.0 and summary.mode == "adaptive"
+    fast = predict_files(engine, PHOTOS[:2], tmp_path / "fast.parquet", Options(mode="fast"))
+    assert fast.deferred == 0.0
+    plain = predict_files(engine, PHOTOS[:2], tmp_path / "plain.parquet", Options(mode="dispatcher"))
+    assert plain.deferred is None and "deferred" not in pq.read_schema(tmp_path / "plain.parquet").names

@@ -1,0 +1,116 @@
+"""Deferral inside a bundle: a small input size answers, and the images about which it is unsure are asked again.
+
+A bundle with two input sizes has three more modes. ``fast`` is the small size, ``full`` the larger one, and
+``adaptive``, the default, the small one first: where the probability of its likeliest class is below the bundle's
+threshold, the answer of the first pass is another item, at the larger size, which shares a pass with others of that
+size. The second pass gives the labels. All else is of the first, so that embeddings stay comparable.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from cascade import metrics
+from cascade.bundle.bundle import Bundle
+from cascade.bundle.format import LARGER
+from cascade.engine.items import Entry, Item, Resolution
+from cascade.engine.results import INPUT_MODES, Deferral, Dispatch, ItemError, Options, Prediction
+from cascade.model.fusion import MODES
+from cascade.model.preprocessing import Preprocessing
+
+NO_LARGER = ItemError("bad_pixels", "mode full takes pixels of the larger input size, or an encoded image")
+
+
+def modes_of(bundle: Bundle) -> tuple[str, ...]:
+    """The modes that the bundle has, its default first."""
+    if bundle.larger is not None:
+        return ("adaptive", "fast", "full", *bundle.fusions)
+    return (bundle.card.mode, *(mode for mode in bundle.fusions if mode != bundle.card.mode))
+
+
+def mode_of(bundle: Bundle, options: Options) -> str | ItemError:
+    """The mode that the options ask for, or the bundle's default."""
+    modes = modes_of(bundle)
+    mode = options.mode or modes[0]
+    if mode in modes:
+        return mode
+    if mode not in (*MODES, *INPUT_MODES):
+        return ItemError("unknown_mode", f"unknown mode; choose one of: {' '.join((*MODES, *INPUT_MODES))}")
+    return ItemError("mode_missing", f"this bundle has no mode {mode}; it has: {' '.join(modes)}")
+
+
+def preprocessings(bundle: Bundle, mode: str) -> list[Preprocessing]:
+    """Of the pixels that an item needs. Both sizes are made of one decoded image: it isn't kept, nor decoded again."""
+    small, *large = (part.preprocessing for part in bundle.parts)
+    return large if mode == "full" else [small, *large] if mode == "adaptive" else [small]
+
+
+def item_of(
+    bundle: Bundle,
+    mode: str,
+    options: Options,
+    pixels: Tensor | None,
+    larger: Tensor | None,
+    entry: Entry | None = None,
+    dispatch: Dispatch | None = None,
+) -> Item | ItemError:
+    """The item of the first pass.
+
+    Args:
+        mode: one that the bundle has.
+        pixels: at the small size; ``full`` needs none. larger: at the larger size; None where ``adaptive`` can't have
+            them, because the caller sent preprocessed pixels: that is ``fast``.
+    """
+    if mode == "full" and bundle.larger is not None:
+        full = Resolution(mode, _cost(bundle))
+        return NO_LARGER if larger is None else Item(bundle.larger, "dispatcher", options, larger, None, dispatch, full)
+    assert pixels is not None
+    if mode not in INPUT_MODES:
+        return Item(bundle, next(m for m in MODES if m == mode), options, pixels, entry, dispatch)
+    asked = Resolution("fast" if larger is None else mode, larger=larger if mode == "adaptive" else None)
+    return Item(bundle, "dispatcher", options, pixels, entry, dispatch, asked)
+
+
+def next_of(item: Item, answer: Prediction) -> Prediction | Item:
+    """What follows a pass: the answer of the image, or its item for the second pass."""
+    how, card = item.resolution, item.bundle.card
+    if how is None:
+        return answer
+    if how.first is not None:
+        masks = (*how.first.masks, *(LARGER + name for name in answer.masks))
+        return replace(how.first, labels=answer.labels, masks=masks, deferral=Deferral(_size(item), True))
+    if item.bundle.larger is None:  # the larger size itself
+        masks = tuple(LARGER + name for name in answer.masks)
+        return replace(answer, mode=how.mode, masks=masks, deferral=Deferral(_size(item), False))
+    answer = replace(answer, mode=how.mode, deferral=Deferral(_size(item), False))
+    unsure = card.deferral is not None and answer.labels and answer.labels[0].score < card.deferral.threshold
+    if how.larger is None or not unsure:  # without labels, too: there is nothing that the second pass would change
+        return answer
+    again = Resolution(how.mode, _cost(item.bundle), first=answer)
+    return Item(item.bundle.larger, "dispatcher", item.options, how.larger, None, item.dispatch, again)
+
+
+def surest(items: Sequence[Item], answers: Sequence[Prediction]) -> tuple[Item, Prediction]:
+    """Of the answers of two bundles for one image: that with the more certain label, or from the likelier bundle."""
+    pairs = zip(items, answers, strict=True)
+    return max(pairs, key=lambda pair: pair[1].labels[0].score if pair[1].labels else 0.0)
+
+
+def count(answer: Prediction) -> Prediction:
+    """The answer, counted: once for each image, whatever passes it took."""
+    metrics.count_answer(answer.bundle, answer.cluster, version=answer.version)
+    metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
+    if answer.deferral is not None:
+        metrics.count_deferral(answer.bundle, answer.deferral.deferred)
+    return answer
+
+
+def _cost(bundle: Bundle) -> int:
+    """Passes of the small size that one of the larger size takes, by its pixels."""
+    small, large = (part.preprocessing.size for part in bundle.parts)
+    return max(1, round((large / small) ** 2))
+
+
+def _size(item: Item) -> int:
+    return item.bundle.preprocessing.size
