@@ -112,7 +112,11 @@ CLUSTER_SHARE_SHIFT = _gauge(
 BUNDLE_REFUSED = _gauge(
     "bundle_refused", "1 for a bundle of which a version in the store could not be loaded.", ["bundle"], "livemax"
 )
-BUNDLES = _gauge("bundles", "Bundles of the store by state: ready, loading, refused, removed.", ["state"], "livemax")
+BUNDLES = _gauge(
+    "bundles", "Bundles of the store by state: ready, stored, loading, refused, removed.", ["state"], "livemax"
+)
+BUNDLE_LOADS = Counter("cascade_bundle_loads_total", "Names that were loaded on demand.")
+BUNDLE_EVICTIONS = Counter("cascade_bundle_evictions_total", "Names that were evicted to make room.")
 STORE_UNREACHABLE = _gauge("store_unreachable", "1 while the model store can't be read.", mode="livemax")
 RELOADS = Counter("cascade_reloads_total", "Looks at the store: changed, unchanged or failed.", ["outcome"])
 

@@ -88,12 +88,14 @@ class AsgiSettings(BatchingSettings):
     """Of the ASGI front end.
 
     Attributes:
+        on_demand: of ``cascade.engine.registry.load_store``.
         index: a folder that ``cascade index build`` made, for /v1/search.
         connections: at a time; more get 503.
         startup_timeout: seconds until the engine is ready.
         keep_alive: seconds that an idle connection stays open: longer than the load balancer in front keeps it.
     """
 
+    on_demand: bool = False
     index: Path | None = None
     connections: int = 4096
     startup_timeout: float = 300
@@ -112,12 +114,14 @@ class TorchServeSettings(Settings):
     """Of TorchServe, where predictions need a token unless ``no_auth``.
 
     Attributes:
+        on_demand: of ``cascade.engine.registry.load_store``.
         workers: processes with a backbone each.
         startup_timeout: seconds until the workers are ready.
         token_file: where the token for predictions is written; None for a private folder.
     """
 
     log_level: str = "warning"
+    on_demand: bool = False
     workers: int = 1
     startup_timeout: float = 300
     metrics_port: int = 8082

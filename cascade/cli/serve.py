@@ -82,6 +82,10 @@ def serve(
     time_slice: Annotated[
         float | None, typer.Option(help="asgi, ray: seconds that a pass of several images may take.", min=0)
     ] = None,
+    on_demand: Annotated[
+        bool | None,
+        typer.Option("--on-demand", help="asgi, torchserve: load a bundle when it is first asked for; evict by LRU."),
+    ] = None,
     index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,
     connections: Annotated[int | None, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = None,
     keep_alive: Annotated[

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Self
@@ -38,6 +38,7 @@ DEADLINE = ItemError("deadline", "the time that this image may wait is over: sen
 STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
 FAILED = ItemError("failed", "the pass with this image failed: the server's log says why")
 REMEMBERED = 0.2  # weight of the newest pass in the seconds that an image pass takes
+LOADERS = 4  # bundles on demand that are loaded at a time
 PASS_TIMEOUT = 120.0  # seconds after which a pass counts as hung; it takes one or two
 
 
@@ -73,6 +74,7 @@ class Batcher:
         self.engine, self.max_batch, self.patience, self.queue = engine, max_batch, patience, queue
         self.time_slice = time_slice
         self._decoders = Decoders(decoders or cpu_count(), engine.limits.max_seconds)
+        self._loaders = ThreadPoolExecutor(LOADERS, "cascade-load")
         self.statistics = Statistics()
         self._admission = Admission(queue)
         self._waiting = PriorityQueue()
@@ -135,9 +137,16 @@ class Batcher:
             return [_answered(admitted, options.bundle, tenant) for _ in images]
         futures: list[Promise] = [Promise() for _ in images]
         self._follow(futures, admitted, since)
-        for image, future in zip(images, futures, strict=True):
-            decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
-            decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
+
+        def decode(*_: object) -> None:
+            for image, future in zip(images, futures, strict=True):
+                decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
+                decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
+
+        if self.engine.is_cold(options.bundle):  # not in a decoder, whose time is bounded; and others need not wait
+            self._loaders.submit(self.engine.find, options.bundle).add_done_callback(decode)
+        else:
+            decode()
         return futures
 
     def submit_item(self, item: AnyItem, timeout: float | None = None, tenant: Tenant | None = None) -> Promise:
@@ -200,11 +209,11 @@ class Batcher:
         """Whose the images are, which have their places from now on, or why they get none."""
         if self._closed:
             return STOPPING
-        names, alone = self.engine.names, False
+        alone = False
         if tenant is None:
-            alone = len(names) == 1
-            name = next(iter(names)) if alone and bundle is None else bundle
-            known = name is not None and name in names
+            alone = self.engine.only is not None
+            name = bundle or self.engine.only
+            known = name is not None and name in self.engine.names
             tenant = Tenant(name if known and name else "", keyed=False)  # clients may send any number of names
         return self._admission.enter(tenant, images, now, alone) or tenant
 
@@ -285,6 +294,7 @@ class Batcher:
                 gone = self._remove(lambda waiting: True)
             for waiting in gone:
                 _refuse(waiting, STOPPING)
+            self._loaders.shutdown(wait=False, cancel_futures=True)
             self._decoders.close()
 
     def _run(self, batch: list[Waiting]) -> None:

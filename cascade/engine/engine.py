@@ -7,6 +7,7 @@ removed meanwhile.
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ from cascade.model.masks import Mask
 from cascade.model.preprocessing import LIMITS, Limits
 
 DEFAULT_BUDGET = 2**30
+LISTED = 50  # names in a message
 AUTO = "auto"
 """In place of a bundle's name: dispatch the image to the bundle that it fits."""
 T = TypeVar("T")
@@ -58,6 +60,8 @@ class Engine:
 
     Attributes:
         pins: version of a bundle, by its name, that answers where a request names none; else the latest does.
+        on_missing: called with the name of a bundle that is asked for and not loaded, so that it may load it.
+        last_used: when each name was last asked for, monotonic seconds.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class Engine:
         self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
         self.weight_cache = WeightCache(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
         self.pins: Mapping[str, str] = {}
+        self.on_missing: Callable[[str], None] | None = None
+        self.last_used: dict[str, float] = {}
         # Replaced, never changed in place: who reads them needs no lock.
         self._executors: dict[str, Executor] = {}
         self._bundles: dict[str, dict[str, Bundle]] = {}
@@ -95,6 +101,21 @@ class Engine:
     def names(self) -> Collection[str]:
         """Names of the bundles."""
         return self._bundles.keys()
+
+    @property
+    def only(self) -> str | None:
+        """The name that a request means that names none: that of the only bundle, where no others can be loaded."""
+        names = [*self._bundles]
+        return names[0] if len(names) == 1 and self.on_missing is None else None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether some removed bundle still answers requests."""
+        return any(reference() is not None for reference, _, _ in self._leaving)
+
+    def is_cold(self, name: str | None) -> bool:
+        """Whether ``find`` may have to load a bundle of this name first."""
+        return self.on_missing is not None and name not in (None, AUTO) and name not in self._bundles
 
     def add(self, bundle: Bundle, warm: bool = False, replaces: Sequence[tuple[str, str]] = ()) -> None:
         """Make a bundle available, after it was checked against its backbone, which is loaded on first need.
@@ -199,6 +220,9 @@ class Engine:
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
         if len(wishes) != len(images):
             raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
+        for name in {wish.bundle for wish in wishes}:
+            if name is not None and self.is_cold(name):
+                self.find(name)  # here, and not by ``decode``, which may bound the time of an image
         with metrics.stage("decode"):
             prepared = [*decode(self.prepare, images, wishes)]
         if on_error == "raise":
@@ -283,17 +307,21 @@ class Engine:
     def find(self, name: str | None, version: str | None = None) -> Bundle | ItemError:
         """The bundle that a request means, or the error that says which there are.
 
-        Without a version it is the pinned one, else the latest.
+        Without a version it is the pinned one, else the latest. A bundle on demand is loaded, which takes a moment.
         """
-        bundles = self._bundles
-        if name is None and len(bundles) == 1:
-            name = next(iter(bundles))
-        names = " ".join(sorted(bundles)) or "none"
+        name = self.only if name is None else name
         if name is None:
-            return ItemError("bundle_missing", f"say which bundle; loaded: {names}")
-        held = bundles.get(name)
+            return ItemError("bundle_missing", f"say which bundle; loaded: {self._listed()}")
+        if name not in self._bundles and self.on_missing is not None:
+            self.on_missing(name)
+        held = self._bundles.get(name)
         if held is None:
-            return ItemError("unknown_bundle", f"no such bundle; loaded: {names}")
+            return ItemError("unknown_bundle", f"no such bundle; loaded: {self._listed()}")
+        self.last_used[name] = time.monotonic()
+        return self._choose(name, held, version)
+
+    def _choose(self, name: str, held: Mapping[str, Bundle], version: str | None) -> Bundle | ItemError:
+        """One of the versions of a name."""
         versions = " ".join(sorted(held, key=number))
         if version is None and (pinned := self.pins.get(name)) is not None:
             return held.get(pinned) or ItemError(
@@ -306,12 +334,18 @@ class Engine:
         """What an image that names no bundle is dispatched by; made anew after the bundles have changed."""
         bundles, kept = self._bundles, self._table
         if kept is None or kept[0] is not bundles or kept[1] != self.pins:
-            serving = [bundle for name in bundles if isinstance(bundle := self.find(name), Bundle)]
+            chosen = [self._choose(name, held, None) for name, held in bundles.items()]
+            serving = [bundle for bundle in chosen if isinstance(bundle, Bundle)]
             kept = self._table = bundles, dict(self.pins), DispatchTable.of(serving)
         if kept[2].spaces:
             return kept[2]
-        names = " ".join(sorted(bundles)) or "none"
-        return ItemError("bundle_missing", f"say which bundle, none has a domain to dispatch by; loaded: {names}")
+        why = f"say which bundle, none has a domain to dispatch by; loaded: {self._listed()}"
+        return ItemError("bundle_missing", why)
+
+    def _listed(self) -> str:
+        """The names of some bundles, for a message."""
+        names = sorted(self._bundles)
+        return " ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if names[LISTED:] else "") or "none"
 
     def _load(self, bundle: Bundle) -> Executor:
         """An executor for the bundle's backbone, after the bundle was checked against it."""
@@ -371,7 +405,7 @@ class Engine:
         metrics.resident(self.stats())
 
     def _prepare(self, image: Source, options: Options) -> AnyItem | ItemError:
-        if options.bundle == AUTO or (options.bundle is None and len(self._bundles) > 1):
+        if options.bundle == AUTO or (options.bundle is None and self.only is None and self._bundles):
             table = self.dispatch_table()
             if isinstance(table, ItemError):
                 return table

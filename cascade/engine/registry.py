@@ -5,18 +5,21 @@ warmed up beside the old one and becomes visible at once or not at all; a bad on
 at again when its files change; while the store is out of reach, what is loaded stays.
 """
 
+import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from cascade import metrics
-from cascade.bundle.bundle import BundleError
+from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.store import Identity, Store, StoreError
+from cascade.cache import cache_folder
 from cascade.engine.engine import Engine, number
 from cascade.engine.journal import Journal
 from cascade.errors import CascadeError, OutOfMemory
@@ -31,7 +34,11 @@ MOST_DEATHS = 2
 """Processes that may die while they load a bundle. The first death may have had another reason, like kill -9."""
 REMEMBERED = 100
 """Removed bundles whose state is still told."""
-Kind = Literal["ready", "loading", "refused", "removed"]
+Kind = Literal["ready", "stored", "loading", "refused", "removed"]
+
+
+File = tuple[Bundle, str] | CascadeError
+"""A bundle that was read and its digest, or why it could not be."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class State:
     """A bundle of the store as it is now.
 
     Attributes:
-        state: a ready one answers requests; a removed one is no longer in the store.
+        state: a ready one answers requests; a stored one is loaded when a request names it
+            (``cascade.engine.on_demand``); a removed one is no longer in the store.
         reason: why it was refused; of a ready one, what is wrong with the files that are now in its place.
             Without the paths of this machine, which are in the log only.
         out_of_memory: whether it was refused for lack of memory.
@@ -81,6 +89,7 @@ class Registry:
         self._trouble: str | None = None
         self._unloaded: frozenset[str] = frozenset()
         self._looking = threading.Lock()
+        self._changing = threading.Lock()  # of what is loaded; taken after the other one
 
     def states(self, name: str | None = None) -> list[State]:
         """Every bundle of the store (or those called ``name``), versions rising; safe in any thread."""
@@ -105,7 +114,7 @@ class Registry:
     def load(self, name: str) -> list[State]:
         """Look at the bundles of a name again, also at those that were refused or unloaded; their states."""
         self._unloaded -= {name}
-        with self._looking:
+        with self._changing:
             self._bad = {i: bad for i, bad in self._bad.items() if i[0] != name}
         self.reload()
         return self.states(name)
@@ -116,31 +125,40 @@ class Registry:
             self.engine.release()
             try:
                 listed = self.store.look()
-                found = {i: stamp for i, stamp in listed.items() if i[0] not in self._unloaded}
                 if not listed and self._held:
                     raise StoreError(f"the store {self.store.where} is empty: is it mounted? The last bundles stay")
             except StoreError as error:
                 self._is_reachable(str(error))
                 metrics.RELOADS.labels("failed").inc()
                 if not self._held:
-                    self._load(self.store.cached())
+                    with self._changing:
+                        self._load(self._visible(self.store.cached()))
                 return self.states()
             self._is_reachable(None)
-            before = self._held
-            names = {name for name, _ in found}
-            for identity in [i for i in self._states if i not in found and i[0] not in names]:
-                self._take_away(identity)  # first, which makes room
-            self._load(found)
-            loaded = {name for name, version in self._held if (name, version) in found}
-            for identity in [i for i in self._states if i not in found]:
-                if identity[0] in loaded or identity not in self._held:
-                    self._take_away(identity)
-                else:  # a name is never without a version while one that works is here
-                    why = "it is gone from the store, and serves until another version is loaded, or the name is gone"
-                    self._set(identity, "ready", why)
+            with self._changing:
+                self._follow(self._visible(listed))
             self.store.prune(listed)
-            metrics.RELOADS.labels("unchanged" if self._held == before else "changed").inc()
             return self.states()
+
+    def _visible(self, listed: Mapping[Identity, str]) -> dict[Identity, str]:
+        """What of the store's bundles is to be loaded."""
+        return {i: stamp for i, stamp in listed.items() if i[0] not in self._unloaded}
+
+    def _follow(self, found: Mapping[Identity, str]) -> None:
+        """Load what is new, and remove what is gone."""
+        before = self._held
+        names = {name for name, _ in found}
+        for identity in [i for i in self._states if i not in found and i[0] not in names]:
+            self._take_away(identity)  # first, which makes room
+        self._load(found)
+        loaded = {name for name, version in self._held if (name, version) in found}
+        for identity in [i for i in self._states if i not in found]:
+            if identity[0] in loaded or identity not in self._held:
+                self._take_away(identity)
+            else:  # a name is never without a version while one that works is here
+                why = "it is gone from the store, and serves until another version is loaded, or the name is gone"
+                self._set(identity, "ready", why)
+        metrics.RELOADS.labels("unchanged" if self._held == before else "changed").inc()
 
     @contextmanager
     def watching(self, interval: float) -> Iterator[None]:
@@ -148,11 +166,16 @@ class Registry:
         stop = threading.Event()
 
         def watch() -> None:
-            while not stop.wait(interval):
+            step: Callable[[], object] = self.prefetch
+            while True:
                 try:
-                    self.reload()
+                    step()
                 except Exception:  # a defect of ours must not end the watch unseen
                     log.exception("the store could not be looked at")
+                if stop.wait(interval):
+                    return self.remember()
+                step = self.reload
+                self.remember()
 
         thread = threading.Thread(target=watch, name="cascade-registry", daemon=True)
         if interval > 0:
@@ -164,12 +187,19 @@ class Registry:
             if interval > 0:
                 thread.join(LEAVE)  # a download that hangs ends with the process
 
-    def _load(self, found: Mapping[Identity, str]) -> None:
+    def prefetch(self) -> None:
+        """Called once, in the background: load early what will be asked for. Nothing here, since all is loaded."""
+
+    def remember(self) -> None:
+        """Called after each look: keep what ``prefetch`` needs."""
+
+    def _load(self, found: Mapping[Identity, str], files: Mapping[Identity, File] = MappingProxyType({})) -> None:
+        """Load bundles that are not loaded yet. ``files``: those that were read already."""
         for identity in sorted(found, key=lambda i: (i[0], number(i[1]))):
             replaces = [i for i in self._held if i[0] == identity[0] and i not in found]
-            self._consider(identity, found[identity], replaces)
+            self._consider(identity, found[identity], replaces, files.get(identity))
 
-    def _consider(self, identity: Identity, stamp: str, replaces: Sequence[Identity]) -> None:
+    def _consider(self, identity: Identity, stamp: str, replaces: Sequence[Identity], file: File | None) -> None:
         held, bad = self._held.get(identity), self._bad.get(identity)
         if held and held[0] == stamp:
             if bad or self._states[identity].reason:
@@ -187,11 +217,13 @@ class Registry:
             self._set(identity, "loading")
         try:
             with self.journal.loading(identity, stamp):
-                bundle, digest = self.store.read(*identity, memory=self.engine.memory_bytes)
+                if isinstance(file, CascadeError):
+                    raise file
+                bundle, digest = file or self.store.read(*identity, memory=self.engine.memory_bytes)
                 if held and digest != held[1]:
                     raise BundleError("its files are no longer those that are served: give a change the next version")
                 if not held:
-                    self.engine.add(bundle, warm=True, replaces=replaces)
+                    self._add(bundle, replaces)
         except Exception as error:
             ours = isinstance(error, CascadeError)
             if not ours and not (bad and bad.stamp == stamp):  # from a library, over what no check of ours foresaw
@@ -203,6 +235,9 @@ class Registry:
         else:
             self._held = {**self._held, identity: (stamp, digest)}
             self._set(identity, "ready")
+
+    def _add(self, bundle: Bundle, replaces: Sequence[Identity]) -> None:
+        self.engine.add(bundle, warm=True, replaces=replaces)
 
     def _take_away(self, identity: Identity) -> None:
         if identity in self._held:
@@ -232,14 +267,17 @@ class Registry:
         for forgotten in [i for i, s in self._states.items() if s.state == "removed"][:-REMEMBERED]:
             self._states = {i: s for i, s in self._states.items() if i != forgotten}
         metrics.refused(name, any(n == name for n, _ in self._bad))
-        for each in get_args(Kind):
-            metrics.BUNDLES.labels(each).set(sum(s.state == each for s in self._states.values()))
+        self._count()
         if reason and bad is None and (old is None or old.reason != told):
             log.warning("bundle %s/%s: %s", name, version, reason)
         elif reason and (old is None or old.reason != told):
             log.error("refused bundle %s/%s: %s", name, version, reason)
         elif new and old and new.state != old.state and state in ("ready", "removed"):
             log.info("bundle %s/%s: %s", name, version, state)
+
+    def _count(self) -> None:
+        for each in get_args(Kind):
+            metrics.BUNDLES.labels(each).set(sum(s.state == each for s in self._states.values()))
 
     def _is_reachable(self, trouble: str | None) -> None:
         metrics.STORE_UNREACHABLE.set(trouble is not None)
@@ -256,20 +294,28 @@ def load_store(
     pins: Mapping[str, str] | None = None,
     cache: Path | None = None,
     journal: Journal | None = None,
+    on_demand: bool = False,
 ) -> Registry:
     """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
 
     Args:
         where, cache: as of :class:`cascade.bundle.store.Store`.
         pins, journal: as of :class:`Registry`.
+        on_demand: load nothing but the pinned bundles before it is asked for.
 
     Raises:
-        CascadeError: no bundle at all could be loaded.
+        CascadeError: no bundle at all could be loaded, or on demand there is none.
     """
     store = where if isinstance(where, Store) else Store(where, cache)
-    registry = Registry(engine, store, pins, journal)
+    if on_demand:
+        from cascade.engine.on_demand import OnDemandRegistry
+
+        recent = (cache or cache_folder()) / "recent" / f"{hashlib.sha256(store.where.encode()).hexdigest()[:16]}.json"
+        registry: Registry = OnDemandRegistry(engine, store, pins, journal, recent=recent)
+    else:
+        registry = Registry(engine, store, pins, journal)
     states = registry.reload()
-    if not engine.bundles:
+    if not engine.bundles and all(s.state != "stored" for s in states):
         refused = [s.reason for s in states if s.reason]
         why = (registry.trouble, *refused, f"put bundles at {store.where}/<name>/<version>/")
         raise CascadeError(f"no bundle could be loaded from {store.where}: {next(filter(None, why))}")

@@ -174,13 +174,13 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.get("/v2/models/{model}", summary="Bundle metadata")
     @app.get("/v2/models/{model}/versions/{version}", summary="Bundle metadata", openapi_extra=VERSION)
     async def model_metadata(request: Request, model: str) -> dict[str, Any]:
-        bundle = find_bundle(request, model)
+        bundle = await find_bundle(request, model)
         return open_inference.metadata(bundle) | _versions(service.states(request, model).get(model, []))
 
     @app.get("/v2/models/{model}/ready", summary="Bundle readiness")
     @app.get("/v2/models/{model}/versions/{version}/ready", summary="Bundle readiness", openapi_extra=VERSION)
     async def model_ready(request: Request, model: str) -> dict[str, Any]:
-        bundle = find_bundle(request, model)
+        bundle = await find_bundle(request, model)
         if not service.ready:
             raise Refusal(STOPPING)
         return {"name": bundle.name, "ready": True}
@@ -188,7 +188,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.get("/v2/models/{model}/stats", summary="Statistics of a bundle's versions")
     @app.get("/v2/models/{model}/versions/{version}/stats", summary="Statistics of a bundle", openapi_extra=VERSION)
     async def model_statistics(request: Request, model: str) -> dict[str, Any]:
-        bundle = find_bundle(request, model)
+        bundle = await find_bundle(request, model)
         versions = [v for name, v in service.engine.bundles if name == bundle.name]
         if "version" in request.path_params:
             versions = [bundle.version]
@@ -202,12 +202,12 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=open_inference.BODY | VERSION, **shared)
     async def infer(request: Request, model: str) -> Response:
         service.admit(request)
-        outputs = open_inference.outputs_of(find_bundle(request, model))  # before the body is read
+        outputs = open_inference.outputs_of(await find_bundle(request, model))  # before the body is read
         body = await request.body()
         most = min(service.limits.images, service.batcher.queue)
         asked = await asyncio.to_thread(open_inference.parse, body, request.headers.get(LENGTH_HEADER), most, outputs)
         for _ in range(ATTEMPTS):
-            bundle = find_bundle(request, model)  # one for all images of the request
+            bundle = await find_bundle(request, model)  # one for all images of the request
             embedding, labels = "embedding" in asked.outputs, asked.labels
             options = Options(model, bundle.version, asked.mode, embedding, labels, 0, asked.priority)
             answers = await service.answers(request, asked.images, options)
@@ -218,13 +218,13 @@ def _protocol(app: FastAPI, service: Service) -> None:
         request.state.log_fields.update(bundle=bundle.name, version=bundle.version, images=len(answers))
         return await open_inference.reply(asked, bundle.identity, answers, bundle.card.dim)
 
-    def find_bundle(request: Request, model: str) -> Bundle:
+    async def find_bundle(request: Request, model: str) -> Bundle:
         service.check(request, model)
         query = request.query_params.keys()  # ignored, ?version=1 would be answered by the latest version
         if query if request.method == "POST" else query & set(OPTIONS):
             raise Refusal(V2_QUERY)
         version = request.path_params.get("version")
-        bundle = service.engine.find(model, version)
+        bundle = await service.find(model, version)
         if isinstance(bundle, ItemError):
             states = service.states(request, model).get(model, [])
             why = [f"; version {s.version} is refused: {s.reason}" for s in states if version in (None, s.version)]
@@ -262,16 +262,16 @@ def _pages(app: FastAPI, service: Service) -> None:
     async def docs() -> Response:
         return HTMLResponse(ui.page("docs.html"), headers=ui.HEADERS)
 
-    def find_bundle(request: Request, name: str, version: str) -> Bundle:
+    async def find_bundle(request: Request, name: str, version: str) -> Bundle:
         service.check(request, name)
-        bundle = service.engine.find(name, version)
+        bundle = await service.find(name, version)
         if isinstance(bundle, ItemError):
             raise Refusal(bundle)
         return bundle
 
     @app.get("/v1/map/{bundle}/{version}", summary="The neighbor bank in two dimensions")
     async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
-        loaded = find_bundle(request, bundle, version)
+        loaded = await find_bundle(request, bundle, version)
         wanted = loaded.card.mode if mode in (None, "fast", "adaptive") else mode  # whose embeddings are of one network
         bank = next((bank for name, bank in loaded.banks.items() if name == wanted), None)
         if bank is None:
@@ -285,7 +285,7 @@ def _pages(app: FastAPI, service: Service) -> None:
         responses={200: {"content": {kind: {"schema": PICTURE} for kind in ("image/webp", "image/png", "image/jpeg")}}},
     )
     async def thumbnail(request: Request, bundle: str, version: str, row: str) -> Response:
-        pictures = find_bundle(request, bundle, version).thumbnails
+        pictures = (await find_bundle(request, bundle, version)).thumbnails
         if pictures is None or not ROW.fullmatch(row) or int(row) >= len(pictures):
             raise Refusal(ItemError("no_thumbnail", "this bundle has no picture of that row of its neighbor bank"))
         file = pictures[int(row)]
@@ -295,7 +295,7 @@ def _pages(app: FastAPI, service: Service) -> None:
 def _versions(states: list[State]) -> dict[str, Any]:
     """The versions that answer, and the state of each in the store."""
     state = {s.version: {"state": s.state} | ({"reason": s.reason} if s.reason else {}) for s in states}
-    return {"versions": [s.version for s in states if s.state == "ready"], "state": state}
+    return {"versions": [s.version for s in states if s.state in ("ready", "stored")], "state": state}
 
 
 class _InMemory(MultiPartParser):

@@ -17,7 +17,7 @@ from handlers.asgi.middleware import Refusal
 from handlers.asgi.service import Service
 
 log = logging.getLogger("cascade.repository")
-STATES = {"ready": "READY", "loading": "LOADING", "refused": "UNAVAILABLE", "removed": "UNAVAILABLE"}
+STATES = {"ready": "READY", "stored": "READY", "loading": "LOADING", "refused": "UNAVAILABLE", "removed": "UNAVAILABLE"}
 UNLOADED = "unloaded"
 PARAMETERS = ItemError("bad_request", "parameters are not taken: send a packed bundle with PUT .../versions/VERSION")
 BAD_NAME = ItemError(
@@ -36,7 +36,7 @@ def add(app: FastAPI, service: Service, registry: Registry) -> None:
     async def index(request: Request) -> list[dict[str, str]]:
         service.administer(request)
         asked = _json(await request.body())
-        return [_entry(s, registry) for s in registry.states() if s.state == "ready" or not asked.get("ready")]
+        return [_entry(s, registry) for s in registry.states() if STATES[s.state] == "READY" or not asked.get("ready")]
 
     @app.post("/v2/repository/models/{model}/load", summary="Load a bundle, or try again")
     async def load(request: Request, model: str) -> Response:

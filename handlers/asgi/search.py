@@ -44,7 +44,7 @@ def add(
         asked = await asyncio.to_thread(parse, body, kind, {})
         if isinstance(asked, ItemError):
             raise Refusal(asked)
-        bundle = service.engine.find(index.about.bundle, index.about.version)
+        bundle = await service.find(index.about.bundle, index.about.version)
         if isinstance(bundle, ItemError):
             raise Refusal(replace(bundle, kind="index_bundle"))
         if bundle not in digests:

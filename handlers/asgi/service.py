@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from cascade.bundle.bundle import Bundle
 from cascade.engine.batcher import STOPPING, Answer, Batcher
 from cascade.engine.engine import AUTO
 from cascade.engine.registry import State
@@ -45,7 +46,8 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return bool(self.engine.bundles) and not self.stopping and self.batcher.alive
+        serves = bool(self.engine.names) or self.engine.on_missing is not None
+        return serves and not self.stopping and self.batcher.alive
 
     def admit(self, request: Request) -> None:
         """Raise Refusal before the body is read: the server stops, the body is compressed, or the key is missing."""
@@ -58,7 +60,7 @@ class Service:
     def check(self, request: Request, bundle: str | None) -> None:
         """Raise Refusal unless the caller may use the bundle (None: the only one there is)."""
         opened = self.opened(request)
-        if EVERY not in opened and (bundle or self._only()) not in opened:
+        if EVERY not in opened and (bundle or self.engine.only) not in opened:
             raise Refusal(FORBIDDEN)
 
     def allowed(self, request: Request, options: Options) -> Options:
@@ -69,7 +71,7 @@ class Service:
         Raises:
             Refusal: the caller may not use the bundle.
         """
-        if options.bundle != AUTO and (options.bundle is not None or self._only() is not None):
+        if options.bundle != AUTO and (options.bundle is not None or self.engine.only is not None):
             self.check(request, options.bundle)
         opened = self.opened(request)
         return options if EVERY in opened else replace(options, among=opened)
@@ -86,6 +88,12 @@ class Service:
             raise Refusal(NO_ADMIN)
         if not self._caller(request, self.keys).admin:
             raise Refusal(NOT_ADMIN)
+
+    async def find(self, name: str, version: str | None = None) -> Bundle | ItemError:
+        """As of the engine; a bundle on demand is loaded in a thread."""
+        if self.engine.is_cold(name):
+            return await asyncio.to_thread(self.engine.find, name, version)
+        return self.engine.find(name, version)
 
     def states(self, request: Request, name: str | None = None) -> dict[str, list[State]]:
         """The versions, ascending, of every bundle that the caller may use (or of ``name``), refused ones too."""
@@ -134,10 +142,6 @@ class Service:
         request.state.log_fields["tenant"] = caller.tenant.name
         request.state.tenant = caller.tenant
         return caller
-
-    def _only(self) -> str | None:
-        names = self.engine.names
-        return next(iter(names)) if len(names) == 1 else None
 
 
 async def _disconnected(request: Request) -> None:

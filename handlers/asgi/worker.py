@@ -112,7 +112,9 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
     ENGINE_RESTARTS.inc(restarts)
     index = None if settings.index is None else read_index(settings.index)
     engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
-    registry = load_store(engine, settings.model_store, settings.pins, journal=Journal(journal))
+    registry = load_store(
+        engine, settings.model_store, settings.pins, journal=Journal(journal), on_demand=settings.on_demand
+    )
     with ExitStack() as stack:
         stack.enter_context(listening)
         batcher = stack.enter_context(

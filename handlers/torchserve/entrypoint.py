@@ -72,6 +72,7 @@ class Server:
         pins: version by bundle name, for requests that name none.
         poll: seconds between two looks at the store; 0 for never.
         memory_bytes: of backbones and packed bundles, per worker; None for no limit.
+        on_demand: load a bundle when it is first asked for.
         log_level: of the workers; info has a line per request.
 
     Attributes:
@@ -102,6 +103,7 @@ class Server:
         poll: float = POLL,
         memory_bytes: int | None = None,
         log_level: str = "warning",
+        on_demand: bool = False,
     ) -> None:
         if log_level not in LOG_LEVELS:
             raise ServerError(f"unknown log level {log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
@@ -119,6 +121,7 @@ class Server:
             "memory_bytes": json.dumps(memory_bytes),
             "pins": json.dumps(dict(pins or {})),
             "poll": poll,
+            "on_demand": json.dumps(on_demand),
             "log_level": log_level,
             "device": device,
             "threads": self.threads,

@@ -55,7 +55,8 @@ class CascadeHandler:
         self.gate = Path(settings["gate"])
         memory = settings["memory_bytes"]
         self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
-        registry = load_store(self.engine, settings["model_store"], settings["pins"])
+        on_demand = settings["on_demand"]
+        registry = load_store(self.engine, settings["model_store"], settings["pins"], on_demand=on_demand)
         log_to_stderr(settings["log_level"])  # Java takes each line there for a warning, which log4j2.xml passes on
         if metrics.TROUBLE:
             log.error(metrics.TROUBLE)

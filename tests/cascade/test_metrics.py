@@ -69,6 +69,8 @@ def test_names_types_and_units() -> None:
         "cluster_share_shift": "gauge",
         "bundle_refused": "gauge",
         "bundles": "gauge",
+        "bundle_loads": "counter",
+        "bundle_evictions": "counter",
         "store_unreachable": "gauge",
         "reloads": "counter",
         "ood_score": "histogram",

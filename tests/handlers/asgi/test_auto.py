@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from PIL import Image
@@ -93,13 +94,25 @@ def test_only_what_the_key_opens(
     assert error(ask("GET", "/v2/models/auto")) == (401, "key_missing")
 
 
+class OneBundle:
+    """An engine as it was while it had one bundle."""
+
+    only = "photos"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
 def test_a_bundle_that_is_loaded_meanwhile_opens_to_no_other_key(
-    batcher: Batcher, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batcher: Batcher, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Access is checked while there is one bundle, and the image is decoded when there are two."""
     (tmp_path / "keys").write_text(f"photos {digest('one')}\n")
     service = Service(batcher, read(tmp_path / "keys"), LIMITS)
-    monkeypatch.setattr(service, "_only", lambda: "photos")
+    service.engine = cast(Engine, OneBundle(service.engine))
     key = {"Authorization": "Bearer one"}
     answer = client(create_app(service))("POST", "/v1/predict", content=files["clothes"], headers=key)
     assert answer.status_code == 422 or answer.json()["bundle"] == "photos"

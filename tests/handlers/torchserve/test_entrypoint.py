@@ -73,6 +73,7 @@ def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> N
         "memory_bytes": None,
         "pins": {"demo": "3"},
         "poll": 10.0,
+        "on_demand": False,
         "log_level": "warning",
         "device": "cpu",
         "threads": 1,

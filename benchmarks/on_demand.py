@@ -1,0 +1,145 @@
+"""Bundles on demand: how fast a large store starts, what a cold bundle costs, and what a full memory costs.
+
+    python -m benchmarks.on_demand                            # ResNet-50: 10,000 and 2,000 bundles
+    python -m benchmarks.on_demand --backbone tf_efficientnet_lite0 --many 2000
+
+Every bundle of the store is one random mask over all weights; the files of all bundles are links to one, so they are in
+the page cache, as a local disk's files soon are. Everything runs in one process, the ways interleaved.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.progress import track
+
+from benchmarks import synthetic
+from benchmarks.images import sheet
+from benchmarks.report import Figure, Rows, figure, report
+from cascade import Engine, Options, Prediction
+from cascade.bundle.format import write
+from cascade.bundle.store import Store
+from cascade.engine.on_demand import OnDemandRegistry
+
+FEW = 10
+ZIPF = 1.1
+BATCH = 8
+MASKS = 8  # materialized at a time
+
+
+def links(first: Path, store: Path, count: int) -> Path:
+    """A store of ``count`` bundles, all of them hard links to the files of one."""
+    for n in range(count):
+        folder = store / f"tenant-{n:05d}" / "1"
+        folder.mkdir(parents=True)
+        for file in first.iterdir():
+            os.link(file, folder / file.name)
+    return store
+
+
+def opened(store: Path, budget: int, memory: int | None = None) -> OnDemandRegistry:
+    registry = OnDemandRegistry(Engine(budget, memory_bytes=memory), Store(store))
+    registry.reload()
+    return registry
+
+
+def ask(registry: OnDemandRegistry, names: Iterable[int], image: Image.Image) -> float:
+    """Seconds of one answer for each name, in batches."""
+    names = [*names]
+    begun = time.perf_counter()
+    for first in range(0, len(names), BATCH):
+        part = names[first : first + BATCH]
+        options = [Options(f"tenant-{n:05d}", labels=0, neighbors=0) for n in part]
+        answers = registry.engine.predict([image] * len(part), options)
+        assert all(isinstance(answer, Prediction) for answer in answers)
+    return time.perf_counter() - begun
+
+
+def start(stores: dict[int, Path], budget: int, image: Image.Image, rounds: int) -> dict[int, list[float]]:
+    """Seconds from nothing to the first answer, by the number of bundles in the store."""
+    seconds: dict[int, list[float]] = {count: [] for count in stores}
+    for nth in track(range(rounds + 1), "start"):
+        for count, store in stores.items():
+            begun = time.perf_counter()
+            registry = opened(store, budget)
+            ask(registry, [nth % FEW], image)
+            if nth:  # the first one warms the caches of this process
+                seconds[count].append(time.perf_counter() - begun)
+    return seconds
+
+
+def cold(store: Path, budget: int, image: Image.Image, rounds: int, images: int) -> list[float]:
+    """Seconds of the first request for a bundle over those of the next one, of a bundle that is loaded already."""
+    registry = opened(store, budget)
+    ask(registry, [0] * images, image)
+    ratios = []
+    for n in range(1, rounds + 1):
+        first = ask(registry, [n] * images, image)
+        registry.engine.weight_cache.drop(registry.engine.find(f"tenant-{n:05d}").dispatcher)  # type: ignore[union-attr]
+        ratios.append(first / ask(registry, [n] * images, image))
+    return ratios
+
+
+def thrash(store: Path, budget: int, image: Image.Image, room: int, requests: int, rounds: int) -> list[float]:
+    """Throughput with room for some bundles over that with all of them loaded, under the same Zipf traffic."""
+    names = [path.name for path in sorted(store.iterdir())]
+    whole = opened(store, budget)
+    for name in track(names, "loading all"):
+        whole.fetch(name)
+    used = whole.engine.stats()
+    part = opened(store, budget, used["backbone_bytes"] + room * used["packed_bytes"] // len(names))
+    weights = 1 / np.arange(1, len(names) + 1) ** ZIPF
+    draw = np.random.default_rng(0)
+    ratios = []
+    for nth in track(range(rounds + 1), "zipf"):
+        wanted = draw.choice(len(names), requests, p=weights / weights.sum()).tolist()
+        seconds = [ask(registry, wanted, image) for registry in (part, whole)[:: 1 if nth % 2 else -1]]
+        fewer, all_of_them = seconds if nth % 2 else seconds[::-1]
+        if nth:  # the first round fills the memory
+            ratios.append(all_of_them / fewer)
+    return ratios
+
+
+def main(
+    backbone: str = "resnet50",
+    many: Annotated[int, typer.Option(help="Bundles of the large store.")] = 10_000,
+    traffic: Annotated[int, typer.Option(help="Bundles under Zipf traffic.")] = 2000,
+    room: Annotated[int, typer.Option(help="How many of these fit.")] = 200,
+    requests: Annotated[int, typer.Option(help="Images of a round.")] = 256,
+    rounds: int = 5,
+) -> None:
+    """Measure start, cold requests and a full memory."""
+    network = synthetic.load(backbone)
+    budget = MASKS * synthetic.mask_bytes(network)
+    image = sheet("cifar10")[0]
+    with TemporaryDirectory(prefix="cascade-on-demand-") as name:
+        folder = Path(name)
+        first = write(synthetic.single(network, "first", 0), folder / "first" / "1")
+        stores = {count: links(first, folder / f"store-{count}", count) for count in (FEW, many)}
+        seconds = start(stores, budget, image, rounds)
+        ratios = {images: cold(stores[many], budget, image, 2 * rounds, images) for images in (1, BATCH)}
+        shutil.rmtree(folder / f"store-{many}")
+        throughput = thrash(links(first, folder / "traffic", traffic), budget, image, room, requests, rounds)
+    rows = Rows(f"{backbone}, one mask a bundle")
+    for count, values in seconds.items():
+        rows.add(f"first answer, {count:,} bundles in the store", figure(values), "s")
+    figures: dict[str, Figure] = {
+        "start_10000" if many == 10_000 else f"start_{many}": figure(
+            [large / small for small, large in zip(seconds[FEW], seconds[many], strict=True)], "<= 1.5"
+        ),
+        "cold_over_warm_bundle": figure(ratios[1], "<= 2.5"),
+        "cold_over_warm_bundle_batch": figure(ratios[BATCH], "<= 1.5"),
+        "thrash": figure(throughput, ">= 0.8"),
+    }
+    report(f"on-demand-{backbone}", figures, rows.table, executor=synthetic.executor_name(backbone))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,163 @@
+"""Bundles on demand: a store of any size, each bundle loaded the first time a request names it.
+
+The least recently used bundles are evicted when memory is full (LRU, in bytes). Their files stay in the store, so the
+next request loads them again.
+"""
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade import atomic, metrics
+from cascade.bundle.bundle import Bundle
+from cascade.bundle.store import Identity
+from cascade.engine.registry import Registry, State
+from cascade.errors import CascadeError, OutOfMemory
+
+LEAVE = 10.0
+"""Seconds to wait until the last requests of evicted bundles are answered, and their memory is free."""
+CHECK = 0.005  # seconds between two looks whether that is so
+REMEMBERED = 1000  # names in the file of recent ones
+
+log = logging.getLogger(__name__)
+
+
+class OnDemandRegistry(Registry):
+    """A registry that knows every bundle of its store, and holds those that were asked for lately.
+
+    A name is loaded with all its versions. Pinned names are loaded at the start and never evicted. Bundles that are not
+    in memory are no targets of dispatch. Nothing is ever evicted for a bundle that can't be loaded anyway.
+
+    Args:
+        recent: file with the names that were in use, most recent first; they are loaded in the background after a
+            restart. None: every start is a cold one.
+        options: of ``Registry``.
+    """
+
+    def __init__(self, *args: Any, recent: Path | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.recent = recent
+        self._names: frozenset[str] = frozenset(self.engine.pins)  # in memory, or to be
+        self._listing: dict[str, dict[Identity, str]] = {}  # all of the store, by name
+        self._fetching: dict[str, threading.Lock] = {}
+        self.engine.on_missing = self.fetch
+
+    def states(self, name: str | None = None) -> list[State]:
+        """As of ``Registry``; ``stored`` bundles are loaded when a request names them."""
+        known = super().states(name)
+        names = {state.name for state in known if state.state != "removed"}
+        listing = self._listing if name is None else {name: self._listing.get(name, {})}
+        stored = [State(*identity, "stored") for n, own in listing.items() if n not in names for identity in own]
+        return sorted([*(s for s in known if s.name in names), *stored], key=lambda s: (s.name, s.version))
+
+    def fetch(self, name: str) -> None:
+        """Load the bundles of a name, unless they are loaded, refused, or not in the store.
+
+        Others that are fetched at the same time are not waited for while their files are read.
+        """
+        own = self._listing.get(name)
+        if own is None or self._is_refused(own):
+            return
+        with self._fetching.setdefault(name, threading.Lock()):
+            if name in self.engine.names:
+                return
+            files = {identity: self._read(identity) for identity in own}
+            with self._changing:
+                own = {i: stamp for i, stamp in self._listing.get(name, {}).items() if i in files}
+                self._names |= {name}  # a refused one, too: each look at the store may try it again
+                self._load(own, files)
+                metrics.BUNDLE_LOADS.inc()
+        self._fetching.pop(name, None)
+
+    def load(self, name: str) -> list[State]:
+        """As of ``Registry``; the bundle is then in memory."""
+        self._names |= {name}
+        return super().load(name)
+
+    def prefetch(self) -> None:
+        """Load the names that were in use before the last restart, as far as they fit; nothing is evicted for them."""
+        for name in self._remembered():
+            used = self.engine.stats()
+            next_one = used["packed_bytes"] / max(1, used["bundles"])
+            room = (self.engine.memory_bytes or math.inf) - used["backbone_bytes"] - used["packed_bytes"]
+            if room < 2 * next_one:
+                return
+            self.fetch(name)
+
+    def remember(self) -> None:
+        """Write which names are in use, for ``prefetch``."""
+        if self.recent is None:
+            return
+        used = sorted(self.engine.names, key=lambda n: self.engine.last_used.get(n, 0.0), reverse=True)[:REMEMBERED]
+        if used == self._remembered():
+            return
+        try:
+            self.recent.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.file(self.recent) as beside:
+                beside.write_text(json.dumps(used))
+        except OSError as error:
+            log.warning("the names of recent bundles can't be kept in %s: %s", self.recent, error.strerror)
+
+    def _visible(self, listed: Mapping[Identity, str]) -> dict[Identity, str]:
+        listing: dict[str, dict[Identity, str]] = {}
+        for identity, stamp in super()._visible(listed).items():
+            listing.setdefault(identity[0], {})[identity] = stamp
+        self._listing = listing
+        return {i: stamp for name in self._names for i, stamp in listing.get(name, {}).items()}
+
+    def _add(self, bundle: Bundle, replaces: Iterable[Identity]) -> None:
+        """Add it to the engine; while memory is full, the least recently used name leaves."""
+        deadline = time.monotonic() + LEAVE
+        while True:
+            try:
+                return self.engine.add(bundle, replaces=[*replaces])
+            except OutOfMemory:
+                if self._evict(bundle.name):
+                    continue
+                if not self.engine.leaving or time.monotonic() > deadline:
+                    raise
+                time.sleep(CHECK)  # until the last requests of an evicted one are answered
+                self.engine.release()
+
+    def _evict(self, besides: str) -> bool:
+        """Take the least recently used name out of memory; False where none may leave."""
+        names = {name for name, _ in self._held if name != besides and name not in self.engine.pins}
+        if not names:
+            return False
+        oldest = min(names, key=lambda name: self.engine.last_used.get(name, 0.0))
+        self._names -= {oldest}
+        for identity in [i for i in self._held if i[0] == oldest]:
+            self._take_away(identity)
+            self._set(identity, None)
+        self.engine.last_used.pop(oldest, None)
+        metrics.BUNDLE_EVICTIONS.inc()
+        return True
+
+    def _count(self) -> None:
+        super()._count()
+        held = {name for name, _ in self._held}
+        metrics.BUNDLES.labels("stored").set(sum(len(own) for name, own in self._listing.items() if name not in held))
+
+    def _read(self, identity: Identity) -> tuple[Bundle, str] | CascadeError:
+        try:
+            return self.store.read(*identity, memory=self.engine.memory_bytes)
+        except CascadeError as error:
+            return error
+
+    def _is_refused(self, own: Mapping[Identity, str]) -> bool:
+        """Whether every version was refused lately, with the files that are there now."""
+        now = time.monotonic()
+        bad = ((self._bad.get(identity), stamp) for identity, stamp in own.items())
+        return all(b is not None and b.stamp == stamp and now < b.again for b, stamp in bad)
+
+    def _remembered(self) -> list[str]:
+        try:
+            names = json.loads(self.recent.read_text()) if self.recent is not None else []
+        except (OSError, ValueError):
+            return []
+        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -1,0 +1,63 @@
+"""Bundles on demand over HTTP: all are listed, and the first request for one loads it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cascade import Engine
+from cascade.bundle.format import write
+from cascade.engine.batcher import Batcher
+from cascade.engine.registry import load_store
+from handlers.asgi.app import create_app
+from handlers.asgi.key_file import read
+from handlers.asgi.service import Service
+from tests.helpers.asgi_app import LIMITS, Ask, binary, client, error, outputs
+from tests.helpers.bundles import handmade
+from tests.helpers.keys import digest
+
+
+@pytest.fixture
+def service(cifar: list[Image.Image], tmp_path: Path) -> Iterator[Service]:
+    first = write(handmade(cifar[:20], experts=0, size=32), tmp_path / "store" / "birds" / "1")
+    for name in ("ships", "cats"):
+        shutil.copytree(first, tmp_path / "store" / name / "1")
+    registry = load_store(Engine(), tmp_path / "store", cache=tmp_path / "cache", on_demand=True)
+    with Batcher(registry.engine) as batcher:
+        yield Service(batcher, limits=LIMITS, registry=registry)
+
+
+@pytest.fixture
+def ask(service: Service) -> Ask:
+    return client(create_app(service))
+
+
+def test_every_bundle_is_listed_and_loaded_by_its_first_request(service: Service, ask: Ask, files: list[bytes]) -> None:
+    assert ask("GET", "/v2/health/ready").status_code == 200 and not service.engine.names
+    listed = {model["name"]: model for model in ask("GET", "/v2/models").json()["models"]}
+    assert sorted(listed) == ["birds", "cats", "ships"] and listed["cats"]["versions"] == ["1"]
+    assert listed["cats"]["state"] == {"1": {"state": "stored"}}
+    answer = ask("POST", "/v1/predict", content=files[0], headers={"X-Cascade-Bundle": "cats"})
+    assert answer.json()["bundle"] == "cats" and [*service.engine.names] == ["cats"]
+    assert outputs(ask("POST", "/v2/models/ships/infer", **binary(files[:2])))["error"] == ["", ""]
+    assert ask("GET", "/v2/models/birds").json()["versions"] == ["1"]
+    assert error(ask("POST", "/v1/predict", content=files[0], headers={"X-Cascade-Bundle": "dogs"})) == (
+        404,
+        "unknown_bundle",
+    )
+    assert error(ask("POST", "/v1/predict", content=files[0])) == (400, "bundle_missing")
+
+
+def test_a_key_loads_its_own_bundles_only(service: Service, files: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"birds {digest('one')}\n")
+    service.keys = read(tmp_path / "keys")
+    ask = client(create_app(service))
+    headers = {"Authorization": "Bearer one", "X-Cascade-Bundle": "cats"}
+    assert error(ask("POST", "/v1/predict", content=files[0], headers=headers)) == (403, "key_forbidden")
+    assert not service.engine.names
+    del headers["X-Cascade-Bundle"]  # it opens one bundle, but there may be others: which is meant has to be said
+    assert error(ask("POST", "/v1/predict", content=files[0], headers=headers)) == (400, "bundle_missing")
+    headers["X-Cascade-Bundle"] = "birds"
+    assert ask("POST", "/v1/predict", content=files[0], headers=headers).json()["bundle"] == "birds"
