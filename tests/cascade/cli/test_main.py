@@ -171,7 +171,7 @@ def test_predict_in_a_mode_that_is_none(hand: Path, cifar_folder: Path, tmp_path
     images, out = cifar_folder / "test" / "dog", tmp_path / "predictions.parquet"
     result = run("predict", images, "--out", out, "--bundle", hand, "--mode", "sideways")
     assert result.exit_code == 1 and not out.exists()
-    assert "error: hand/1 has no mode sideways; it has: dispatcher conditional unconditional\n" in result.output
+    assert "error: hand/1 has no mode sideways; it has: conditional dispatcher unconditional\n" in result.output
 
 
 def test_evaluate(bundle_path: Path, cifar_folder: Path) -> None:
