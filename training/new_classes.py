@@ -69,7 +69,7 @@ def add(path: Path, folder: Path, out: Path, weights: Path | None = None) -> Add
         weights: a checkpoint that takes the place of the bundle's own weight source.
 
     Raises:
-        CascadeError: the bundle was not trained with ``--extensible``, has two input sizes, can't be read or does not fit its backbone; the
+        CascadeError: the bundle was not trained with ``--extensible``, can't be read or does not fit its backbone; the
             folder has no classes; or ``out`` exists.
     """
     bundle, kept = _extensible(path)
@@ -128,10 +128,6 @@ def _extensible(path: Path) -> tuple[Bundle, Discriminant]:
         raise CascadeError(
             f"{path} does not keep what new classes need: write it again with cascade train --labels --extensible;"
             " with the same --run folder nothing is trained twice"
-        )
-    if bundle.larger is not None:
-        raise CascadeError(
-            f"{path} has a head for each of two input sizes: train one without --defer-to for new classes"
         )
     return bundle, bundle.discriminant
 
