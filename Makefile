@@ -38,7 +38,7 @@ $(STAMP): $(LOCK) pyproject.toml | .venv/bin/pip
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: env  ## serve the demo cascade, send it real images, show the answers, and stop
+demo: env  ## serve the demo bundles, send images of all customers, show the answers, and stop
 	.venv/bin/python -m handlers.demo
 
 serve: env  ## serve model_store/ until Ctrl-C

@@ -22,6 +22,7 @@ from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpack
 T = TypeVar("T")
 Image = bytes | str | Path
 LONGEST_PAUSE = 5.0  # seconds between two tries
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # of this machine: the environment's proxy can't reach it
 
 
 class ClientError(CascadeError):
@@ -45,7 +46,9 @@ class Client:
         self._predict = address.path if address.path != "/" else "/v1/predict"
         self.patience = patience
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=address.copy_with(path="/"), headers=headers, timeout=timeout)
+        proxied = address.host not in LOOPBACK
+        root = address.copy_with(path="/")
+        self._http = httpx.Client(base_url=root, headers=headers, timeout=timeout, trust_env=proxied)
 
     def __enter__(self) -> Self:
         return self

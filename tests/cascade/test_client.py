@@ -115,6 +115,15 @@ def test_no_more_labels_and_neighbors_than_asked_for(serve: Serve) -> None:
     assert server.asked[0][1]["x-cascade-bundle"].encode("latin-1").decode() == "böse"
 
 
+def test_loopback_is_not_asked_for_through_a_proxy(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Client(serve(OK).url) as client:
+        assert isinstance(client.predict(b"x"), Prediction)
+
+
 def test_path_of_the_url_is_where_images_go(serve: Serve) -> None:
     server = serve(OK)
     with Client(server.url + "/predictions/cascade") as client:

@@ -1,0 +1,163 @@
+"""What the demo prints: one table of all images, and the few facts that a person remembers."""
+
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cascade.bundle.bundle import Bundle
+from cascade.bundle.format import read
+from cascade.client import Client
+from cascade.engine.dispatch import UNKNOWN_DOMAIN
+from cascade.engine.engine import number
+from cascade.engine.results import ItemError, Options, Prediction
+from cascade.model import backbone as backbones
+from handlers.demo_images import NOBODY, DemoError, Sample
+from handlers.demo_traffic import Rates
+
+TOLERANCE = 1e-3  # of scores: the servers may batch the images differently
+BACKBONE = re.compile(r"^cascade_backbone_bytes(?:{[^}]*})? (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An image and what both servers say of it; None where it fits no bundle. ``seconds``: TorchServe's, ASGI's."""
+
+    sample: Sample
+    answer: Prediction | None
+    seconds: tuple[float, float]
+
+    @property
+    def label(self) -> tuple[str, float] | None:
+        """The label and its score, or the class of the nearest neighbor and its similarity."""
+        if self.answer is None:
+            return None
+        if self.answer.labels:
+            return self.answer.labels[0].name, self.answer.labels[0].score
+        nearest = [(n.label or n.name, n.similarity) for n in self.answer.neighbors[:1]]
+        return nearest[0] if nearest else None
+
+    @property
+    def right(self) -> bool | None:
+        """Whether the label is the true one, or an image of nobody is unknown; None where nobody knows."""
+        if self.sample.customer == NOBODY:
+            return self.answer is None
+        if self.sample.label is None:
+            return None
+        return self.label is not None and re.sub(r"\W+", "-", self.label[0]) == self.sample.label
+
+
+def latest(store: Path) -> list[Bundle]:
+    """The bundles that a store serves, without the older versions."""
+    cards = sorted(store.glob("*/*/cascade.json"), key=lambda path: (path.parent.parent.name, number(path.parent.name)))
+    return [read(path) for path in {card.parent.parent.name: card.parent for card in cards}.values()]
+
+
+def show(samples: Sequence[Sample], torchserve: Client, asgi: Client, console: Console) -> list[Answered]:
+    """Ask both servers about each image and print the table. Raises DemoError."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("image", "customer", "sure", "label", "masks", "ms"):
+        table.add_column(name, justify="right" if name in ("sure", "ms") else "left", no_wrap=name in ("image", "ms"))
+    answers = []
+    with console.status("asking"):
+        for sample in samples:
+            answers.append(_ask(sample, torchserve, asgi))
+            if table.rows and sample.customer != answers[-2].sample.customer:
+                table.add_section()
+            table.add_row(*row(answers[-1]))
+    console.print(table)
+    console.print(
+        "sure: calibrated probability of the customer, - where the request named it; label with its score, without a"
+        " head the nearest neighbor's class with its similarity; ms: TorchServe, ASGI",
+        style="dim",
+    )
+    return answers
+
+
+def _ask(sample: Sample, torchserve: Client, asgi: Client) -> Answered:
+    """Both answers, which have to be the same up to rounding. Raises DemoError."""
+    options, found, seconds = Options(sample.bundle), [], []
+    for client in (torchserve, asgi):
+        start = time.perf_counter()
+        answer = client.predict(sample.content, options)
+        seconds.append(time.perf_counter() - start)
+        if isinstance(answer, ItemError) and answer.kind != UNKNOWN_DOMAIN.kind:
+            raise DemoError(f"{sample.name}: {answer.kind}: {answer.message}")
+        found.append(answer)
+    one, other = found
+    if not same(one.to_json(), other.to_json()):
+        raise DemoError(f"{sample.name}: TorchServe answers {one}, ASGI {other}")
+    return Answered(sample, one if isinstance(one, Prediction) else None, (seconds[0], seconds[1]))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two JSON answers are equal, up to rounding of their numbers."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float):
+        return math.isclose(one, other, abs_tol=TOLERANCE)
+    return bool(one == other)
+
+
+def row(answered: Answered) -> list[str]:
+    """The cells of one image; green where it is known to be right, red where it is not."""
+    ms = " ".join(f"{1000 * seconds:3.0f}" for seconds in answered.seconds)
+    color = {True: "green", False: "red", None: "default"}[answered.right]
+    name, answer = escape(answered.sample.name), answered.answer
+    if answer is None:
+        return [name, f"[{color}]unknown[/]", "", "", "", ms]
+    sure = f"{answer.dispatch.confidence:.2f}" if answer.dispatch else "-"
+    label = f"[{color}]{escape(answered.label[0])}[/] {answered.label[1]:.2f}" if answered.label else "-"
+    return [name, escape(answer.bundle), sure, label, " ".join(answer.masks), ms]
+
+
+def summary(
+    bundles: Sequence[Bundle], answers: Sequence[Answered], rates: Rates | None, url: str, console: Console
+) -> None:
+    """The facts: memory, labels, dispatch, throughput, equality."""
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in _facts(bundles, answers, rates, url):
+        lines.add_row(f"[bold]{name}[/]", text)
+    console.print(lines)
+
+
+def _facts(
+    bundles: Sequence[Bundle], answers: Sequence[Answered], rates: Rates | None, url: str
+) -> Iterator[tuple[str, str]]:
+    page = httpx.get(httpx.URL(url).copy_with(path="/metrics"), trust_env=False).raise_for_status().text
+    resident = sum(float(value) for value in BACKBONE.findall(page))
+    names = ", ".join(dict.fromkeys(bundle.card.backbone.name for bundle in bundles))
+    yield "backbone", f"{names}, resident once: {_mb(resident)}"
+    sizes = {bundle.name: sum(bundle.card.bytes.values()) for bundle in bundles}
+    copies = sum(backbones.size(bundle.card.backbone.name) for bundle in bundles)
+    yield "models", escape(", ".join(f"{name} {_mb(size)}" for name, size in sizes.items()))
+    count = f"{len(bundles)} fine-tuned copies" if len(bundles) > 1 else "a fine-tuned copy"
+    yield "", f"together {_mb(sum(sizes.values()))}; {count} of the backbone would take {_mb(copies)}"
+    known = [a.right for a in answers if a.sample.label is not None]
+    if known:
+        yield "labels", f"{sum(map(bool, known))} of {len(known)} are right"
+    own = [a for a in answers if a.sample.customer not in (None, NOBODY)]
+    if own:
+        sent = sum(a.answer is not None and a.answer.bundle == a.sample.customer for a in own)
+        strange = [a.right for a in answers if a.sample.customer == NOBODY]
+        unknown = f"; {sum(map(bool, strange))} of {len(strange)} that belong to nobody are unknown"
+        yield "dispatch", f"{sent} of {len(own)} images went to their customer" + (unknown if strange else "")
+    if rates:
+        ratio, names = rates.mixed / rates.single, ", ".join(map(escape, rates.bundles))
+        yield "throughput", f"{ratio:.2f} of that of a single model: {rates.mixed:.0f} images/s for {names} in turn"
+    yield "answers", f"TorchServe and the ASGI server gave the same to all {len(answers)} images"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"

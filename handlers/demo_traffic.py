@@ -1,0 +1,69 @@
+"""Throughput of traffic for many bundles over that for one, measured in a few seconds on a running ASGI server."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle, islice
+from statistics import harmonic_mean
+
+from cascade.bundle.bundle import Bundle
+from cascade.client import Client
+from handlers.demo_images import Sample
+
+SECONDS = 5.0
+IMAGES = 32  # of a request
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images a second.
+
+    Attributes:
+        bundles: names of those that take part.
+        mixed: requests for all of them at once. single: for one at a time, the mean over all of them.
+    """
+
+    bundles: list[str]
+    mixed: float
+    single: float
+
+
+def measure(url: str, bundles: Sequence[Bundle], samples: Sequence[Sample]) -> Rates | None:
+    """Compare the bundles of one input size that images can be dispatched to; None where there are not two.
+
+    Every request has the same images and names its bundle, and as many are on their way at a time in both cases.
+    """
+    sizes: dict[int, list[str]] = {}
+    for bundle in bundles:
+        if bundle.domain is not None:
+            sizes.setdefault(bundle.preprocessing.size, []).append(bundle.name)
+    names = max(sizes.values(), key=len, default=[])
+    if len(names) < 2:
+        return None
+    images = [*islice(cycle(s.content for s in samples if s.bundle is None), IMAGES)]
+    with Client(url) as client:
+        for name in names:
+            client.infer(images, name)
+        # In turns, because the machine does other things, too: half of the time for each.
+        mixed, alone = [], []
+        for name in names:
+            mixed.append(_rate(client, images, names, SECONDS / 2 / len(names)))
+            alone.append(_rate(client, images, [name] * len(names), SECONDS / 2 / len(names)))
+    return Rates(names, harmonic_mean(mixed), harmonic_mean(alone))
+
+
+def _rate(client: Client, images: list[bytes], names: list[str], seconds: float) -> float:
+    """Images a second with one thread for each name, which sends one request after the other."""
+    start = time.perf_counter()
+
+    def send(name: str) -> tuple[int, float]:
+        sent = 0
+        while time.perf_counter() - start < seconds:
+            client.infer(images, name, outputs=["label"])
+            sent += len(images)
+        return sent, time.perf_counter()
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        done = list(pool.map(send, names))
+    return sum(sent for sent, _ in done) / (max(end for _, end in done) - start)

@@ -1,0 +1,64 @@
+"""What the demo says of an answer."""
+
+from dataclasses import replace
+
+import pytest
+
+from cascade import Prediction
+from cascade.engine.results import Dispatch, Label, Neighbor
+from handlers.demo_images import CUSTOMERS, NOBODY, Sample, samples
+from handlers.demo_report import Answered, row, same
+
+ANSWER = Prediction(
+    "clothes",
+    "1",
+    "dispatcher",
+    0,
+    1.0,
+    0.25,
+    ("dispatcher",),
+    (Label("T-shirt/top", 0.75),),
+    (Neighbor("a", "Bag", 0.5),),
+    dispatch=Dispatch(0.9, (Label("clothes", 0.9),), 0),
+)
+SHIRT = Sample("clothes/T-shirt-top", b"", customer="clothes", label="T-shirt-top")
+
+
+def test_a_row_has_customer_label_and_masks() -> None:
+    answered = Answered(SHIRT, ANSWER, (0.012, 0.008))
+    assert answered.right
+    assert row(answered) == [
+        "clothes/T-shirt-top", "clothes", "0.90", "[green]T-shirt/top[/] 0.75", "dispatcher", " 12   8",
+    ]  # fmt: skip
+
+
+def test_without_a_head_the_nearest_neighbor_answers() -> None:
+    answered = Answered(SHIRT, replace(ANSWER, labels=(), dispatch=None), (0.0, 0.0))
+    assert answered.right is False
+    assert row(answered)[2:4] == ["-", "[red]Bag[/] 0.50"]
+
+
+@pytest.mark.parametrize(
+    ("sample", "right"),
+    [(SHIRT, False), (Sample("x", b"", customer=NOBODY), True), (Sample("mine", b""), None)],
+    ids=["of a customer", "of nobody", "one's own"],
+)
+def test_unknown_is_right_for_images_of_nobody_alone(sample: Sample, right: bool | None) -> None:
+    answered = Answered(sample, None, (0.0, 0.0))
+    assert answered.right is right and "unknown" in row(answered)[1]
+
+
+def test_answers_are_the_same_up_to_rounding() -> None:
+    one = ANSWER.to_json()
+    assert same(one, replace(ANSWER, ood=0.2501).to_json())
+    assert not same(one, replace(ANSWER, ood=0.26).to_json())
+    assert not same(one, replace(ANSWER, bundle="digits").to_json())
+
+
+def test_committed_images_have_a_customer_and_a_label() -> None:
+    found = samples(CUSTOMERS)
+    dispatched = [sample for sample in found if sample.bundle is None]
+    assert [sample.customer for sample in dispatched[-2:]] == [NOBODY, NOBODY]
+    for customer in ("objects", "clothes", "groceries", "digits"):
+        assert sum(sample.customer == customer and bool(sample.label) for sample in dispatched) == 4
+    assert [(sample.bundle, sample.customer) for sample in found[len(dispatched) :]] == [("paper", None)] * 2
