@@ -24,6 +24,7 @@ from cascade.model.router import Calibration
 from training import domains, heads, new_classes
 from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
+from training.deferral import Larger
 from training.evaluate import Features, collect, fusions
 from training.frozen import Candidate
 from training.routing import ood_of, router_of
@@ -68,6 +69,7 @@ def export_classifier(
     *,
     thumbnails: bool = False,
     extensible: bool = False,
+    larger: Larger | None = None,
 ) -> Path:
     """Write a bundle that serves a head with its calibrated scores: on the frozen backbone, or on a trained mask.
 
@@ -95,7 +97,7 @@ def export_classifier(
         discriminant=new_classes.fit(run, chosen.name) if extensible else None,
         thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
-    return write(bundle, out)
+    return write(bundle if larger is None else larger.attach(bundle), out)
 
 
 def _ood(run: Run, name: str) -> OutOfDomain:

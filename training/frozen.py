@@ -10,6 +10,7 @@ import numpy as np
 from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
 from cascade.model.heads import Linear
+from cascade.model.preprocessing import Preprocessing
 from training import heads
 from training.run import Run
 
@@ -56,11 +57,15 @@ def trained_head(run: Run, name: str) -> Candidate:
     return candidate(run, name, Linear(own["weight"], own["bias"]))
 
 
-def candidate(run: Run, name: str, head: Linear) -> Candidate:
-    """A head on the features of ``name``: calibrated on validation images, measured on test images."""
+def candidate(run: Run, name: str, head: Linear, preprocessing: Preprocessing | None = None) -> Candidate:
+    """A head on the features of ``name``: calibrated on validation images, measured on test images.
+
+    Args:
+        preprocessing: another one than the run's.
+    """
     labels, truth = run.images.labels, run.held_out.labels
     assert labels is not None
-    train, test = run.features(name)
+    train, test = run.features(name, preprocessing)
     validation = run.rows[1]
     head, temperature = heads.calibrated(head, train[validation], labels[validation])
     score = heads.accuracy(head, train[validation], labels[validation]) if len(validation) else float("nan")

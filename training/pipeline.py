@@ -1,6 +1,7 @@
 """All stages in a row: images in, a bundle out. ``cascade train`` runs this.
 
     cascade train photos/ --labels --out model_store/photos/1     # class folders: a mask with a head
+    cascade train photos/ --labels --size 64 --defer-to 128 --out model_store/photos/1     # unsure: asked again, larger
     cascade train photos/ --labels --frozen --out model_store/photos/1     # the head alone, in seconds
     cascade train photos/ --out model_store/photos/1     # no labels: distilled from a larger input size
     cascade train photos/ --objective swav --clusters 5 --out model_store/photos/1     # the paper's cascade
@@ -13,9 +14,11 @@ Stopped at any moment and started again with the same options, it resumes.
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -25,6 +28,7 @@ from cascade.model.masks import density
 from training import (
     clusters,
     comparison,
+    deferral,
     dispatcher,
     distillation,
     distributed,
@@ -35,12 +39,16 @@ from training import (
 )
 from training.cli import stage, start, with_recipe
 from training.cost import Cost
-from training.frozen import check_labels, frozen_head
+from training.deferral import Larger
+from training.frozen import Candidate, check_labels, frozen_head
 from training.loop import fit
 from training.recipe import Recipe, paper
 from training.run import Run, begin, read_json, write_json
 
 TIMED_STEPS = 6
+LOSE = 0.3  # points
+AskAgain = Callable[[Candidate, Sequence[str]], Larger | None]
+"""Fits the larger size for a classifier, given what it may run under."""
 LEAST_PLANNED = 20  # steps, however short the time is
 
 
@@ -55,6 +63,8 @@ def train(
     frozen: bool = False,
     compare: bool = False,
     minutes: float = 0.0,
+    defer_to: int = 0,
+    lose: float = LOSE,
 ) -> Path:
     """All stages that the recipe needs; returns the bundle's folder.
 
@@ -66,6 +76,8 @@ def train(
         frozen: with labels, only the head on the frozen backbone.
         compare: with labels, also train LoRA and fine-tune every weight, for the same steps.
         minutes: cut the steps so that the training takes about so long; 0: all steps.
+        defer_to: with labels, a larger input size for images about which the bundle is unsure; 0: none.
+        lose: points of accuracy that this may lose against always asking the larger size.
 
     Raises:
         CascadeError: ``out`` exists or can't be written, or Ray is not installed (checked before anything is
@@ -74,32 +86,38 @@ def train(
     _check_out(out)
     if extensible and not run.recipe.labels:
         raise CascadeError("--extensible keeps statistics of each class: give --labels, too")
+    if defer_to:
+        deferral.preprocessing_of(run, defer_to)
     if ray:
         ray_experts.check()
+    ask_again = partial(deferral.fit, run, size=defer_to, lose=lose) if defer_to else None
     if frozen:
         if not run.recipe.labels:
             raise CascadeError("--frozen fits a head to class folders: give --labels, too")
-        return _frozen(run, out, thumbnails, extensible)
+        return _frozen(run, out, thumbnails, extensible, ask_again)
     if minutes:
         fit_to(run, minutes)
     budget(run, controls)
     if run.recipe.kind == "labels":
-        return _labeled(run, out, compare, thumbnails, extensible)
+        return _labeled(run, out, compare, thumbnails, extensible, ask_again)
     if run.recipe.kind == "distill":
         return _distilled(run, out, controls, thumbnails)
     return _cascade(run, out, controls, thumbnails, ray)
 
 
-def _frozen(run: Run, out: Path, thumbnails: bool, extensible: bool) -> Path:
+def _frozen(run: Run, out: Path, thumbnails: bool, extensible: bool, ask_again: AskAgain | None) -> Path:
     """The first rung alone."""
     check_labels(run)
     head = frozen_head(run)
     run.watch.say(f"head on the frozen backbone: {100 * head.test:.1f} % of {len(run.held_out)} held-out images")
     facts = {"serves": "frozen", "accuracy": round(head.test, 4), "calibration_error": round(head.calibration_error, 4)}
-    return export.export_classifier(run, head, facts, out, thumbnails=thumbnails, extensible=extensible)
+    larger = ask_again(head, ["frozen"]) if ask_again else None
+    return export.export_classifier(run, head, facts, out, thumbnails=thumbnails, extensible=extensible, larger=larger)
 
 
-def _labeled(run: Run, out: Path, compare: bool, thumbnails: bool, extensible: bool) -> Path:
+def _labeled(
+    run: Run, out: Path, compare: bool, thumbnails: bool, extensible: bool, ask_again: AskAgain | None
+) -> Path:
     """Frozen head, mask, and the better of both as a bundle."""
     check_labels(run)
     head = frozen_head(run)
@@ -110,7 +128,9 @@ def _labeled(run: Run, out: Path, compare: bool, thumbnails: bool, extensible: b
     chosen, facts = comparison.compare(run, others=compare)
     run.watch.show(comparison.show(facts))
     run.watch.say(comparison.verdict(facts))
-    return export.export_classifier(run, chosen, facts, out, thumbnails=thumbnails, extensible=extensible)
+    larger = ask_again(chosen, ["frozen", "dispatcher"]) if ask_again else None
+    options: dict[str, Any] = {"thumbnails": thumbnails, "extensible": extensible, "larger": larger}
+    return export.export_classifier(run, chosen, facts, out, **options)
 
 
 def _distilled(run: Run, out: Path, controls: bool, thumbnails: bool) -> Path:
@@ -249,6 +269,12 @@ def command(
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="With --labels: also LoRA and full fine-tuning.")] = False,
     minutes: Annotated[float, typer.Option(help="Cut the steps to fit into this time; 0: all.")] = 0.0,
+    defer_to: Annotated[
+        int, typer.Option(help="With --labels: input size at which unsure images are asked again, pixels; 0: none.")
+    ] = 0,
+    lose: Annotated[
+        float, typer.Option(help="--defer-to: points of accuracy to lose against always asking the larger size.", min=0)
+    ] = LOSE,
     price_per_hour: Annotated[
         float,
         typer.Option(help="Price of one GPU, or of a machine without one; the cost of the run is shown at the end."),
@@ -267,6 +293,8 @@ def command(
                 frozen=frozen,
                 compare=compare,
                 minutes=minutes,
+                defer_to=defer_to,
+                lose=lose,
             )
         if not distributed.rank():
             watch.say(f"wrote {path}")

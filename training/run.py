@@ -140,17 +140,18 @@ class Run:
         """Folder of what neighboring runs share."""
         return self.folder.parent / "cache"
 
-    def features(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def features(self, name: str, preprocessing: Preprocessing | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Features of the training and the held-out images, float32 [N, F], computed once and kept.
 
         Args:
             name: of a mask that was trained in this run, or ``frozen`` for the plain backbone.
+            preprocessing: another one than the student's.
         """
         self._expect(1)
-        path = self.folder / name / FEATURES
+        path = self.folder / name / (f"features-{preprocessing.size}.safetensors" if preprocessing else FEATURES)
         if not path.exists():
             mask = None if name == "frozen" else self.mask(name, self.mask_from)
-            train, test = (self.embedded(mask, split) for split in SPLITS)
+            train, test = (self.embedded(mask, split, preprocessing) for split in SPLITS)
             write_tensors(path, {"train": torch.from_numpy(train), "test": torch.from_numpy(test)})
         tensors = load_file(path)
         return tensors["train"].numpy(), tensors["test"].numpy()
@@ -181,9 +182,9 @@ class Run:
         images = len(self.images) + len(self.held_out)
         expect(2 * 4 * masks * images * self.backbone.features, f"the features of {images} images under {masks} masks")
 
-    def embedded(self, mask: Mask | None, split: Split) -> np.ndarray:
+    def embedded(self, mask: Mask | None, split: Split, preprocessing: Preprocessing | None = None) -> np.ndarray:
         """Features of a split under a mask, or of the plain backbone: float32 [N, F]."""
-        inputs = embed.normalized(self.inputs(split), self.preprocessing)
+        inputs = embed.normalized(self.inputs(split, preprocessing), preprocessing or self.preprocessing)
         return embed.blocks(self.executor, [mask], inputs)[0] if mask else embed.frozen(self.executor, inputs)
 
     @cached_property
