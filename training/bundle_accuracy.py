@@ -8,7 +8,7 @@ from rich.table import Table
 
 from cascade.bundle.format import read
 from cascade.engine.engine import Engine
-from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.results import INPUT_MODES, ItemError, Options, Prediction
 from cascade.errors import CascadeError
 from cascade.progress import track
 from training.data import dataset
@@ -32,7 +32,7 @@ def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path |
     engine.add(bundle)
     truth = np.array(images.classes)[images.labels]
     table = Table("mode", "head", "nearest neighbors", title=f"accuracy in % on {len(images)} images")
-    for mode in bundle.fusions:
+    for mode in (*bundle.fusions, *(INPUT_MODES if bundle.larger is not None else ())):
         head, near, failed = [], [], 0
         for begin in track(range(0, len(images), BATCH), f"{mode:<14}", -(-len(images) // BATCH)):
             batch = [images.open(i) for i in range(begin, min(begin + BATCH, len(images)))]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cascade.bundle.format import read
+from cascade.bundle.format import read, write
 from cascade.cli.main import app
 from cascade.engine.engine import Engine
 from cascade.engine.results import Neighbor, Options, Prediction
 from cascade.errors import CascadeError
+from tests.helpers.deferral import two_sizes
 from tests.helpers.paths import DATA
 from training import bundle_accuracy
 
@@ -73,3 +75,15 @@ def test_some_of_the_classes_are_enough(bundle_path: Path, tmp_path: Path, cifar
             cifar[i].save(tmp_path / name / f"{i}.png")
     table = bundle_accuracy.of_bundle(bundle_path, str(tmp_path), limit=4)
     assert len(list(table.columns[0].cells)) == 3 and "4 images" in str(table.title)
+
+
+def test_two_input_sizes_have_a_row_for_each_mode(cifar: list[Image.Image], cifar_folder: Path, tmp_path: Path) -> None:
+    bundle = two_sizes(cifar[:20])
+    for split in ("train", "test"):
+        for name in bundle.card.classes:
+            shutil.copytree(cifar_folder / split / name, tmp_path / "photos" / split / name)
+    path = write(bundle, tmp_path / "sizes" / "1")
+    table = bundle_accuracy.of_bundle(path, str(tmp_path / "photos"))
+    assert list(table.columns[0].cells) == ["dispatcher", "fast", "adaptive", "full"]
+    same, fast, _, full = table.columns[1].cells
+    assert same == fast != full

@@ -1,0 +1,322 @@
+"""Deferral inside one bundle: accuracy against cost of a small input size, a larger one, and asking again where unsure.
+
+    python -m benchmarks.deferral                        # every cell of seed 0, one after the other; resumes
+    python -m benchmarks.deferral cifar10/both           # only cells whose name begins so
+    python -m benchmarks.deferral --limit 4000 groceries/frozen     # fewer training images, results in a folder apart
+    python -m benchmarks.deferral --report               # no training: the table, the plot, the JSON line
+
+A cell is named DATASET/ADAPTER-SIZE/BACKBONE/SEED (one network at one size: the control) or
+DATASET/ADAPTER-SMALL-LARGE/BACKBONE/SEED (the small network of that name, asked again at the larger size), and leaves
+a JSON file in ``benchmarks/results/deferral``. ``frozen`` is a head on the backbone; ``both`` a mask with scales and
+shifts trained with labels, or that head where the validation images prefer it. Cost is time, in passes of the small
+size, as the serving executor takes for batches of 16. Missed goals are reported as missed, cells that did not run as
+not measured.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.accuracy import BACKBONES, IMAGES, TEST_IMAGES
+from benchmarks.report import Figure, hardware
+from cascade import atomic
+from cascade.engine.executors.selection import choose
+from cascade.engine.weight_cache import WeightCache
+from cascade.model import backbone as backbones
+from training import deferral, dispatcher
+from training.cli import Watch, watching
+from training.deferral import Answers
+from training.frozen import Candidate, frozen_head, trained_head
+from training.recipe import Recipe
+from training.run import Run, begin
+
+RESULTS = Path(__file__).parent / "results" / "deferral"
+DATASETS = ("cifar10", "groceries", "fashion-mnist")
+SMALL, LARGE, BETWEEN = 64, 128, (88, 112)
+ADAPTERS = ("frozen", "both")
+LOSE = 0.3  # points
+SHARES = np.linspace(0, 1, 51)  # of images asked again, on the frontier
+ROUNDS, BATCH = 15, 16  # of the timing
+
+Results = dict[tuple[str, str, str, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement; ``large`` is 0 for one network at one size."""
+
+    dataset: str
+    adapter: str
+    small: int
+    large: int
+    backbone: str
+    seed: int
+
+    @property
+    def row(self) -> str:
+        return f"{self.adapter}-{self.small}" + (f"-{self.large}" if self.large else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}/{self.row}/{self.backbone}/{self.seed}"
+
+    def recipe(self, limit: int) -> Recipe:
+        most = IMAGES[self.dataset]
+        return Recipe(
+            self.dataset,
+            limit=min(limit, most) if limit and most else limit or most,
+            test_limit=TEST_IMAGES,
+            backbone=self.backbone,
+            source=BACKBONES[self.backbone],
+            size=self.small,
+            labels=True,
+            adapt="both",
+            seed=self.seed,
+        )
+
+
+def cells(datasets: list[str], backbones: list[str], seeds: int) -> Iterator[Cell]:
+    """All cells, the most valuable first; one at the small size comes with the training of the other two."""
+    for seed in range(seeds):
+        for backbone in backbones:
+            for adapter in ADAPTERS:
+                for dataset in datasets:
+                    for small, large in ((SMALL, 0), (SMALL, LARGE), (BETWEEN[0], 0), (LARGE, 0), (BETWEEN[1], 0)):
+                        yield Cell(dataset, adapter, small, large, backbone, seed)
+
+
+def measure(cell: Cell, folder: Path, limit: int, watch: Watch) -> dict[str, Any]:
+    """Train what the cell needs, and measure it on the test images."""
+    # Pairs and single sizes share the run of their training.
+    name = f"{cell.dataset}-{cell.small}-{cell.backbone}-{cell.seed}" + (f"-{limit}" if limit else "")
+    run = begin(folder / name, cell.recipe(limit), watch)
+    clock = time.perf_counter()
+    network = frozen_head(run)
+    names = ["frozen"]
+    if cell.adapter != "frozen":
+        dispatcher.train(run)
+        mask = trained_head(run, "dispatcher")
+        network = mask if mask.validation > network.validation else network
+        names.append("dispatcher")
+    result: dict[str, Any] = {"accuracy": _percent(network.test), "validation": _percent(network.validation)}
+    if cell.large:
+        result = pair(run, network, names, cell.large)
+    about = {"dataset": cell.dataset, "row": cell.row, "backbone": cell.backbone, "seed": cell.seed}
+    more = {"served": network.name, "steps": run.steps if cell.adapter != "frozen" else 0}
+    more |= {"images": len(run.images), "test_images": len(run.held_out)}
+    return about | result | more | {"seconds": round(time.perf_counter() - clock)}
+
+
+def pair(run: Run, small: Candidate, names: list[str], size: int) -> dict[str, Any]:
+    """Both sizes on the test images: each alone, at the threshold of the validation images, and the whole frontier."""
+    preprocessing = deferral.preprocessing_of(run, size)
+    large = deferral.best(run, names, preprocessing)
+    validation = deferral.answers(run, small, large, preprocessing, "validation")
+    test = deferral.answers(run, small, large, preprocessing, "test")
+    assert validation is not None and test is not None
+    threshold = validation.threshold(LOSE)
+    accuracy, share = test.at(threshold)
+    return {
+        "fast": _percent(test.small.mean()),
+        "full": _percent(test.large.mean()),
+        "accuracy": _percent(accuracy),
+        "share": round(share, 4),
+        "threshold": round(threshold, 4),
+        "larger": large.name,
+        "frontier": [[round(float(s), 4), round(100 * a, 3)] for s, a in zip(SHARES, frontier(test), strict=True)],
+    }
+
+
+def _percent(share: float | np.floating[Any]) -> float:
+    return round(100 * float(share), 2)
+
+
+def frontier(both: Answers) -> list[float]:
+    """Accuracy in [0, 1] where each of ``SHARES`` of the images, the least certain ones, is asked again."""
+    order = np.argsort(both.confidence, kind="stable")
+    right = both.small[order].astype(float)
+    gained = np.concatenate([[0.0], np.cumsum(both.large[order] - right)])
+    return [float((right.sum() + gained[round(share * len(order))]) / len(order)) for share in SHARES]
+
+
+@torch.inference_mode()
+def passes(backbone: str, sizes: list[int]) -> dict[str, Any]:
+    """Passes of the small size that one at each size takes: medians of batches that run in turns."""
+    loaded = backbones.load(backbone, BACKBONES[backbone])
+    executor = choose(loaded, WeightCache(2**31), "auto", SMALL)
+    inputs = {size: torch.randn(BATCH, 3, size, size) for size in sizes}
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    executor.swap(None)
+    for nth in range(ROUNDS + 2):
+        for size, x in inputs.items():
+            begin = time.perf_counter()
+            executor.run(x)
+            if nth > 1:
+                seconds[size].append(time.perf_counter() - begin)
+    base = median(seconds[SMALL])
+    relative = {str(size): round(median(own) / base, 3) for size, own in seconds.items()}
+    return {"backbone": backbone, "executor": type(executor).__name__, "passes": relative, "hardware": hardware()}
+
+
+GOALS = {"deferral_cost": "<= 0.45", "deferral_over_single": "> 0"}
+
+
+def load(folder: Path) -> tuple[Results, dict[str, dict[str, float]]]:
+    """All cells by (dataset, row, backbone, seed), and the passes of each size by backbone."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    costs = {r["backbone"]: {size: float(p) for size, p in r["passes"].items()} for r in found if "passes" in r}
+    return {(r["dataset"], r["row"], r["backbone"], r["seed"]): r for r in found if "row" in r}, costs
+
+
+def cheapest(points: list[list[float]], goal: float) -> float:
+    """The smallest share that is asked again with an accuracy of at least ``goal``; 1 where only that has it."""
+    return next((share for share, accuracy in points if accuracy >= goal - 1e-9), 1.0)
+
+
+def at_cost(points: list[list[float]], share: float) -> float:
+    """Accuracy on the frontier where a share is asked again, linear between its points."""
+    return float(np.interp(share, [s for s, _ in points], [a for _, a in points]))
+
+
+def figures(results: Results, costs: dict[str, dict[str, float]], adapter: str) -> dict[str, list[float]]:
+    """Values of each figure, one for each data set, backbone and seed."""
+    values: dict[str, list[float]] = {name: [] for name in (*GOALS, "deferral_cost_validated", "deferral_lost")}
+    for (dataset, row, backbone, seed), r in results.items():
+        if row != f"{adapter}-{SMALL}-{LARGE}" or backbone not in costs:
+            continue
+        full = costs[backbone][str(LARGE)]
+        values["deferral_cost"].append((1 + cheapest(r["frontier"], r["full"] - LOSE) * full) / full)
+        values["deferral_cost_validated"].append((1 + r["share"] * full) / full)
+        values["deferral_lost"].append(r["full"] - r["accuracy"])
+        for size in BETWEEN:
+            if (control := results.get((dataset, f"{adapter}-{size}", backbone, seed))) is not None:
+                share = (costs[backbone][str(size)] - 1) / full
+                values["deferral_over_single"].append(at_cost(r["frontier"], share) - control["accuracy"])
+    return values
+
+
+def summary(results: Results, costs: dict[str, dict[str, float]], adapter: str) -> dict[str, dict[str, Any]]:
+    """Each figure as JSON: mean, deviation, number of cells, and whether its goal is met.
+
+    ``deferral_over_single`` must be two deviations above 0.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for name, own in figures(results, costs, adapter).items():
+        goal = GOALS.get(name)
+        if not own:
+            out[name] = {"value": "not measured", "goal": goal, "met": None}
+            continue
+        deviation = stdev(own) if len(own) > 1 else None
+        least = mean(own) - 2 * deviation if name == "deferral_over_single" and deviation is not None else mean(own)
+        decided = name != "deferral_over_single" or deviation is not None
+        met = Figure(least, (min(own), max(own)), goal).met if decided else None
+        out[name] = {"value": round(mean(own), 4), "sd": deviation and round(deviation, 4), "cells": len(own)}
+        out[name] |= {"spread": [round(min(own), 4), round(max(own), 4)], "goal": goal, "met": met}
+    return out
+
+
+def report(folder: Path, plot_to: Path | None) -> None:
+    """The table, the plot, and one JSON object with all figures as the last line."""
+    results, costs = load(folder)
+    table = Table(
+        "data", "row", "backbone", "seed", "accuracy %", "cost in passes", "asked again %", "fast %", "full %"
+    )
+    for (dataset, row, backbone, seed), r in results.items():
+        cost = cost_of(row, r, costs.get(backbone, {}))
+        again = [f"{100 * r['share']:.1f}", f"{r['fast']:.1f}", f"{r['full']:.1f}"] if "share" in r else [""] * 3
+        shown = "" if cost is None else f"{cost:.2f}"
+        table.add_row(dataset, row, backbone, str(seed), f"{r['accuracy']:.1f}", shown, *again)
+    Console(width=118).print(table)
+    if plot_to is not None:
+        plot(results, costs, plot_to)
+    body = {adapter: summary(results, costs, adapter) for adapter in reversed(ADAPTERS)}
+    head = {"benchmark": "deferral", "hardware": hardware(), "passes": costs, "cells": len(results)}
+    line = json.dumps(head | {"figures": body["both"], "figures_frozen": body["frozen"]})
+    folder.with_suffix(".json").write_text(line + "\n")
+    print(line)
+
+
+def cost_of(row: str, result: dict[str, Any], costs: dict[str, float]) -> float | None:
+    """Passes of the small size; of a pair at its threshold. None where the times were not measured."""
+    _, *sizes = row.split("-")
+    if not set(sizes) <= costs.keys():
+        return None
+    return costs[sizes[0]] if len(sizes) == 1 else 1 + result["share"] * costs[sizes[1]]
+
+
+def plot(results: Results, costs: dict[str, dict[str, float]], path: Path) -> None:
+    """Accuracy against cost, a panel for each data set (first backbone, seed 0): frontiers are lines, sizes points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "deferral"
+    from matplotlib import pyplot
+
+    backbone = next(iter(BACKBONES))
+    shown = {(d, row): r for (d, row, b, seed), r in results.items() if (b, seed) == (backbone, 0)}
+    datasets = [dataset for dataset in DATASETS if any(d == dataset for d, _ in shown)]
+    if not datasets or backbone not in costs:
+        return
+    cost = costs[backbone]
+    figure, panels = pyplot.subplots(1, len(datasets), figsize=(3.6 * len(datasets), 3.6), squeeze=False)
+    for axes, dataset in zip(panels[0], datasets, strict=True):
+        for adapter, color in zip(ADAPTERS, ("tab:gray", "tab:blue"), strict=True):
+            if (found := shown.get((dataset, f"{adapter}-{SMALL}-{LARGE}"))) is not None:
+                x = [1 + share * cost[str(LARGE)] for share, _ in found["frontier"]]
+                axes.plot(x, [a for _, a in found["frontier"]], color=color, label=f"{adapter}, asked again")
+                axes.plot([cost_of(f"{adapter}-{SMALL}-{LARGE}", found, cost)], [found["accuracy"]], "*", color=color)
+            own = [(s, shown.get((dataset, f"{adapter}-{s}"))) for s in (SMALL, *BETWEEN, LARGE)]
+            single = [(cost[str(s)], r["accuracy"]) for s, r in own if r is not None]
+            axes.plot(*zip(*single, strict=True), "o:", color=color, label=f"{adapter}, one size") if single else None
+        axes.set(title=dataset, xlabel=f"cost in passes at {SMALL} px", ylabel="accuracy on test images, %")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("only", nargs="*", help="beginnings of the names of cells; default: all")
+    options.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
+    options.add_argument("--backbones", nargs="+", default=list(BACKBONES)[:1], choices=list(BACKBONES))
+    options.add_argument("--seeds", type=int, default=1)
+    options.add_argument("--limit", type=int, default=0, help="training images at most; the results lie apart")
+    options.add_argument(
+        "--report", action="store_true", help="measure nothing: table, plot and figures of what is there"
+    )
+    options.add_argument("--run", type=Path, default=Path("runs/deferral"), help="folder of the runs")
+    chosen = options.parse_args()
+    folder = RESULTS.with_name(f"{RESULTS.name}-{chosen.limit}") if chosen.limit else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    if not chosen.report:
+        with watching() as watch:
+            for cell in cells(chosen.datasets, chosen.backbones, chosen.seeds):
+                path = folder / f"{cell.name.replace('/', '-')}.json"
+                wanted = not chosen.only or any(cell.name.startswith(start) for start in chosen.only)
+                if wanted and not path.exists():
+                    watch.say(cell.name)
+                    save(path, measure(cell, chosen.run, chosen.limit, watch))
+        for backbone in chosen.backbones:
+            if not (path := folder / f"passes-{backbone}.json").exists():
+                save(path, passes(backbone, [SMALL, *BETWEEN, LARGE]))
+    report(folder, Path(__file__).parents[1] / "docs" / "deferral.svg")
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    with atomic.file(path) as beside:
+        beside.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
