@@ -16,7 +16,7 @@ def test_jain() -> None:
 @pytest.mark.slow
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tenants.json"
-    options = ["--backbone", "test_resnet", "--tenants", "3", "--rounds", "1", "--seconds", "3", "--out", str(out)]
+    options = ["--backbone", "test_resnet", "--tenants", "3", "--rounds", "1", "--seconds", "1.5", "--out", str(out)]
     tenants.main(options)
     figures = json.loads(out.read_text())["figures"]
     assert figures["victim_refused"]["value"] == 0, "the quiet tenant is never refused"

@@ -123,7 +123,7 @@ def test_a_folder_that_goes_away_meanwhile_costs_the_others_nothing(
 
 def test_folders_nest_without_limit(tmp_path: Path) -> None:
     path = str(tmp_path)
-    while len(path) < 3000:
+    for _ in range(1100):  # deeper than Python calls itself
         os.mkdir(path := f"{path}/d")
     Path(path, "a.png").touch()
     try:
