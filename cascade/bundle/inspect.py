@@ -100,3 +100,23 @@ def percent(share: float | list[float]) -> str:
     if isinstance(share, list):
         return f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
     return f"{100 * share:.1f}"
+
+
+def headline(card: Card) -> tuple[str, float] | None:
+    """The one accuracy in [0, 1] that says most of a bundle, on held-out images, and of what it is.
+
+    None where the card has none, or some other trainer's own.
+    """
+    found = card.accuracy
+    try:
+        if "rows" in found:  # the head of the frozen backbone or the copy before, then what was trained
+            first, second = list(found["rows"].values())[:2]
+            return "labels", float((first if found["serves"] == "frozen" else second)["test"])
+        if "distillation" in found:
+            return "nearest neighbors", float(found["distillation"]["knn"]["distilled"])
+        if "whitened" in found:
+            scores = found["whitened"][card.mode]["probe"]
+            return "labels", float(scores[0] if isinstance(scores, list) else scores)
+        return ("labels", float(found["accuracy"])) if "accuracy" in found else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

@@ -98,6 +98,11 @@ class Engine:
         return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
 
     @property
+    def loaded(self) -> list[Bundle]:
+        """Every bundle, in the order of ``bundles``; looking at one does not count as its use."""
+        return [held[v] for _, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
+
+    @property
     def names(self) -> Collection[str]:
         """Names of the bundles."""
         return self._bundles.keys()

@@ -24,7 +24,7 @@ from cascade.engine.results import DISPATCH_MODES, ItemError, Options
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
-from handlers.asgi import auto, open_inference, repository, search, ui
+from handlers.asgi import auto, open_inference, overview, repository, search, ui
 from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
@@ -71,6 +71,7 @@ def create_app(
     auto.add(app, service)
     _protocol(app, service)
     _state(app, service)
+    overview.add(app, service)
     _pages(app, service)
     if index is not None:
         search.add(app, service, index, _one_body)
@@ -257,6 +258,10 @@ def _pages(app: FastAPI, service: Service) -> None:
     @app.get("/ui", include_in_schema=False)
     async def look() -> Response:
         return HTMLResponse(ui.page("ui.html"), headers=ui.HEADERS)
+
+    @app.get("/ui/overview.js", include_in_schema=False)
+    async def script() -> Response:
+        return Response(ui.page("overview.js"), headers=ui.HEADERS, media_type="text/javascript")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

@@ -13,8 +13,8 @@ from cascade.model.heads import Bank
 
 HERE = Path(__file__).parent
 POLICY = (  # pages load nothing from other sites and send nothing to them
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob:; connect-src 'self';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _maps: "WeakKeyDictionary[Bank, Map]" = WeakKeyDictionary()
@@ -36,7 +36,7 @@ class Map:
 
 @cache
 def page(name: str) -> str:
-    """One of the HTML files beside this module."""
+    """One of the HTML and JavaScript files beside this module."""
     return HERE.joinpath(name).read_text()
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from cascade import Bundle, Engine, Prediction
+from cascade.bundle.format import read
 from tests.conftest import need
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.paths import DATA
@@ -35,6 +36,12 @@ done();
 PICTURES = """(figures => figures.every(f => f.firstChild.complete && f.firstChild.naturalWidth) && figures.map(
     f => [f.title, ...[...f.querySelectorAll("span")].map(s => s.textContent), f.firstChild.naturalWidth])
 )([...document.querySelectorAll("#neighbors figure")])"""
+
+
+# Of a card and of its text, 0 to 1.
+LIGHTNESS = """(style => [style.backgroundColor, style.color].map(
+    color => color.match(/[\\d.]+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0) / 765)
+)(getComputedStyle(document.querySelector("#cards section")))"""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,10 @@ class Page:
 
     def text(self, id: str) -> str:
         return str(self.browser.find_element("id", id).text)
+
+    def press(self, view: str) -> None:
+        """By the keyboard."""
+        self.browser.find_element("css selector", f"[data-view={view}]").send_keys("\n")
 
     def choose(self, file: Path) -> None:
         self.browser.find_element("id", "file").send_keys(str(file))
@@ -141,10 +152,74 @@ def test_an_image_unlike_the_training_images_is_said_to_be(
         assert page.browser.execute_script("return labels.className") == ("muted" if unknown else "")
 
 
+def test_overview_of_all_bundles(browser: Any, asgi: Asgi, bundle_path: Path) -> None:
+    """A card for each, with what it knows and does now; a button that takes one to try it."""
+    card = read(bundle_path).card
+    page = Page(browser, asgi.base)
+    page.press("overview")
+    assert page.until(
+        "[...document.querySelectorAll('#cards section')].every(s => s.querySelector('.live').textContent)"
+    )
+    one, two = (found.text for found in browser.find_elements("css selector", "#cards section"))
+    assert one.startswith("one 1\n") and two.startswith("two 1\n")
+    assert card.classes[0] in one and " % of held-out images right" in one and f"{len(card.masks)} masks" in one
+    assert page.until("document.querySelectorAll('#cards img').length") == 6, "of the one that has thumbnails"
+    assert "2 bundles over tf_efficientnet_lite0: backbone " in page.text("server")
+    before = CLIENT.get(f"{asgi.base}/v1/overview").json()["bundles"][0]["images"]
+    CLIENT.post(f"{asgi.base}/v1/predict", content=PHOTO.read_bytes(), headers={"X-Cascade-Bundle": "one"})
+    assert page.until(f"document.querySelector('.live').textContent.startsWith('{before + 1:,} images')")
+    assert " a second, " in page.until("document.querySelector('.live').textContent")
+    browser.find_element("css selector", "[aria-label='Try two 1']").send_keys("\n")
+    assert page.until("document.getElementById('overview').hidden && bundle.value") == '["two","1"]'
+    assert page.complaints() == []
+
+
+def test_an_example_is_answered(browser: Any, asgi: Asgi) -> None:
+    """By the keyboard; it is one of the bank's own images, so the nearest one is itself."""
+    page = Page(browser, asgi.base)
+    page.until("document.querySelectorAll('#examples img').length === 4")
+    page.until("document.querySelectorAll('#bundle option').length")
+    page.browser.execute_script("bundle.selectedIndex = 1")
+    example = browser.find_element("css selector", "#examples button")
+    row = int(example.get_attribute("aria-label").split()[1])
+    example.send_keys("\n")
+    assert page.until("document.body.dataset.shown") == "one"
+    nearest = page.until(PICTURES)[0]
+    names = CLIENT.get(f"{asgi.base}/v1/map/one/1").json()["names"]
+    assert nearest[0] == names[row] and float(nearest[2]) > 0.9
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1180])
+def test_it_fits_the_screen_and_its_colors(browser: Any, asgi: Asgi, scheme: str, width: int) -> None:
+    browser.set_window_size(width, 900)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        page = Page(browser, asgi.base)
+        page.until("document.querySelectorAll('#bundle option').length")
+        page.choose(PHOTO)
+        page.until("document.body.dataset.shown")
+        fits = "document.documentElement.scrollWidth <= innerWidth"
+        assert page.until(fits)
+        page.press("overview")
+        page.until("document.querySelectorAll('#cards section').length")
+        assert page.until(fits)
+        back, ink = page.until(LIGHTNESS)
+        assert (back > 0.9 and ink < 0.3) if scheme == "light" else (back < 0.2 and ink > 0.8)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        browser.set_window_size(1180, 900)
+
+
 def test_names_are_text_and_nothing_comes_from_elsewhere(browser: Any, asgi: Asgi) -> None:
-    for path in ("/", "/ui", "/docs"):
+    for path, kind in (("/", "html"), ("/ui", "html"), ("/docs", "html"), ("/ui/overview.js", "javascript")):
         answer = CLIENT.get(asgi.base + path)
-        assert answer.headers["content-type"].startswith("text/html")
+        assert answer.headers["content-type"].startswith(f"text/{kind}")
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert "innerHTML" not in answer.text and "http://" not in answer.text and "https://" not in answer.text
     browser.get(f"{asgi.base}/docs")

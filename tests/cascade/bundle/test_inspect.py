@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from cascade.bundle.format import Bundle
-from cascade.bundle.inspect import percent, show
+from cascade.bundle.inspect import headline, percent, show
 from tests.helpers.bundles import handmade
 
 
@@ -97,3 +97,24 @@ def test_no_escape_sequence_of_a_card_reaches_the_terminal(hand: Bundle, capsys:
     show(changed(hand, training=training, backbone=backbone))
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "\x07" not in printed and "x\\x1b]0;owned" in printed
+
+
+ROWS = {"a head": {"test": 0.7}, "a mask": {"test": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "expected"),
+    [
+        ({"serves": "both", "rows": ROWS}, ("labels", 0.9)),
+        ({"serves": "frozen", "rows": ROWS}, ("labels", 0.7)),
+        ({"serves": "frozen", "accuracy": 0.6}, ("labels", 0.6)),
+        ({"distillation": {"knn": {"frozen": 0.5, "distilled": 0.55}}, "whitened": {}}, ("nearest neighbors", 0.55)),
+        ({"whitened": {"conditional": {"probe": 0.7}}}, ("labels", 0.7)),
+        ({"whitened": {"conditional": {"probe": [0.8, 0.01]}}}, ("labels", 0.8)),
+        ({}, None),
+        ({"rows": [], "whitened": 3, "accuracy": "good"}, None),
+        ({"serves": "both", "rows": {"alone": {"test": None}}}, None),
+    ],
+)
+def test_headline_is_that_of_what_is_served(hand: Bundle, accuracy: dict[str, Any], expected: object) -> None:
+    assert headline(changed(hand, accuracy=accuracy, mode="conditional").card) == expected
