@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from cascade import Bundle, Engine, Prediction
-from cascade.bundle.format import read
+from cascade.bundle.format import read, write
 from tests.conftest import need
 from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.deferral import two_sizes
 from tests.helpers.paths import DATA
 from tests.helpers.servers import CLIENT
 
@@ -82,6 +83,9 @@ class Page:
 
     def choose(self, file: Path) -> None:
         self.browser.find_element("id", "file").send_keys(str(file))
+
+    def select(self, bundle: str) -> None:
+        self.browser.find_element("xpath", f"//select[@id='bundle']/option[contains(., '{bundle}')]").click()
 
     def complaints(self) -> list[str]:
         """What the browser has to say of the page (but for answers that are errors)."""
@@ -245,15 +249,23 @@ def test_map_is_the_banks(asgi: Asgi, engine: Engine) -> None:
         assert CLIENT.get(f"{asgi.base}/v1/map/{path}").status_code == status
 
 
-def test_page_with_keys(browser: Any, store: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(f"one {sha256(b'secret').hexdigest()}\n")
+def test_page_with_keys(browser: Any, store: Path, cifar: list[Image.Image], tmp_path: Path) -> None:
+    """And which of two input sizes has answered."""
+    store = shutil.copytree(store, tmp_path / "store")
+    write(two_sizes(cifar[:20], threshold=1.0), store / "sizes" / "1")
+    digest = sha256(b"secret").hexdigest()
+    (tmp_path / "keys").write_text("".join(f"{name} {digest}\n" for name in ("one", "sizes")))
     with serving_asgi(store, "--api-keys", str(tmp_path / "keys")) as server:
         page = Page(browser, server.base)
         assert "API key" in page.until("document.getElementById('error').textContent")
         page.browser.find_element("id", "key").send_keys("secret\t")
-        assert page.until("document.querySelectorAll('#bundle option').length") == 1
+        assert page.until("document.querySelectorAll('#bundle option').length") == 3, "both, and auto"
+        page.select("one")
         page.choose(PHOTO)
         assert page.until("document.body.dataset.shown") == "one"
-        assert len(page.until(PICTURES)) == 5
+        assert len(page.until(PICTURES)) == 5 and "px" not in page.text("facts")
+        page.select("sizes")
+        assert page.until("document.body.dataset.shown === 'sizes'")
+        assert "64 px, asked again: the smaller size was unsure" in page.text("facts")
         assert CLIENT.get(f"{server.base}/v1/thumbnails/one/1/0").status_code == 401
         assert "secret" not in server.log()

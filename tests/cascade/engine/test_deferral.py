@@ -13,6 +13,7 @@ from PIL import Image
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
+from cascade.engine.executors.selection import Kind
 from cascade.engine.items import AnyItem, Item, passes
 from cascade.engine.results import Deferral
 from cascade.engine.tenants import Tenant
@@ -66,13 +67,13 @@ def threshold(bundle: Bundle) -> float:
     return bundle.card.deferral.threshold
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("plain", "executor"), [(False, "plain"), (True, "plain"), (False, "folded"), (True, "onnx")])
 def test_the_larger_size_labels_what_the_smaller_one_is_unsure_of(
-    pair: Bundle, cifar: list[Image.Image], plain: bool
+    pair: Bundle, cifar: list[Image.Image], plain: bool, executor: Kind
 ) -> None:
     bundle = two_sizes(cifar[:20], threshold=threshold(pair), plain=plain)
     assert bundle.larger is not None
-    alone, engine = Engine(executor="plain"), Engine(executor="plain")
+    alone, engine = Engine(executor="plain"), Engine(executor=executor)
     alone.add(named(bundle.larger, "large"))
     engine.add(bundle)
     large = predicted(alone, cifar[:40])
