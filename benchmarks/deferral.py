@@ -92,7 +92,8 @@ def cells(datasets: list[str], backbones: list[str], seeds: int) -> Iterator[Cel
             for adapter in ADAPTERS:
                 for dataset in datasets:
                     for small, large in ((SMALL, 0), (SMALL, LARGE), (BETWEEN[0], 0), (LARGE, 0), (BETWEEN[1], 0)):
-                        yield Cell(dataset, adapter, small, large, backbone, seed)
+                        if (adapter, small) != ("frozen", LARGE):  # that is ``full`` of the pair
+                            yield Cell(dataset, adapter, small, large, backbone, seed)
 
 
 def measure(cell: Cell, folder: Path, limit: int, watch: Watch) -> dict[str, Any]:
