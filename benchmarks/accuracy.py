@@ -9,16 +9,16 @@ DATASET/ROW/BACKBONE/SEED and leaves a JSON file of its own in ``benchmarks/resu
 reported as missed, cells that did not run as not measured. Data sets come from ``python -m benchmarks.datasets NAME``.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -251,31 +251,33 @@ def plot(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("only", nargs="*", help="beginnings of the names of cells; default: all")
-    options.add_argument("--datasets", nargs="+", default=list(IMAGES), choices=list(IMAGES))
-    options.add_argument("--backbones", nargs="+", default=list(BACKBONES)[:1], choices=list(BACKBONES))
-    options.add_argument("--seeds", type=int, default=1)
-    options.add_argument(
-        "--report", action="store_true", help="measure nothing: table, plot and figures of what is there"
-    )
-    options.add_argument("--run", type=Path, default=Path("runs/accuracy"), help="folder of the runs")
-    chosen = options.parse_args()
+def main(
+    only: Annotated[list[str] | None, typer.Argument(help="Beginnings of the names of cells; all by default.")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", help="Repeat it for several; all by default.")
+    ] = None,
+    backbone: Annotated[str, typer.Option(help=f"One of {', '.join(BACKBONES)}.")] = [*BACKBONES][0],
+    seeds: int = 1,
+    show: Annotated[
+        bool, typer.Option("--report", help="Measure nothing: table, plot and figures of what is there.")
+    ] = False,
+    run: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/accuracy"),
+) -> None:
+    """Train and measure every cell that has no result yet."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if chosen.report:
+    if show:
         report(load())
         return
     with watching() as watch:
-        for cell in cells(chosen.datasets, chosen.backbones, chosen.seeds):
-            wanted = not chosen.only or any(cell.name.startswith(start) for start in chosen.only)
+        for cell in cells(datasets or [*IMAGES], [backbone], seeds):
+            wanted = not only or any(cell.name.startswith(start) for start in only)
             if wanted and not cell.path.exists():
                 watch.say(cell.name)
-                result = measure(cell, chosen.run, watch)
+                result = measure(cell, run, watch)
                 with atomic.file(cell.path) as beside:
                     beside.write_text(json.dumps(result, indent=2) + "\n")
     report(load())
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

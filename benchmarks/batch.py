@@ -9,7 +9,6 @@ already, in the same batches, and the job reads, decodes, passes and writes them
 32-pixel images in shards, in a process of its own for each number of images.
 """
 
-import argparse
 import io
 import multiprocessing
 import sys
@@ -20,8 +19,10 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import torch
+import typer
 
 from benchmarks.images import jpegs, sheet
 from benchmarks.report import Rows, figure, report
@@ -94,61 +95,61 @@ def apart(*arguments: object) -> tuple[int, float]:
     return found
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--backbone", default="resnet50")
-    options.add_argument("--expert-from", type=int, default=0, help="stage; 0: experts mask everything")
-    options.add_argument("--images", type=int, default=512, help="in a round, each way")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--small", default="lcnet_050", help="backbone of the measurement of memory")
-    options.add_argument("--size", type=int, default=32, help="pixels of its images")
-    options.add_argument("--many", type=int, default=100_000, help=f"its images, beside {FEW}; 0: without it")
-    chosen = options.parse_args()
-    backbone = load(chosen.backbone)
-    bundle = cascade(backbone, "made", 5, chosen.expert_from)
+def main(
+    name: Annotated[str, typer.Option("--backbone")] = "resnet50",
+    expert_from: Annotated[int, typer.Option(help="First stage of the experts' masks.")] = 0,
+    count: Annotated[int, typer.Option("--images", help="Images in a round, each way.")] = 512,
+    rounds: int = 5,
+    small: Annotated[str, typer.Option(help="Backbone of the measurement of memory.")] = "lcnet_050",
+    small_size: Annotated[int, typer.Option("--size", help="Pixels of its images.")] = 32,
+    many: Annotated[int, typer.Option(help=f"Its images, beside {FEW}; 0: without it.")] = 100_000,
+) -> None:
+    """Measure offline jobs against bare passes, and their memory."""
+    backbone = load(name)
+    bundle = cascade(backbone, "made", 5, expert_from)
     engine = engine_of([bundle], 6 * mask_bytes(backbone))
     size = backbone.config["input_size"][-1]
     bare, whole, swaps, decode = [], [], [], []
     figures = {}
-    with TemporaryDirectory(prefix="cascade-batch-") as name:
-        folder = Path(name)
-        tar = shard(folder / "large.tar", jpegs(size), chosen.images, "jpg")
+    with TemporaryDirectory(prefix="cascade-batch-") as temporary:
+        folder = Path(temporary)
+        tar = shard(folder / "large.tar", jpegs(size), count, "jpg")
         items = prepared(engine, tar)
         engine.run(items[:BATCH])
-        for nth in range(chosen.rounds):
-            begin, left = time.perf_counter(), chosen.images
+        for nth in range(rounds):
+            begin, left = time.perf_counter(), count
             while left > 0:
                 engine.run(items[: min(left, len(items))])
                 left -= len(items)
-            bare.append(chosen.images / (time.perf_counter() - begin))
+            bare.append(count / (time.perf_counter() - begin))
             begin = time.perf_counter()
             found = predict_files(engine, [tar], folder / f"out-{nth}", embedding="float16")
-            whole.append(chosen.images / (time.perf_counter() - begin))
-            assert found.rows == chosen.images and not found.errors
+            whole.append(count / (time.perf_counter() - begin))
+            assert found.rows == count and not found.errors
             swaps.append(found.shares["swap"])
             decode.append(found.shares["decode"])
-        rows = Rows(f"{chosen.backbone}, {chosen.images} images a round")
+        rows = Rows(f"{name}, {count} images a round")
         rows.add("bare passes, decoded before", figure(bare), "images/s")
         rows.add("job", figure(whole), "images/s")
         rows.add("of its time: decode, as a share of all threads", figure(decode), "")
         figures["job_over_bare"] = figure([w / b for w, b in zip(whole, bare, strict=True)], ">= 0.9")
         figures["swap_share"] = figure(swaps, "<= 0.02")
-        if chosen.many:
+        if many:
             images = []
             for image in [*sheet("cifar10"), *sheet("fashion_mnist")]:
                 image.save(out := io.BytesIO(), "png")
                 images.append(out.getvalue())
             shard(folder / "small.tar", images, FEW, "png")
-            least, slow = apart(chosen.small, chosen.size, folder, FEW)
-            most, speed = apart(chosen.small, chosen.size, folder, chosen.many)
-            rows.add(f"{chosen.small}, {FEW} images", once(slow), "images/s, peak", least)
-            rows.add(f"{chosen.small}, {chosen.many} images", once(speed), "images/s, peak", most)
+            least, slow = apart(small, small_size, folder, FEW)
+            most, speed = apart(small, small_size, folder, many)
+            rows.add(f"{small}, {FEW} images", once(slow), "images/s, peak", least)
+            rows.add(f"{small}, {many} images", once(speed), "images/s, peak", most)
             figures["peak_memory_ratio"] = once(most / least, "<= 1.1")
-            figures["growth_bytes_an_image"] = once((most - least) / (chosen.many - FEW))
-            figures["images_of_memory"] = once(chosen.many)
+            figures["growth_bytes_an_image"] = once((most - least) / (many - FEW))
+            figures["images_of_memory"] = once(many)
     executor_class = type(engine.executor(bundle)).__name__
-    report(f"batch-{chosen.backbone}", figures, rows.table, executor=executor_class)
+    report(f"batch-{name}", figures, rows.table, executor=executor_class)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

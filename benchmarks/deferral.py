@@ -13,17 +13,17 @@ size, as the serving executor takes for batches of 16. Missed goals are reported
 not measured.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -286,31 +286,34 @@ def plot(results: Results, costs: dict[str, dict[str, float]], path: Path) -> No
     pyplot.close(figure)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("only", nargs="*", help="beginnings of the names of cells; default: all")
-    options.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
-    options.add_argument("--backbones", nargs="+", default=list(BACKBONES)[:1], choices=list(BACKBONES))
-    options.add_argument("--seeds", type=int, default=1)
-    options.add_argument("--limit", type=int, default=0, help="training images at most; the results lie apart")
-    options.add_argument(
-        "--report", action="store_true", help="measure nothing: table, plot and figures of what is there"
-    )
-    options.add_argument("--run", type=Path, default=Path("runs/deferral"), help="folder of the runs")
-    chosen = options.parse_args()
-    folder = RESULTS.with_name(f"{RESULTS.name}-{chosen.limit}") if chosen.limit else RESULTS
+def main(
+    only: Annotated[list[str] | None, typer.Argument(help="Beginnings of the names of cells; all by default.")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", help="Repeat it for several; all by default.")
+    ] = None,
+    backbone: Annotated[str, typer.Option(help=f"One of {', '.join(BACKBONES)}.")] = [*BACKBONES][0],
+    seeds: int = 1,
+    limit: Annotated[
+        int, typer.Option(help="Training images at most; such results are kept in a folder of their own.")
+    ] = 0,
+    show: Annotated[
+        bool, typer.Option("--report", help="Measure nothing: table, plot and figures of what is there.")
+    ] = False,
+    run: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/deferral"),
+) -> None:
+    """Train and measure every cell that has no result yet."""
+    folder = RESULTS.with_name(f"{RESULTS.name}-{limit}") if limit else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    if not chosen.report:
+    if not show:
         with watching() as watch:
-            for cell in cells(chosen.datasets, chosen.backbones, chosen.seeds):
+            for cell in cells(datasets or [*DATASETS], [backbone], seeds):
                 path = folder / f"{cell.name.replace('/', '-')}.json"
-                wanted = not chosen.only or any(cell.name.startswith(start) for start in chosen.only)
+                wanted = not only or any(cell.name.startswith(start) for start in only)
                 if wanted and not path.exists():
                     watch.say(cell.name)
-                    save(path, measure(cell, chosen.run, chosen.limit, watch))
-        for backbone in chosen.backbones:
-            if not (path := folder / f"passes-{backbone}.json").exists():
-                save(path, passes(backbone, [SMALL, *BETWEEN, LARGE]))
+                    save(path, measure(cell, run, limit, watch))
+        if not (path := folder / f"passes-{backbone}.json").exists():
+            save(path, passes(backbone, [SMALL, *BETWEEN, LARGE]))
     report(folder, Path(__file__).parents[1] / "docs" / "deferral.svg")
 
 
@@ -320,4 +323,4 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,14 +10,15 @@ the true domain named, and RanPAC (random features and one ridge classifier for 
 All test images are mixed, and no bundle is named.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
@@ -258,20 +259,21 @@ def _jittered(domain: Domain | None, seed: int) -> Domain:
     return Domain((domain.prototypes.float() + noise).half(), domain.scatter, domain.samples)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--run", type=Path, default=Path("runs/domains"))
-    options.add_argument("--steps", type=int, default=200, help="of each domain's training; the joint one gets all")
-    chosen = options.parse_args()
-    folder: Path = chosen.run
+def main(
+    folder: Annotated[Path, typer.Option("--run", help="Folder of the runs.")] = Path("runs/domains"),
+    steps: Annotated[
+        int, typer.Option(help="Of each domain's training; the joint one gets all of them together.")
+    ] = 200,
+) -> None:
+    """Train a bundle for each domain and the controls, and dispatch all test images between them."""
     for name in DOMAINS:
         if not (folder / name / "test").exists():
             export_domain(name, folder)
     labeled = list(DOMAINS)
     with watching() as watch:
         frozen = {name: train(name, folder, 0, watch, frozen=True) for name in labeled}
-        experts = {name: train(name, folder, chosen.steps, watch) for name in labeled}
-        joint = train("joint", folder, chosen.steps * len(labeled), watch)
+        experts = {name: train(name, folder, steps, watch) for name in labeled}
+        joint = train("joint", folder, steps * len(labeled), watch)
     sets = {name: held_out(name, folder) for name in labeled}
     engine = Engine()
     for bundle in experts.values():
@@ -291,7 +293,7 @@ def main() -> None:
         controls.add(bundle)
     ours["heads on the frozen backbone, named"] = accuracy(controls, sets, None)
     ours["one bundle, trained jointly"] = accuracy(controls, sets, "joint", joint=True)
-    rows = Table("accuracy %", "mean", *labeled, title=f"{chosen.steps} steps a domain, {TRAIN} images at most")
+    rows = Table("accuracy %", "mean", *labeled, title=f"{steps} steps a domain, {TRAIN} images at most")
     means = {}
     for way, shares in ours.items():
         means[way] = 100 * float(np.mean(list(shares.values())))
@@ -325,4 +327,4 @@ def _spread(shares: dict[str, float], goal: str) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,15 +10,15 @@ host. One process; the ways that are compared take turns, round by round. A time
 GPU to an idle GPU.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -305,38 +305,40 @@ def queued(engine: Engine, items: list[Item]) -> list[float]:
     return waits
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--backbone", default="resnet50")
-    options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--only", help="names of measurements, separated by commas")
-    options.add_argument("--masks", type=int, default=2000, help="of the measurement scale")
-    options.add_argument("--precision", choices=KINDS, default="float32")
-    options.add_argument("--out", type=Path, help="file for the JSON; default: in benchmarks/results")
-    chosen = options.parse_args()
+def main(
+    backbone: str = "resnet50",
+    rounds: int = 9,
+    only: Annotated[str, typer.Option(help="Names of measurements, separated by commas.")] = "",
+    masks: Annotated[int, typer.Option(help="Of the measurement scale.")] = 2000,
+    precision: Literal["float32", "tf32", "bf16"] = "float32",
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write instead of the one in benchmarks/results.")
+    ] = None,
+) -> None:
+    """Measure on a GPU."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu needs a CUDA device, and there is none here; benchmarks.serving needs none")
-    name, rounds, rows = chosen.backbone, chosen.rounds, Rows(f"{chosen.backbone} on a GPU, {chosen.precision}")
-    kind = KINDS[chosen.precision]
+    name, rows = backbone, Rows(f"{backbone} on a GPU, {precision}")
+    kind = KINDS[precision]
     measurements: dict[str, Callable[[], Figures]] = {
         "swap": lambda: swap(name, kind, rounds, rows),
         "mixed_distinct": lambda: mixed_distinct(name, kind, rounds, rows),
         "mixed_uniform": lambda: mixed_uniform(name, kind, rounds, rows),
         "identical": lambda: identical(name, kind, rounds, rows),
         "cascades": lambda: cascades(name, kind, rounds, rows),
-        "scale": lambda: scale(name, kind, chosen.masks, max(3, rounds // 2), rows),
+        "scale": lambda: scale(name, kind, masks, max(3, rounds // 2), rows),
     }
-    wanted = chosen.only.split(",") if chosen.only else list(measurements)
+    wanted = only.split(",") if only else list(measurements)
     if unknown := set(wanted) - set(measurements):
-        options.error(f"no measurement {' '.join(unknown)}; there are: {' '.join(measurements)}")
+        raise typer.BadParameter(f"no measurement {' '.join(unknown)}; there are: {' '.join(measurements)}")
     figures: Figures = {}
     for key in wanted:
         print(f"measuring {key} ...", flush=True)
         figures |= measurements[key]()
         torch.cuda.empty_cache()
-    parts = [name, *([chosen.precision] if chosen.precision != "float32" else []), *(wanted if chosen.only else [])]
-    report(f"gpu-{'-'.join(parts)}", figures, rows.table, executor=f"CudaExecutor, {chosen.precision}", out=chosen.out)
+    parts = [name, *([precision] if precision != "float32" else []), *(wanted if only else [])]
+    report(f"gpu-{'-'.join(parts)}", figures, rows.table, executor=f"CudaExecutor, {precision}", out=out)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

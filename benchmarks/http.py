@@ -10,7 +10,6 @@ bare engine takes the concurrency as its batch size, at most 32. Client, Java an
 times are shown. The first round is a warm-up, in which Java compiles.
 """
 
-import argparse
 import asyncio
 import multiprocessing
 import os
@@ -20,15 +19,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import httpx
 import numpy as np
 import psutil
 import torch
+import typer
 from rich.table import Table
 
 from benchmarks.images import jpegs
@@ -39,6 +41,14 @@ from cascade.bundle.format import read, write
 from cascade.model import backbone as backbones
 from handlers.signals import exit_on_signals
 from handlers.torchserve.entrypoint import Server
+
+
+class Frontend(StrEnum):
+    """What is measured beside the bare engine."""
+
+    asgi = "asgi"
+    torchserve = "torchserve"
+
 
 CONCURRENCIES = (1, 8, 32, 128)
 MAX_BATCH = 32  # images in a pass of the bare engine, and of the ASGI server by default
@@ -203,32 +213,32 @@ def measured(
     return totals
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--backbone", default="resnet50")
-    options.add_argument("--frontends", nargs="+", default=["asgi", "torchserve"], choices=["asgi", "torchserve"])
-    options.add_argument("--concurrency", nargs="+", type=int, default=[*CONCURRENCIES])
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--seconds", type=float, default=400, help="start no new round after this time")
-    options.add_argument(
-        "--requests", type=int, default=96, help="images per round and concurrency; a quarter of that at 1"
-    )
-    options.add_argument("--out", type=Path, help="JSON file to write instead of the one in benchmarks/results")
-    chosen = options.parse_args()
+def main(
+    backbone: str = "resnet50",
+    frontend: Annotated[list[Frontend] | None, typer.Option(help="Repeat it for several; both by default.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help=f"Repeat it; {CONCURRENCIES} by default.")] = None,
+    rounds: int = 5,
+    seconds: Annotated[float, typer.Option(help="Start no new round after this time.")] = 400,
+    requests: Annotated[int, typer.Option(help="Images per round and concurrency; a quarter of that at 1.")] = 96,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write instead of the one in benchmarks/results.")
+    ] = None,
+) -> None:
+    """Measure both front ends against the bare engine."""
     exit_on_signals(1)  # stops the servers and removes the folder
     threads = len(os.sched_getaffinity(0))  # as many as both servers use
     with ExitStack() as stack:
         store = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-http-")))
-        bundle = write(single(backbones.load(chosen.backbone, "random:0"), "bench", 0), store / "bench" / "1")
+        bundle = write(single(backbones.load(backbone, "random:0"), "bench", 0), store / "bench" / "1")
         images = jpegs(read(bundle).preprocessing.size)
         methods = {ENGINE: stack.enter_context(bare(bundle, images, threads))}
-        if "asgi" in chosen.frontends:
+        if Frontend.asgi in (frontend or Frontend):
             methods[ASGI] = partial(over_http, *stack.enter_context(asgi(store)), images)
-        if "torchserve" in chosen.frontends:
+        if Frontend.torchserve in (frontend or Frontend):
             server = stack.enter_context(Server(store, auth=False, threads=threads))
             methods[TORCHSERVE] = partial(over_http, server.url, server.java.pid, images)
-        results = measured(methods, chosen.concurrency, chosen.requests, chosen.rounds, chosen.seconds)
-    show(chosen.backbone, results, chosen.out)
+        results = measured(methods, concurrency or [*CONCURRENCIES], requests, rounds, seconds)
+    show(backbone, results, out)
 
 
 def show(backbone: str, totals: Results, out: Path | None) -> None:
@@ -260,4 +270,4 @@ def show(backbone: str, totals: Results, out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

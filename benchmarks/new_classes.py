@@ -8,13 +8,14 @@ images of all classes); a mask trained on all classes. Data sets come from ``pyt
 groceries``.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from rich.table import Table
 
 from benchmarks.domains import BACKBONE, SIZE, SOURCE
@@ -123,16 +124,14 @@ def measure(name: str, folder: Path, watch: Watch) -> tuple[Table, dict[str, Fig
     }
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--folder", type=Path, default=Path("runs/new-classes"))
-    chosen = options.parse_args()
+def main(folder: Annotated[Path, typer.Option("--run", help="Folder of the runs.")] = Path("runs/new-classes")) -> None:
+    """Add two classes to a bundle of each data set."""
     torch.manual_seed(0)
     with watching() as watch:
-        found = [measure(name, chosen.folder, watch) for name in DATASETS]
+        found = [measure(name, folder, watch) for name in DATASETS]
     figures = {name: value for _, own in found for name, value in own.items()}
     report("new_classes", figures, *(table for table, _ in found), executor=None)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

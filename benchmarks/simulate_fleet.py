@@ -14,18 +14,19 @@ The first column, "measured", has times and bytes measured on two CPU cores. The
 both.
 """
 
-import argparse
 import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import numpy as np
+import typer
 from rich.table import Table
 
 from benchmarks.report import Figure, figure, report, single
@@ -230,18 +231,31 @@ def here(case: Case, rounds: int) -> Case:
         return replace(case, forward=seconds(forward), swap=once, load=seconds(load) + WEIGHTS / DISK)
 
 
-def study(case: Case, options: argparse.Namespace) -> tuple[Table, dict[str, Figure]]:
+@dataclass(frozen=True)
+class Workload:
+    """Simulated traffic: ``requests`` images for each seed, over tenants whose popularity follows Zipf's law."""
+
+    tenants: int
+    zipf: float
+    requests: int
+    seeds: int
+
+
+ASSUMED = "The what-if column: assumptions, nothing was measured on a GPU"
+
+
+def study(case: Case, workload: Workload) -> tuple[Table, dict[str, Figure]]:
     """The table of one case, and its figures with the case's name before each."""
-    title = f"{case.name}: {options.tenants} tenants, zipf {options.zipf:g}, {case.rate:g} images/s"
+    title = f"{case.name}: {workload.tenants} tenants, zipf {workload.zipf:g}, {case.rate:g} images/s"
     table = Table("devices", "way", "hit rate", "in memory", "busy", "lost to misses", "p99 ms", title=title)
-    seeds = range(options.seeds)
-    flows = [traffic(case.rate, options.tenants, options.zipf, options.requests, seed) for seed in seeds]
+    seeds = range(workload.seeds)
+    flows = [traffic(case.rate, workload.tenants, workload.zipf, workload.requests, seed) for seed in seeds]
     seen: dict[tuple[str, int, int], Run] = {}
 
     def run(way: str, devices: int, seed: int) -> Run:
         key = way, devices, seed
         if key not in seen:
-            seen[key] = simulate(*flows[seed], options.tenants, devices, case.forward, case.ways()[way])
+            seen[key] = simulate(*flows[seed], workload.tenants, devices, case.forward, case.ways()[way])
         return seen[key]
 
     def p99_of(way: str, seed: int, devices: int) -> float:
@@ -269,7 +283,7 @@ def study(case: Case, options: argparse.Namespace) -> tuple[Table, dict[str, Fig
     figures["devices_copies_over_masks"] = figure(
         [c / m for c, m in zip(counts["copies"], counts["masks"], strict=True)]
     )
-    figures["devices_all_copies_resident"] = single(math.ceil(options.tenants / case.copies))
+    figures["devices_all_copies_resident"] = single(math.ceil(workload.tenants / case.copies))
     figures["masks_per_device"] = single(case.masks)
     figures["copies_per_device"] = single(case.copies)
     figures["bytes_per_tenant_mask"] = single(case.mask)
@@ -277,38 +291,38 @@ def study(case: Case, options: argparse.Namespace) -> tuple[Table, dict[str, Fig
     return table, {f"{case.name}_{name}": each for name, each in figures.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tenants", type=int, default=10_000)
-    parser.add_argument("--zipf", type=float, default=ZIPF, help="exponent; 0: every tenant alike")
-    parser.add_argument("--requests", type=int, default=20_000, help="images of a simulation")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--measure", action="store_true", help="measure forward, swap and load here")
-    parser.add_argument("--rounds", type=int, default=20, help="of --measure")
-    assumed = parser.add_argument_group("the what-if column: assumptions all, nothing was measured on a GPU")
-    assumed.add_argument("--forward-ms", type=float, default=0.5)
-    assumed.add_argument("--swap-ms", type=float, default=0.15, help="188 MB moved at some 1.3 TB/s")
-    assumed.add_argument("--cold-ms", type=float, default=5.0, help="read, verify, pack, and to the GPU")
-    assumed.add_argument("--load-ms", type=float, default=15.0, help="94 MB through PCIe, and from host memory")
-    assumed.add_argument("--memory-gb", type=float, default=80.0)
-    assumed.add_argument("--rate", type=float, default=6000.0, help="images a second")
-    assumed.add_argument("--goal-ms", type=float, default=20.0, help="for 99 %% of the images")
-    assumed.add_argument("--price", type=float, default=3.0, help="of a device for an hour")
-    options = parser.parse_args(arguments)
+def main(
+    tenants: int = 10_000,
+    zipf: Annotated[float, typer.Option(help="Exponent; 0: every tenant alike.")] = ZIPF,
+    requests: Annotated[int, typer.Option(help="Images of a simulation.")] = 20_000,
+    seeds: int = 3,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure forward, swap and load here.")] = False,
+    rounds: Annotated[int, typer.Option(help="Of --measure.")] = 20,
+    forward_ms: Annotated[float, typer.Option(rich_help_panel=ASSUMED)] = 0.5,
+    swap_ms: Annotated[float, typer.Option(help="188 MB moved at some 1.3 TB/s.", rich_help_panel=ASSUMED)] = 0.15,
+    cold_ms: Annotated[float, typer.Option(help="Read, verify, pack, and to the GPU.", rich_help_panel=ASSUMED)] = 5.0,
+    load_ms: Annotated[float, typer.Option(help="94 MB through PCIe from memory.", rich_help_panel=ASSUMED)] = 15.0,
+    memory_gb: Annotated[float, typer.Option(rich_help_panel=ASSUMED)] = 80.0,
+    rate: Annotated[float, typer.Option(help="Images a second.", rich_help_panel=ASSUMED)] = 6000.0,
+    goal_ms: Annotated[float, typer.Option(help="For 99 % of the images.", rich_help_panel=ASSUMED)] = 20.0,
+    price: Annotated[float, typer.Option(help="Of a device for an hour.", rich_help_panel=ASSUMED)] = 3.0,
+) -> None:
+    """Simulate a fleet of devices with masks, and one with copies."""
+    workload = Workload(tenants, zipf, requests, seeds)
     first = measured()
-    if options.measure:
-        first = here(first, options.rounds)
+    if measure:
+        first = here(first, rounds)
     second = Case(
         "what-if",
-        options.forward_ms / 1000,
-        options.swap_ms / 1000,
-        options.cold_ms / 1000,
-        options.load_ms / 1000,
+        forward_ms / 1000,
+        swap_ms / 1000,
+        cold_ms / 1000,
+        load_ms / 1000,
         first.mask,
-        options.memory_gb * 1e9,
-        options.rate,
-        options.goal_ms / 1000,
-        options.price,
+        memory_gb * 1e9,
+        rate,
+        goal_ms / 1000,
+        price,
     )
     tables: list[Table] = []
     figures: dict[str, Figure] = {}
@@ -318,11 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("memory", "rate", "price"):
         inputs.add_row(name, *(f"{getattr(c, name):.3g}" for c in (first, second)))
     for case in (first, second):
-        table, found = study(case, options)
+        table, found = study(case, workload)
         tables.append(table)
         figures |= found
-    report("fleet" if options.zipf == ZIPF else f"fleet-zipf-{options.zipf:g}", figures, inputs, *tables, executor=None)
+    report("fleet" if zipf == ZIPF else f"fleet-zipf-{zipf:g}", figures, inputs, *tables, executor=None)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -15,7 +15,6 @@ fair_throughput  images a second of all tenants, each of which has several reque
 jain             Jain's index of what those tenants got, although some have three times as many requests in progress
 """
 
-import argparse
 import asyncio
 import random
 import shutil
@@ -23,15 +22,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import httpx
 import numpy as np
+import typer
 from rich.table import Table
 
 from benchmarks.images import jpegs
@@ -216,44 +217,57 @@ def digest(key: str) -> str:
     return sha256(key.encode()).hexdigest()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--tenants", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=40, help="of each measurement")
-    parser.add_argument("--out", type=Path, help="JSON file to write instead of the one in benchmarks/results")
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: tenants, rounds, and the seconds of each measurement."""
+
+    backbone: str
+    tenants: int
+    rounds: int
+    seconds: float
+
+
+def main(
+    backbone: str = "resnet50",
+    tenants: int = 20,
+    rounds: int = 3,
+    seconds: Annotated[float, typer.Option(help="Of each measurement.")] = 40,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write instead of the one in benchmarks/results.")
+    ] = None,
+) -> None:
+    """Measure a quiet tenant beside a flood, the cost of fairness, and how even the shares are."""
+    exit_on_signals(1)  # stops the servers and removes the folder
+    plan = Plan(backbone, tenants, rounds, seconds)
     shares: dict[str, list[list[Seen]]] = {"fair": [], "arrival": []}
     alone: list[Seen] = []
     flooded: list[tuple[Seen, Seen]] = []
-    with servers(options.backbone, options.tenants) as (fair, arrival):
+    with servers(plan.backbone, plan.tenants) as (fair, arrival):
         for server in (fair, arrival):
-            asyncio.run(saturate(server, options.tenants, options.seconds / 8))  # warm
-        for nth in range(options.rounds):
+            asyncio.run(saturate(server, plan.tenants, plan.seconds / 8))  # warm
+        for nth in range(plan.rounds):
             for name, server in (("fair", fair), ("arrival", arrival)):
-                shares[name].append(asyncio.run(saturate(server, options.tenants, options.seconds)))
-            carried = sum(len(seen.seconds) for seen in shares["fair"][-1]) / options.seconds
-            alone.append(asyncio.run(quiet(fair, options.seconds, nth)))
-            flooded.append(asyncio.run(beside(fair, OVERLOAD * carried, options.seconds, nth)))
-    show(options, shares, alone, flooded)
+                shares[name].append(asyncio.run(saturate(server, plan.tenants, plan.seconds)))
+            carried = sum(len(seen.seconds) for seen in shares["fair"][-1]) / plan.seconds
+            alone.append(asyncio.run(quiet(fair, plan.seconds, nth)))
+            flooded.append(asyncio.run(beside(fair, OVERLOAD * carried, plan.seconds, nth)))
+    show(plan, shares, alone, flooded, out)
 
 
 def show(
-    options: argparse.Namespace,
+    plan: Plan,
     shares: dict[str, list[list[Seen]]],
     alone: list[Seen],
     flooded: list[tuple[Seen, Seen]],
+    out: Path | None,
 ) -> None:
     """Report the tables and the figures."""
     images = {n: [[len(seen.seconds) for seen in run] for run in runs] for n, runs in shares.items()}
-    rates = {name: [sum(run) / options.seconds for run in runs] for name, runs in images.items()}
-    table = Table(
-        "server", "images/s", "least of a tenant", "most", "Jain", "refused", title=f"{options.tenants} tenants"
-    )
+    rates = {name: [sum(run) / plan.seconds for run in runs] for name, runs in images.items()}
+    table = Table("server", "images/s", "least of a tenant", "most", "Jain", "refused", title=f"{plan.tenants} tenants")
     for name, runs in images.items():
         refused = sum(seen.refused for run in shares[name] for seen in run)
-        least, most = (f"{extreme(map(extreme, runs)) / options.seconds:.2f}" for extreme in (min, max))
+        least, most = (f"{extreme(map(extreme, runs)) / plan.seconds:.2f}" for extreme in (min, max))
         table.add_row(
             name,
             f"{figure(rates[name]).value:.1f}",
@@ -281,10 +295,9 @@ def show(
         "jain_arrival": figure([*map(jain, images["arrival"])]),
         "images_per_second": figure(rates["fair"]),
     }
-    name = "tenants" if options.backbone == "resnet50" else f"tenants-{options.backbone}"
-    report(name, figures, table, second, executor=executor_name(options.backbone), out=options.out)
+    name = "tenants" if plan.backbone == "resnet50" else f"tenants-{plan.backbone}"
+    report(name, figures, table, second, executor=executor_name(plan.backbone), out=out)
 
 
 if __name__ == "__main__":
-    exit_on_signals(1)  # stops the servers and removes the folder
-    main()
+    typer.run(main)

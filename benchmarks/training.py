@@ -7,15 +7,15 @@ The paper says that masking is not noticeably slower: at most 1.1 times in time 
 with the same loss, optimizer, crops and loop (``training.loop.fit``), each in a process of its own.
 """
 
-import argparse
 import itertools
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from rich.progress import track
 
@@ -76,39 +76,39 @@ def images(size: int, count: int) -> np.ndarray:
     return np.stack([np.asarray(sheet.crop(box).resize((size, size))).transpose(2, 0, 1) for box in some])
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--backbone", default="resnet50", help="timm's name, random weights (default %(default)s)")
-    options.add_argument("--size", type=int, default=224, help="side of the images, px (default %(default)s)")
-    options.add_argument("--batch", type=int, default=16, help="images a step (default %(default)s)")
-    options.add_argument("--local-crops", type=int, default=0, help="beside the two global ones (default %(default)s)")
-    options.add_argument("--optimizer", default="sgd", choices=["sgd", "adam"], help="default %(default)s")
-    options.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"], help="default %(default)s")
-    options.add_argument("--rounds", type=int, default=5, help="default %(default)s")
-    options.add_argument("--steps", type=int, default=2, help="of each way in a round (default %(default)s)")
-    chosen = options.parse_args()
+def main(
+    backbone: Annotated[str, typer.Option(help="timm's name; its weights are random.")] = "resnet50",
+    size: Annotated[int, typer.Option(help="Side of the images, pixels.")] = 224,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 16,
+    local_crops: Annotated[int, typer.Option(help="Beside the two global ones.")] = 0,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    amp: Literal["off", "bf16", "fp16"] = "off",
+    rounds: int = 5,
+    steps: Annotated[int, typer.Option(help="Of each way in a round.")] = 2,
+) -> None:
+    """Time a step of masking against one of fine-tuning."""
     recipe = Recipe(
         "",
-        backbone=chosen.backbone,
+        backbone=backbone,
         source="random:0",
-        size=chosen.size,
-        batch=chosen.batch,
-        local_crops=chosen.local_crops,
-        optimizer=chosen.optimizer,
+        size=size,
+        batch=batch,
+        local_crops=local_crops,
+        optimizer=optimizer,
         lr=1e-3,
-        amp=chosen.amp,
+        amp=amp,
         train_norms=True,
     )
     ways = ("masking", "fine-tuning")
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     memory = dict.fromkeys(ways, 0)
     with peers({way: (build, way, recipe) for way in ways}) as running:
-        for nth in track(range(chosen.rounds + 1), "rounds"):
+        for nth in track(range(rounds + 1), "rounds"):
             for way in ways if nth % 2 else ways[::-1]:
-                _, (taken, memory[way]) = running[way].time(chosen.steps)
+                _, (taken, memory[way]) = running[way].time(steps)
                 if nth:  # the first one is not counted
                     seconds[way].append(taken)
-    rows = Rows(f"{chosen.backbone} at {chosen.size} px, {chosen.batch} images a step, {chosen.optimizer}")
+    rows = Rows(f"{backbone} at {size} px, {batch} images a step, {optimizer}")
     for way in ways:
         rows.add(f"a step of {way}", figure(seconds[way]), "s", memory[way])
     figures = {
@@ -116,7 +116,7 @@ def main() -> None:
         "memory_over_fine_tuning": single(memory["masking"] / memory["fine-tuning"], GOAL),
     }
     report(
-        f"training-{chosen.backbone}{'' if chosen.amp == 'off' else '-' + chosen.amp}",
+        f"training-{backbone}{'' if amp == 'off' else '-' + amp}",
         figures,
         rows.table,
         executor=None,
@@ -124,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -8,11 +8,13 @@ Weights are seeded random ones: neither time nor bytes depend on their values. I
 one mask, but for the cascades. Peers are processes of their own, interleaved by rounds.
 """
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Annotated
+
+import typer
 
 from benchmarks import synthetic
 from benchmarks.report import Figure, Rows, report, single
@@ -23,14 +25,13 @@ WHOLE = ("resnet50",)
 """The backbones for which everything is measured; for others what depends on the backbone."""
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--backbone", default="resnet50")
-    options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--only", help="names of measurements, separated by commas")
-    options.add_argument("--masks", type=int, default=2000, help="of scale_5_to_2000")
-    chosen = options.parse_args()
-    name, count = chosen.backbone, chosen.rounds
+def main(
+    name: Annotated[str, typer.Option("--backbone")] = "resnet50",
+    count: Annotated[int, typer.Option("--rounds")] = 9,
+    only: Annotated[str, typer.Option(help="Names of measurements, separated by commas.")] = "",
+    masks: Annotated[int, typer.Option(help="Of scale_5_to_2000.")] = 2000,
+) -> None:
+    """Measure throughput, memory and swaps under mixed traffic."""
     tables = {key: Rows(f"{title}: {name}") for key, title in TITLES.items()}
     measurements: dict[str, Callable[[], dict[str, Figure]]] = {
         "executors": lambda: executors.measure(name, count, tables["executors"]),
@@ -48,13 +49,13 @@ def main() -> None:
         "today": lambda: mixed.against_today(name, mixed.uniform(20, count), 20, tables["mixed"]),
         "cascades": lambda: cascades.measure(name, 2 * count, tables["cascades"]),
         "cold": lambda: cold.measure(name, count, tables["cold"]),
-        "scale": lambda: scale.measure(name, chosen.masks, 384, max(3, count // 3), tables["scale"]),
+        "scale": lambda: scale.measure(name, masks, 384, max(3, count // 3), tables["scale"]),
         "torchserve": lambda: torchserve.measure(name, 6, count, tables["torchserve"]),
     }
-    wanted = chosen.only.split(",") if chosen.only else list(measurements)
+    wanted = only.split(",") if only else list(measurements)
     if unknown := set(wanted) - set(measurements):
-        options.error(f"no measurement {' '.join(unknown)}; there are: {' '.join(measurements)}")
-    if not chosen.only and name not in WHOLE:
+        raise typer.BadParameter(f"no measurement {' '.join(unknown)}; there are: {' '.join(measurements)}")
+    if not only and name not in WHOLE:
         wanted = ["executors", "mixed_uniform", "mixed_distinct", "identical", "cascades"]
     figures: dict[str, Figure] = {"load_average_before": single(os.getloadavg()[0])}
     failed = []
@@ -66,7 +67,7 @@ def main() -> None:
             print(f"{key} failed: {error}", file=sys.stderr)
             failed.append(key)
     report(
-        f"serving-{name}" + (f"-{'-'.join(wanted)}" if chosen.only else ""),
+        f"serving-{name}" + (f"-{'-'.join(wanted)}" if only else ""),
         figures,
         *(rows.table for rows in tables.values() if rows.table.row_count),
         executor=synthetic.executor_name(name),
@@ -85,4 +86,4 @@ TITLES = {
 }
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

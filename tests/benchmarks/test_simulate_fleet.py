@@ -100,7 +100,7 @@ def test_figures_of_a_small_fleet(
 ) -> None:
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(reporting, "__file__", str(tmp_path / "report.py"))
-    simulate_fleet.main(["--tenants", "200", "--requests", "1500", "--seeds", "2"])
+    simulate_fleet.main(tenants=200, requests=1500, seeds=2)
     printed = capsys.readouterr().out
     figures = json.loads(printed.splitlines()[-1])["figures"]
     assert "assumed" in printed

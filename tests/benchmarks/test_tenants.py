@@ -16,8 +16,7 @@ def test_jain() -> None:
 @pytest.mark.slow
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tenants.json"
-    options = ["--backbone", "test_resnet", "--tenants", "3", "--rounds", "1", "--seconds", "1.5", "--out", str(out)]
-    tenants.main(options)
+    tenants.main("test_resnet", tenants=3, rounds=1, seconds=1.5, out=out)
     figures = json.loads(out.read_text())["figures"]
     assert figures["victim_refused"]["value"] == 0, "the quiet tenant is never refused"
     assert figures["images_per_second"]["value"] > 0 and 1 / 3 <= figures["jain"]["value"] <= 1
