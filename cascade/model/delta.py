@@ -1,8 +1,8 @@
-"""A fine-tuned copy of a backbone as a 1-bit delta: signs, and one number for each output channel.
+"""Compress a fine-tuned copy of a backbone to a 1-bit delta: signs, and one number per output channel.
 
-``W + s * delta`` with s the sign of the difference and delta its mean absolute value in each output channel, which
-minimizes the squared error (BitDelta, arXiv 2402.10193; T-Switch, arXiv 2412.00054). Parameters with one axis and
-BatchNorm statistics are kept as they are in the copy.
+``W + s * delta``, where s is the sign of the difference and delta its mean absolute value in each output channel, which
+minimizes the squared error (BitDelta, arXiv 2402.10193; T-Switch, arXiv 2412.00054). One-dimensional parameters and
+BatchNorm statistics are taken from the copy unchanged.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from cascade.model.stages import stage_of
 
 @dataclass(frozen=True)
 class Loss:
-    """How much of one weight's change is lost.
+    """How much of a weight's change the delta loses.
 
     Attributes:
         weight: its name.
         change: |difference| / |backbone's weight|, Frobenius norms.
-        lost: share of the squared difference that the delta does not reproduce; 1 where nothing of it is kept.
+        lost: share of the squared difference that the delta does not reproduce; 1 if it is dropped entirely.
     """
 
     weight: str
@@ -32,9 +32,9 @@ class Loss:
 
 
 def compress(backbone: Backbone, tuned: Mapping[str, Tensor], name: str = "dispatcher") -> tuple[Mask, list[Loss]]:
-    """A fine-tuned copy's state dict (the backbone's names and shapes) as a delta, and what was lost by weight.
+    """Compress a fine-tuned state dict (the backbone's names and shapes) to a delta, and measure each weight's loss.
 
-    The delta begins at the first stage that the copy changed.
+    The delta starts at the first stage that the copy changed.
     """
     pristine = {n: t for n, t in backbone.model.state_dict().items() if not n.endswith("num_batches_tracked")}
     differences = {n: tuned[n].to(t) - t for n, t in pristine.items()}
@@ -50,8 +50,8 @@ def compress(backbone: Backbone, tuned: Mapping[str, Tensor], name: str = "dispa
         positive[begin:end] = difference.flatten() >= 0
         delta = difference.abs().mean(dim=1).half()
         deltas[weight] = delta
-        kept = torch.where(difference >= 0, 1.0, -1.0) * delta.float()[:, None]
-        losses.append(_loss(weight, pristine[weight], difference, difference - kept))
+        approximation = torch.where(difference >= 0, 1.0, -1.0) * delta.float()[:, None]
+        losses.append(_loss(weight, pristine[weight], difference, difference - approximation))
     for weight in changed:
         if weight not in rows and weight not in channels and weight not in backbone.norms:
             losses.append(_loss(weight, pristine[weight], differences[weight], differences[weight]))

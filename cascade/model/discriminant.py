@@ -1,8 +1,8 @@
-"""What a bundle keeps so that its head can learn new classes without training: class means and one shared covariance.
+"""Class means and one shared covariance, from which a head learns new classes without training.
 
 A linear head follows from them in closed form (linear discriminant analysis, ridge-regularized; Hastie et al., *The
-Elements of Statistical Learning*, section 4.3). Further images change the sums and nothing else, so a class can come or
-go in seconds, and without the images of the other classes.
+Elements of Statistical Learning*, section 4.3). New images only change the sums, so a class can be added or removed in
+seconds, without the images of the other classes.
 """
 
 from dataclasses import dataclass, replace
@@ -22,8 +22,8 @@ class Discriminant:
         means: float32 [classes, dim]. counts: int64 [classes], images of each class.
         deviation: float32 [dim], standard deviation within the classes.
         correlation: float16 [dim (dim + 1) / 2]: lower triangle of the correlations within the classes, row by row.
-        ridge: float32 [1], what is added to the diagonal of the correlations. temperature: float32 [1], what the logits
-            are divided by. Both were chosen on validation images.
+        ridge: float32 [1], added to the diagonal of the correlations. temperature: float32 [1], divides the logits.
+            Both were chosen on validation images.
     """
 
     layout: ClassVar[dict[str, str]] = {
@@ -43,7 +43,7 @@ class Discriminant:
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, classes: int, ridge: float = 0.1, temperature: float = 1.0) -> Self:
-        """From features float32 [N, dim] and labels int64 [N]."""
+        """Compute the statistics of features float32 [N, dim] with labels int64 [N]."""
         x = features.double()
         counts = torch.bincount(labels, minlength=classes)
         means = x.new_zeros(classes, x.shape[1]).index_add_(0, labels, x) / counts.clamp(min=1)[:, None]
@@ -59,9 +59,9 @@ class Discriminant:
         return cls(means.float(), counts, deviation.float(), correlation[rows, columns].half(), ridge, temperature)
 
     def add(self, features: Tensor, labels: Tensor, classes: int) -> Self:
-        """With further images: features float32 [N, dim], labels int64 [N] below ``classes``; old classes come first.
+        """Add images: features float32 [N, dim], labels int64 [N] below ``classes``; existing classes come first.
 
-        The statistics are those of all images together, up to the rounding of the stored ones.
+        The result equals the statistics of all images together, up to the rounding of the stored ones.
         """
         new = type(self).of(features, labels, classes)
         counts, means = new.counts.clone(), new.means.double()
@@ -70,17 +70,17 @@ class Discriminant:
         before = torch.zeros_like(means)
         before[: len(self.means)] = self.means.double()
         total = (counts + old).clamp(min=1)
-        gap = (means - before) * (counts * old / total).sqrt()[:, None]  # zero where a class is on one side only
+        gap = (means - before) * (counts * old / total).sqrt()[:, None]  # zero for a class that only one of them has
         scatter = self._scatter() + new._scatter() + gap.T @ gap
-        together = (means * counts[:, None] + before * old[:, None]) / total[:, None]
-        return self._of(together, counts + old, scatter, self.ridge, self.temperature)
+        merged = (means * counts[:, None] + before * old[:, None]) / total[:, None]
+        return self._of(merged, counts + old, scatter, self.ridge, self.temperature)
 
     def keep(self, classes: list[int]) -> Self:
-        """With these classes only. The covariance stays as it is: that of the others is as good an estimate."""
+        """Keep these classes only. The covariance does not change: the dropped classes still help to estimate it."""
         return replace(self, means=self.means[classes], counts=self.counts[classes])
 
     def head(self) -> Linear:
-        """The classifier, every class taken to be as likely as any other; its logits are calibrated."""
+        """The classifier for uniform class priors; its logits are calibrated."""
         correlation = self._correlation()
         correlation += float(self.ridge) * torch.eye(len(correlation), dtype=correlation.dtype)
         deviation = self.deviation.double()
@@ -92,7 +92,7 @@ class Discriminant:
         weight = weight / deviation
         bias = bias - weight @ center
         temperature = float(self.temperature)
-        bias = torch.where(seen, bias / temperature, bias.new_tensor(-1e9))  # a class without images is never an answer
+        bias = torch.where(seen, bias / temperature, bias.new_tensor(-1e9))  # a class without images is never predicted
         return Linear((weight / temperature * seen[:, None]).float(), bias.float())
 
     def _correlation(self) -> Tensor:

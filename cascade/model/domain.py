@@ -1,9 +1,9 @@
-"""What the images of one bundle look like to the plain backbone, so that an image can be sent to the right bundle.
+"""Domains: how the plain backbone sees a bundle's images, used to dispatch an image to the right bundle.
 
-A domain is a few prototypes of pooled activations at a stage of the frozen backbone, and how its images scatter around
-them. It is fitted on the bundle's own images, without labels and without the other bundles (``training.domains``).
-All domains together are compared in one metric: nearest prototype by the Mahalanobis distance of their mean scatter,
-which is linear discriminant analysis with several prototypes a class.
+A domain is a few prototypes of pooled activations at a stage of the frozen backbone, and the scatter of its images
+around them. It is fitted on the bundle's own images, without labels and without the other bundles
+(``training.domains``). All domains are compared in one metric: nearest prototype by the Mahalanobis distance of their
+mean scatter, which is linear discriminant analysis with several prototypes per class.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 MAX_WIDTH = 96
-"""Wider activations are projected at random to this width, so that a domain stays at some 20 KB."""
+"""Wider activations are projected at random to this width, so that a domain takes about 20 KB."""
 SHRINKAGE = 0.05  # of the scatter towards a sphere
 UNKNOWN = 4.0
-"""Spreads beyond a domain's typical image at which an image no longer belongs to it (decision 20)."""
+"""Strangeness, in spreads, above which an image no longer belongs to a domain (decision 20)."""
 TEMPERATURES = torch.logspace(-1, 2, 46)
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """Prototypes of a bundle's images, and their scatter.
+    """Prototypes and scatter of a bundle's images.
 
     Attributes:
         prototypes: float16 [P, D]: centroids of the pooled activations of training images.
@@ -49,10 +49,10 @@ class Domains:
 
     Attributes:
         metric: float32 [D, D], inverse of the mean scatter. volume: log-determinant of the scatter.
-        weight: float32 [D, B P], bias: float32 [B P]: of linear discriminants, one for each prototype; a domain with
-            fewer than P prototypes has some that never win.
-        center, spread: float32 [B]: median distance of a domain's own held-out images, and how much more a distant one
-            has (the 84th percentile: one standard deviation).
+        weight: float32 [D, B P], bias: float32 [B P]: linear discriminants, one per prototype; a domain with fewer than
+            P prototypes is padded with some that never win.
+        center, spread: float32 [B]: median distance of a domain's own held-out images, and how far the 84th percentile
+            (one standard deviation) is above it.
     """
 
     metric: Tensor
@@ -64,38 +64,38 @@ class Domains:
 
     @classmethod
     def of(cls, domains: Sequence[Domain]) -> "Domains":
-        """All of them in one matrix."""
+        """Stack the domains into one matrix."""
         metric, volume = _metric(domains)
         count = max(len(domain.prototypes) for domain in domains)
         prototypes = metric.new_zeros(len(domains), count, len(metric))
         bias = metric.new_full((len(domains), count), -torch.inf)
         for row, domain in enumerate(domains):
-            own = domain.prototypes.float()
-            prototypes[row, : len(own)] = own
-            bias[row, : len(own)] = -0.5 * ((own @ metric) * own).sum(dim=1)
+            points = domain.prototypes.float()
+            prototypes[row, : len(points)] = points
+            bias[row, : len(points)] = -0.5 * ((points @ metric) * points).sum(dim=1)
         weight = (prototypes.flatten(0, 1) @ metric).T.contiguous()
         levels = torch.stack([_levels(domain, metric) for domain in domains])
         center, spread = levels[:, 0], (levels[:, 1] - levels[:, 0]).clamp(min=1e-3 * float(levels.abs().mean()))
         return cls(metric, volume, weight, bias.flatten(), center, spread)
 
     def scores(self, features: Tensor) -> Tensor:
-        """Log-likelihoods of pooled features [N, D] under each domain, but for a constant of each image: [N, B]."""
-        each = torch.addmm(self.bias, features, self.weight)
-        return each.unflatten(1, (len(self.center), -1)).amax(dim=2)
+        """Log-likelihoods [N, B] of pooled features [N, D] under each domain, up to a constant per image."""
+        discriminants = torch.addmm(self.bias, features, self.weight)
+        return discriminants.unflatten(1, (len(self.center), -1)).amax(dim=2)
 
     def distance(self, features: Tensor, scores: Tensor) -> Tensor:
         """Squared Mahalanobis distances to the nearest prototype, from features [N, D] and their scores [N, k]."""
         return ((features @ self.metric) * features).sum(dim=1, keepdim=True) - 2 * scores
 
     def likelihood(self, distance: Tensor) -> Tensor:
-        """Log-likelihoods in nats for each of ``MAX_WIDTH`` dimensions, from squared distances of any shape.
+        """Log-likelihoods in nats, scaled to ``MAX_WIDTH`` dimensions, from squared distances of any shape.
 
-        Unlike scores they can be compared with those of other domains, where width, scatter and metric differ.
+        Unlike scores, they are comparable across groups of domains with different width, scatter and metric.
         """
         return -0.5 * (distance + self.volume) * (MAX_WIDTH / len(self.metric))
 
     def strangeness(self, distance: Tensor) -> Tensor:
-        """How much farther [N, B] images are than a domain's own: 0 for its typical one, 1 for the 84th percentile."""
+        """How far [N, B] images are from each domain: 0 for its typical image, 1 for its 84th percentile."""
         return (distance - self.center) / self.spread
 
 
@@ -107,7 +107,7 @@ def _levels(domain: Domain, metric: Tensor) -> Tensor:
 
 
 def _metric(domains: Sequence[Domain]) -> tuple[Tensor, float]:
-    """The inverse of the domains' mean scatter, float32 [D, D], and the scatter's log-determinant."""
+    """Inverse of the domains' mean scatter, float32 [D, D], and the scatter's log-determinant."""
     scatter = torch.stack([domain.scatter for domain in domains]).double().mean(dim=0)
     width = domains[0].prototypes.shape[1]
     rows, columns = torch.tril_indices(width, width, device=scatter.device)
@@ -118,7 +118,7 @@ def _metric(domains: Sequence[Domain]) -> tuple[Tensor, float]:
 
 
 def pooled(x: Tensor) -> Tensor:
-    """Activations between two stages, [N, C, H, W] or tokens [N, T, C], to float32 [N, D] of length sqrt(C)."""
+    """Pool activations between two stages, [N, C, H, W] or tokens [N, T, C], to float32 [N, D] of norm sqrt(C)."""
     mean = (x.mean(dim=(2, 3)) if x.dim() == 4 else x.mean(dim=1)).float()
     width = mean.shape[1]
     mean = normalize(mean) * width**0.5
@@ -126,9 +126,11 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def calibrated_temperature(scores: Tensor, owner: Tensor) -> float:
-    """The temperature of a softmax over scores [N, B] that makes the true domain, int64 [N], most likely.
+    """Temperature scaling (Guo et al. 2017): the maximum-likelihood temperature, by grid search.
 
-    The maximum-likelihood temperature of Guo et al. 2017, by a search over a grid.
+    Args:
+        scores: float32 [N, B].
+        owner: the true domain, int64 [N].
     """
     losses = [cross_entropy(scores / temperature, owner) for temperature in TEMPERATURES]
     return float(TEMPERATURES[int(torch.stack(losses).argmin())])

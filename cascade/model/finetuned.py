@@ -1,4 +1,4 @@
-"""Fine-tuned copies of a backbone as people keep them: whole checkpoints and LoRA adapters, with their classifier."""
+"""Read fine-tuned copies of a backbone: full checkpoints and LoRA adapters, with their classifier."""
 
 import json
 import math
@@ -20,7 +20,7 @@ class FineTuned:
     """A copy's tensors under the backbone's names, and its linear classifier if it has one.
 
     Attributes:
-        state: like the backbone's ``state_dict``.
+        state: with the keys of the backbone's ``state_dict``.
         weight: float32 [classes, F]; bias: float32 [classes].
     """
 
@@ -30,7 +30,7 @@ class FineTuned:
 
 
 def read(path: Path, backbone: Backbone) -> FineTuned:
-    """Read a checkpoint (safetensors or torch), or a folder with a LoRA adapter of PEFT, which is merged.
+    """Read a checkpoint (safetensors or torch), or merge a LoRA adapter from a PEFT folder.
 
     Raises:
         BackboneError: it can't be read, or is not a copy of this backbone.
@@ -49,19 +49,19 @@ def read(path: Path, backbone: Backbone) -> FineTuned:
 
 
 def merge_lora(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
-    """The backbone's tensors with ``W + B A * alpha / r`` where the adapter has a pair of matrices.
+    """The backbone's tensors, with ``W + B A * alpha / r`` wherever the adapter has a pair of matrices.
 
     Raises:
-        BackboneError: no adapter is there, it is of a kind that is not a sum, or of another network.
+        BackboneError: there is no adapter, it can't be merged as a sum, or it belongs to another network.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackboneError(f"{folder} has no readable adapter_config.json of a LoRA adapter ({error!r})") from error
-    odd = [k for k in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(k)]
-    if odd or config.get("peft_type") != "LORA":
-        what = ", ".join(odd) or f"peft_type {config.get('peft_type')}"
+        raise BackboneError(f"{folder} has no readable adapter_config.json for a LoRA adapter ({error!r})") from error
+    unsupported = [k for k in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(k)]
+    if unsupported or config.get("peft_type") != "LORA":
+        what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
         raise BackboneError(f"{folder}: can't merge {what}; merge it with PEFT (merge_and_unload) and save the model")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     adapter = {k.removeprefix(PEFT): t for k, t in read_checkpoint(folder / "adapter_model.safetensors").items()}
@@ -69,10 +69,10 @@ def merge_lora(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
     for name, tensor in adapter.items():
         module, _, part = name.partition(".lora_")
         if not part:
-            state[name.replace(".modules_to_save.", ".")] = tensor  # a classifier that was trained beside
+            state[name.replace(".modules_to_save.", ".")] = tensor  # a classifier trained along with the adapter
         elif part == "A.weight":
-            other, weight = adapter.get(f"{module}.lora_B.weight"), state.get(f"{module}.weight")
-            product = None if other is None else other.flatten(1) @ tensor.flatten(1)
+            up, weight = adapter.get(f"{module}.lora_B.weight"), state.get(f"{module}.weight")
+            product = None if up is None else up.flatten(1) @ tensor.flatten(1)
             if weight is None or product is None or product.numel() != weight.numel():
                 raise BackboneError(f"{folder}: {module} of the adapter does not fit {backbone.name}")
             state[f"{module}.weight"] = weight + scale * product.view(weight.shape)

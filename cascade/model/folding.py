@@ -1,13 +1,13 @@
-"""Folding: each BatchNorm goes into the convolution before it, so that an adapter is bits, scales and shifts.
+"""Fold each BatchNorm into the convolution before it, so that an adapter is bits, scales and shifts.
 
     BN(W * M / alpha (*) x + b)  =  (W' * M * scale) (*) x + shift
 
     BN((W + s * delta) (*) x + b)  =  (W' * scale + s * delta') (*) x + shift
 
 ``W'`` is the weight with the backbone's own BatchNorm folded in, one copy for all masks. A mask's alpha, its
-BatchNorm statistics, its masked biases and affines and its trained channels all end up in ``scale`` and ``shift``,
-one number for each row (output channel), computed once in float64 (paper §3, eq. 3; method.md §1). Linear layers
-carry 1 / alpha the same way.
+BatchNorm statistics, its masked biases and affines and its trained channels all fold into ``scale`` and ``shift``,
+one number per row (output channel), computed once in float64 (paper §3, eq. 3; method.md §1). Linear layers carry
+1 / alpha the same way.
 """
 
 import copy
@@ -26,13 +26,13 @@ from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask, count_active
 
 PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
-"""Layers that use their weight unchanged; a subclass may standardize it first."""
+"""Layers that use their weight unchanged; subclasses are excluded, because they may standardize it first."""
 
 LOOSE = 0.05
-"""Share of the masked weights that may lie outside of units: every mask keeps its own copy in float32."""
+"""Largest share of the masked weights that may be outside of units: every mask stores its own float32 copy of those."""
 
 OFF = 1e-20
-"""A channel whose BatchNorm scale is below this is switched off in the backbone, and is not folded with that scale."""
+"""A channel whose BatchNorm scale is below this is switched off in the backbone; its scale is not folded."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Unit:
     """One layer whose weights carry a mask.
 
     Attributes:
-        module: its dotted name. norm: that of the BatchNorm folded into it, None where none follows.
-        stage: index of the stage it lives in.
+        module: its dotted name. norm: that of the BatchNorm folded into it, or None.
+        stage: index of its stage.
         offset: of its weights in ``Backbone.weights``.
-        shape: of its weight; the first axis is the rows, the others are the columns.
+        shape: of its weight; the first axis gives the rows, the others the columns.
     """
 
     module: str
@@ -67,7 +67,7 @@ class Affine:
 
     Attributes:
         scale: relative to the folded weight. shift: of the output.
-        delta: of a 1-bit delta, what is added to or subtracted from each folded weight; zeros for a mask.
+        delta: for a 1-bit delta, the amount added to or subtracted from each folded weight; zeros for a mask.
     """
 
     scale: np.ndarray
@@ -76,15 +76,15 @@ class Affine:
 
 
 class Folded:
-    """A backbone as units, with a model that has no BatchNorm left where it could be folded.
+    """A backbone split into units, with its BatchNorms folded where possible.
 
     Attributes:
         units: in the order of the flat buffer, by stage.
-        model: a copy of the backbone's model without those BatchNorms. It shares the parameters that no mask
+        model: a copy of the backbone's model without the folded BatchNorms. It shares the parameters that no mask
             changes. Each unit has an empty weight and an empty bias for an executor to set.
         loose: names of the tensors outside of units that a mask may change (a LayerNorm's scale, the statistics of a
             BatchNorm that could not be folded).
-        always: those of them that every mask changes, because they are masked or are running statistics.
+        always: the loose tensors that every mask changes, because they are masked or are running statistics.
 
     Raises:
         CascadeError: too many weights are loose.
@@ -93,9 +93,11 @@ class Folded:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.units = list(_units(backbone))
-        gone = {unit.norm for unit in self.units if unit.norm}
+        folded_norms = {unit.norm for unit in self.units if unit.norm}
         inside = {f"{unit.module}.weight" for unit in self.units} | {f"{unit.module}.bias" for unit in self.units}
-        inside |= {f"{norm}.{part}" for norm in gone for part in ("weight", "bias", "running_mean", "running_var")}
+        inside |= {
+            f"{norm}.{part}" for norm in folded_norms for part in ("weight", "bias", "running_mean", "running_var")
+        }
         self.always = [name for name in (*backbone.spans, *backbone.norms) if name not in inside]
         others = backbone.channels().keys() - inside - set(self.always)
         self.loose = self.always + [name for name in backbone.channels() if name in others]
@@ -103,29 +105,29 @@ class Folded:
         if weights > LOOSE * backbone.weights.numel():
             raise CascadeError(
                 f"{weights / backbone.weights.numel():.0%} of the masked weights of {backbone.name} are in layers that"
-                " can't be folded: choose the plain executor"
+                " can't be folded: use the plain executor"
             )
         self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.always)}
         shared = {id(t): t for t in (*backbone.model.parameters(), *backbone.model.buffers())}
         state = backbone.model.state_dict(keep_vars=True)
         for name in self.loose:  # copies, because masks change them
             tensor = state[name]
-            copied = tensor.detach().clone()
+            copied_tensor = tensor.detach().clone()
             shared[id(tensor)] = (
-                nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+                nn.Parameter(copied_tensor, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied_tensor
             )
         self.model = copy.deepcopy(backbone.model, shared)
-        for unit in self.units:  # or they would keep the backbone's flat buffer
+        for unit in self.units:  # otherwise they would keep the backbone's flat buffer alive
             layer = self.model.get_submodule(unit.module)
             layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
             layer.bias = nn.Parameter(torch.empty(0), requires_grad=False)
-        for name in gone:
+        for name in folded_norms:
             norm = self.model.get_submodule(name)
             parts = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # timm's BatchNormAct2d
             _replace(self.model, name, nn.Sequential(*parts) if parts else nn.Identity())
 
     def bytes(self) -> int:
-        """Memory of the small tensors that are used to fold new masks."""
+        """Memory of the small tensors needed to fold new masks."""
         return sum(values.nbytes for values in self._small.values())
 
     def weight(self, unit: Unit) -> Tensor:
@@ -167,10 +169,10 @@ class Folded:
         return Affine(scale * multiplier / self._gain(unit), shift, delta * multiplier)
 
     def _gain(self, unit: Unit) -> np.ndarray:
-        """The factor of each row that is folded into the weight, float64 [rows], never zero.
+        """The factor folded into each row of the weight, float64 [rows], never zero.
 
-        It is the backbone's own BatchNorm multiplier, but 1 where the backbone switches the channel off: a mask with
-        a trained scale may switch it on.
+        It is the backbone's own BatchNorm multiplier, or 1 where the backbone switches the channel off, since a mask
+        with a trained scale may switch it on.
         """
         gain = self._multiplier(unit, _State(self))
         return np.where(np.abs(gain) < OFF, 1.0, gain)
@@ -185,7 +187,7 @@ class Folded:
 
 
 class _State:
-    """The backbone's small tensors as one mask (None: no mask) leaves them, float64."""
+    """The backbone's small tensors under one mask (None: no mask), float64."""
 
     def __init__(self, folded: Folded, mask: Mask | None = None) -> None:
         self.backbone, self.small, self.mask = folded.backbone, folded._small, mask
@@ -223,7 +225,7 @@ class _State:
         return masked or name in self.mask.norms or name in self.mask.channels
 
     def _ratio(self, name: str) -> np.ndarray | float:
-        """M / alpha of a small parameter, each row block with its own; 1 where it carries no mask."""
+        """M / alpha of a small parameter, one alpha per row block; 1 if it carries no mask."""
         if name not in self.backbone.spans or self.backbone.spans[name][0] < self.first:
             return 1.0
         if self.mask and self.mask.deltas:
@@ -258,20 +260,20 @@ def _units(backbone: Backbone) -> Iterator[Unit]:
 
 @torch.inference_mode()
 def _follows(backbone: Backbone) -> dict[str, str]:
-    """The BatchNorm that takes each convolution's output, observed in one pass."""
-    made: dict[int, tuple[str, Tensor]] = {}
+    """The BatchNorm that follows each convolution, by name, observed in one forward pass."""
+    outputs: dict[int, tuple[str, Tensor]] = {}
     follows: dict[str, str] = {}
     hooks = []
     for name, module in backbone.model.named_modules():
         if type(module) in PLAIN:
-            hooks.append(module.register_forward_hook(lambda m, i, out, n=name: made.update({id(out): (n, out)})))
+            hooks.append(module.register_forward_hook(lambda m, i, out, n=name: outputs.update({id(out): (n, out)})))
         elif isinstance(module, nn.BatchNorm2d):
 
-            def see(m: nn.Module, inputs: tuple[Tensor, ...], norm: str = name) -> None:
-                if (maker := made.get(id(inputs[0]))) is not None:
-                    follows[maker[0]] = norm
+            def record(m: nn.Module, inputs: tuple[Tensor, ...], norm: str = name) -> None:
+                if (producer := outputs.get(id(inputs[0]))) is not None:
+                    follows[producer[0]] = norm
 
-            hooks.append(module.register_forward_pre_hook(see))
+            hooks.append(module.register_forward_pre_hook(record))
     try:
         backbone.model(torch.zeros(1, *backbone.config["input_size"], device=backbone.weights.device))
     finally:

@@ -18,11 +18,11 @@ MODES: tuple[Mode, ...] = ("dispatcher", "conditional", "unconditional")
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """One mode's folded projection.
+    """The folded projection of one mode.
 
     Attributes:
         weight: float16 [slots, F, dim]. With two slots in conditional mode all experts share the second
-            ("one slot"); with K + 1 each has its own and the others count as zero, as in the paper.
+            ("one slot"); with K + 1 each expert has its own and the others count as zero, as in the paper.
         bias: float32 [dim], the embedding if all blocks are zero.
     """
 
@@ -40,19 +40,19 @@ class Fusion:
         return features.float() @ self.weight[self.slot(expert)].float()
 
     def slot(self, expert: int | None) -> int:
-        """Which of the weight's slots a block takes; see ``project``."""
+        """Index of the weight's slot for a block; see ``project``."""
         return 0 if expert is None else 1 if len(self.weight) == 2 else expert + 1
 
 
 @dataclass(frozen=True, eq=False)
 class Identity(Fusion):
-    """No projection, in ``dispatcher`` mode: the embedding is the features. Nothing of it is stored in a bundle."""
+    """No projection, in ``dispatcher`` mode: the embedding is the features. Bundles do not store it."""
 
     layout: ClassVar[dict[str, str]] = {"bias": "float32 dim"}
 
     @classmethod
     def of(cls, features: int) -> "Identity":
-        """For features of this width."""
+        """The identity for features of this width."""
         return cls(torch.empty(1, features, 0, dtype=torch.float16), torch.zeros(features))
 
     def project(self, features: Tensor, expert: int | None) -> Tensor:
@@ -60,11 +60,11 @@ class Identity(Fusion):
 
 
 def fold(mean: Tensor, basis: Tensor, slots: int) -> Fusion:
-    """``(x - mean) @ basis`` over concatenated blocks, as a Fusion.
+    """Fold ``(x - mean) @ basis`` over concatenated blocks into a Fusion.
 
     Args:
         mean: float [slots * F].
-        basis: float [slots * F, dim], already divided by the components' scale where whitened.
+        basis: float [slots * F, dim], already divided by the components' scale if whitened.
         slots: number of blocks.
     """
     weight = basis.to(torch.float16)

@@ -1,4 +1,4 @@
-"""Heads on the fused embedding: a linear layer gives labels, a bank of images gives neighbors (method.md §4)."""
+"""Heads on the fused embedding: a linear layer for labels, a bank of images for neighbors (method.md §4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from cascade.extras import library
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear classifier: multinomial logistic regression or a supervised mask's own head.
+    """A linear classifier: multinomial logistic regression, or the head of a supervised mask.
 
     Attributes:
         weight: float32 or float16 [classes, dim]; bias: float32 [classes].
@@ -32,7 +32,7 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Embeddings of training images, in which neighbors are searched.
+    """Embeddings of training images, searched for neighbors.
 
     Attributes:
         embeddings: float16 [rows, dim], L2-normalized.
@@ -46,7 +46,7 @@ class Bank:
     labels: tuple[str, ...] = field(default=())
 
     def take(self, rows: Sequence[int]) -> "Bank":
-        """These rows."""
+        """The bank of these rows only."""
         names, labels = ([column[i] for i in rows] if column else [] for column in (self.names, self.labels))
         return Bank(self.embeddings[rows], tuple(names), tuple(labels))
 

@@ -1,13 +1,13 @@
-"""Adapters: one bit for each weight, and trained values for each channel (paper §3, eq. 1-3; method.md §1).
+"""Adapters: one bit per weight, and trained values per channel (paper §3, eq. 1-3; method.md §1).
 
-A mask turns a weight ``W`` into ``W * M / alpha`` with ``alpha = sqrt(mean(M))``, one alpha for each tensor, which
-keeps the variance of the layer's output. Bits are packed eight to a byte, the first weight in the lowest bit, over the
+A mask turns a weight ``W`` into ``W * M / alpha`` with ``alpha = sqrt(mean(M))``, one alpha per tensor, which preserves
+the variance of the layer's output. Bits are packed eight to a byte, the first weight in the lowest bit, over the
 backbone's flat buffer from the mask's first stage to the end.
 
-A *1-bit delta* reads the same bits as signs: ``W + s * delta`` with s = 1 or -1 for each weight and a delta for each
-output channel. It is what remains of a fine-tuned copy (BitDelta, arXiv 2402.10193).
+A *1-bit delta* reads the same bits as signs: ``W + s * delta`` with s = 1 or -1 for each weight and one delta per
+output channel. It is a compressed fine-tuned copy (BitDelta, arXiv 2402.10193).
 
-Beside its bits a mask or delta may carry trained *channels*: BatchNorm and LayerNorm scales and shifts, and biases.
+Besides its bits, a mask or delta may carry trained *channels*: BatchNorm and LayerNorm scales and shifts, and biases.
 They fold into the scale and shift that each output channel has anyway, so they cost no extra work in a pass.
 """
 
@@ -30,13 +30,13 @@ class Mask:
 
     Attributes:
         name: ``dispatcher`` or ``expert-3``.
-        start: first stage that it adapts. The number of stages means that it changes nothing ("frozen").
+        start: first stage that it adapts. If it equals the number of stages, the mask changes nothing ("frozen").
         bits: packed bits, uint8 [ceil(n / 8)], for the n maskable weights from stage ``start`` to the end.
         norms: BatchNorm running statistics that differ from the backbone's, by buffer name.
         channels: trained values of one-dimensional parameters (see ``Backbone.channels``) from stage ``start`` on,
             float16, by parameter name. Each replaces the parameter: no bits apply to it.
-        deltas: of a 1-bit delta, the delta of each output channel, float16 [rows], by weight name. Empty for a mask.
-            The maskable parameters that it does not name keep the backbone's values, or those of ``channels``.
+        deltas: for a 1-bit delta, the delta of each output channel, float16 [rows], by weight name. Empty for a mask.
+            Maskable parameters without an entry keep the backbone's values, or those of ``channels``.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Mask:
 
 
 def pack(active: Tensor) -> Tensor:
-    """Bits of a bool tensor [n] as uint8 [ceil(n / 8)]; unused bits of the last byte are 0."""
+    """Pack a bool tensor [n] into uint8 [ceil(n / 8)]; unused bits of the last byte are 0."""
     padded = torch.nn.functional.pad(active.to(torch.uint8).flatten(), (0, -active.numel() % 8))
     return (padded.view(-1, 8) << _SHIFTS.to(active.device)).sum(dim=1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, n: int) -> Tensor:
-    """The first ``n`` bits of uint8 [ceil(n / 8)] as bool [n]."""
+    """Unpack the first ``n`` bits of uint8 [ceil(n / 8)] into bool [n]."""
     return ((bits[:, None] >> _SHIFTS.to(bits.device)) & 1).flatten()[:n].bool()
 
 
@@ -72,7 +72,7 @@ def all_ones(n: int) -> Tensor:
 
 
 def frozen(backbone: Backbone) -> Mask:
-    """The dispatcher of a bundle that leaves the backbone as it is."""
+    """A dispatcher that does not change the backbone."""
     return Mask("dispatcher", len(backbone.stages), all_ones(0))
 
 
@@ -85,18 +85,18 @@ def count_active(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """
     ones = np.bitwise_count(bits)
     whole = np.array([ones[a:b].sum() for a, b in pairwise((bounds >> 3).tolist())], dtype=np.int64)
-    padded = np.append(bits, np.uint8(0))  # a bound may be the end
+    padded = np.append(bits, np.uint8(0))  # a bound may be at the very end
     partial = np.bitwise_count(padded[bounds >> 3] & ((1 << (bounds & 7)) - 1)).astype(np.int64)
     return np.asarray(whole + np.diff(partial))
 
 
 def alpha(active: Tensor) -> float:
-    """``sqrt(mean(M))`` of one tensor's mask, with a floor of one active weight."""
+    """``sqrt(mean(M))`` of one tensor's mask, counting at least one active weight."""
     return float(max(int(active.sum()), 1) / active.numel()) ** 0.5
 
 
 def split(backbone: Backbone, start: int, flat: Tensor) -> Iterator[tuple[Segment, Tensor]]:
-    """A flat tensor that begins at stage ``start``, cut into the backbone's segments (views)."""
+    """Split a flat tensor that begins at stage ``start`` into views of the backbone's segments."""
     first = backbone.offset(start)
     for segment in backbone.segments:
         if segment.offset >= first:

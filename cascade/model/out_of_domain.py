@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True, eq=False)
 class OutOfDomain:
-    """Fitted by ``training.clusters.fit_ood``.
+    """Probabilistic PCA and score quantiles, fitted by ``training.clusters.fit_ood``.
 
     Attributes:
         mean: float32 [F]. basis: float16 [F, d], orthonormal columns.

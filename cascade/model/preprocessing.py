@@ -1,6 +1,6 @@
-"""Decode an image file to an upright RGB image, and turn that into the backbone's input.
+"""Decode an image file to an upright RGB image, and convert that to the backbone's input.
 
-Images are untrusted. Format, size and number of scans are checked before a pixel is decoded, and every fault is an
+Images are untrusted. Format, size and number of scans are checked before any pixel is decoded, and every failure is an
 ``ImageError`` that says what to do. docs/inputs.md lists the outcomes; tests/cascade/model/test_preprocessing.py tests
 each row.
 """
@@ -48,19 +48,19 @@ class ImageError(CascadeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused before any pixel is decoded.
+    """Limits on untrusted images, checked before any pixel is decoded.
 
     Attributes:
-        max_bytes: of the file as sent.
+        max_bytes: size of the file as sent.
         max_pixels: width times height; a decoded pixel takes 4 bytes.
         max_side: pixels of the longer side.
-        max_aspect: longer side over shorter. The resize that follows fits the *shorter* side: it would make
-            256 x 4,194,304 pixels of 1 x 16,384.
-        max_scans: of a progressive JPEG; encoders write about 10. Each scan visits every pixel, however few bytes it
-            has.
+        max_aspect: longer side over shorter side. The resize that follows fits the *shorter* side: it would turn
+            1 x 16,384 pixels into 256 x 4,194,304.
+        max_scans: scans of a progressive JPEG; encoders write about 10. Each scan visits every pixel, however few bytes
+            it has.
         max_scanned: pixels times scans.
-        max_seconds: processor time of decoding; the largest images that the other limits allow take about one. Checked
-            each time the decoder asks for more bytes, and in servers by ``cascade.engine.decoders`` at any time.
+        max_seconds: CPU time of decoding; the largest images that the other limits allow take about one second. Checked
+            whenever the decoder asks for more bytes; in servers, ``cascade.engine.decoders`` enforces it at any time.
     """
 
     max_bytes: int = 16 * 2**20
@@ -73,9 +73,9 @@ class Limits:
 
 
 LIMITS = Limits()
-JPEG_BLOCK = 16 * 1024  # bytes that the decoder is given at a time, between which its time is checked
+JPEG_BLOCK = 16 * 1024  # bytes given to the decoder at a time; its CPU time is checked before each block
 
-# What turns a picture upright, by its EXIF orientation.
+# The transpose that makes an image upright, by EXIF orientation.
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -88,10 +88,10 @@ UPRIGHT = {
 
 
 def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Image.Image:
-    """The upright RGB image in a JPEG, PNG or WebP file; of an animation the first frame.
+    """Decode a JPEG, PNG or WebP file to an upright RGB image; of an animation, the first frame.
 
     EXIF orientation is applied, transparency is composited on white, 16 bits are scaled to 8; palettes, gray and
-    CMYK are converted. Color profiles are ignored, as timm ignores them. Thread-safe.
+    CMYK are converted. Color profiles are ignored, as in timm. Thread-safe.
 
     Raises:
         ImageError: see docs/inputs.md.
@@ -116,7 +116,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Ima
 
 
 class _BoundedTime(BytesIO):
-    """A file that the decoder reads block by block, until its processor time is spent."""
+    """A file that the decoder reads block by block, until its CPU time is used up."""
 
     def __init__(self, data: bytes, seconds: float, block: int) -> None:
         super().__init__(data)
@@ -130,7 +130,7 @@ class _BoundedTime(BytesIO):
 
 
 def convert(im: Image.Image, limits: Limits = LIMITS) -> Image.Image:
-    """``decode`` for an image that Pillow has opened; ``im`` is not changed."""
+    """``decode`` for an image already opened by Pillow; ``im`` is not changed."""
     _check_size(im.size, limits)
     with _damage_named():
         im.load()
@@ -146,7 +146,7 @@ def _damage_named() -> Iterator[None]:
         raise
     except TooComplex as e:
         raise ImageError("too_complex", f"{e}: save it again without metadata") from e
-    except Image.DecompressionBombError as e:  # Pillow's own, higher limit, checked inside the WebP header
+    except Image.DecompressionBombError as e:  # Pillow's own, higher limit, checked while it reads a WebP header
         raise ImageError("too_many_pixels", f"{e}: send a smaller image") from e
     except Exception as e:  # hostile bytes make decoders fail in every way: OSError, SyntaxError, struct.error, ...
         raise ImageError("truncated", f"the image is truncated or damaged ({e}): send the whole file") from e
@@ -156,13 +156,13 @@ def read(path: Path, limits: Limits = LIMITS) -> Image.Image:
     """``decode`` of a file.
 
     Raises:
-        ImageError: as ``decode`` and ``load``.
+        ImageError: as in ``decode`` and ``load``.
     """
     return decode(load(path, limits), limits)
 
 
 def load(path: Path, limits: Limits = LIMITS) -> bytes:
-    """The bytes of a file that may be an image.
+    """Read a file that may be an image.
 
     Raises:
         ImageError: "unreadable" if it is missing, not readable or not a regular file; "too_large".
@@ -172,7 +172,7 @@ def load(path: Path, limits: Limits = LIMITS) -> bytes:
         if stat.S_ISDIR(status.st_mode):
             os.scandir(path).close()  # raises if the folder cannot be listed
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
-            raise ImageError("unreadable", f"{path} is not a regular file: name an image file")
+            raise ImageError("unreadable", f"{path} is not a regular file: pass an image file")
         if status.st_size > limits.max_bytes:
             raise too_large(status.st_size, limits)
         with path.open("rb") as file:
@@ -191,15 +191,15 @@ def too_large(size: int, limits: Limits) -> ImageError:
 
 
 def too_slow(seconds: float) -> ImageError:
-    """The error for an image that takes more processor time than ``seconds``."""
+    """The error for an image that takes more CPU time than ``seconds``."""
     message = f"the image takes more than {seconds:g} s to decode: save it again as a baseline JPEG or a PNG"
     return ImageError("too_complex", message)
 
 
 def _opener(head: bytes) -> Callable[[BytesIO], ImageFile.ImageFile]:
-    """Pillow's reader for the format, by the first bytes.
+    """Pillow's reader for the format, chosen by the first bytes.
 
-    The three readers are called directly. Image.open would warn or raise by a process-wide limit, and catching
+    The three readers are called directly. Image.open applies a process-wide limit by warning or raising, and catching
     warnings is not thread-safe.
     """
     if head.startswith(b"\xff\xd8\xff"):
@@ -215,7 +215,7 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     sides = f"the image is {width} x {height} pixels"
     if max(size) > limits.max_side:
-        raise ImageError("too_wide", f"{sides}, the limit is {limits.max_side} a side: send a smaller one")
+        raise ImageError("too_wide", f"{sides}, the limit is {limits.max_side} per side: send a smaller one")
     if width * height > limits.max_pixels:
         limit = f"{limits.max_pixels / 1e6:g} megapixels"
         raise ImageError("too_many_pixels", f"{sides}, the limit is {limit}: send a smaller one")
@@ -232,14 +232,14 @@ def _check_scans(size: tuple[int, int], scans: int, limits: Limits) -> None:
 
 
 def _scale_transparency(im: ImageFile.ImageFile, png: bytes) -> None:
-    """Scale the transparent value of a PNG with 1, 2 or 4 bits of gray, as Pillow scales its pixels but not this."""
+    """Scale the transparent value of a PNG with 1, 2 or 4 bits of gray: Pillow scales only the pixels."""
     depth, color = png[24:26] if isinstance(im, PngImageFile) else (8, 0)
     if color == 0 and depth < 8 and isinstance(value := im.info.get("transparency"), int):
         im.info["transparency"] = value * 255 // (2**depth - 1)
 
 
 def _rgb(im: Image.Image) -> Image.Image:
-    """A new 8-bit RGB image."""
+    """Convert to a new 8-bit RGB image."""
     if im.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255 or drops the low byte, by version
         import numpy as np
 
@@ -256,24 +256,24 @@ def _rgb(im: Image.Image) -> Image.Image:
 
 
 def _upright(im: Image.Image, rgb: Image.Image) -> Image.Image:
-    """``rgb`` turned by the EXIF orientation of ``im``, and without metadata, so that nobody turns it again."""
+    """``rgb`` rotated by the EXIF orientation of ``im``, without metadata, so that it is not rotated twice."""
     try:
         orientation = im.getexif().get(Exif.Orientation)
-    except Exception:  # damaged metadata does not spoil the pixels
+    except Exception:  # the pixels are fine even if the metadata is damaged
         orientation = None
     rgb.info.clear()
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
 MAX_RESIZED = 40_000_000
-"""Pixels of a resized image before the crop. A bundle's ``crop_pct`` and a long, thin image multiply each other."""
+"""Most pixels of a resized image before the crop. A small ``crop_pct`` and an extreme aspect ratio multiply."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """timm's evaluation transform, as the numbers that define it.
+    """The parameters of timm's evaluation transform.
 
     Attributes:
         size: side of the square input, pixels.
@@ -294,14 +294,16 @@ class Preprocessing:
         if not (isinstance(self.size, int) and self.size >= 1):
             raise CascadeError(f"preprocessing: size must be a whole number of pixels, not {self.size!r}")
         if not 0 < self.crop_pct <= 1:
-            raise CascadeError(f"preprocessing: crop_pct must lie in (0, 1], not {self.crop_pct!r}")
+            raise CascadeError(f"preprocessing: crop_pct must be in (0, 1], not {self.crop_pct!r}")
         if self.interpolation not in INTERPOLATIONS:
             known = ", ".join(INTERPOLATIONS)
-            raise CascadeError(f"preprocessing: interpolation {self.interpolation!r} is none of {known}")
+            raise CascadeError(f"preprocessing: interpolation must be one of {known}, not {self.interpolation!r}")
         if self.crop_mode not in CROP_MODES:
-            raise CascadeError(f"preprocessing: crop_mode {self.crop_mode!r} is none of {', '.join(CROP_MODES)}")
+            raise CascadeError(
+                f"preprocessing: crop_mode must be one of {', '.join(CROP_MODES)}, not {self.crop_mode!r}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise CascadeError("preprocessing: mean and std must be three numbers each, std above 0")
+            raise CascadeError("preprocessing: mean and std must have three numbers each, and std must be positive")
 
     @property
     def resized_side(self) -> int:
@@ -310,14 +312,14 @@ class Preprocessing:
 
     @classmethod
     def of(cls, backbone_cfg: dict[str, Any], size: int | None = None, crop_pct: float | None = None) -> Preprocessing:
-        """The preprocessing of timm's ``model.pretrained_cfg``, at another size or crop where given."""
+        """The preprocessing in timm's ``model.pretrained_cfg``; ``size`` and ``crop_pct`` override it."""
         from timm.data import resolve_data_config
 
         config = resolve_data_config(pretrained_cfg=backbone_cfg)
         _, height, width = config["input_size"]
         if size is None and height != width:
             raise CascadeError(
-                f"the backbone wants {height} x {width} pixels and only squares are handled: pass a size"
+                f"the backbone expects {height} x {width} pixels, but only square inputs are supported: pass a size"
             )
         return cls(
             size=size or height,
@@ -329,9 +331,9 @@ class Preprocessing:
         )
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """RGB image -> float32 [3, size, size], bit for bit what timm's evaluation transform gives.
+        """RGB image -> float32 [3, size, size], bit-identical to timm's evaluation transform.
 
-        Pixels are normalized in numpy. torch would start a team of OpenMP threads in every decoding thread, which
+        Pixels are normalized in NumPy. PyTorch would start a team of OpenMP threads in every decoding thread, which
         would compete with the forward pass for cores.
         """
         import numpy as np
@@ -367,9 +369,9 @@ class Preprocessing:
         return torch.from_numpy(numbers)
 
     def crop(self) -> Callable[[Image.Image], torch.Tensor]:
-        """RGB image -> uint8 [3, size, size], resized and cropped; a pass normalizes it on its device.
+        """RGB image -> uint8 [3, size, size], resized and cropped; the forward pass normalizes it on its device.
 
-        It raises ImageError ("too_wide") where the resized image would have more than ``MAX_RESIZED`` pixels.
+        It raises ImageError ("too_wide") if the resized image would have more than ``MAX_RESIZED`` pixels.
         """
         import numpy as np
         import torch
@@ -399,18 +401,18 @@ class Preprocessing:
         try:
             return cls(**data | {"mean": tuple(data["mean"]), "std": tuple(data["std"])})
         except (KeyError, TypeError) as e:
-            raise CascadeError(f"preprocessing: {e}: write the bundle again") from e
+            raise CascadeError(f"preprocessing: {e}: export the bundle again") from e
 
 
 def normalize_on_device(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 [N, 3, H, W] -> float32, on its device, bit for bit what timm's ToTensor and Normalize give."""
+    """uint8 [N, 3, H, W] -> float32, on the same device; bit-identical to timm's ToTensor and Normalize."""
     divisor, center, scale = _constants(mean, std, str(pixels.device))
     return pixels.float().div_(divisor).sub_(center).div_(scale)
 
 
 @cache
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: str) -> tuple[torch.Tensor, ...]:
-    """255, mean and std as tensors: on a GPU, PyTorch divides by a number with its rounded reciprocal."""
+    """255, mean and std as tensors: on a GPU, PyTorch divides by a Python number via its rounded reciprocal."""
     import torch
 
     return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in ((255.0,), mean, std))

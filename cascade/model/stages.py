@@ -1,8 +1,8 @@
-"""A backbone as a list of stages, so that a pass can stop and resume between any two of them.
+"""Split a backbone into stages, so that a forward pass can stop and resume between any two of them.
 
 A mask may start at a later stage. The stages before it are then shared with all masks that have the same weights
-there. ``stages(model)`` returns this list for the timm families below. Any other timm model is a single stage, which
-is always correct and shares nothing.
+there. ``stages(model)`` returns the list for the timm families below. Any other timm model is a single stage, which
+is always correct but shares nothing.
 """
 
 from collections.abc import Callable
@@ -50,12 +50,12 @@ def stages(model: nn.Module) -> list[Stage]:
     return [Stage("all", model.forward_features, ("",))]  # type: ignore[arg-type]
 
 
-def stage_of(parameter: str, row: list[Stage]) -> int:
-    """Index of the stage in which a parameter (by its dotted name) lives."""
-    for index, stage in enumerate(row):
+def stage_of(parameter: str, stage_list: list[Stage]) -> int:
+    """Index of a parameter's stage, by its dotted name."""
+    for index, stage in enumerate(stage_list):
         if any(parameter == prefix or parameter.startswith(f"{prefix}.") for prefix in stage.prefixes):
             return index
-    return len(row) - 1
+    return len(stage_list) - 1
 
 
 def _module(model: nn.Module, name: str) -> Stage:

@@ -174,12 +174,12 @@ def test_what_is_no_package(package: str) -> None:
 
 
 def test_package_without_the_file() -> None:
-    with pytest.raises(BackboneError, match="no weights at .*timm/no.pth; give the checkpoint with --weights"):
+    with pytest.raises(BackboneError, match="no weights at .*timm/no.pth; pass the checkpoint with --weights"):
         load("test_resnet", "package:timm/no.pth")
 
 
 def test_missing_file_can_be_given(tmp_path: Path, small: dict[str, Tensor]) -> None:
-    with pytest.raises(BackboneError, match=r"no weights at w\.safetensors; give the checkpoint with --weights FILE"):
+    with pytest.raises(BackboneError, match=r"no weights at w\.safetensors; pass the checkpoint with --weights FILE"):
         load("test_resnet", "file:w.safetensors")
     path = tmp_path / "elsewhere.safetensors"
     save_file(small, path)
@@ -192,7 +192,7 @@ def test_timm_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, pretrained: bool, **__: object) -> None:
         raise OSError("We couldn't connect\nto the hub") if pretrained else AssertionError
 
-    with pytest.raises(BackboneError, match="timm can't make test_resnet.untagged .*Invalid pretrained tag") as error:
+    with pytest.raises(BackboneError, match="timm can't create test_resnet.untagged .*Invalid pretrained tag") as error:
         load("test_resnet.untagged", "random:0")
     in_one_line(error)
     monkeypatch.setattr(timm, "create_model", unreachable)
@@ -204,7 +204,7 @@ def test_timm_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_network(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file(load("test_vit", "random:0").model.state_dict(), path)
-    with pytest.raises(BackboneError, match="holds .* tensors, test_resnet has .* another network") as error:
+    with pytest.raises(BackboneError, match="has .* tensors, test_resnet has .* another network") as error:
         load("test_resnet", f"file:{path}")
     in_one_line(error)
 
@@ -213,7 +213,7 @@ def test_one_tensor_of_another_shape(tmp_path: Path, small: dict[str, Tensor]) -
     path = tmp_path / "shape.safetensors"
     small["layer2.0.conv1.weight"] = small["layer2.0.conv1.weight"].flatten(1)
     save_file(small, path)
-    with pytest.raises(BackboneError, match="does not fit test_resnet: layer2.0.conv1.weight is .*should be") as error:
+    with pytest.raises(BackboneError, match="does not fit test_resnet: layer2.0.conv1.weight has shape .*expected") as error:
         load("test_resnet", f"file:{path}")
     in_one_line(error)
 
