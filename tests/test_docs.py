@@ -5,10 +5,12 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -45,7 +47,11 @@ def text_of(module: str) -> Path:
 
 
 def options(module: str) -> set[str]:
-    """Every option that is spelled out in a module, in those beside it that it imports, and the recipe's fields."""
+    """The options of a benchmark; for training, every one that a module or one that it imports spells out."""
+    if module.startswith("benchmarks.") and module != "benchmarks.datasets":
+        app = typer.Typer()
+        app.command()(import_module(f"{module}.__main__" if text_of(module).name == "__main__.py" else module).main)
+        return {option for parameter in get_command(app).params for option in parameter.opts}
     names = [module]
     for node in ast.walk(ast.parse(text_of(module).read_text())):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("benchmarks", "training")):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import typer
 
 from benchmarks import gpu
 from cascade.engine import engine
@@ -34,4 +35,4 @@ def stub(replace: Callable[[object, str, object], None]) -> None:
 
 if __name__ == "__main__":
     stub(setattr)
-    gpu.main()
+    typer.run(gpu.main)
