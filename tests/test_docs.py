@@ -59,6 +59,7 @@ def options(module: str) -> set[str]:
     texts = "".join(text_of(name).read_text() for name in names if text_of(name).exists())
     recipe = (ROOT / "training" / "recipe.py").read_text() if "@with_recipe" in texts else ""
     fields = re.findall(r"^    (\w+): ", recipe, re.MULTILINE) + re.findall(r"(\w+): (?:Annotated|RunFolder)\b", texts)
+    fields += re.findall(r"^    (\w+): .+,$", texts, re.MULTILINE)  # parameters of a command, one a line
     return {*re.findall(r'"(--[a-z-]+)"', texts), *(f"--{name.replace('_', '-')}" for name in fields)}
 
 
