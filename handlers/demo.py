@@ -11,7 +11,7 @@ import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import typer
@@ -19,9 +19,10 @@ from rich.console import Console
 
 from cascade.client import Client
 from cascade.errors import CascadeError
-from handlers import process
+from handlers import demo_report, demo_traffic, process
 from handlers.demo_images import CUSTOMERS, DemoError, samples
 from handlers.signals import deferred, exit_on_signals
+from handlers.torchserve.entrypoint import Server
 
 WIDTH = 100  # columns, where the output goes into a pipe
 STORE = process.ROOT / "model_store"
@@ -66,6 +67,12 @@ class AsgiServer:
         return os.pread(self._output.fileno(), 2**16, 0).decode(errors="replace")
 
 
+def _overview(url: str) -> dict[str, Any]:
+    """What the ASGI server at ``url`` has loaded. Raises httpx.HTTPError."""
+    page = httpx.URL(url).copy_with(path="/v1/overview")
+    return dict(httpx.get(page, trust_env=False, timeout=60).raise_for_status().json())
+
+
 def main(
     images: Annotated[Path, typer.Argument(help="Folder of JPEG, PNG or WebP images.")] = CUSTOMERS,
     store: Annotated[Path, typer.Option(help="Folder of bundles, <name>/<version>/.")] = STORE,
@@ -80,23 +87,21 @@ def main(
         with ExitStack() as stack:
             start = time.perf_counter()
             with console.status("starting TorchServe and the ASGI server"):
+                torchserve = Server(store)  # which checks the store before anything starts
                 asgi = stack.enter_context(AsgiServer(store))
-                # Imported while that one starts: it takes seconds.
-                from handlers import demo_report, demo_traffic
-                from handlers.torchserve.entrypoint import Server
-
-                torchserve = stack.enter_context(Server(store))
-                bundles, url = demo_report.latest(store), asgi.url
+                stack.enter_context(torchserve)
+                url = asgi.url
             console.print(f"TorchServe and the ASGI server were ready after {time.perf_counter() - start:.1f} s")
             token = torchserve.headers["Authorization"].removeprefix("Bearer ")
             first = stack.enter_context(Client(torchserve.url, key=token))
             second = stack.enter_context(Client(url))
-            served = [None, *(bundle.name for bundle in bundles)]
+            overview = _overview(url)
+            served = [None, *(bundle["name"] for bundle in overview["bundles"])]
             asked = [sample for sample in every if sample.bundle in served]
             answers = demo_report.show(asked, first, second, console)
             with console.status("measuring the throughput"):
-                rates = demo_traffic.measure(url, bundles, asked)
-            demo_report.summary(bundles, answers, rates, url, console)
+                rates = demo_traffic.measure(url, overview["bundles"], asked)
+            demo_report.summary(overview, answers, rates, console)
             stack.enter_context(console.status("stopping the servers"))
     except (CascadeError, httpx.HTTPError, OSError) as e:
         print(f"demo: {e}", file=sys.stderr)

@@ -5,27 +5,20 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cascade.bundle.bundle import Bundle
-from cascade.bundle.format import read
 from cascade.client import Client
-from cascade.engine.dispatch import UNKNOWN_DOMAIN
-from cascade.engine.engine import number
 from cascade.engine.results import ItemError, Options, Prediction
-from cascade.model import backbone as backbones
 from handlers.demo_images import NOBODY, DemoError, Sample
 from handlers.demo_traffic import Rates
 
 TOLERANCE = 1e-3  # of scores: the servers may batch the images differently
-BACKBONE = re.compile(r"^cascade_backbone_bytes(?:{[^}]*})? (\S+)$", re.MULTILINE)
+UNKNOWN = "unknown_domain"  # kind of the error where an image fits no bundle
 
 
 @dataclass(frozen=True)
@@ -56,12 +49,6 @@ class Answered:
         return self.label is not None and re.sub(r"\W+", "-", self.label[0]) == self.sample.label
 
 
-def latest(store: Path) -> list[Bundle]:
-    """The bundles that a store serves, without the older versions."""
-    cards = sorted(store.glob("*/*/cascade.json"), key=lambda path: (path.parent.parent.name, number(path.parent.name)))
-    return [read(path) for path in {card.parent.parent.name: card.parent for card in cards}.values()]
-
-
 def show(samples: Sequence[Sample], torchserve: Client, asgi: Client, console: Console) -> list[Answered]:
     """Ask both servers about each image and print the table. Raises DemoError."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -90,7 +77,7 @@ def _ask(sample: Sample, torchserve: Client, asgi: Client) -> Answered:
         start = time.perf_counter()
         answer = client.predict(sample.content, options)
         seconds.append(time.perf_counter() - start)
-        if isinstance(answer, ItemError) and answer.kind != UNKNOWN_DOMAIN.kind:
+        if isinstance(answer, ItemError) and answer.kind != UNKNOWN:
             raise DemoError(f"{sample.name}: {answer.kind}: {answer.message}")
         found.append(answer)
     one, other = found
@@ -122,28 +109,22 @@ def row(answered: Answered) -> list[str]:
     return [name, escape(answer.bundle), sure, label, " ".join(answer.masks), ms]
 
 
-def summary(
-    bundles: Sequence[Bundle], answers: Sequence[Answered], rates: Rates | None, url: str, console: Console
-) -> None:
-    """The facts: memory, labels, dispatch, throughput, equality."""
+def summary(overview: dict[str, Any], answers: Sequence[Answered], rates: Rates | None, console: Console) -> None:
+    """The facts: memory, labels, dispatch, throughput, equality. ``overview``: of the ASGI server."""
     lines = Table.grid(padding=(0, 2, 0, 0))
-    for name, text in _facts(bundles, answers, rates, url):
+    for name, text in _facts(overview, answers, rates):
         lines.add_row(f"[bold]{name}[/]", text)
     console.print(lines)
 
 
-def _facts(
-    bundles: Sequence[Bundle], answers: Sequence[Answered], rates: Rates | None, url: str
-) -> Iterator[tuple[str, str]]:
-    page = httpx.get(httpx.URL(url).copy_with(path="/metrics"), trust_env=False).raise_for_status().text
-    resident = sum(float(value) for value in BACKBONE.findall(page))
-    names = ", ".join(dict.fromkeys(bundle.card.backbone.name for bundle in bundles))
-    yield "backbone", f"{names}, resident once: {_mb(resident)}"
-    sizes = {bundle.name: sum(bundle.card.bytes.values()) for bundle in bundles}
-    copies = sum(backbones.size(bundle.card.backbone.name) for bundle in bundles)
+def _facts(overview: dict[str, Any], answers: Sequence[Answered], rates: Rates | None) -> Iterator[tuple[str, str]]:
+    bundles, resident = overview["bundles"], overview["memory"]["backbone"]
+    backbones = {bundle["backbone"] for bundle in bundles}
+    yield "backbone", f"{escape(', '.join(sorted(backbones)))}, resident once: {_mb(resident)}"
+    sizes = {bundle["name"]: bundle["bytes"] for bundle in bundles}
     yield "models", escape(", ".join(f"{name} {_mb(size)}" for name, size in sizes.items()))
-    count = f"{len(bundles)} fine-tuned copies" if len(bundles) > 1 else "a fine-tuned copy"
-    yield "", f"together {_mb(sum(sizes.values()))}; {count} of the backbone would take {_mb(copies)}"
+    copies = f"{len(sizes)} resident copies" if len(sizes) > 1 else "a resident copy"
+    yield "", f"together {_mb(sum(sizes.values()))}; {copies} would take {_mb(resident / len(backbones) * len(sizes))}"
     known = [a.right for a in answers if a.sample.label is not None]
     if known:
         yield "labels", f"{sum(map(bool, known))} of {len(known)} are right"

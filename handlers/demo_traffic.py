@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from statistics import harmonic_mean
+from typing import Any
 
-from cascade.bundle.bundle import Bundle
 from cascade.client import Client
 from handlers.demo_images import Sample
 
 SECONDS = 5.0
+ROUNDS = 2
 IMAGES = 32  # of a request
 
 
@@ -29,33 +30,37 @@ class Rates:
     single: float
 
 
-def measure(url: str, bundles: Sequence[Bundle], samples: Sequence[Sample]) -> Rates | None:
+def measure(url: str, bundles: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> Rates | None:
     """Compare the bundles of one input size that images can be dispatched to; None where there are not two.
 
     Every request has the same images and names its bundle, and as many are on their way at a time in both cases.
+
+    Args:
+        bundles: of the server's overview.
     """
-    sizes: dict[int, list[str]] = {}
+    of_size: dict[int, list[str]] = {}
     for bundle in bundles:
-        if bundle.domain is not None:
-            sizes.setdefault(bundle.preprocessing.size, []).append(bundle.name)
-    names = max(sizes.values(), key=len, default=[])
+        if bundle["dispatched"] and bundle["name"] not in of_size.setdefault(bundle["size"], []):
+            of_size[bundle["size"]].append(bundle["name"])
+    names = max(of_size.values(), key=len, default=[])
     if len(names) < 2:
         return None
     images = [*islice(cycle(s.content for s in samples if s.bundle is None), IMAGES)]
     with Client(url) as client:
         for name in names:
             client.infer(images, name)
-        # In turns, because the machine does other things, too: half of the time for each.
-        mixed, alone = [], []
-        for name in names:
-            mixed.append(_rate(client, images, names, SECONDS / 2 / len(names)))
-            alone.append(_rate(client, images, [name] * len(names), SECONDS / 2 / len(names)))
-    return Rates(names, harmonic_mean(mixed), harmonic_mean(alone))
+        # Of interleaved rounds the best, because other work on the machine only adds time.
+        mixed, alone = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        for _ in range(ROUNDS):
+            for name in names:
+                mixed[name] = max(mixed[name], _rate(client, images, names))
+                alone[name] = max(alone[name], _rate(client, images, [name] * len(names)))
+    return Rates(names, harmonic_mean(mixed.values()), harmonic_mean(alone.values()))
 
 
-def _rate(client: Client, images: list[bytes], names: list[str], seconds: float) -> float:
+def _rate(client: Client, images: list[bytes], names: list[str]) -> float:
     """Images a second with one thread for each name, which sends one request after the other."""
-    start = time.perf_counter()
+    start, seconds = time.perf_counter(), SECONDS / (2 * ROUNDS * len(names))
 
     def send(name: str) -> tuple[int, float]:
         sent = 0

@@ -24,6 +24,7 @@ from cascade.atomic import sync
 from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.files import CARD, MAX_BYTES, MAX_FILES, NAME, SUMS, check_name
 from cascade.bundle.format import read
+from cascade.bundle.location import is_url
 from cascade.cache import cache_folder, sweep, used
 from cascade.errors import CascadeError, brief
 
@@ -217,11 +218,6 @@ class Store:
             with suppress(FileNotFoundError):  # another process removes it
                 if time.time() - max(p.stat().st_mtime for p in (path, *path.rglob("*"))) > ABANDONED:
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def is_url(where: str) -> bool:
-    """Whether a store is given as a URL and not as a folder."""
-    return "://" in where or "::" in where
 
 
 def _timeouts(where: str) -> dict[str, object]:

@@ -27,7 +27,7 @@ import httpx
 from rich.console import Console
 
 from cascade import metrics
-from cascade.bundle.store import is_url
+from cascade.bundle.location import is_url
 from cascade.cpus import cpu_count
 from cascade.errors import CascadeError
 from cascade.logs import say

@@ -72,7 +72,7 @@ def test_images_of_all_customers(customers: Path) -> None:
     facts = {line.split()[0]: line for line in lines if line.strip()}
     assert {"backbone", "models", "labels", "dispatch", "throughput", "answers"} <= facts.keys()
     assert "resident once" in facts["backbone"] and f"all {len(rows)} images" in facts["answers"]
-    assert "3 fine-tuned copies" in out
+    assert "3 resident copies would take" in out
 
 
 def test_images_of_ones_own(bundle_path: Path, tmp_path: Path) -> None:

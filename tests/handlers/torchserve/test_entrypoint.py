@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -103,3 +105,9 @@ def test_temporary_folder_too_deep_for_a_socket(store: Path, tmp_path: Path, mon
     with pytest.raises(ServerError, match="set TMPDIR to a shorter"), Server(store):
         pass
     assert list(deep.iterdir()) == []
+
+
+def test_the_supervising_process_needs_no_torch() -> None:
+    """Its workers have it; it would take a quarter of a gigabyte and seconds at the start, also of the demo."""
+    program = "import sys, handlers.demo; print(sorted({'torch', 'timm', 'fastapi'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
