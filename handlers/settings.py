@@ -88,7 +88,7 @@ class AsgiSettings(BatchingSettings):
     """Of the ASGI front end.
 
     Attributes:
-        on_demand: of ``cascade.engine.registry.load_store``.
+        on_demand: of ``cascade.engine.stores.load_store``.
         index: a folder that ``cascade index build`` made, for /v1/search.
         connections: at a time; more get 503.
         startup_timeout: seconds until the engine is ready.
@@ -114,7 +114,7 @@ class TorchServeSettings(Settings):
     """Of TorchServe, where predictions need a token unless ``no_auth``.
 
     Attributes:
-        on_demand: of ``cascade.engine.registry.load_store``.
+        on_demand: of ``cascade.engine.stores.load_store``.
         workers: processes with a backbone each.
         startup_timeout: seconds until the workers are ready.
         token_file: where the token for predictions is written; None for a private folder.

@@ -5,21 +5,18 @@ warmed up beside the old one and becomes visible at once or not at all; a bad on
 at again when its files change; while the store is out of reach, what is loaded stays.
 """
 
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
 
 from cascade import metrics
 from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.store import Identity, Store, StoreError
-from cascade.cache import cache_folder
 from cascade.engine.engine import Engine, number
 from cascade.engine.journal import Journal
 from cascade.errors import CascadeError, OutOfMemory
@@ -286,45 +283,6 @@ class Registry:
         elif self._trouble and trouble is None:
             log.warning("the store %s is in reach again", self.store.where)
         self._trouble = trouble
-
-
-def load_store(
-    engine: Engine,
-    where: str | Path | Store,
-    pins: Mapping[str, str] | None = None,
-    cache: Path | None = None,
-    journal: Journal | None = None,
-    on_demand: bool = False,
-) -> Registry:
-    """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
-
-    Args:
-        where, cache: as of :class:`cascade.bundle.store.Store`.
-        pins, journal: as of :class:`Registry`.
-        on_demand: load nothing but the pinned bundles before it is asked for.
-
-    Raises:
-        CascadeError: no bundle at all could be loaded, or on demand there is none.
-    """
-    store = where if isinstance(where, Store) else Store(where, cache)
-    if on_demand:
-        from cascade.engine.on_demand import OnDemandRegistry
-
-        recent = (cache or cache_folder()) / "recent" / f"{hashlib.sha256(store.where.encode()).hexdigest()[:16]}.json"
-        registry: Registry = OnDemandRegistry(engine, store, pins, journal, recent=recent)
-    else:
-        registry = Registry(engine, store, pins, journal)
-    states = registry.reload()
-    if not engine.bundles and all(s.state != "stored" for s in states):
-        refused = [s.reason for s in states if s.reason]
-        why = (registry.trouble, *refused, f"put bundles at {store.where}/<name>/<version>/")
-        raise CascadeError(f"no bundle could be loaded from {store.where}: {next(filter(None, why))}")
-    for name, version in engine.pins.items():
-        if (name, version) not in engine.bundles:
-            log.warning(
-                "%s is pinned to version %s, which is not there: requests that name no version fail", name, version
-            )
-    return registry
 
 
 def pinned(texts: Iterable[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from cascade.cpus import cpu_count
 from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.journal import Journal
-from cascade.engine.registry import load_store
+from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident

@@ -17,8 +17,8 @@ from ray.serve import Application, Deployment
 
 from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
-from cascade.engine.registry import load_store
 from cascade.engine.results import ItemError
+from cascade.engine.stores import load_store
 from cascade.logs import log_to_stderr
 from handlers.asgi.app import create_app
 from handlers.asgi.key_file import Watched

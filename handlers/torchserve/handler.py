@@ -20,8 +20,8 @@ import torch
 from cascade import metrics
 from cascade.engine.decoders import Decoders
 from cascade.engine.engine import Engine
-from cascade.engine.registry import load_store
 from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident

@@ -13,7 +13,7 @@ from cascade.bundle.format import write
 from cascade.bundle.store import Store
 from cascade.engine import registry
 from cascade.engine.journal import Journal
-from cascade.engine.registry import load_store
+from cascade.engine.stores import load_store
 from tests.helpers.bundles import handmade
 
 BAD = ("bad", "1")

@@ -13,7 +13,7 @@ from cascade.bundle.format import Bundle, write
 from cascade.bundle.store import Store
 from cascade.engine.batcher import Batcher
 from cascade.engine.on_demand import OnDemandRegistry
-from cascade.engine.registry import load_store
+from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
 from tests.helpers.answers import same
 from tests.helpers.bundles import handmade, named

@@ -213,7 +213,9 @@ def test_one_tensor_of_another_shape(tmp_path: Path, small: dict[str, Tensor]) -
     path = tmp_path / "shape.safetensors"
     small["layer2.0.conv1.weight"] = small["layer2.0.conv1.weight"].flatten(1)
     save_file(small, path)
-    with pytest.raises(BackboneError, match="does not fit test_resnet: layer2.0.conv1.weight has shape .*expected") as error:
+    with pytest.raises(
+        BackboneError, match="does not fit test_resnet: layer2.0.conv1.weight has shape .*expected"
+    ) as error:
         load("test_resnet", f"file:{path}")
     in_one_line(error)
 

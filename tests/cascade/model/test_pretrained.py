@@ -143,7 +143,9 @@ def test_clip_vit(layout: str, vit: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_torchscript_program_is_not_run(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
-    with pytest.raises(BackboneError, match=r"TorchScript program, which is not executed here: save the state_dict\(\)"):
+    with pytest.raises(
+        BackboneError, match=r"TorchScript program, which is not executed here: save the state_dict\(\)"
+    ):
         read_checkpoint(tmp_path / "ViT-B-32.pt")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from cascade import Engine
 from cascade.bundle.format import write
 from cascade.engine.batcher import Batcher
-from cascade.engine.registry import load_store
+from cascade.engine.stores import load_store
 from handlers.asgi.app import create_app
 from handlers.asgi.key_file import read
 from handlers.asgi.service import Service

@@ -16,7 +16,8 @@ from cascade import Engine, Options
 from cascade.bundle.archive import pack
 from cascade.bundle.format import read, write
 from cascade.engine.batcher import Batcher
-from cascade.engine.registry import Registry, load_store
+from cascade.engine.registry import Registry
+from cascade.engine.stores import load_store
 from handlers.asgi.app import create_app
 from handlers.asgi.keys import Keys
 from handlers.asgi.service import Service

@@ -1,0 +1,53 @@
+"""The registry of a store, with its bundles in the engine: all of them at the start, or each on demand."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from cascade.bundle.store import Store
+from cascade.cache import cache_folder
+from cascade.engine.engine import Engine
+from cascade.engine.journal import Journal
+from cascade.engine.on_demand import OnDemandRegistry
+from cascade.engine.registry import Registry
+from cascade.errors import CascadeError
+
+log = logging.getLogger(__name__)
+
+
+def load_store(
+    engine: Engine,
+    where: str | Path | Store,
+    pins: Mapping[str, str] | None = None,
+    cache: Path | None = None,
+    journal: Journal | None = None,
+    on_demand: bool = False,
+) -> Registry:
+    """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
+
+    Args:
+        where, cache: as of :class:`cascade.bundle.store.Store`.
+        pins, journal: as of :class:`Registry`.
+        on_demand: load nothing but the pinned bundles before it is asked for.
+
+    Raises:
+        CascadeError: no bundle at all could be loaded, or on demand there is none.
+    """
+    store = where if isinstance(where, Store) else Store(where, cache)
+    if on_demand:
+        recent = (cache or cache_folder()) / "recent" / f"{hashlib.sha256(store.where.encode()).hexdigest()[:16]}.json"
+        registry: Registry = OnDemandRegistry(engine, store, pins, journal, recent=recent)
+    else:
+        registry = Registry(engine, store, pins, journal)
+    states = registry.reload()
+    if not engine.bundles and all(s.state != "stored" for s in states):
+        refused = [s.reason for s in states if s.reason]
+        why = (registry.trouble, *refused, f"put bundles at {store.where}/<name>/<version>/")
+        raise CascadeError(f"no bundle could be loaded from {store.where}: {next(filter(None, why))}")
+    for name, version in engine.pins.items():
+        if (name, version) not in engine.bundles:
+            log.warning(
+                "%s is pinned to version %s, which is not there: requests that name no version fail", name, version
+            )
+    return registry
