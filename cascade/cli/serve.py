@@ -62,7 +62,10 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cpu if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads per worker; one per CPU if left out.", min=1)] = None,
-    pin: Annotated[list[str] | None, typer.Option(help="NAME@VERSION for requests that name no version.")] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME@VERSION for requests that name no version; NAME@1:95,2:5 splits them."),
+    ] = None,
     poll: Annotated[float | None, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = None,
     startup_timeout: Annotated[
         float | None, typer.Option(help="asgi, torchserve: seconds until the engine is ready; 300 if left out.", min=1)
@@ -144,7 +147,7 @@ def _settings(context: typer.Context, frontend: Frontend, settings: Any) -> Any:
     if "allowed_hosts" in values:
         values["allowed_hosts"] = tuple(values["allowed_hosts"])
     if "pin" in values:
-        from cascade.engine.registry import pinned  # imports torch, which the supervisor does without
+        from cascade.engine.pins import pinned
 
         values["pins"] = pinned(values.pop("pin"))
     return settings(**values)

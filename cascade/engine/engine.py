@@ -28,6 +28,7 @@ from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
 from cascade.engine.items import AnyItem, Item, OpenItem
+from cascade.engine.pins import Pin
 from cascade.engine.pixels import Source, crop_of, pixels_of
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.weight_cache import WeightCache
@@ -59,7 +60,7 @@ class Engine:
         CascadeError: there is no such device.
 
     Attributes:
-        pins: version of a bundle, by its name, that answers where a request names none; else the latest does.
+        pins: by a bundle's name, what answers where a request names no version; else the latest does.
         on_missing: called with the name of a bundle that is asked for and not loaded, so that it may load it.
         last_used: when each name was last asked for, monotonic seconds.
     """
@@ -81,13 +82,13 @@ class Engine:
         self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
         self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
         self.weight_cache = WeightCache(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
-        self.pins: Mapping[str, str] = {}
+        self.pins: Mapping[str, Pin] = {}
         self.on_missing: Callable[[str], None] | None = None
         self.last_used: dict[str, float] = {}
         # Replaced, never changed in place: who reads them needs no lock.
         self._executors: dict[str, Executor] = {}
         self._bundles: dict[str, dict[str, Bundle]] = {}
-        self._table: tuple[object, Mapping[str, str], DispatchTable] | None = None  # for these bundles and pins
+        self._table: tuple[object, Mapping[str, Pin], DispatchTable] | None = None  # for these bundles and pins
         self._leaving: list[tuple[weakref.ref[Bundle], tuple[Mask, ...], str]] = []
         self._lock = threading.Lock()  # of passes, which take turns
         self._changing = threading.RLock()  # of what is loaded; taken before the other one
@@ -328,10 +329,10 @@ class Engine:
     def _choose(self, name: str, held: Mapping[str, Bundle], version: str | None) -> Bundle | ItemError:
         """One of the versions of a name."""
         versions = " ".join(sorted(held, key=number))
-        if version is None and (pinned := self.pins.get(name)) is not None:
-            return held.get(pinned) or ItemError(
-                "unknown_version", f"pinned to version {pinned}, which is not there; loaded: {versions}"
-            )
+        if version is None and (pin := self.pins.get(name)) is not None:
+            version = pin.choose(held)
+            why = f"pinned to version {pin}, which is not there; loaded: {versions}"
+            return ItemError("unknown_version", why) if version is None else held[version]
         found = held[max(held, key=number)] if version is None else held.get(version)
         return found or ItemError("unknown_version", f"no such version; loaded: {versions}")
 
@@ -339,8 +340,9 @@ class Engine:
         """What an image that names no bundle is dispatched by; made anew after the bundles have changed."""
         bundles, kept = self._bundles, self._table
         if kept is None or kept[0] is not bundles or kept[1] != self.pins:
-            chosen = [self._choose(name, held, None) for name, held in bundles.items()]
-            serving = [bundle for bundle in chosen if isinstance(bundle, Bundle)]
+            pins = {name: self.pins[name].main(held) for name, held in bundles.items() if name in self.pins}
+            versions = {name: pins.get(name, max(held, key=number)) for name, held in bundles.items()}
+            serving = [bundles[name][version] for name, version in versions.items() if version is not None]
             kept = self._table = bundles, dict(self.pins), DispatchTable.of(serving)
         if kept[2].spaces:
             return kept[2]

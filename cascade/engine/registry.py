@@ -8,7 +8,7 @@ at again when its files change; while the store is out of reach, what is loaded 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.store import Identity, Store, StoreError
 from cascade.engine.engine import Engine, number
 from cascade.engine.journal import Journal
+from cascade.engine.pins import parse
 from cascade.errors import CascadeError, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ class Registry:
     Args:
         engine: to serve them; nothing else adds to it or removes from it.
         store: where they lie.
-        pins: version by bundle name, for requests that name none; the latest version of all others.
+        pins: by bundle name, the version for requests that name none (``cascade.engine.pins.parse``); all other bundles
+            answer with their latest version.
         journal: of the bundles that killed earlier processes.
     """
 
@@ -79,7 +81,7 @@ class Registry:
         self, engine: Engine, store: Store, pins: Mapping[str, str] | None = None, journal: Journal | None = None
     ) -> None:
         self.engine, self.store, self.journal = engine, store, journal or Journal()
-        engine.pins = dict(pins or {})
+        engine.pins = {name: parse(text) for name, text in (pins or {}).items()}
         self._held: dict[Identity, tuple[str, str]] = {}  # (stamp, digest) of what is served
         self._bad: dict[Identity, _Bad] = {}
         self._states: dict[Identity, State] = {}  # replaced, never changed: readers need no lock
@@ -283,12 +285,3 @@ class Registry:
         elif self._trouble and trouble is None:
             log.warning("the store %s is in reach again", self.store.where)
         self._trouble = trouble
-
-
-def pinned(texts: Iterable[str]) -> dict[str, str]:
-    """``paper@3`` as ``{"paper": "3"}``. Raises CascadeError for anything else."""
-    pairs = [text.rpartition("@") for text in texts]
-    for text, (name, _, version) in zip(texts, pairs, strict=True):
-        if not name or not version:
-            raise CascadeError(f"can't pin {text!r}: write NAME@VERSION, like paper@3")
-    return {name: version for name, _, version in pairs}

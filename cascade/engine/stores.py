@@ -45,9 +45,8 @@ def load_store(
         refused = [s.reason for s in states if s.reason]
         why = (registry.trouble, *refused, f"put bundles at {store.where}/<name>/<version>/")
         raise CascadeError(f"no bundle could be loaded from {store.where}: {next(filter(None, why))}")
-    for name, version in engine.pins.items():
-        if (name, version) not in engine.bundles:
-            log.warning(
-                "%s is pinned to version %s, which is not there: requests that name no version fail", name, version
-            )
+    for name, pin in engine.pins.items():
+        for version in pin.weights:
+            if (name, version) not in engine.bundles:
+                log.warning("%s is pinned to version %s, which is not there", name, version)
     return registry

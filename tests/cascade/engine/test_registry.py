@@ -22,7 +22,8 @@ from cascade.bundle.format import Bundle, write
 from cascade.bundle.store import Identity
 from cascade.engine import registry as registries
 from cascade.engine.items import Item
-from cascade.engine.registry import Registry, State, pinned
+from cascade.engine.pins import pinned
+from cascade.engine.registry import Registry, State
 from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones

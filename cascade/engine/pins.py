@@ -1,0 +1,66 @@
+"""Pins: which version answers a request that names none, where it should not be the latest.
+
+A pin with several versions splits the traffic between them by weight, for a canary release.
+"""
+
+import random
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from cascade.errors import CascadeError
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Versions and the weight of each, above 0; one alone gets everything."""
+
+    weights: dict[str, float]
+
+    def choose(self, loaded: Collection[str]) -> str | None:
+        """One of the pinned versions that are loaded, drawn by weight; None if none is.
+
+        The share of a version that is missing goes to the others, so a canary that is refused fails no request.
+        """
+        weights = {version: weight for version, weight in self.weights.items() if version in loaded}
+        if len(weights) < 2:
+            return next(iter(weights), None)
+        return random.choices([*weights], [*weights.values()])[0]
+
+    def main(self, loaded: Collection[str]) -> str | None:
+        """The version with the largest weight among those that are loaded."""
+        return max((v for v in self.weights if v in loaded), key=self.weights.__getitem__, default=None)
+
+    def __str__(self) -> str:
+        return " or ".join(self.weights)
+
+
+def parse(text: str) -> Pin:
+    """``3`` for one version, ``1:95,2:5`` for several with their weights.
+
+    Raises:
+        CascadeError: it is neither.
+    """
+    if ":" not in text and "," not in text and text.strip():
+        return Pin({text: 1.0})
+    pairs = [part.rpartition(":") for part in text.split(",")]
+    weights = {version.strip(): _number(weight) for version, _, weight in pairs}
+    if len(weights) < len(pairs) or not all(version and 0 < weight < 1e9 for version, weight in weights.items()):
+        raise CascadeError(f"can't pin to {text!r}: write a version, like 3, or versions and weights, like 1:95,2:5")
+    return Pin(weights)
+
+
+def pinned(texts: Iterable[str]) -> dict[str, str]:
+    """``paper@3`` as ``{"paper": "3"}``, and ``paper@1:95,2:5`` likewise. Raises CascadeError for anything else."""
+    pairs = [text.rpartition("@") for text in texts]
+    for text, (name, _, version) in zip(texts, pairs, strict=True):
+        if not name or not version:
+            raise CascadeError(f"can't pin {text!r}: write NAME@VERSION, like paper@3")
+        parse(version)
+    return {name: version for name, _, version in pairs}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
