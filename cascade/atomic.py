@@ -11,11 +11,16 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from cascade.errors import CascadeError
+
+ABANDONED = 3600.0
+"""Seconds without a write after which a temporary folder belongs to a process that was killed."""
 
 
 @contextmanager
@@ -55,10 +60,13 @@ def is_special(path: Path) -> bool:
 def folder(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder, which becomes ``path``, synced, if the block ends well.
 
+    What a killed process left of the same folder an hour ago or earlier is removed.
+
     Raises:
         OSError: ``path`` exists and is not empty, or cannot be written.
     """
     beside = _beside(path)
+    _sweep(path)
     try:
         beside.mkdir(parents=True)
         yield beside
@@ -106,6 +114,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sweep(path: Path) -> None:
+    """Remove abandoned temporary folders of ``path``. Process ids tell nothing where containers share a disk."""
+    for leftover in path.parent.glob(f".{escape(path.name)}.*-*.tmp"):
+        with suppress(OSError):  # another process removes it
+            if time.time() - max(p.stat().st_mtime for p in (leftover, *leftover.rglob("*"))) > ABANDONED:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:

@@ -92,3 +92,15 @@ def test_devices_and_links_are_written_through(tmp_path: Path) -> None:
     atomic.write_text(link, ["new"])
     assert link.is_symlink() and target.read_text() == "new"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link.txt", "pipe", "target.txt"]
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_an_hour_later(tmp_path: Path) -> None:
+    old, young, other = (tmp_path / f".{name}-0a1b2c3d.tmp" for name in ("1.123", "1.124", "2.123"))
+    for leftover in (old, young, other):
+        leftover.mkdir()
+        (leftover / "masks").touch()
+    for path in (old / "masks", old, other / "masks", other):
+        os.utime(path, (1, 1))
+    with atomic.folder(tmp_path / "1") as beside:
+        (beside / "masks").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["1", young.name, other.name])
