@@ -19,7 +19,9 @@ from cascade.engine.results import INPUT_MODES, Deferral, Dispatch, ItemError, O
 from cascade.model.fusion import MODES
 from cascade.model.preprocessing import Preprocessing
 
-NO_LARGER = ItemError("bad_pixels", "mode full takes pixels of the larger input size, or an encoded image")
+NO_LARGER = ItemError(
+    "bad_pixels", "there are no pixels of the larger input size: name the bundle, and send an encoded image"
+)
 
 
 def modes_of(bundle: Bundle) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ def item_of(
     Args:
         mode: one that the bundle has.
         pixels: at the small size; ``full`` needs none. larger: at the larger size; None where ``adaptive`` can't have
-            them, because the caller sent preprocessed pixels: that is ``fast``.
+            them, because the caller sent preprocessed pixels or there are too many sizes: that is ``fast``.
     """
     if mode == "full" and bundle.larger is not None:
         full = Resolution(mode, _cost(bundle))

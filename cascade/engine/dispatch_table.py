@@ -1,5 +1,6 @@
 """Every bundle that an image may be dispatched to, in matrices that compare an image with all of them at once."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,9 @@ from cascade.bundle.bundle import Bundle
 from cascade.model.domain import Domain, Domains, calibrated_temperature
 from cascade.model.preprocessing import Preprocessing
 
+MOST_LARGER = 4
+"""Larger input sizes that an image without a bundle's name is prepared for; where it is sent to a bundle with another
+one, it is not asked again. Else each bundle of any customer would add to the memory of everybody's images."""
 SAMPLES = 2000  # held-out images over all bundles that calibrate the confidence
 
 
@@ -48,9 +52,9 @@ class DispatchTable:
 
     @cached_property
     def larger(self) -> list[Preprocessing]:
-        """Of the larger input sizes, each once."""
-        larger = [bundle.larger for _, bundle in self.columns if bundle.larger is not None]
-        return [*dict.fromkeys(bundle.preprocessing for bundle in larger)]
+        """Of the larger input sizes, the most frequent ones: an image carries its pixels for all of them."""
+        larger = Counter(bundle.larger.preprocessing for _, bundle in self.columns if bundle.larger is not None)
+        return [preprocessing for preprocessing, _ in larger.most_common(MOST_LARGER)]
 
     @classmethod
     def of(cls, bundles: Iterable[Bundle]) -> "DispatchTable":

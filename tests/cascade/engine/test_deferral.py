@@ -13,6 +13,7 @@ from PIL import Image
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
+from cascade.engine.dispatch_table import MOST_LARGER, DispatchTable, Space
 from cascade.engine.executors.selection import Kind
 from cascade.engine.items import AnyItem, Item, passes
 from cascade.engine.results import Deferral
@@ -180,6 +181,18 @@ def test_it_works_after_dispatch(pair: Bundle, cifar: list[Image.Image], how: st
     assert {a.deferral for a in full} == {Deferral(64, False)}
     (small,) = engine.predict([pair.preprocessing.transform()(cifar[0])], Options("auto", mode="full"))
     assert isinstance(small, ItemError) and small.kind == "bad_pixels"
+
+
+def test_an_image_carries_pixels_of_a_few_sizes_only(pair: Bundle) -> None:
+    def sized(size: int) -> Bundle:
+        assert pair.larger is not None
+        preprocessing = replace(pair.larger.preprocessing, size=size)
+        return replace(pair, larger=replace(pair.larger, preprocessing=preprocessing))
+
+    bundles = tuple(map(sized, (64, 96, 128, 160, 192, 224, 224)))
+    space = Space("", 0, pair.preprocessing, bundles, None, 1.0)  # type: ignore[arg-type]
+    sizes = [preprocessing.size for preprocessing in DispatchTable((space,)).larger]
+    assert len(sizes) == MOST_LARGER and sizes[0] == 224
 
 
 # --- in a queue
