@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import deferral
+from benchmarks import deferral, deferral_figures
 from training.cli import Watch
 from training.deferral import Answers
 
@@ -22,24 +22,27 @@ def pair(seed: int, best: float = 84.0) -> dict[str, Any]:
 
 
 def test_figures() -> None:
-    results: deferral.Results = {("d", "both-64-128", "net", seed): pair(seed) for seed in (0, 1)}
+    results: deferral_figures.Results = {("d", "both-64-128", "net", seed): pair(seed) for seed in (0, 1)}
     results |= {("d", "both-88", "net", seed): {"accuracy": 82.0 + seed} for seed in (0, 1)}
-    values = deferral.figures(results, COSTS, "both")
+    values = deferral_figures.figures(results, COSTS, "both")
     assert values["deferral_cost"] == pytest.approx([(1 + 0.2 * 4) / 4] * 2), "83.7 % are reached with a fifth"
     assert values["deferral_cost_validated"] == pytest.approx([0.45] * 2)
     assert values["deferral_lost"] == pytest.approx([0.2] * 2)
     assert values["deferral_over_single"] == pytest.approx([2.0, 1.0]), "at two passes a quarter is asked again"
-    found = deferral.summary(results, COSTS, "both")
+    found = deferral_figures.summary(results, COSTS, "both")
     assert found["deferral_cost"]["met"] is True
     assert found["deferral_over_single"]["met"] is True and found["deferral_over_single"]["value"] == 1.5
     wide = results | {("d", "both-88", "net", 0): {"accuracy": 86.0}}
-    assert deferral.summary(wide, COSTS, "both")["deferral_over_single"]["met"] is False
-    assert deferral.summary(results, COSTS, "frozen")["deferral_cost"]["value"] == "not measured"
+    assert deferral_figures.summary(wide, COSTS, "both")["deferral_over_single"]["met"] is False
+    assert deferral_figures.summary(results, COSTS, "frozen")["deferral_cost"]["value"] == "not measured"
 
 
 def test_one_value_decides_nothing_about_two_deviations() -> None:
-    results: deferral.Results = {("d", "both-64-128", "net", 0): pair(0), ("d", "both-88", "net", 0): {"accuracy": 8.0}}
-    assert deferral.summary(results, COSTS, "both")["deferral_over_single"]["met"] is None
+    results: deferral_figures.Results = {
+        ("d", "both-64-128", "net", 0): pair(0),
+        ("d", "both-88", "net", 0): {"accuracy": 8.0},
+    }
+    assert deferral_figures.summary(results, COSTS, "both")["deferral_over_single"]["met"] is None
 
 
 def test_the_frontier_asks_the_least_certain_first() -> None:
