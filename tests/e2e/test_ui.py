@@ -1,6 +1,8 @@
 """The page at /ui in a real browser."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +32,14 @@ const files = new DataTransfer();
 files.items.add(new File([Uint8Array.from(arguments[0])], "cat.png", {type: "image/png"}));
 drop.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
 done();
+"""
+
+
+PASTE = """
+const files = new DataTransfer();
+files.items.add(new File([Uint8Array.from(arguments[0])], "cat.png", {type: "image/png"}));
+document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: files}));
+arguments[arguments.length - 1]();
 """
 
 
@@ -175,6 +185,24 @@ def test_overview_of_all_bundles(browser: Any, asgi: Asgi, bundle_path: Path) ->
     assert " a second, " in page.until("document.querySelector('.live').textContent")
     browser.find_element("css selector", "[aria-label='Try two 1']").send_keys("\n")
     assert page.until("document.getElementById('overview').hidden && bundle.value") == '["two","1"]'
+    assert page.complaints() == []
+
+
+def test_the_program_beside_the_answer_gives_the_same(browser: Any, asgi: Asgi, tmp_path: Path) -> None:
+    """Curl and the client, as the page writes them; the image is pasted."""
+    page = Page(browser, asgi.base)
+    page.until("document.querySelectorAll('#bundle option').length")
+    page.browser.execute_script("bundle.selectedIndex = 1; mode.value = 'unconditional'")
+    page.browser.execute_async_script(PASTE, list(PHOTO.read_bytes()))
+    assert page.until("document.body.dataset.shown") == "one"
+    label = page.text("labels").splitlines()[0]
+    browser.find_element("css selector", "#code summary").send_keys("\n")
+    shutil.copy(PHOTO, tmp_path / "image.jpg")
+    curl = ["bash", "-c", page.text("curl").replace("curl", "curl -s --noproxy '*'", 1)]
+    python = [sys.executable, "-c", page.text("python")]
+    for command in (curl, python):
+        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert "unconditional" in shown and label in shown, command
     assert page.complaints() == []
 
 
