@@ -1,1 +1,1 @@
-"""The artifact on disk: format, schema, validation, archive and store."""
+"""Bundles on disk: format, schema, validation, archive and store."""

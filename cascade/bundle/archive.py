@@ -1,4 +1,4 @@
-"""A bundle as one file to send: a zstd-compressed tar of its files (``tar --zstd -xf`` opens it, too)."""
+"""Pack a bundle into one file: a zstd-compressed tar of its files (``tar --zstd -xf`` opens it, too)."""
 
 import io
 import tarfile
@@ -15,14 +15,14 @@ from cascade.errors import CascadeError
 
 LEVEL = 19
 ALWAYS, RATIO = 64 * 2**20, 20
-"""An archive may expand to ``ALWAYS`` bytes, or to ``RATIO`` times its own size: bundles are mostly compressed."""
+"""An archive may expand to ``ALWAYS`` bytes or ``RATIO`` times its own size, because bundles are mostly compressed."""
 
 
 def pack(folder: Path, file: Path) -> Path:
-    """Write the bundle in ``folder`` as one file, atomically. Same bundle, same bytes.
+    """Write the bundle in ``folder`` to one file, atomically. The same bundle gives the same bytes.
 
     Raises:
-        BundleError: the bundle is not valid, or the file exists or can't be written.
+        BundleError: the bundle is invalid, or the file exists or can't be written.
     """
     read(folder)
     if file.exists():
@@ -31,7 +31,7 @@ def pack(folder: Path, file: Path) -> Path:
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name in sorted((*listed(folder), SUMS)):
             raw = (folder / name).read_bytes()
-            member = tarfile.TarInfo(name)  # no date, no owner
+            member = tarfile.TarInfo(name)  # without date or owner, so that the bytes are reproducible
             member.size = len(raw)
             archive.addfile(member, io.BytesIO(raw))
     compressor = zstandard.ZstdCompressor(LEVEL, write_checksum=True, write_content_size=True)
@@ -43,17 +43,17 @@ def pack(folder: Path, file: Path) -> Path:
 
 
 def unpack(file: Path, folder: Path) -> Path:
-    """Write the bundle in ``file`` to ``folder`` (``<name>/<version>``), which must not exist; verified, atomically.
+    """Verify the bundle in ``file`` and write it atomically to ``folder`` (``<name>/<version>``), which must not exist.
 
-    The files stay within ``ALWAYS`` bytes or ``RATIO`` times the archive's size, the masks within the limits of
-    ``check_claims``, both counted from the archive's size.
+    The files may expand to ``ALWAYS`` bytes or ``RATIO`` times the archive's size. ``check_claims`` limits the masks,
+    also relative to the archive's size.
 
     Raises:
-        BundleError: ``pack`` did not write this file, or it was damaged, or the folder can't be written.
+        BundleError: the file was not written by ``pack``, or is damaged, or the folder can't be written.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise BundleError(f"{file} is larger than {MAX_BYTES} bytes; no packed bundle is")
+            raise BundleError(f"{file} is larger than {MAX_BYTES} bytes, too large for a packed bundle")
         raw = file.read_bytes()
     except OSError as error:
         raise BundleError(f"can't read {file}: {error.strerror or error}") from None
@@ -61,18 +61,18 @@ def unpack(file: Path, folder: Path) -> Path:
 
 
 def unpack_bytes(raw: bytes, folder: Path, source: str) -> Path:
-    """``unpack`` for the content of a file, called ``source`` in errors. Raises BundleError."""
+    """``unpack`` from memory; errors call the archive ``source``. Raises BundleError."""
     try:
         files = _members(_expanded(raw))
     except (zstandard.ZstdError, tarfile.TarError, ValueError, OSError) as error:
-        raise BundleError(f"{source} is not a packed bundle, or it was damaged ({error}): get it again") from None
-    return write_files(folder, files, packed=len(raw))  # masks in proportion to the archive, not to what it expands to
+        raise BundleError(f"{source} is not a packed bundle, or is damaged ({error}): download it again") from None
+    return write_files(folder, files, packed=len(raw))  # limit masks by the archive's size, not its expanded size
 
 
 def _expanded(raw: bytes) -> bytes:
     size = zstandard.frame_content_size(raw)
     if not 0 <= size <= max(ALWAYS, RATIO * len(raw)):  # checked before anything is expanded
-        raise ValueError(f"{len(raw)} bytes that claim to expand to {size}")
+        raise ValueError(f"{len(raw)} bytes claim to expand to {size}")
     return zstandard.ZstdDecompressor().decompress(raw, allow_extra_data=False)
 
 

@@ -1,4 +1,4 @@
-"""A bundle in memory: everything that an adapted backbone is beyond the backbone."""
+"""A bundle in memory: everything an adapted backbone needs besides the backbone."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class BundleError(CascadeError):
-    """A bundle can't be read, was changed since it was written, or does not fit its backbone."""
+    """A bundle can't be read, has been changed since it was written, or does not fit its backbone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,16 +31,17 @@ class Bundle:
     Attributes:
         name, version: from its folder.
         card: ``cascade.json``.
-        preprocessing: images in, tensors out; one normalization a bundle.
-        dispatcher, experts: the masks; no experts in a bundle that is one single mask.
+        preprocessing: images in, tensors out; one normalization per bundle.
+        dispatcher, experts: the masks; a single-mask bundle has no experts.
         router, calibration: None and identity without experts.
-        ood: None where none was fitted.
+        ood: None if not fitted.
         fusions, linear, banks: by mode.
-        domain: what its images look like to the plain backbone; None where it can't be dispatched to.
-        thumbnails: pictures of the banks' rows; None without the option.
-        discriminant: what a new class needs (``cascade heads add``); None without the option. Serving needs none of it.
-        larger: the same model at a larger input size, with a mask and a head of its own, for images about which this
-            one is unsure; it has the name and version of this one. None: there is one input size.
+        domain: statistics of its images under the plain backbone; None if images can't be dispatched to it.
+        thumbnails: small images of the banks' rows; None without the option.
+        discriminant: statistics for adding classes (``cascade heads add``); None without the option. Not needed for
+            serving.
+        larger: the same model at a larger input size, with its own mask and head, for images about which this one is
+            unsure; it has the same name and version. None if there is only one input size.
         digest: over every byte of its files, in hex; empty if it was not read from files.
     """
 
@@ -68,7 +69,7 @@ class Bundle:
 
     @property
     def parts(self) -> "tuple[Bundle, ...]":
-        """Itself, and the larger input size where there is one."""
+        """This bundle, and the larger input size if there is one."""
         return (self,) if self.larger is None else (self, self.larger)
 
     @property
@@ -94,21 +95,21 @@ class Bundle:
         )
 
     def bytes(self) -> int:
-        """Resident memory of the bundle, everything counted, materialized weights apart."""
+        """Resident memory of the whole bundle, without materialized weights."""
         parts: list[object] = [self.router, self.ood, self.domain, self.thumbnails, self.discriminant]
         parts += [*self.fusions.values(), *self.linear.values()]
-        held = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
-        counted: list[Mask | Bank] = [*self.masks, *self.banks.values()]
-        own = sum(part.bytes() for part in counted) + sum(t.nbytes for t in held)
-        return own + (0 if self.larger is None else self.larger.bytes())
+        tensors = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
+        sized: list[Mask | Bank] = [*self.masks, *self.banks.values()]
+        total = sum(part.bytes() for part in sized) + sum(t.nbytes for t in tensors)
+        return total + (0 if self.larger is None else self.larger.bytes())
 
 
 def _moved(part: T, device: str) -> T:
-    """A dataclass of tensors (or of tables of tensors) on another device."""
-    move = {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
-    for name, value in move.items():
+    """Move a dataclass of tensors, or of dictionaries of tensors, to another device."""
+    values = {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
+    for name, value in values.items():
         if isinstance(value, Tensor):
-            move[name] = value.to(device)
+            values[name] = value.to(device)
         elif isinstance(value, dict):
-            move[name] = {k: t.to(device) for k, t in value.items()}
-    return type(part)(**move)
+            values[name] = {k: t.to(device) for k, t in value.items()}
+    return type(part)(**values)

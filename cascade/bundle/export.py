@@ -1,6 +1,6 @@
-"""A bundle as a plain model, for use without Cascade: a timm checkpoint, an ONNX file or a TorchScript program.
+"""Export a bundle as a plain model for use without Cascade: a timm checkpoint, an ONNX file or a TorchScript program.
 
-The adapter is written into the weights. Fusion and linear head are both affine, so they become one classifier.
+The adapter is applied to the weights. Fusion and linear head are both affine, so they become one classifier.
 """
 
 import json
@@ -24,7 +24,7 @@ Target = Literal["timm", "onnx", "torchscript"]
 
 
 class Probabilities(nn.Module):
-    """A model whose output is the classes' probabilities, as an engine answers them; features without a classifier."""
+    """A model that outputs class probabilities, like the engine; features if it has no classifier."""
 
     def __init__(self, model: nn.Module, classes: int) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class Probabilities(nn.Module):
 
 
 def export(path: Path, out: Path, to: Target = "timm", weights: Path | None = None, *, larger: bool = False) -> Path:
-    """Write the bundle at ``path`` as a plain model to the file ``out``, all of it or nothing.
+    """Write the bundle at ``path`` as a plain model to the file ``out``, atomically.
 
-    Of two input sizes it is the smaller one, or with ``larger`` the larger one: a plain model can't ask again.
+    Of two input sizes this is the smaller one, or with ``larger`` the larger one: a plain model can't defer.
 
     ``timm`` is a safetensors file for ``timm.create_model(name, num_classes=len(classes))``; its metadata holds the
     name, the classes and the preprocessing. ``onnx`` and ``torchscript`` map ``x``, float32 [N, 3, size, size], to
@@ -52,30 +52,30 @@ def export(path: Path, out: Path, to: Target = "timm", weights: Path | None = No
     bundle = read(path)
     if larger:
         if bundle.larger is None:
-            raise BundleError(f"{path} has one input size: leave --larger out")
+            raise BundleError(f"{path} has only one input size: omit --larger")
         bundle = bundle.larger
     model = plain_model(bundle, weights)
     card = bundle.card
-    about = {
+    metadata = {
         "architecture": card.backbone.name,
         "classes": json.dumps(card.classes if bundle.linear else []),
         "preprocessing": json.dumps(card.preprocessing),
     }
     x = torch.zeros(2, 3, bundle.preprocessing.size, bundle.preprocessing.size)
-    with atomic.file(out) as beside, torch.no_grad():
+    with atomic.file(out) as temporary, torch.no_grad():
         if to == "timm":
             state = {n: t.contiguous() for n, t in model.state_dict().items()}
-            beside.write_bytes(safetensors.torch.save(state, about))
+            temporary.write_bytes(safetensors.torch.save(state, metadata))
             return out
         if hasattr(model, "set_input_size"):  # a ViT's position embedding is resampled here, not in each pass
             model.set_input_size(img_size=bundle.preprocessing.size)  # type: ignore[operator]
-        whole = Probabilities(model, len(card.classes) if bundle.linear else 0).eval()
+        exported = Probabilities(model, len(card.classes) if bundle.linear else 0).eval()
         if to == "torchscript":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated, but asked for
-                torch.jit.save(torch.jit.trace(whole, x), str(beside), _extra_files=about)
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, but was requested
+                torch.jit.save(torch.jit.trace(exported, x), str(temporary), _extra_files=metadata)
             return out
-        _write_onnx(whole, x, beside, about)
+        _write_onnx(exported, x, temporary, metadata)
     return out
 
 
@@ -83,10 +83,12 @@ def plain_model(bundle: Bundle, weights: Path | None = None) -> nn.Module:
     """A timm model with the bundle's adapter and classifier in its weights, in eval mode.
 
     Raises:
-        BundleError: the bundle has experts: one plain model can't hold them.
+        BundleError: the bundle has experts, which do not fit into one plain model.
     """
     if bundle.experts:
-        raise BundleError(f"{bundle.name}/{bundle.version} has experts: only a bundle of one adapter is a plain model")
+        raise BundleError(
+            f"{bundle.name}/{bundle.version} has experts: only a bundle with a single adapter can become a plain model"
+        )
     want = bundle.card.backbone
     backbone = backbones.load(want.name, want.source, weights)
     check(bundle, backbone)
@@ -105,7 +107,7 @@ def plain_model(bundle: Bundle, weights: Path | None = None) -> nn.Module:
 
 
 def adapted(backbone: Backbone, bundle: Bundle) -> dict[str, Tensor]:
-    """The backbone's state dict with the dispatcher's adapter in it."""
+    """The backbone's state dict with the dispatcher's adapter applied."""
     mask = bundle.dispatcher
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     first = backbone.offset(mask.start)
@@ -116,15 +118,15 @@ def adapted(backbone: Backbone, bundle: Bundle) -> dict[str, Tensor]:
     return state | mask.norms | {name: tensor.float() for name, tensor in mask.channels.items()}
 
 
-def _write_onnx(model: nn.Module, x: Tensor, file: Path, about: dict[str, str]) -> None:
-    """An ONNX file that takes any batch size."""
+def _write_onnx(model: nn.Module, x: Tensor, file: Path, metadata: dict[str, str]) -> None:
+    """Write an ONNX file with a dynamic batch size."""
     import onnx
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, and that a newer exporter exists
+        warnings.simplefilter("ignore")  # from the tracer, and about the newer exporter
         axes = {"x": {0: "batch"}, "y": {0: "batch"}}
         names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
         torch.onnx.export(model, (x,), str(file), dynamo=False, opset_version=17, **names)  # type: ignore[arg-type]
     stored = onnx.load(str(file))
-    onnx.helper.set_model_props(stored, about)
+    onnx.helper.set_model_props(stored, metadata)
     onnx.save(stored, str(file))

@@ -1,6 +1,6 @@
-"""The files of a bundle on disk: which there are, their checksums, and an atomic write.
+"""The files of a bundle on disk: names, sizes and checksums.
 
-A bundle is foreign input. Its size is checked before a byte is read, and hidden files, which operating systems leave
+Bundles are untrusted input. Sizes are checked before anything is read, and hidden files, which operating systems leave
 everywhere (``.DS_Store``, ``._x``, ``.nfs...``, the links of a Kubernetes ConfigMap), are ignored.
 """
 
@@ -17,10 +17,10 @@ CARD, SUMS = "cascade.json", "SHA256SUMS"
 FILE_NAME = re.compile(r"[a-z]+(\.[a-z]+)+|SHA256SUMS")
 MAX_BYTES = 2**31  # of one file; a bundle is megabytes
 RESERVED = "auto"
-MAX_FILES = 16  # of a bundle; it has eleven at most
+MAX_FILES = 16  # per bundle; it has at most eleven
 CARD_BYTES = 2**22  # of the card, which is parsed as JSON
 NAME = re.compile(r"\w([\w. -]{0,62}[\w.-])?")
-"""A bundle's name, or its version. It becomes a path, a part of a URL, an HTTP header and a label of a metric."""
+"""A bundle's name or version. Both are used in paths, URLs, HTTP headers and metric labels."""
 JUNK = ("Thumbs.db", "desktop.ini")
 
 
@@ -28,25 +28,25 @@ def check_name(path: Path) -> tuple[str, str]:
     """Name and version of the bundle at ``<name>/<version>``; symbolic links are not followed.
 
     Raises:
-        BundleError: one of them can't be used everywhere.
+        BundleError: one of them is not allowed.
     """
-    path = Path(os.path.abspath(path))  # "." has a name, too
+    path = Path(os.path.abspath(path))  # gives "." a name, too
     if path.parent.name == RESERVED:
-        raise BundleError(f"no bundle can be called {RESERVED!r}: requests say it to have an image dispatched")
+        raise BundleError(f"{RESERVED!r} is reserved for requests to be dispatched: choose another name for the bundle")
     for part in (path.parent.name, path.name):
         if not NAME.fullmatch(part) or unicodedata.normalize("NFC", part) != part:
             raise BundleError(
-                f"{part!r} can't be the name or version of a bundle: use letters, digits, '_', '-', '.' and spaces,"
-                " 64 at most, and begin with a letter, a digit or '_' (Unicode in its NFC form)"
+                f"{part!r} can't be the name or version of a bundle: use at most 64 letters, digits, '_', '-', '.' and"
+                " spaces, and begin with a letter, a digit or '_' (Unicode in NFC form)"
             )
     return path.parent.name, path.name
 
 
 def listed(path: Path) -> dict[str, str]:
-    """SHA-256 in hex by file name, as ``SHA256SUMS`` has it, without itself.
+    """SHA-256 in hex by file name, as listed in ``SHA256SUMS``.
 
     Raises:
-        BundleError: the folder does not hold just these files (hidden ones aside), or one of them is too large.
+        BundleError: the folder does not hold exactly these files (besides hidden ones), or one of them is too large.
         OSError: the folder can't be read.
     """
     if not (path / CARD).is_file():
@@ -58,32 +58,32 @@ def listed(path: Path) -> dict[str, str]:
     entries = {line[66:].decode(): line[:64].decode() for line in sums.splitlines()} if well_formed else {}
     present = {p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in JUNK} - {SUMS}
     if present != set(entries) or len(entries) > MAX_FILES:
-        odd = ", ".join(sorted(present ^ set(entries)))
+        mismatches = ", ".join(sorted(present ^ set(entries)))
         raise BundleError(
-            f"{path / SUMS} does not list just the files in its folder ({odd}); copy the bundle again, whole"
+            f"{path / SUMS} does not match the files in its folder ({mismatches}); copy the whole bundle again"
         )
     for name in entries:
         if not (path / name).is_file():  # opening a named pipe would wait forever
             raise BundleError(f"{path / name} is not a file; copy the bundle again")
-        most = CARD_BYTES if name == CARD else MAX_BYTES
-        if (path / name).stat().st_size > most:
-            raise BundleError(f"{path / name} is larger than {most} bytes; no such file of a bundle is")
+        limit = CARD_BYTES if name == CARD else MAX_BYTES
+        if (path / name).stat().st_size > limit:
+            raise BundleError(f"{path / name} is larger than {limit} bytes, too large for a file of a bundle")
     return entries
 
 
 def size(path: Path) -> int:
-    """Bytes of all files of a bundle; nothing but their sizes is read. Raises as ``listed``."""
+    """Total bytes of a bundle's files, without reading their content. Raises as ``listed``."""
     return sum((path / name).stat().st_size for name in listed(path))
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """The content of every file but ``SHA256SUMS``, each compared with its checksum. Raises as ``listed``."""
+    """Read every file except ``SHA256SUMS`` and verify its checksum. Raises as ``listed``."""
     files = {}
     for name, checksum in listed(path).items():
         files[name] = (path / name).read_bytes()
         if hashlib.sha256(files[name]).hexdigest() != checksum:
             raise BundleError(
-                f"{path / name}: its checksum is not the one in {SUMS}; the file was changed or cut: copy it again"
+                f"{path / name}: its checksum differs from {SUMS}; the file was changed or truncated: copy it again"
             )
     return files
 
@@ -94,5 +94,5 @@ def sums_of(files: Mapping[str, bytes]) -> bytes:
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """What identifies a bundle, in hex: the SHA-256 of its ``SHA256SUMS``, so it covers every byte."""
+    """Digest that identifies a bundle, in hex: the SHA-256 of its ``SHA256SUMS``, so it covers every byte."""
     return hashlib.sha256(sums_of(files)).hexdigest()

@@ -1,9 +1,9 @@
-"""The bundle: everything that an adapted backbone is beyond the backbone, as files (docs/bundle-format.md).
+"""Read and write bundles, the files that turn a backbone into an adapted one (docs/bundle-format.md).
 
 ``model_store/<name>/<version>/`` holds ``cascade.json`` (the card), safetensors files (masks, router,
-fusion, heads; those of a larger input size as ``larger.*``) and ``SHA256SUMS`` over all of them. The
-folder names the bundle, so that a copy under another name is the same bytes. No pickle, no timestamps:
-same inputs, same bytes.
+fusion, heads; those of a larger input size as ``larger.*``) and ``SHA256SUMS`` over all of them. Only the
+folder carries the bundle's name, so a renamed copy has the same bytes. There is no pickle and no timestamp:
+the same inputs give the same bytes.
 """
 
 import json
@@ -42,37 +42,36 @@ from cascade.model.router import KINDS, Calibration, tensors
 
 ALWAYS, RATIO = 2**28, 100
 LARGER = "larger."
-"""Files of the larger input size begin so."""
+"""Prefix of the files of the larger input size."""
 
 
 def read(
     path: Path, identity: tuple[str, str] | None = None, memory: int | None = None, packed: int | None = None
 ) -> Bundle:
-    """Read and verify a bundle: format, checksums, and that its parts fit each other.
+    """Read and verify a bundle: its format, its checksums, and that its parts are consistent.
 
     Args:
         path: its folder, ``<name>/<version>``.
-        identity: name and version, where the folder is a temporary one.
+        identity: name and version, if ``path`` is a temporary folder.
         memory: bytes that the bundle may take, files and masks together; None for no limit beyond ``check_claims``.
-        packed: bytes of the archive that the files came from, which may be fewer than theirs; None without an archive.
+        packed: bytes of the archive that the files came from, possibly fewer than theirs; None without an archive.
 
     Raises:
-        BundleError: names the file and what is wrong with it.
+        BundleError: names the bad file and the reason.
         OutOfMemory: it needs more than ``memory``; nothing was allocated.
     """
     path = Path(path)
     name, version = identity or check_name(path)
     try:
         if memory is not None and (size := files_size(path)) > memory:
-            raise OutOfMemory(f"{path} has {size} bytes, {memory} are allowed: give more memory")
+            raise OutOfMemory(f"{path} has {size} bytes, {memory} are allowed: raise the limit")
         files = read_files(path)
     except OSError as error:
-        raise BundleError(f"{error.filename or path}: {error.strerror}; copy the bundle again, whole") from error
+        raise BundleError(f"{error.filename or path}: {error.strerror}; copy the whole bundle again") from error
     try:
-        if not 1 <= (found := Versioned.model_validate_json(files[CARD]).format) <= FORMAT:
-            raise BundleError(
-                f"{path / CARD}: format {found}, this Cascade reads 1 to {FORMAT}; rebuild the bundle or update"
-            )
+        if not 1 <= (number := Versioned.model_validate_json(files[CARD]).format) <= FORMAT:
+            advice = "rebuild the bundle or update Cascade"
+            raise BundleError(f"{path / CARD}: format {number}, this version reads 1 to {FORMAT}; {advice}")
         card = Card.model_validate_json(files[CARD])
     except ValidationError as error:
         first = error.errors()[0]
@@ -83,14 +82,14 @@ def read(
     try:
         bundle = replace(assemble(card, parts), name=name, version=version, digest=digest_of(files))
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
-        raise BundleError(f"{path}: its parts do not fit together ({error!r}); write the bundle again") from None
+        raise BundleError(f"{path}: its parts do not fit together ({error!r}); export the bundle again") from None
     for what in inconsistencies(bundle):
-        raise BundleError(f"{path}: {what}; write the bundle again")
+        raise BundleError(f"{path}: {what}; export the bundle again")
     return bundle
 
 
 def check_claims(path: Path, card: Card, size: int, memory: int | None) -> None:
-    """Compare what a card claims with the bytes that are there, before anything is allocated for it.
+    """Compare the sizes that a card claims with the actual bytes, before anything is allocated.
 
     Masks may expand to ``ALWAYS`` bytes, or to ``RATIO`` times the bundle's ``size`` in bytes.
 
@@ -101,63 +100,66 @@ def check_claims(path: Path, card: Card, size: int, memory: int | None) -> None:
     masks = [*card.masks, *([card.deferral.mask] if card.deferral else [])]
     bits = sum(-(-mask.weights // 8) for mask in masks)
     if any(mask.weights > card.backbone.maskable for mask in masks):
-        raise BundleError(f"{path / CARD}: a mask covers more weights than the backbone has; write the bundle again")
+        raise BundleError(f"{path / CARD}: a mask covers more weights than the backbone has; export the bundle again")
     if bits > max(ALWAYS, RATIO * size):
-        raise BundleError(f"{path / CARD}: {size} bytes of files claim {bits} bytes of masks; get the bundle again")
+        raise BundleError(f"{path / CARD}: {size} bytes of files claim {bits} bytes of masks; copy the bundle again")
     if memory is not None and size + bits > memory:
-        raise OutOfMemory(f"{path} needs {size + bits} bytes, {memory} are allowed: give more memory")
+        raise OutOfMemory(f"{path} needs {size + bits} bytes, {memory} are allowed: raise the limit")
 
 
 def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
-    """That the bundle is for this very backbone, and every shape fits.
+    """Check that the bundle belongs to exactly this backbone, and that every shape fits.
 
     Raises:
         BundleError: names what does not fit.
     """
-    here, want = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone
-    if backbone.fingerprint != want.fingerprint:
+    label, card = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone
+    if backbone.fingerprint != card.fingerprint:
         raise BundleError(
-            f"{here} was trained on {want.name} with fingerprint {want.fingerprint[:12]}, these weights"
-            f" ({backbone.source}) have {backbone.fingerprint[:12]}; give the right ones with --weights"
+            f"{label} was trained on {card.name} with fingerprint {card.fingerprint[:12]}, these weights"
+            f" ({backbone.source}) have {backbone.fingerprint[:12]}; pass the right ones with --weights"
         )
-    if backbone.features != want.features or backbone.weights.numel() != want.maskable:
-        raise BundleError(f"{here}: {want.features} features and {want.maskable} masks do not fit {backbone.name}")
-    if (found := [stage.name for stage in backbone.stages]) != want.stages:
-        raise BundleError(f"{here} counts its stages as {' '.join(want.stages)}, {backbone.name} has {' '.join(found)}")
+    if backbone.features != card.features or backbone.weights.numel() != card.maskable:
+        raise BundleError(f"{label}: {card.features} features and {card.maskable} weights do not fit {backbone.name}")
+    if (stages := [stage.name for stage in backbone.stages]) != card.stages:
+        raise BundleError(f"{label} has the stages {' '.join(card.stages)}, {backbone.name} has {' '.join(stages)}")
     for mask in [mask for part in bundle.parts for mask in part.masks]:
         n = backbone.weights.numel() - backbone.offset(mask.start)
         if mask.bits.shape != (-(-n // 8),):
-            raise BundleError(f"{here}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}")
+            raise BundleError(f"{label}: mask {mask.name} has {mask.bits.numel()} bytes, {n} weights need {-(-n // 8)}")
         for name, tensor in mask.norms.items():
-            own = backbone.norms.get(name)
-            if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+            pristine = backbone.norms.get(name)
+            if pristine is None or pristine.shape != tensor.shape or pristine.dtype != tensor.dtype:
                 raise BundleError(
-                    f"{here}: mask {mask.name}: {backbone.name} has no statistics {name} {list(tensor.shape)}"
+                    f"{label}: mask {mask.name}: {backbone.name} has no statistics {name} {list(tensor.shape)}"
                 )
         trainable = backbone.channels(mask.start)
         for name, tensor in mask.channels.items():
             if trainable.get(name) != tensor.shape:
                 raise BundleError(
-                    f"{here}: mask {mask.name}: from its first stage on {backbone.name} has no parameter {name}"
+                    f"{label}: mask {mask.name}: from its first stage on {backbone.name} has no parameter {name}"
                     f" {list(tensor.shape)} with a value for each channel"
                 )
         rows = backbone.rows(mask.start)
         for name, tensor in mask.deltas.items():
             if list(tensor.shape) != [rows.get(name)]:
                 raise BundleError(
-                    f"{here}: delta {mask.name}: from its first stage on {backbone.name} has no weight {name} with"
+                    f"{label}: delta {mask.name}: from its first stage on {backbone.name} has no weight {name} with"
                     f" {list(tensor.shape)} output channels"
                 )
 
 
 def serialize(bundle: Bundle, *, compress: bool = True) -> dict[str, bytes]:
-    """The files of a bundle by name, without ``SHA256SUMS``.
+    """Serialize a bundle to its files by name, without ``SHA256SUMS``.
 
     Args:
-        compress: mask bits as zstd frames instead of plain.
+        bundle: what to serialize.
+        compress: store mask bits as zstd frames.
     """
-    held = contents(bundle, compress=compress)
-    files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in held.items() if tensors}
+    tensors_by_part = contents(bundle, compress=compress)
+    files = {
+        f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in tensors_by_part.items() if tensors
+    }
     sizes = {name: len(raw) for name, raw in sorted(files.items())}
     card = bundle.card.model_copy(update={"format": format_of(bundle), "bytes": sizes})
     document = card.model_dump(exclude={name for name in ("domain", "deferral") if getattr(card, name) is None})
@@ -168,39 +170,39 @@ def write(bundle: Bundle, path: Path, *, compress: bool = True) -> Path:
     """Write a bundle to ``path`` (``<name>/<version>``), which must not exist, atomically.
 
     Args:
-        bundle: its name and version are not written; the folder gives them.
-        path: the folder to make.
-        compress: mask bits as zstd frames instead of plain.
+        bundle: its name and version are not written; the folder carries them.
+        path: the folder to create.
+        compress: store mask bits as zstd frames.
 
     Raises:
-        BundleError: ``path`` exists, has a name that no bundle can have, or can't be written.
+        BundleError: ``path`` exists, has an invalid name, or can't be written.
     """
     files = serialize(bundle, compress=compress)
     return write_files(path, files | {SUMS: sums_of(files)})
 
 
 def write_files(path: Path, files: Mapping[str, bytes], packed: int | None = None) -> Path:
-    """Write the files of a bundle, ``SHA256SUMS`` among them, to a new folder, verified, atomically.
+    """Verify the files of a bundle, including ``SHA256SUMS``, and write them atomically to a new folder.
 
     Args:
-        path: the folder to make.
+        path: the folder to create.
         files: content by name.
         packed: as for ``read``.
 
     Raises:
-        BundleError: as for ``write``, or the files are no valid bundle.
+        BundleError: as for ``write``, or the files are not a valid bundle.
     """
     path = Path(path)
     name = check_name(path)
     if path.exists():
-        raise BundleError(f"{path} exists; versions are never overwritten: choose the next number")
+        raise BundleError(f"{path} exists and versions are never overwritten: choose a new version")
     try:
         with atomic.folder(path) as staging:
             for file, raw in files.items():
                 (staging / file).write_bytes(raw)
             read(staging, name, packed=packed)
     except OSError as error:
-        raise BundleError(f"can't write {path}: {error.strerror}; make room or choose another folder") from error
+        raise BundleError(f"can't write {path}: {error.strerror}; free disk space or choose another folder") from error
     return path
 
 
@@ -216,12 +218,12 @@ def format_of(bundle: Bundle) -> int:
 
 
 def _keeps_all(mask: Mask, card: MaskCard) -> bool:
-    """Whether all bits are ones: they are not stored then."""
+    """Whether all bits are ones; then they are not stored."""
     return mask.bits.cpu().equal(all_ones(card.weights))
 
 
 def digest(bundle: Bundle) -> str:
-    """What identifies a bundle, in hex: over every byte of its files, whether it was read from them or made here."""
+    """Digest that identifies a bundle, in hex, over every byte of its files, also if it has not been written yet."""
     return bundle.digest or digest_of(serialize(bundle))
 
 
@@ -233,7 +235,7 @@ def _tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
 
 
 def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file, by its name without the ending."""
+    """The tensors of each file, by file name without the extension."""
     masks: dict[str, Tensor] = {}
     for m, card in zip(bundle.masks, bundle.card.masks, strict=True):
         if not _keeps_all(m, card):
@@ -250,20 +252,22 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
     for mode, bank in bundle.banks.items():
         heads |= {f"{mode}.bank": bank.embeddings, "bank.names": _text(bank.names)}
         heads |= {"bank.labels": _text(bank.labels)} if bank.labels else {}
-    small = bundle.thumbnails
-    pictures = {} if small is None else {f"thumbnails.{f.name}": getattr(small, f.name) for f in fields(small)}
+    thumbnails = bundle.thumbnails
+    pictures = (
+        {} if thumbnails is None else {f"thumbnails.{f.name}": getattr(thumbnails, f.name) for f in fields(thumbnails)}
+    )
     parts = {"masks": masks, "router": router | ood, "domain": domain, "fusion": fusion, "heads": heads}
     parts["thumbnails"] = pictures
-    kept = bundle.discriminant
-    parts["discriminant"] = {} if kept is None else {n: getattr(kept, n) for n in Discriminant.layout}
+    discriminant = bundle.discriminant
+    parts["discriminant"] = {} if discriminant is None else {n: getattr(discriminant, n) for n in Discriminant.layout}
     larger = {} if bundle.larger is None else contents(bundle.larger, compress=compress)
-    # Copies, because safetensors takes no two names for one memory.
+    # Copies, because safetensors rejects tensors that share memory.
     copies = {part: {n: t.detach().cpu().contiguous().clone() for n, t in ts.items()} for part, ts in parts.items()}
     return copies | {LARGER + part: tensors for part, tensors in larger.items()}
 
 
 def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
-    """A bundle, without a name yet, from its card and the tensors of each file; ``read`` checks more than this."""
+    """Build a bundle, still without a name, from its card and the tensors of each file; ``read`` checks more."""
     masks = [_mask(parts.get("masks.safetensors", {}), m, card.format) for m in card.masks]
     routing = parts.get("router.safetensors", {})
     fusion, heads = parts.get("fusion.safetensors", {}), parts.get("heads.safetensors", {})
@@ -277,7 +281,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
     labels = _lines(heads["bank.labels"]) if "bank.labels" in heads else ()
     larger, of_larger = card.larger(), {n.removeprefix(LARGER): t for n, t in parts.items() if n.startswith(LARGER)}
     if of_larger and larger is None:
-        raise ValueError("there are files of a larger input size, which the card does not have")
+        raise ValueError("there are files of a larger input size, but the card has none")
     return Bundle(
         name="",
         version="",
@@ -316,7 +320,7 @@ def _mask(stored: Mapping[str, Tensor], card: MaskCard, version: int) -> Mask:
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose name begins with ``prefix``, without it."""
+    """The entries whose name begins with ``prefix``, by the rest of their name."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -326,7 +330,7 @@ def _zstd(bits: Tensor) -> Tensor:
 
 def _unzstd(packed: Tensor, size: int) -> Tensor:
     frame = packed.numpy().tobytes()
-    if zstandard.frame_content_size(frame) != size:  # before a byte of it is expanded
+    if zstandard.frame_content_size(frame) != size:  # checked before anything is expanded
         raise ValueError(f"a mask expands to {zstandard.frame_content_size(frame)} bytes, not {size}")
     return _bytes(zstandard.ZstdDecompressor().decompress(frame))
 

@@ -1,4 +1,4 @@
-"""A bundle's card for a person: ``cascade inspect``."""
+"""Print a bundle's card: ``cascade inspect``."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast

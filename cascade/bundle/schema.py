@@ -1,4 +1,4 @@
-"""The card of a bundle, as ``cascade.json`` holds it (docs/bundle-format.md)."""
+"""The schema of a bundle's card, ``cascade.json`` (docs/bundle-format.md)."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from cascade.model.backbone import Backbone
 from cascade.model.fusion import Mode
 
 FORMAT = 2
-"""The newest format. A bundle that uses nothing new in it is written as format 1, so that older readers take it."""
-MAX_WEIGHTS = 2**32  # of one mask: half a gigabyte of bits
+"""The newest format. A bundle without new features is written as format 1, so that older versions can read it."""
+MAX_WEIGHTS = 2**32  # per mask: half a gigabyte of bits
 SOURCE = r"^(timm|random:[0-9]{0,18}|file:[^/\\\x00-\x1f]+|package:[A-Za-z_]\w*(/\w[\w.-]*)+)$"
-"""Where weights come from: a file is given by name only, so that a card can't open any path of this machine."""
+"""Where weights come from. A file is given by name only, so that a card can't open an arbitrary path."""
 
 
 class Finite(BaseModel):
-    """A part of the card in which no number is NaN or infinite."""
+    """A part of the card that rejects NaN and infinity."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -32,7 +32,7 @@ class BackboneCard(Finite):
 
     @classmethod
     def of(cls, backbone: Backbone) -> "BackboneCard":
-        """The card of a backbone that is loaded."""
+        """The card of a loaded backbone."""
         return cls(
             name=backbone.name,
             source=backbone.source,
@@ -44,7 +44,7 @@ class BackboneCard(Finite):
 
 
 class MaskCard(Finite):
-    """One mask: its first stage, the weights that it covers and how many of them it keeps."""
+    """One mask: its first stage, the number of weights that it covers, and the share that it keeps."""
 
     name: str
     start: int = Field(ge=0)
@@ -63,19 +63,19 @@ class RouterCard(Finite):
 
 
 class DomainCard(Finite):
-    """Where the domain of the bundle's images was fitted: before this stage of the plain backbone."""
+    """The stage of the plain backbone before which the domain of the bundle's images was fitted."""
 
     stage: int = Field(ge=0)
 
 
 class DeferralCard(Finite):
-    """When images are asked again at a larger input size, and what that was worth on held-out images.
+    """When images are deferred to a larger input size, and how that performed on held-out images.
 
     Attributes:
-        threshold: probability of the likeliest class below which an image is asked again.
-        lose: points of accuracy below always asking the larger size that the threshold was chosen for.
-        share: of the validation images that were asked again.
-        accuracy: figures of the training.
+        threshold: an image is deferred if its most likely class has a lower probability than this.
+        lose: points of accuracy, relative to always using the larger size, that the threshold may cost.
+        share: of the validation images that were deferred.
+        accuracy: measurements from training.
         preprocessing, mask: of the larger size.
     """
 
@@ -88,13 +88,13 @@ class DeferralCard(Finite):
 
 
 class Versioned(BaseModel):
-    """What every format's card has: which one it is."""
+    """The one field that cards of every format have."""
 
     format: int
 
 
 class Card(Versioned):
-    """``cascade.json``: what a person, and the loader, must know."""
+    """``cascade.json``: what the loader and the reader need to know."""
 
     model_config = ConfigDict(extra="forbid")
     backbone: BackboneCard
@@ -111,7 +111,7 @@ class Card(Versioned):
     bytes: dict[str, int] = {}
 
     def larger(self) -> "Card | None":
-        """The card of the larger input size: a bundle of one mask and its head, which shares all else with this one."""
+        """The card of the larger input size: a bundle with one mask and its head; the rest is shared."""
         if self.deferral is None:
             return None
         own = {"preprocessing": self.deferral.preprocessing, "masks": [self.deferral.mask], "mode": "dispatcher"}

@@ -1,7 +1,7 @@
-"""A model store: a folder or any fsspec URL with bundles as ``<name>/<version>/``, read whole or not at all.
+"""A model store: a folder or any fsspec URL with bundles as ``<name>/<version>/``, each read atomically.
 
-Bundles of a URL are copied into a folder of this machine, verified before anything can take them for whole, and
-read from there: so a worker that is started again downloads nothing, and starts even if the store is out of reach.
+Bundles from a URL are downloaded to a local cache, verified before they become visible, and read from there. So a
+restarted worker downloads nothing, and starts even if the store is unreachable.
 """
 
 import hashlib
@@ -32,29 +32,29 @@ T = TypeVar("T")
 Identity = tuple[str, str]
 """(name, version) of a bundle."""
 ABANDONED = 3600.0
-"""Seconds without a write after which a half-made copy is removed."""
+"""Seconds without a write after which an incomplete copy is removed."""
 COPIES = "[0-9a-f]" * 16
-"""Matches the folders with the copies of a store, beside each other in a cache."""
-TIMEOUTS = {"sock_connect": 5, "sock_read": 10}  # seconds, over HTTP; the clients of S3 and the like have their own
-ROOM = "make room for copies of the store's bundles"
+"""Glob for the folders of a cache; each holds the copies of one store."""
+TIMEOUTS = {"sock_connect": 5, "sock_read": 10}  # seconds, over HTTP; clients of S3 and the like have their own
+ROOM = "free disk space for copies of the store's bundles"
 PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])")
-"""The folders of a path that begins at the root of a machine."""
+"""The folders of an absolute path."""
 log = logging.getLogger(__name__)
 
 
 class StoreError(CascadeError):
-    """The store can't be read, or the folder for its copies can't be written: worth another try later."""
+    """The store can't be read, or its cache can't be written: retry later."""
 
 
 class Store:
     """Where bundles come from.
 
     Args:
-        where: a folder, or a URL that fsspec knows (``s3://bucket/models``, ``https://host/models``, ``memory://m``).
+        where: a folder, or a URL for fsspec (``s3://bucket/models``, ``https://host/models``, ``memory://m``).
         cache: the folder for copies of remote bundles; None for one below ``~/.cache/cascade``.
 
     Raises:
-        StoreError: fsspec doesn't know the URL, lacks a package for it, or it holds a password.
+        StoreError: fsspec does not support the URL, lacks a package for it, or the URL contains a password.
     """
 
     def __init__(self, where: str | Path, cache: Path | None = None) -> None:
@@ -65,7 +65,7 @@ class Store:
         if not is_url(self.where):
             return
         if urlsplit(self.where).password:
-            raise StoreError("the store's URL holds a password: give it by the environment or fsspec's configuration")
+            raise StoreError("the store's URL contains a password: set it in the environment or fsspec's configuration")
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.where, **_timeouts(self.where))
         except (ValueError, ImportError) as error:
@@ -78,10 +78,10 @@ class Store:
             self._sweep(self.cache)
 
     def look(self) -> dict[Identity, str]:
-        """Every bundle that lies there, good or bad, with a stamp that differs when a file of it was changed.
+        """List every bundle, valid or not, with a stamp that changes whenever one of its files does.
 
         Raises:
-            StoreError: the store is out of reach.
+            StoreError: the store is unreachable.
         """
         folder = self.folder
         if folder is not None:
@@ -89,23 +89,24 @@ class Store:
         assert self.cache is not None
         used(self.cache)
         self._away = True
-        found = self._reach(self._look)
+        stamps = self._reach(self._look)
         self._away = False
-        return found
+        return stamps
 
     def cached(self) -> dict[Identity, str]:
-        """The bundles of which a whole copy lies on this machine: what there is while the store is out of reach."""
+        """List the bundles with a complete local copy, which can be served while the store is unreachable."""
         return _listed(self.cache) if self.cache is not None and self.cache.is_dir() else {}
 
     def read(self, name: str, version: str, memory: int | None = None) -> tuple[Bundle, str]:
-        """A bundle, verified, and the digest of its checksums (equal where, and only where, all its bytes are).
+        """Read and verify a bundle; also return the digest of its checksums (equal if and only if all its bytes are).
 
-        After a look in vain the copy is taken unseen: a store that hangs would be waited for once a bundle.
+        After a failed ``look`` the local copy is used without asking the store, because a store that hangs would
+        otherwise cost a timeout per bundle.
 
         Raises:
-            BundleError: what is wrong with it.
+            BundleError: the bundle is invalid.
             OutOfMemory: it needs more than ``memory`` bytes.
-            StoreError: it can't be reached, or copied to this machine.
+            StoreError: the store is unreachable, or the bundle can't be copied to this machine.
         """
         if self.folder is not None:
             return _read(self.folder / name / version, (name, version), memory)
@@ -124,24 +125,24 @@ class Store:
             try:
                 return _read(copy, (name, version), memory)
             except BundleError as error:
-                log.warning("a copy was damaged on this machine and is fetched again: %s", error)
+                log.warning("a local copy is damaged and will be downloaded again: %s", error)
         return self._copy(files, there, copy, memory)
 
     def public(self, text: str) -> str:
-        """A text about this store's bundles for people outside: files by bundle and name, without the way there."""
+        """Redact a text about this store's bundles for clients: bundle and file names stay, the paths to them go."""
         for root in (self.cache, self.folder, None if self.folder else self.root.rstrip("/")):
             text = re.sub(rf"(?<![\w./-]){re.escape(str(root))}/", "", text) if root else text
         return PATH.sub("", text)
 
     def prune(self, keep: dict[Identity, str]) -> None:
-        """Delete the copies of bundles that the store no longer holds."""
+        """Delete the local copies of bundles that are no longer in the store."""
         for name, version in self.cached().keys() - keep.keys():
             assert self.cache is not None
             shutil.rmtree(self.cache / name / version, ignore_errors=True)
 
     def _look(self) -> dict[Identity, str]:
         self.fs.invalidate_cache()
-        found = {}
+        stamps = {}
         for bundle in self._folders(self.root):
             for version in self._folders(bundle):
                 entries = self._entries(version)
@@ -149,10 +150,10 @@ class Store:
                 if CARD not in files:
                     continue
                 stamp = repr(sorted((name, sorted(map(str, e.items()))) for name, e in files.items()))
-                if SUMS in files and any(e.get("size") is None for e in files.values()):  # HTTP says names and no more
+                if SUMS in files and any(e.get("size") is None for e in files.values()):  # HTTP lists names only
                     stamp += self.fs.cat_file(files[SUMS]["name"]).decode(errors="replace")
-                found[_base(bundle), _base(version)] = stamp
-        return found
+                stamps[_base(bundle), _base(version)] = stamp
+        return stamps
 
     def _folders(self, path: str) -> list[str]:
         listed = self.fs.ls(path, detail=True) if path == self.root else self._entries(path)
@@ -160,39 +161,39 @@ class Store:
         return sorted(e["name"] for e in entries if e["type"] == "directory" and NAME.fullmatch(_base(e["name"])))
 
     def _entries(self, path: str) -> list[dict[str, Any]]:
-        """What is in a folder below the root; nothing if it is gone by now: a stale link costs the others nothing."""
+        """List a folder below the root; empty if it is gone, so that a stale link does not affect other bundles."""
         try:
             return list(self.fs.ls(path, detail=True))
         except FileNotFoundError:
             return []
 
     def _files(self, path: str) -> dict[str, str]:
-        """Full names by the names of the files in a remote folder."""
+        """Full paths of the files in a remote folder, by file name."""
         self.fs.invalidate_cache()
         return {_base(e["name"]): e["name"] for e in self.fs.ls(path, detail=True)}
 
     def _copy(self, files: dict[str, str], there: str, copy: Path, memory: int | None) -> tuple[Bundle, str]:
-        """Fetch a bundle: every file synced, the whole verified, then renamed to where it is looked for."""
+        """Download a bundle atomically: sync every file, verify the bundle, then rename the folder into place."""
         assert self.cache is not None
         staging = self.cache / f".{os.getpid()}-{uuid4().hex}"
         here = staging / copy.parent.name / copy.name
         if foreign := [name for name in files if not NAME.fullmatch(name)] or sorted(files)[MAX_FILES:]:
-            raise BundleError(f"{there}: {foreign[0]!r} is no file of a bundle; copy the bundle again")
+            raise BundleError(f"{there}: {foreign[0]!r} does not belong to a bundle; copy the bundle again")
         try:
             _within(lambda: here.mkdir(parents=True), ROOM)
-            for name, remote in sorted(files.items()):  # HTTP lists them in an order of its own
+            for name, remote in sorted(files.items()):  # HTTP lists them in any order
                 self._fetch(remote, here / name)
             try:
-                found = _read(here, (copy.parent.name, copy.name), memory)
+                bundle_and_digest = _read(here, (copy.parent.name, copy.name), memory)
             except BundleError as error:
                 raise BundleError(str(error).replace(str(here), there)) from None
             _within(lambda: _replace(here, copy), ROOM)
-            return found
+            return bundle_and_digest
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _fetch(self, remote: str, here: Path) -> None:
-        _within(lambda: self._save(remote, here), ROOM)  # the whole: closing a file writes, too, and can fail
+        _within(lambda: self._save(remote, here), ROOM)  # all of it: closing a file also writes, and can fail
 
     def _save(self, remote: str, here: Path) -> None:
         with self._reach(lambda: self.fs.open(remote, "rb")) as source, open(here, "xb") as out:
@@ -200,56 +201,56 @@ class Store:
             while block := self._reach(lambda: source.read(2**20)):
                 size += out.write(block)
                 if size > MAX_BYTES:
-                    raise BundleError(f"{remote} is larger than {MAX_BYTES} bytes; no part of a bundle is")
+                    raise BundleError(f"{remote} is larger than {MAX_BYTES} bytes, too large for a file of a bundle")
             out.flush()
             os.fsync(out.fileno())
 
     def _reach(self, ask: Callable[[], T]) -> T:
-        """Ask the remote store; whatever its client raises (each has classes of its own) is a StoreError."""
+        """Call the remote store; turn whatever its client raises (each has its own classes) into a StoreError."""
         try:
             return ask()
         except Exception as error:
-            raise StoreError(f"the store {self.where} can't be read ({brief(error)}): is it in reach?") from error
+            raise StoreError(f"the store {self.where} can't be read ({brief(error)}): is it reachable?") from error
 
     @staticmethod
     def _sweep(cache: Path) -> None:
-        """Remove copies that were cut off long ago. Process ids tell nothing where containers share the folder."""
+        """Remove abandoned downloads by age. Process ids are meaningless if containers share the folder."""
         for path in cache.glob(".*-*"):
-            with suppress(FileNotFoundError):  # another process removes it
+            with suppress(FileNotFoundError):  # another process is removing it
                 if time.time() - max(p.stat().st_mtime for p in (path, *path.rglob("*"))) > ABANDONED:
                     shutil.rmtree(path, ignore_errors=True)
 
 
 def _timeouts(where: str) -> dict[str, object]:
-    """fsspec's options, so that a server that takes connections and says nothing is out of reach soon."""
+    """fsspec's timeouts, so that a server that accepts connections but never answers counts as unreachable soon."""
     if urlsplit(where).scheme not in ("http", "https") or "::" in where:
         return {}
-    from fsspec.implementations.http import aiohttp  # what fsspec itself takes these times as
+    from fsspec.implementations.http import aiohttp  # the class in which fsspec expects timeouts
 
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(**TIMEOUTS)}}
 
 
 def discover(store: Path) -> list[Path]:
-    """Folders ``<name>/<version>`` of a store that hold a card, sorted; hidden ones (being written) are passed over."""
+    """Folders ``<name>/<version>`` of a store that contain a card, sorted; hidden ones (being written) are skipped."""
     cards = (p.parent for p in Path(store).glob(f"*/*/{CARD}"))
     return sorted(p for p in cards if not any(part.startswith(".") for part in (p.name, p.parent.name)))
 
 
 def _listed(folder: Path) -> dict[Identity, str]:
-    """The bundles of a folder of this machine with their stamps. Raises OSError where it can't be read."""
+    """List the bundles of a local folder with their stamps. Raises OSError if it can't be read."""
     while True:
-        names = set(os.listdir(folder))  # glob says nothing where a folder is missing or may not be read
-        found = {}
+        names = set(os.listdir(folder))  # glob ignores a missing or unreadable folder
+        stamps = {}
         for path in discover(folder):
-            with suppress(FileNotFoundError):  # this bundle is just being taken away
+            with suppress(FileNotFoundError):  # this bundle is being removed
                 files = [(p.name, p.stat()) for p in sorted(path.iterdir())]
-                found[path.parent.name, path.name] = repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files])
+                stamps[path.parent.name, path.name] = repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files])
         if names <= set(os.listdir(folder)):
-            return found  # else something went meanwhile, perhaps the whole store: half a look is none
+            return stamps  # else something vanished meanwhile, perhaps the whole store: list again
 
 
 def _read(path: Path, identity: Identity, memory: int | None) -> tuple[Bundle, str]:
-    """A bundle of this machine and its digest; a disk that can't be read is no fault of the bundle."""
+    """Read a local bundle and its digest; a disk error is a StoreError, because the bundle is not at fault."""
     try:
         check_name(path.parent.parent / identity[0] / identity[1])
         bundle = read(path, identity, memory)
@@ -261,7 +262,7 @@ def _read(path: Path, identity: Identity, memory: int | None) -> tuple[Bundle, s
 
 
 def _replace(here: Path, copy: Path) -> None:
-    """Put a whole copy in its place; a worker beside us may have put the same one there."""
+    """Rename a complete copy into place; another worker may have put the same one there."""
     sync(here)
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(copy, ignore_errors=True)
@@ -270,7 +271,7 @@ def _replace(here: Path, copy: Path) -> None:
 
 
 def _within(do: Callable[[], T], advice: str) -> T:
-    """Do something with a folder of this machine; an OSError is a StoreError."""
+    """Do something with a local folder; turn an OSError into a StoreError."""
     try:
         return do()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Thumbnails: small pictures of the training images in a neighbor bank, for a person to look at.
+"""Thumbnails of the training images in a neighbor bank.
 
-In a bundle by option only (docs/bundle-format.md): what is in there goes to everybody who may use the bundle.
+They are optional (docs/bundle-format.md), because everyone with access to the bundle can see them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,16 +18,16 @@ from cascade.model.preprocessing import ImageError, Limits, decode
 
 SIDE = 64
 LIMITS = Limits(max_bytes=2**14, max_pixels=128 * 128, max_side=128)
-"""Of one picture in a bundle that is read; written ones have ``SIDE`` pixels at most."""
+"""Limits of one thumbnail when a bundle is read; written ones have at most ``SIDE`` pixels per side."""
 
 
 @dataclass(frozen=True, eq=False)
 class Thumbnails:
-    """Encoded pictures, one for each row of the bank.
+    """Encoded images, one per row of the bank.
 
     Attributes:
-        data: uint8 [n], WebP (or PNG, JPEG) files, one after the other.
-        offsets: int64 [rows + 1], where each begins, and ``n``.
+        data: uint8 [n], concatenated WebP (or PNG, JPEG) files.
+        offsets: int64 [rows + 1], where each file begins, and ``n``.
     """
 
     layout: ClassVar[dict[str, str]] = {"data": "uint8 n", "offsets": "int64 rows+1"}
@@ -38,27 +38,27 @@ class Thumbnails:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> bytes:
-        """The file of a row, from 0. Raises IndexError."""
+        """The image file of a row, from 0. Raises IndexError."""
         if not 0 <= row < len(self):
             raise IndexError(row)
         begin, end = self.offsets[row : row + 2].tolist()
         return self.data[begin:end].numpy().tobytes()
 
     def take(self, rows: Sequence[int]) -> "Thumbnails":
-        """The pictures of these rows."""
+        """The thumbnails of these rows."""
         return _joined([self[row] for row in rows])
 
     def inconsistencies(self) -> Iterator[str]:
-        """What is wrong with the first bad one; layout and number of rows are for the bundle to check."""
-        places = self.offsets.tolist()
-        if places[0] != 0 or places[-1] != len(self.data) or any(b <= a for a, b in pairwise(places)):
-            yield f"its offsets do not rise from 0 to {len(self.data)}"
+        """Yield the first inconsistency; layout and number of rows are checked by the bundle."""
+        offsets = self.offsets.tolist()
+        if offsets[0] != 0 or offsets[-1] != len(self.data) or any(b <= a for a, b in pairwise(offsets)):
+            yield f"its offsets do not increase from 0 to {len(self.data)}"
             return
         for row in range(len(self)):
             try:
                 decode(self[row], LIMITS)
             except ImageError as error:
-                yield f"the picture of row {row}: {error}"
+                yield f"the image of row {row}: {error}"
                 return
 
 
@@ -69,7 +69,10 @@ def _joined(files: Sequence[bytes]) -> Thumbnails:
 
 
 def make(images: Iterable[Image.Image]) -> Thumbnails:
-    """Thumbnails of RGB images: WebP, ``SIDE`` pixels at most, never enlarged; one libwebp makes the same bytes."""
+    """Make thumbnails of RGB images: WebP, at most ``SIDE`` pixels per side, never enlarged.
+
+    The bytes are reproducible with the same version of libwebp.
+    """
     files = []
     for image in images:
         small = image.copy()
@@ -80,5 +83,5 @@ def make(images: Iterable[Image.Image]) -> Thumbnails:
 
 
 def media_type(file: bytes) -> str:
-    """Of a picture that was verified."""
+    """The media type of a verified thumbnail."""
     return "image/jpeg" if file[:1] == b"\xff" else "image/png" if file[:1] == b"\x89" else "image/webp"

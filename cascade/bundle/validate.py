@@ -1,4 +1,4 @@
-"""Whether the parts of a bundle fit each other: names, counts, and every tensor's dtype and shape."""
+"""Check that the parts of a bundle are consistent: names, counts, and every tensor's dtype and shape."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ MAX_SIZE, MIN_CROP, MAX_CROP = 2048, 0.2, 2.0
 
 
 def inconsistencies(bundle: Bundle) -> Iterator[str]:
-    """Inconsistencies between the bundle's parts; ``cascade.bundle.format.check`` compares it with its backbone."""
+    """Yield inconsistencies between a bundle's parts; ``cascade.bundle.format.check`` compares it with its backbone."""
     card, k = bundle.card, len(bundle.experts)
     yield from _not_finite(bundle)
     yield from _preprocessing(bundle.preprocessing)
@@ -41,9 +41,9 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
     if len({m.start for m in bundle.experts}) > 1:
         yield "experts start at different stages"
     if (bundle.router is None) != (k == 0):
-        yield "experts need a router, and a router experts"
+        yield "experts need a router, and a router needs experts"
     if card.router is not None and len(card.router.shares) != k:
-        yield "one share for each expert"
+        yield "the card needs one share per expert"
     if card.mode not in bundle.fusions:
         yield f"no fusion for its default mode {card.mode}"
     sizes = {"F": card.backbone.features, "K": k, "dim": card.dim, "classes": len(card.classes), "1": 1}
@@ -52,22 +52,22 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
     if isinstance(r := bundle.router, Prototypes) and (
         int(r.clusters) != k or not set(r.cluster.tolist()) <= {*range(k)}
     ):
-        yield "router: its prototypes are not of one cluster for each expert"
+        yield "router: its prototypes need one cluster per expert"
     if (bundle.domain is None) != (card.domain is None):
-        yield "a domain needs its stage in the card, and a stage a domain"
+        yield "a domain needs its stage in the card, and a stage needs a domain"
     if bundle.domain is not None and card.domain is not None:
         yield from _misshapen("domain", bundle.domain, sizes)
         width = bundle.domain.prototypes.shape[-1]
         if card.format == 1 or not 0 < len(bundle.domain.prototypes) <= MAX_PROTOTYPES:
             yield f"domain: it needs format 2, and 1 to {MAX_PROTOTYPES} prototypes"
         if not 0 < width <= MAX_WIDTH or len(bundle.domain.scatter) != width * (width + 1) // 2:
-            yield f"domain: its scatter is no triangle of {width} columns, or there are more than {MAX_WIDTH}"
+            yield f"domain: its scatter is not a triangle of {width} columns, or has more than {MAX_WIDTH}"
         if not 2 <= len(bundle.domain.samples) <= MAX_PROTOTYPES:
             yield f"domain: it has {len(bundle.domain.samples)} samples, not 2 to {MAX_PROTOTYPES}"
         if card.domain.stage >= len(card.backbone.stages):
             yield "domain: it was fitted after the last stage"
     if bundle.ood is not None and len(bundle.ood.quantiles) < 2:
-        yield "ood: a percentile needs two quantiles or more"
+        yield "ood: it needs two or more quantiles"
     slots = {"dispatcher": {1}, "conditional": {2, k + 1}, "unconditional": {k + 1}}
     for mode in MODES:
         yield from _misshapen(f"fusion {mode}", bundle.fusions.get(mode), sizes)
@@ -81,24 +81,27 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
             yield from _misshapen(f"bank {mode}", bank, sizes | {"rows": len(bank.names)})
             if len(bank.labels) not in (0, len(bank.names)):
                 yield f"bank {mode} has {len(bank.names)} names and {len(bank.labels)} labels"
-    if (kept := bundle.discriminant) is not None:
-        yield from _misshapen("discriminant", kept, sizes)
-        if card.format == 1 or k or len(kept.correlation) != card.dim * (card.dim + 1) // 2:
+    if (discriminant := bundle.discriminant) is not None:
+        yield from _misshapen("discriminant", discriminant, sizes)
+        if card.format == 1 or k or len(discriminant.correlation) != card.dim * (card.dim + 1) // 2:
             yield f"discriminant: it needs format 2, no experts, and a triangle of {card.dim} columns"
-        elif min(float(kept.deviation.min()), float(kept.ridge), float(kept.temperature)) <= 0 or kept.counts.min() < 0:
-            yield "discriminant: its deviations, ridge and temperature must be above 0, its counts not below"
+        elif (
+            min(float(discriminant.deviation.min()), float(discriminant.ridge), float(discriminant.temperature)) <= 0
+            or discriminant.counts.min() < 0
+        ):
+            yield "discriminant: its deviations, ridge and temperature must be above 0, its counts at least 0"
     yield from _larger(bundle)
     if bundle.thumbnails is not None:
         rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
-        wrong = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
-        yield from wrong or (f"thumbnails: {what}" for what in bundle.thumbnails.inconsistencies())
+        misshapen = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
+        yield from misshapen or (f"thumbnails: {what}" for what in bundle.thumbnails.inconsistencies())
 
 
 def _larger(bundle: Bundle) -> Iterator[str]:
-    """What is wrong with the larger input size."""
+    """Yield inconsistencies of the larger input size."""
     larger = bundle.larger
     if (larger is None) != (bundle.card.deferral is None):
-        yield "a larger input size needs its part of the card, and that a larger input size"
+        yield "a larger input size needs a deferral entry in the card, and that entry needs a larger input size"
     if larger is None:
         return
     yield from (f"larger: {what}" for what in inconsistencies(larger))
@@ -110,13 +113,13 @@ def _larger(bundle: Bundle) -> Iterator[str]:
     if "dispatcher" not in bundle.linear or "dispatcher" not in larger.linear:
         yield "larger: both sizes need a head"
     if larger.preprocessing.size <= bundle.preprocessing.size:
-        yield f"larger: {larger.preprocessing.size} px are no more than {bundle.preprocessing.size} px"
+        yield f"larger: {larger.preprocessing.size} px is not more than {bundle.preprocessing.size} px"
 
 
 def _not_finite(bundle: Bundle) -> Iterator[str]:
-    """Parts that hold NaN or infinity: their answers would not be numbers."""
-    named = ("router", "ood", "domain", "discriminant")
-    parts: dict[str, object] = {name: getattr(bundle, name) for name in named}
+    """Yield parts with NaN or infinity, which would make answers NaN or infinite."""
+    names = ("router", "ood", "domain", "discriminant")
+    parts: dict[str, object] = {name: getattr(bundle, name) for name in names}
     parts |= {m.name: m for m in bundle.masks}
     for group in ("fusions", "linear", "banks"):
         parts |= {f"{group} {mode}": part for mode, part in getattr(bundle, group).items()}
@@ -128,7 +131,7 @@ def _not_finite(bundle: Bundle) -> Iterator[str]:
 
 
 def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
-    """Sizes that would make an image of a few pixels take gigabytes."""
+    """Yield sizes that would make a small image take gigabytes."""
     if not 1 <= preprocessing.size <= MAX_SIZE:
         yield f"preprocessing: size {preprocessing.size} is not within 1 to {MAX_SIZE} pixels"
     elif not MIN_CROP <= preprocessing.crop_pct <= MAX_CROP:
@@ -136,7 +139,7 @@ def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
     elif preprocessing.resized_side**2 > MAX_RESIZED:
         yield f"preprocessing: size {preprocessing.size} and crop_pct {preprocessing.crop_pct} resize images too far"
     if not all(map(math.isfinite, (*preprocessing.mean, *preprocessing.std))) or min(preprocessing.std) <= 0:
-        yield "preprocessing: mean and std are not finite, or std is not above 0"
+        yield "preprocessing: mean and std must be finite, and std above 0"
 
 
 def _misshapen(
@@ -144,7 +147,7 @@ def _misshapen(
     part: Router | OutOfDomain | Domain | Fusion | Linear | Bank | Thumbnails | Discriminant | None,
     sizes: dict[str, int],
 ) -> Iterator[str]:
-    """Tensors that do not have the part's layout; an axis that ``sizes`` lacks takes the first length that occurs."""
+    """Yield tensors that do not match the part's layout; an axis missing in ``sizes`` takes the first length seen."""
     sizes = dict(sizes)
     for name, layout in part.layout.items() if part else ():
         tensor, (dtype, *axes) = getattr(part, name), layout.split()

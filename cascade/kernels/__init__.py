@@ -1,1 +1,1 @@
-"""Kernels: the loops that no tensor library provides. Each is tested against a plain reference in the same package."""
+"""Kernels: loops that no tensor library provides. Each is tested against a plain reference in this package."""

@@ -1,7 +1,7 @@
 """The swap on a CPU: packed bits and pristine weights in, masked and scaled weights out, in one pass over memory.
 
-Numba compiles the loops when they are first used, and keeps them beside this file, or in the user's cache. The plain
-references are ``materialize_plain`` and ``weight_layout.reorder_plain``.
+Numba compiles the loops on first use and caches them next to this file, or in the user's cache. The plain references
+are ``materialize_plain`` and ``weight_layout.reorder_plain``.
 """
 
 import os
@@ -13,25 +13,25 @@ from llvmlite import ir
 
 from cascade.cpus import cpu_count
 
-os.environ.setdefault("NUMBA_NUM_THREADS", str(cpu_count()))  # read once: numba knows no quota of a container
+os.environ.setdefault("NUMBA_NUM_THREADS", str(cpu_count()))  # read once, at import: numba ignores a container's quota
 # isort: split
 
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
 LANES = 16
-"""Weights that one step takes: the bits of a 16-bit word, a vector register of float32 with AVX-512."""
+"""Weights per step: one 16-bit word of bits, and with AVX-512 one vector register of float32."""
 
-_alone = threading.Lock()  # where numba finds no OpenMP, it ends the process when two threads call it at once
+_lock = threading.Lock()  # without OpenMP, numba ends the process if two threads call it at once
 
 STREAM = 1 << 24
-"""Bytes from which on the output goes past the caches: it would not stay in them until it is read."""
+"""Bytes from which the output bypasses the caches: it is too large to stay in them until it is read."""
 
 
 def masked(
     bits: np.ndarray, weights: np.ndarray, begin: np.ndarray, end: np.ndarray, scales: np.ndarray, out: np.ndarray
 ) -> None:
-    """Write ``W * M * scale`` into ``out``, piece by piece; what lies between pieces is left as it is.
+    """Write ``W * M * scale`` into ``out``, piece by piece; gaps between pieces are not written.
 
     Args:
         bits: packed bits, uint8 [ceil(n / 8)].
@@ -42,7 +42,7 @@ def masked(
     """
     words = bits[: len(bits) // 2 * 2].view(np.uint16)
     past_caches = out.nbytes >= STREAM and out.ctypes.data % (4 * LANES) == 0
-    with _alone:
+    with _lock:
         _masked(words, bits, weights, begin, end, scales, past_caches, out)
 
 
@@ -55,40 +55,40 @@ def signed(
     deltas: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Write ``W * scale + s * delta`` into ``out``, with s = 1 where the bit is set and -1 where it is not.
+    """Write ``W * scale + s * delta`` into ``out``, with s = 1 where the bit is set and -1 elsewhere.
 
     Args:
         deltas: float32 [P, 16], like ``scales``. The other arguments are those of :func:`masked`.
     """
     words = bits[: len(bits) // 2 * 2].view(np.uint16)
     past_caches = out.nbytes >= STREAM and out.ctypes.data % (4 * LANES) == 0
-    with _alone:
+    with _lock:
         _signed(words, bits, weights, begin, end, scales, deltas, past_caches, out)
 
 
 def reorder(bits: np.ndarray, tasks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
-    """Bits from the order of ``Backbone.weights`` to an executor's, see ``weight_layout.BlockOrder``.
+    """Reorder bits from the order of ``Backbone.weights`` to an executor's, see ``weight_layout.BlockOrder``.
 
     Args:
         bits: uint8, as in a ``Mask``.
-        tasks: int64 [T, 8]; each writes bytes of its own. Where its unit's bits begin, its first row, the rows that
-            there are, groups of rows, rows a group (1, 8 or 16), columns, where its order of columns begins and ends.
-            The tasks' outputs follow each other, each beginning at a multiple of 16.
-        columns: int32; the canonical column of each place, -1 where there is padding.
+        tasks: int64 [T, 8]; no two tasks write to the same byte. Fields: where the unit's bits begin, the task's first
+            row, rows of the unit, groups of rows, rows per group (1, 8 or 16), columns of the unit, begin and end of
+            its range in ``columns``. The tasks' outputs are consecutive, each aligned to a multiple of 16.
+        columns: int32; the canonical column of each place, -1 for padding.
         out: uint8, zeros.
     """
-    with _alone:
+    with _lock:
         _reorder(bits, tasks, columns, out)
 
 
 def _make_step(nontemporal: bool, sign: bool = False) -> Any:
     """An intrinsic ``step(out, weights, scale, delta, at, word)`` for 16 weights at once.
 
-    With ``sign`` it writes ``weights * scale`` plus or minus ``delta``. Without it writes ``weights * scale`` or 0, and
-    does not read ``delta``.
+    With ``sign`` it writes ``weights * scale`` plus or minus ``delta``. Without ``sign`` it writes ``weights * scale``
+    or 0, and does not read ``delta``.
 
-    LLVM makes no vector code of a loop over single bits that comes near the speed of memory; so the three vector
-    operations are written down. They are target independent: a masked multiply with AVX-512, a few more elsewhere.
+    LLVM does not vectorize a loop over single bits well enough to reach memory speed, so the three vector operations
+    are spelled out. They are target independent: a masked multiply with AVX-512, a few more instructions elsewhere.
     """
     lanes, bools = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(1), LANES)
 
@@ -201,7 +201,7 @@ def _reorder(
             tasks[t, 5],
         )
         place = places[t]
-        lanes = np.zeros(width, np.uint16)  # of each column the bits of the group's rows
+        lanes = np.zeros(width, np.uint16)  # for each column, the bits of the group's rows
         for group in range(groups):
             lanes[:] = 0
             for lane in range(min(block, rows - first - group * block)):

@@ -1,6 +1,6 @@
-"""An adapter's weights in the model's own order, from its first stage to the end (paper §3, eq. 1-3).
+"""Materialize an adapter's weights in the model's own order, from its first stage to the end (paper §3, eq. 1-3).
 
-``W * M / alpha`` for a mask, ``W + s * delta`` for a 1-bit delta.
+A mask gives ``W * M / alpha``, a 1-bit delta ``W + s * delta``.
 """
 
 import numpy as np
@@ -15,16 +15,16 @@ def materialize(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Te
     """Masked and scaled weights, float32 [n], from the mask's first stage to the end.
 
     Args:
-        backbone: gives the pristine weights.
-        mask: the bits.
-        out: a buffer to write into.
+        backbone: owns the pristine weights.
+        mask: a mask or a 1-bit delta.
+        out: a buffer to write into; allocated if None.
     """
     first = backbone.offset(mask.start)
     pristine = backbone.weights[first:]
     out = torch.empty_like(pristine) if out is None else out
     if pristine.device.type != "cpu" or mask.deltas:
         return materialize_plain(backbone, mask, out)
-    from cascade.kernels import cpu  # numba takes a second to come up
+    from cascade.kernels import cpu  # importing numba takes a second
 
     bounds = np.array([s.offset - first for s in backbone.segments if s.offset >= first] + [len(pristine)])
     bits = mask.bits.numpy()
@@ -36,7 +36,7 @@ def materialize(backbone: Backbone, mask: Mask, out: Tensor | None = None) -> Te
 
 
 def cut(begin: np.ndarray, end: np.ndarray, size: int = 1 << 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranges cut into pieces of at most ``size``, that threads can share: begin, end, and of which range it is."""
+    """Cut ranges into pieces of at most ``size`` for threads to share: begin, end and range index of each piece."""
     pieces = -(-(end - begin) // size)
     which = np.repeat(np.arange(len(begin)), pieces)
     nth = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -1,9 +1,9 @@
 """Layers for batches in which every image has its own mask: bits are applied in registers, inside the product.
 
 Masked weights are never written to memory. A program loads a tile of one image's pixels and a tile of the pristine
-weights, zeroes what the image's mask switches off, multiplies, and applies the mask's scale and shift of each row to
-the result. Programs of different images that need the same weights run side by side, so memory is read once and the
-cache serves the rest. A table of addresses leads to the masks, so none is copied (as in Punica's SGMV).
+weights, zeroes the weights that the image's mask switches off, multiplies, and applies the mask's scale and shift to
+each row of the result. Programs of different images that need the same weights run side by side, so memory is read once
+and the cache serves the rest. A table of addresses points to the masks, so none is copied (as in Punica's SGMV).
 
 Each kernel has a plain reference beside it. Triton's interpreter runs the kernels without a GPU.
 """
@@ -23,12 +23,12 @@ from cascade.model.masks import unpack
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution in a flat buffer, row by row with the input channel innermost; a linear layer is one of 1 x 1.
+    """A convolution in a flat buffer, row by row with the input channel innermost; a linear layer is a 1 x 1 one.
 
     Attributes:
         place: where its weights begin in the flat buffer, a multiple of 16. row: index of its first row there.
         shape: rows, input channels of a group, height and width of the kernel.
-        padding: top, left, bottom and right, in pixels; None for as much as makes the output ceil(size / stride).
+        padding: top, left, bottom and right, in pixels; None for "same" padding, with output ceil(size / stride).
     """
 
     place: int
@@ -62,15 +62,15 @@ class Layer:
 
 
 class Masks:
-    """The mask of each image of a batch.
+    """The mask of each image in a batch.
 
     Args:
         masks: packed, on one device.
-        begin, row: where the weights, and the rows, of each mask begin in the flat buffer.
+        begin, row: where each mask's weights and rows begin in the flat buffer.
 
     Attributes:
-        table: int64 [N, 3]: the addresses of each mask's bits, scales and shifts, as if the mask began with the flat
-            buffer. They are valid as long as the masks are alive.
+        table: int64 [N, 3]: the addresses of each mask's bits, scales and shifts, as if the mask covered the flat
+            buffer from its start. They are valid as long as the masks are alive.
     """
 
     def __init__(self, masks: Sequence[PackedMask], begin: Sequence[int], row: Sequence[int]) -> None:
@@ -85,11 +85,11 @@ class Masks:
 
 
 def masked_linear(x: Tensor, weights: Tensor, layer: Layer, table: Tensor) -> Tensor:
-    """A linear layer, each image under its own mask.
+    """Apply a linear layer, each image under its own mask.
 
     Args:
         x: float32 or bfloat16 [N * n, ..., in], image by image. weights: the flat buffer, of the same dtype.
-        table: of the N images, see ``Masks``; the masks' shifts have the dtype of ``x``.
+        table: for the N images, see ``Masks``; the masks' shifts have the dtype of ``x``.
 
     Returns:
         [N * n, ..., out].
@@ -101,7 +101,10 @@ def masked_linear(x: Tensor, weights: Tensor, layer: Layer, table: Tensor) -> Te
 
 
 def masked_conv(x: Tensor, weights: Tensor, layer: Layer, table: Tensor) -> Tensor:
-    """A convolution, each image under its own mask: x [N, in, height, width], channels last; see ``masked_linear``."""
+    """Apply a convolution, each image under its own mask.
+
+    ``x`` is [N, in, height, width], channels last; the other arguments are those of ``masked_linear``.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     _, (height, width) = layer.output(x.shape[2:])
     size = (len(x), layer.shape[0], height, width)
@@ -117,29 +120,29 @@ def masked_linear_plain(x: Tensor, weights: Tensor, layer: Layer, masks: Masks) 
 
 
 def masked_conv_plain(x: Tensor, weights: Tensor, layer: Layer, masks: Masks) -> Tensor:
-    """``masked_conv`` in plain PyTorch: image by image, with a weight of its own."""
+    """``masked_conv`` in plain PyTorch: one image after another, each with its own weight."""
     (top, left), out = layer.output(x.shape[2:])
     rows, channels, *kernel = layer.shape
-    # As many more at the other sides as the last output reaches for.
+    # Pad the bottom and right as far as the last output reaches.
     reach = [
         (n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(out, layer.stride, layer.dilation, kernel, strict=True)
     ]
     x = pad(x, (left, reach[1] - x.shape[3] - left, top, reach[0] - x.shape[2] - top))
-    found = []
+    outputs = []
     for image, mask, begin, row in zip(x, masks.masks, masks.begin, masks.row, strict=True):
         pristine = layer.of(weights)
         active = unpack(mask.bits[(layer.place - begin) // 8 :], len(pristine))
         scale, shift = (t[layer.row - row :][:rows] for t in (mask.scales, mask.shifts))
-        own = (pristine * active).view(rows, -1) * scale[:, None]
-        own = own.view(rows, *kernel, channels).permute(0, 3, 1, 2).to(x.dtype)
-        found.append(conv2d(image[None], own, shift.to(x.dtype), layer.stride, 0, layer.dilation, layer.groups))
-    return torch.cat(found)
+        weight = (pristine * active).view(rows, -1) * scale[:, None]
+        weight = weight.view(rows, *kernel, channels).permute(0, 3, 1, 2).to(x.dtype)
+        outputs.append(conv2d(image[None], weight, shift.to(x.dtype), layer.stride, 0, layer.dilation, layer.groups))
+    return torch.cat(outputs)
 
 
 def precision(device: torch.device) -> str:
-    """How products of float32 are made, by PyTorch's own switch ``torch.set_float32_matmul_precision``.
+    """Triton's precision of float32 products, following PyTorch's ``torch.set_float32_matmul_precision``.
 
-    By default, three tensor-core products of 19-bit parts, which are accurate to a bit or two of float32.
+    The default uses three tensor-core products of 19-bit parts, accurate to a bit or two of float32.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "ieee"
@@ -147,7 +150,7 @@ def precision(device: torch.device) -> str:
 
 
 def _launch(x: Tensor, out: Tensor, size: Sequence[int], weights: Tensor, layer: Layer, table: Tensor) -> None:
-    """Any layer as a convolution of images of this height and width."""
+    """Launch any layer as a convolution over images of height and width ``size``."""
     largest = max(x.numel() // max(1, len(table)), out.numel() // max(1, len(table)), weights.numel())
     assert largest < 1 << 31, "offsets in one image, and in the flat buffer, are 32 bits"
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -181,7 +184,7 @@ def _launch_on(x: Tensor, out: Tensor, size: Sequence[int], weights: Tensor, lay
         ONE_TAP=tall * across == 1 or channels % deep == 0,
         WORDS=layer.columns % 16 == 0,
         PRECISION=precision(x.device),
-        WIDEN=not isinstance(_product, triton.JITFunction),  # the interpreter takes bfloat16 for integers there
+        WIDEN=not isinstance(_product, triton.JITFunction),  # the interpreter treats bfloat16 as integers
         PIXELS=many,
         ROWS=block,
         DEEP=deep,
@@ -192,17 +195,17 @@ def _launch_on(x: Tensor, out: Tensor, size: Sequence[int], weights: Tensor, lay
 
 @triton.jit
 def _bits(bits, o, r, begin, rows, columns, WORDS: tl.constexpr, DEEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bits of a step's weights: words [ROWS, DEEP / 16] where rows begin with one, else [ROWS, DEEP], shifted."""
+    """Bits of a step's weights: words [ROWS, DEEP / 16] if rows begin at a word, else shifted bits [ROWS, DEEP]."""
     if WORDS:
         word = begin // 16 + tl.arange(0, DEEP // 16)
-        there = (o < rows)[:, None] & (word * 16 < columns)[None, :]
-        found = tl.load(bits + (r * columns // 16)[:, None] + word[None, :], mask=there, other=0).to(tl.int32)
+        valid = (o < rows)[:, None] & (word * 16 < columns)[None, :]
+        loaded = tl.load(bits + (r * columns // 16)[:, None] + word[None, :], mask=valid, other=0).to(tl.int32)
     else:
         k = begin + tl.arange(0, DEEP)
-        there = (o < rows)[:, None] & (k < columns)[None, :]
+        valid = (o < rows)[:, None] & (k < columns)[None, :]
         at = (r * columns)[:, None] + k[None, :]
-        found = tl.load(bits + at // 16, mask=there, other=0).to(tl.int32) >> (at % 16)
-    return found
+        loaded = tl.load(bits + at // 16, mask=valid, other=0).to(tl.int32) >> (at % 16)
+    return loaded
 
 
 @triton.jit
@@ -223,13 +226,13 @@ def _product(  # type: ignore[no-untyped-def]
     x += image * height * width * groups * channels + group * channels
     bits = tl.load(table + image * 3).to(tl.pointer_type(tl.int16)) + place // 16
     total = tl.zeros((PIXELS, ROWS), tl.float32)
-    # Loads of two bytes can't be asynchronous copies. So each step starts those of the next one before its product.
+    # Two-byte loads can't be asynchronous copies, so each step prefetches the bits of the next one before its product.
     ahead = _bits(bits, o, r, 0, rows, columns, WORDS, DEEP)
     for begin in range(0, columns, DEEP):
         active = ahead
         ahead = _bits(bits, o, r, begin + DEEP, rows, columns, WORDS, DEEP)
         k = begin + tl.arange(0, DEEP)
-        if ONE_TAP:  # of all columns of this step: channels that lie side by side
+        if ONE_TAP:  # all columns of this step share a tap: their channels are adjacent
             tap = begin // channels
             channel = (k - tap * channels)[None, :]
         else:
@@ -239,7 +242,7 @@ def _product(  # type: ignore[no-untyped-def]
         inside = (yy >= 0) & (yy < height) & (zz >= 0) & (zz < width) & (t < pixels)[:, None]
         at = (yy * width + zz) * (groups * channels) + channel
         pixel = tl.load(x + at, mask=inside & (k < columns)[None, :], other=0.0)
-        if WORDS:  # rows begin with a word of bits: it is read once for its sixteen weights
+        if WORDS:  # rows begin at a word of bits, which is read once for its sixteen weights
             word = begin // 16 + tl.arange(0, DEEP // 16)
             there = (o < rows)[:, None] & (word * 16 < columns)[None, :]
             first = (r * columns)[:, None] + (word * 16)[None, :]
@@ -270,7 +273,7 @@ def _depthwise(  # type: ignore[no-untyped-def]
     width_out, height, width, across, stride_y, stride_x, top, left, apart_y, apart_x,
     PIXELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile [PIXELS, ROWS] of one image's output, each channel by itself: bound by memory, no product of matrices."""
+    """A tile [PIXELS, ROWS] of one image's depthwise output: memory-bound, no matrix product."""
     image = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)

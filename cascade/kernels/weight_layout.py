@@ -1,9 +1,8 @@
 """An executor's own flat buffer: the folded weights in the order in which its kernels read them.
 
-``Backbone.weights`` and the bits of a ``Mask`` have the model's order. An executor may want another one (channels last,
-blocks of 16 output channels): then its weights are brought into that order once, the bits of each mask when it is
-loaded, and a swap stays one pass over memory. A pass is always bits and pristine weights in, masked and scaled
-weights out.
+``Backbone.weights`` and the bits of a ``Mask`` are in the model's order. An executor may need another one (channels
+last, blocks of 16 output channels). Its weights are then reordered once, and the bits of each mask when it is loaded,
+so that a swap is still one pass over memory: bits and pristine weights in, masked and scaled weights out.
 """
 
 from collections.abc import Sequence
@@ -19,15 +18,15 @@ from cascade.kernels.materialize import cut
 from cascade.model.folding import Folded
 from cascade.model.masks import Mask, pack, unpack
 
-ALIGN = 16  # weights: each unit begins at a whole word of bits, and at a cache line
+ALIGN = 16  # weights: each unit begins at a word of bits, and at a cache line
 
 
 @dataclass(frozen=True, eq=False)
 class BlockOrder:
-    """In which order an executor keeps the weights of one unit, ``[rows, columns]`` in the model's.
+    """The order in which an executor stores the weights of one unit, which the model stores as ``[rows, columns]``.
 
     Attributes:
-        block: rows that alternate with every weight (1: row by row, 8 or 16: blocked).
+        block: rows that are interleaved weight by weight (1: row by row, 8 or 16: blocked).
         columns: int32 [places], the column at each place of a row, -1 for padding.
     """
 
@@ -35,7 +34,7 @@ class BlockOrder:
     columns: np.ndarray
 
     def arrange(self, matrix: Tensor) -> Tensor:
-        """[rows, columns] in this order, one dimension, padded with zeros (False)."""
+        """Arrange [rows, columns] in this order, flat, padded with zeros (False)."""
         rows, places = -(-len(matrix) // self.block) * self.block, torch.from_numpy(self.columns).to(matrix.device)
         padded = matrix.new_zeros(rows, matrix.shape[1] + 1)
         padded[: len(matrix), : matrix.shape[1]] = matrix
@@ -44,12 +43,12 @@ class BlockOrder:
 
 @dataclass(frozen=True, eq=False)
 class PackedMask(Mask):
-    """A mask as an executor keeps it: bits in its order, and the numbers that everything else folds into.
+    """A mask in an executor's form: bits in its order, and the folded scales and shifts.
 
     Attributes:
         scales, shifts: float32 [rows], padded to whole blocks, from the mask's first stage to the end.
-        steps: of a 1-bit delta, the folded delta of each row, like ``scales``; empty for a mask.
-        loose: what else it changes, by name, see ``Folded``.
+        steps: for a 1-bit delta, the folded delta of each row, like ``scales``; empty for a mask.
+        loose: the other tensors that it changes, by name, see ``Folded``.
     """
 
     scales: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -66,8 +65,8 @@ class WeightLayout:
 
     Attributes:
         pristine: float32 [n], the folded weights, which masks multiply.
-        plain: float32 [n], the weights of a pass without a mask: the same tensor, unless the backbone switches
-            channels off (BatchNorm scale 0).
+        plain: float32 [n], the weights of a pass without a mask; the same tensor as ``pristine``, unless the backbone
+            switches channels off (BatchNorm scale 0).
         shifts: float32 [rows], the shifts without a mask. loose: the backbone's loose tensors, see ``Folded``.
         begin: where each unit's weights begin, int64 [units + 1]; row: where its rows begin.
     """
@@ -84,7 +83,7 @@ class WeightLayout:
         self.loose = {name: state[name].detach().clone() for name in folded.loose}
         self.pristine = torch.zeros(int(self.begin[-1]), device=device)
         self.shifts = torch.zeros(int(self.row[-1]), device=device)
-        off = {}  # the plain backbone's scales, where they are not all 1
+        off = {}  # the plain backbone's scales by unit, if they are not all 1
         for i, (unit, order) in enumerate(zip(units, orders, strict=True)):
             affine = folded.plain(unit)
             self.pristine[self.begin[i] : self.begin[i] + sizes[i]] = order.arrange(folded.weight(unit))
@@ -95,7 +94,7 @@ class WeightLayout:
         for i, scale in off.items():
             weight = folded.weight(units[i]) * scale[:, None]
             self.plain[self.begin[i] : self.begin[i] + sizes[i]] = orders[i].arrange(weight)
-        # Pieces with one set of scales: a row, or a block of rows.
+        # Pieces that share a set of scales: a row, or a block of rows.
         per = [len(o.columns) * o.block for o in orders]
         begin = np.concatenate([b + np.arange(n) * p for b, n, p in zip(self.begin, blocks, per, strict=False)])
         end = begin + np.repeat(per, blocks)
@@ -110,11 +109,11 @@ class WeightLayout:
         return next((i for i, u in enumerate(self.folded.units) if u.stage >= stage), len(self.folded.units))
 
     def size(self, stage: int) -> int:
-        """Bytes of a mask's materialized weights that begins at ``stage``."""
+        """Bytes of the materialized weights of a mask that begins at ``stage``."""
         return 4 * int(self.begin[-1] - self.begin[self.first(stage)])
 
     def pack(self, mask: Mask) -> PackedMask:
-        """A mask in this order; the model's order of its bits is not kept."""
+        """Convert a mask to this order; the bits in the model's order are not kept."""
         first, device = self.first(mask.start), self.pristine.device
         scales, shifts, steps = (np.zeros(self.row[-1] - self.row[first], np.float32) for _ in range(3))
         for i, affine in enumerate(self.folded.affines(mask), first):
@@ -137,14 +136,14 @@ class WeightLayout:
         """
         pristine = self.pristine[self.begin[self.first(mask.start)] :]
         out = torch.empty_like(pristine) if out is None else out
-        if pristine.is_cuda and mask.steps.numel():  # in a few passes; there is no fused kernel for it yet
+        if pristine.is_cuda and mask.steps.numel():  # a few passes: deltas have no fused GPU kernel yet
             return out.copy_(self.materialize_plain(mask))
         if pristine.is_cuda:
             from cascade.kernels import triton
 
             triton.masked(mask.bits, pristine, self.tiles(mask.start), mask.scales, out)
             return out
-        from cascade.kernels import cpu  # numba takes a second to come up
+        from cascade.kernels import cpu  # importing numba takes a second
 
         begin, end, rows = self._plan(mask.start)
         bits, scales = mask.bits.numpy(), mask.scales.numpy()[rows]
@@ -152,7 +151,7 @@ class WeightLayout:
             cpu.masked(bits, pristine.numpy(), begin, end, scales, out.numpy())
             return out
         cpu.signed(bits, pristine.numpy(), begin, end, scales, mask.steps.numpy()[rows], out.numpy())
-        out[self._padding(mask.start)] = 0  # its bits are zeros, which mean minus here
+        out[self._padding(mask.start)] = 0  # padding bits are zero, which a delta reads as minus
         return out
 
     def materialize_plain(self, mask: PackedMask) -> Tensor:
@@ -167,24 +166,24 @@ class WeightLayout:
         return pristine * scale + torch.where(active, step, -step)
 
     def _rows(self, stage: int) -> Tensor:
-        """The row of each weight of a suffix, int64 [n]; -1 for padding."""
+        """The row of each weight from ``stage`` on, int64 [n]; -1 for padding."""
         first = self.first(stage)
         rows = torch.full((int(self.begin[-1] - self.begin[first]),), -1)
         for i, order in enumerate(self.orders[first:], first):
             unit = self.folded.units[i]
-            own = torch.arange(unit.rows)[:, None].expand(-1, unit.columns) + int(self.row[i] - self.row[first]) + 1
-            arranged = order.arrange(own.contiguous()) - 1  # padding is 0 before, -1 after
+            row_of = torch.arange(unit.rows)[:, None].expand(-1, unit.columns) + int(self.row[i] - self.row[first]) + 1
+            arranged = order.arrange(row_of.contiguous()) - 1  # padding is 0 before, -1 after
             rows[self.begin[i] - self.begin[first] :][: len(arranged)] = arranged
         return rows.to(self.pristine.device)
 
     def _padding(self, stage: int) -> Tensor:
-        """Where a suffix has padding, int64 [places]."""
+        """Positions of padding from ``stage`` on, int64 [places]."""
         if stage not in self._paddings:
             self._paddings[stage] = (self._rows(stage) < 0).nonzero().flatten()
         return self._paddings[stage]
 
     def tiles(self, stage: int) -> Tensor:
-        """What a launch on a GPU is told about a suffix, see ``cascade.kernels.triton``; made once for all masks."""
+        """The table of a GPU launch from ``stage`` on, see ``cascade.kernels.triton``; cached, shared by all masks."""
         if stage not in self._tiles:
             from cascade.kernels import triton
 
@@ -196,19 +195,19 @@ class WeightLayout:
         return self._tiles[stage]
 
     def _plan(self, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pieces of a suffix, alike for all threads: begin, end, and the rows of their sixteen lanes, int64 [P, 16]."""
+        """Pieces from ``stage`` on, balanced over threads: begin, end, and the rows of their lanes, int64 [P, 16]."""
         if stage not in self._plans:
             i = self.first(stage)
             begin, end, rows = self._pieces
             keep = begin >= self.begin[i]
             starts, ends, which = cut(begin[keep] - self.begin[i], end[keep] - self.begin[i], 1 << 14)
-            threads = cpu_count()  # a thread takes a run of pieces: late ones are large, early ones small
+            threads = cpu_count()  # a thread takes a run of pieces: deal them out, because late ones are larger
             dealt = np.concatenate([np.arange(len(starts))[t::threads] for t in range(threads)])
             self._plans[stage] = starts[dealt], ends[dealt], (rows[keep] - self.row[i])[which][dealt]
         return self._plans[stage]
 
     def _reorder(self, mask: Mask) -> Tensor:
-        """The bits of ``mask`` in this order, uint8."""
+        """Reorder the bits of ``mask``, uint8."""
         from cascade.kernels import cpu
 
         first = self.first(mask.start)
@@ -221,12 +220,12 @@ class WeightLayout:
 
     @cached_property
     def _tasks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What ``kernels.cpu.reorder`` takes: the unit of each task, tasks, columns of all units."""
-        units, tasks, at = [], [], 0
+        """Arguments of ``kernels.cpu.reorder``: the unit of each task, the tasks, and the columns of all units."""
+        units, tasks, end = [], [], 0
         for i, (unit, order) in enumerate(zip(self.folded.units, self.orders, strict=True)):
-            span = (at, at := at + len(order.columns))
+            span = (end, end := end + len(order.columns))
             groups = -(-unit.rows // order.block)
-            # Row by row, rows may share a byte: one task. Blocks begin at a byte, so each is one, for all threads.
+            # Row by row, rows may share a byte, so the unit is one task. Blocks begin at a byte, so each is a task.
             together = order.block == 1 or order.block * len(order.columns) % ALIGN
             for group in (0,) if together else range(groups):
                 count = groups if together else 1
@@ -243,8 +242,8 @@ class WeightLayout:
         out = torch.zeros(int(self.begin[-1] - self.begin[first]), dtype=torch.bool)
         for i in range(first, len(self.orders)):
             unit = self.folded.units[i]
-            own = active[unit.offset - origin :][: unit.rows * unit.columns].view(unit.rows, unit.columns)
-            arranged = self.orders[i].arrange(own)
+            bits = active[unit.offset - origin :][: unit.rows * unit.columns].view(unit.rows, unit.columns)
+            arranged = self.orders[i].arrange(bits)
             out[self.begin[i] - self.begin[first] :][: len(arranged)] = arranged
         return pack(out)
 

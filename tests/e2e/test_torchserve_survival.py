@@ -109,10 +109,10 @@ def test_bad_bundles_disturb_nothing(survivor: TorchServe, shelf: Path, photos: 
     foreign = read(good)
     back = foreign.card.backbone.model_copy(update={"fingerprint": "1" * 64})
     reasons = {
-        "corrupted": "its checksum is not the one in SHA256SUMS",
-        "truncated": "its checksum is not the one in SHA256SUMS",
+        "corrupted": "its checksum differs from SHA256SUMS",
+        "truncated": "its checksum differs from SHA256SUMS",
         "foreign": "was trained on",
-        "half-copied": "does not list just the files in its folder",
+        "half-copied": "does not match the files in its folder",
     }
     with Load(survivor, photos) as load:
         for turn in range(times):
@@ -432,7 +432,7 @@ def test_a_remote_store_a_killed_worker_a_full_disk_and_the_end(
                     until(lambda: gauge(server, "bundle_refused{bundle=one}") == 1)
                     load.more()
                     (line,) = told_of(server, "refused bundle one/2: ")
-                    assert "File too large: make room for copies" in line["message"]
+                    assert "File too large: free disk space for copies" in line["message"]
                 take(shelf / "two" / "0")  # when a bundle leaves, there is another try, else within a minute
                 until(lambda: gauge(server, "bundle_refused{bundle=one}") == 0)
                 load.more(version="2")

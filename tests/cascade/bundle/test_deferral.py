@@ -59,9 +59,9 @@ def test_the_mask_of_the_larger_size_must_fit_the_backbone(pair: Bundle, cifar: 
 
 
 CARD: dict[str, Callable[[dict[str, Any]], object]] = {
-    "does not have": lambda card: card.pop("deferral"),
+    "but the card has none": lambda card: card.pop("deferral"),
     "threshold": lambda card: card["deferral"].update(threshold=1.5),
-    "no more than 32 px": lambda card: card["deferral"]["preprocessing"].update(size=32),
+    "is not more than 32 px": lambda card: card["deferral"]["preprocessing"].update(size=32),
     "is not within": lambda card: card["deferral"]["preprocessing"].update(size=100_000),
     "more weights than the backbone": lambda card: card["deferral"]["mask"].update(weights=10**9),
     "fit": lambda card: card["deferral"]["mask"].update(weights=100),

@@ -175,7 +175,7 @@ def test_everything_is_synced_before_the_rename(small: Bundle, tmp_path: Path, m
 
 def test_a_version_is_never_overwritten(small: Bundle, written: Path) -> None:
     before = contents(written)
-    with pytest.raises(BundleError, match="versions are never overwritten: choose the next number"):
+    with pytest.raises(BundleError, match="versions are never overwritten: choose a new version"):
         write(replace(small, linear={}), written)
     assert contents(written) == before
     assert [p.name for p in written.parent.iterdir()] == ["1"]

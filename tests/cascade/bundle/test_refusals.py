@@ -66,7 +66,7 @@ def test_missing_file(written: Path, name: str) -> None:
 
 def test_extra_file(written: Path) -> None:
     (written / "notes.txt").write_text("mine")
-    assert "(notes.txt); copy the bundle again, whole" in refusal(written)
+    assert "(notes.txt); copy the whole bundle again" in refusal(written)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling"])
@@ -99,9 +99,9 @@ def test_read_error_is_one_line(written: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "format 3": (lambda c: c.update(format=3), "format 3, this Cascade reads 1 to 2"),
-    "a later format": (lambda c: c.update(format=3, novelty=[1]), "format 3, this Cascade reads 1 to 2"),
-    "format 0": (lambda c: c.update(format=0), "format 0, this Cascade reads 1 to 2"),
+    "format 3": (lambda c: c.update(format=3), "format 3, this version reads 1 to 2"),
+    "a later format": (lambda c: c.update(format=3, novelty=[1]), "format 3, this version reads 1 to 2"),
+    "format 0": (lambda c: c.update(format=0), "format 0, this version reads 1 to 2"),
     "no format": (lambda c: c.pop("format"), "format: Field required"),
     "format in words": (lambda c: c.update(format="one"), "format: "),
     "unknown field": (lambda c: c.update(novelty=1), "novelty: Extra inputs"),
@@ -109,7 +109,7 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "fingerprint": (lambda c: c["backbone"].update(fingerprint="abc"), "backbone.fingerprint: "),
     "no masks": (lambda c: c.update(masks=[]), "masks: "),
     "mode": (lambda c: c.update(mode="both"), "mode: "),
-    "preprocessing": (lambda c: c["preprocessing"].update(std=[0, 0, 0]), "std above 0"),
+    "preprocessing": (lambda c: c["preprocessing"].update(std=[0, 0, 0]), "std must be positive"),
     "less preprocessing": (lambda c: c["preprocessing"].pop("mean"), "preprocessing: 'mean'"),
     "more weights": (lambda c: c["masks"][0].update(weights=c["masks"][0]["weights"] + 8), "more weights than"),
     "fewer weights": (lambda c: c["masks"][0].update(weights=c["masks"][0]["weights"] - 8), "expands to"),
@@ -120,8 +120,8 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown router": (lambda c: c["router"].update(kind="oracle"), "unknown router oracle"),
     "another router": (lambda c: c["router"].update(kind="gmm"), "do not fit together"),
     "no router": (lambda c: c.update(router=None), "experts need a router"),
-    "shares": (lambda c: c["router"].update(shares=[1.0]), "one share for each expert"),
-    "fewer masks": (lambda c: c["masks"].pop(), "one share for each expert"),
+    "shares": (lambda c: c["router"].update(shares=[1.0]), "one share per expert"),
+    "fewer masks": (lambda c: c["masks"].pop(), "one share per expert"),
     "classes": (
         lambda c: c["classes"].pop(),
         "head dispatcher: weight is float32 [3, 8], should be float32/float16 classes",
@@ -183,15 +183,15 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "router mean": ("router", bump("router.prototypes"), "router: cluster is int64 [30], should be int64 C"),
     "router head": ("router", bump("router.head"), "router: bias is float16 [16], should be float16 P"),
     "router dtype": ("router", cast("router.cluster", torch.float32), "cluster is float32 [30], should be int64 C"),
-    "router value": ("router", lambda t: t["router.cluster"].fill_(2), "one cluster for each expert"),
-    "router count": ("router", lambda t: t["router.clusters"].fill_(3), "one cluster for each expert"),
+    "router value": ("router", lambda t: t["router.cluster"].fill_(2), "one cluster per expert"),
+    "router count": ("router", lambda t: t["router.clusters"].fill_(3), "one cluster per expert"),
     "router part": ("router", lambda t: t.pop("router.head"), "fit together"),
     "router novelty": ("router", lambda t: t.update({"router.new": torch.ones(1)}), "fit together"),
     "ood mean": ("router", bump("ood.mean"), "ood: mean is float32 [97], should be float32 F"),
     "ood variance": ("router", bump("ood.variance"), "ood: variance is float32"),
     "ood noise": ("router", bump("ood.noise"), "ood: noise is float32 [2], should be float32 1"),
     "ood flat": ("router", lambda t: t.update({"ood.basis": t["ood.basis"].flatten()}), "ood: basis is float16 ["),
-    "ood short": ("router", lambda t: t.update({"ood.quantiles": t["ood.quantiles"][:1].clone()}), "two quantiles"),
+    "ood short": ("router", lambda t: t.update({"ood.quantiles": t["ood.quantiles"][:1].clone()}), "two or more"),
     "slots": ("fusion", bump("unconditional.weight"), "fusion unconditional has 4 slots"),
     "conditional": (
         "fusion",
@@ -209,10 +209,10 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "picture rows": ("thumbnails", bump("thumbnails.offsets"), "offsets is int64 [22], should be int64 rows+1"),
     "picture dtype": ("thumbnails", cast("thumbnails.offsets", torch.float32), "should be int64 rows+1"),
     "picture bytes": ("thumbnails", cast("thumbnails.data", torch.int8), "data is int8"),
-    "picture first": ("thumbnails", lambda t: t["thumbnails.offsets"][:1].fill_(1), "do not rise from 0 to"),
-    "picture order": ("thumbnails", lambda t: t["thumbnails.offsets"][3:4].fill_(0), "do not rise from 0 to"),
-    "picture end": ("thumbnails", lambda t: t["thumbnails.offsets"][-1:].add_(9), "do not rise from 0 to"),
-    "picture before": ("thumbnails", lambda t: t["thumbnails.offsets"][1:2].fill_(-9), "do not rise from 0 to"),
+    "picture first": ("thumbnails", lambda t: t["thumbnails.offsets"][:1].fill_(1), "do not increase from 0 to"),
+    "picture order": ("thumbnails", lambda t: t["thumbnails.offsets"][3:4].fill_(0), "do not increase from 0 to"),
+    "picture end": ("thumbnails", lambda t: t["thumbnails.offsets"][-1:].add_(9), "do not increase from 0 to"),
+    "picture before": ("thumbnails", lambda t: t["thumbnails.offsets"][1:2].fill_(-9), "do not increase from 0 to"),
     "no picture": ("thumbnails", lambda t: t["thumbnails.data"][:9].fill_(0), "row 0: this is not a JPEG, PNG or WebP"),
     "cut picture": ("thumbnails", lambda t: t["thumbnails.offsets"][1:2].sub_(99), "row 0: the image is truncated"),
     "large picture": ("thumbnails", one_picture(lambda: Image.new("RGB", (129, 8))), "row 0: the image is 129 x 8 pix"),
@@ -289,13 +289,13 @@ def test_another_backbone(small: Bundle, backbone: Backbone) -> None:
     check(small, backbone)
     other = backbones.load("test_resnet", "random:1")
     assert f"fingerprint {backbone.fingerprint[:12]}, these weights (random:1) have" in not_for(small, other)
-    assert "give the right ones with --weights" in not_for(small, backbones.load("test_vit", "random:0"))
+    assert "pass the right ones with --weights" in not_for(small, backbones.load("test_vit", "random:0"))
 
 
 def test_what_does_not_fit_the_backbone(small: Bundle, backbone: Backbone) -> None:
     assert "97 features and" in not_for(with_card(small, features=97), backbone)
-    assert "8 masks do not fit test_resnet" in not_for(with_card(small, maskable=8), backbone)
-    assert "counts its stages as stem layer1" in not_for(with_card(small, stages=["stem", "layer1"]), backbone)
+    assert "8 weights do not fit test_resnet" in not_for(with_card(small, maskable=8), backbone)
+    assert "has the stages stem layer1" in not_for(with_card(small, stages=["stem", "layer1"]), backbone)
     short = replace(small.dispatcher, bits=small.dispatcher.bits[:-1])
     assert "mask dispatcher has" in not_for(replace(small, dispatcher=short), backbone)
     late = replace(small.dispatcher, start=1)

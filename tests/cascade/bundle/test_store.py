@@ -151,7 +151,7 @@ def test_out_of_reach(http: str, folder: Path, tmp_path: Path) -> None:
     store = Store(http, tmp_path / "cache")
     _, digest = store.read("a", "1")
     Quiet.failing = True
-    with pytest.raises(StoreError, match="can't be read .*is it in reach"):
+    with pytest.raises(StoreError, match="can't be read .*is it reachable"):
         store.look()
     with pytest.raises(StoreError, match="can't be read"):
         store.read("a", "2")
@@ -172,7 +172,7 @@ def test_a_store_that_says_nothing_is_waited_for_once(
     digests = {identity: store.read(*identity)[1] for identity in whole}
     Quiet.silent.clear()
     try:
-        with pytest.raises(StoreError, match="can't be read .*[Tt]imeout.*is it in reach"):
+        with pytest.raises(StoreError, match="can't be read .*[Tt]imeout.*is it reachable"):
             store.look()
         asked = Quiet.asked
         assert store.cached().keys() == whole.keys()
@@ -225,7 +225,7 @@ def test_a_disk_that_is_full_is_no_fault_of_the_bundle(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match="No space left on device: make room"):
+        with pytest.raises(StoreError, match="No space left on device: free disk space"):
             store.read("a", "1")
     assert store.cached() == {} and store.cache is not None and not list(store.cache.iterdir())
     store.read("a", "1")
@@ -238,7 +238,7 @@ def test_a_file_that_can_not_be_made_longer(memory: str, tmp_path: Path, size: i
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
     try:
-        with pytest.raises(StoreError, match="File too large: make room"):
+        with pytest.raises(StoreError, match="File too large: free disk space"):
             store.read("a", "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
@@ -305,7 +305,7 @@ def test_a_file_without_end_is_cut_off(memory: str, tmp_path: Path, monkeypatch:
     ("where", "words"),
     [
         ("nonsense://x", "can't open the store nonsense://x .*Protocol not known"),
-        ("http://me:secret@host/models", "holds a password"),
+        ("http://me:secret@host/models", "contains a password"),
     ],
 )
 def test_urls_that_are_refused(where: str, words: str, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_verify_against_other_weights(hand: Path, tmp_path: Path) -> None:
     for seed, name in ((9, "other.pth"), (0, "same.pth")):
         torch.save(backbone.load("test_resnet", f"random:{seed}").model.state_dict(), tmp_path / name)
     assert "no weights at" in fails("verify", hand, "--weights", tmp_path / "missing.pth")
-    assert "give the right ones with --weights" in fails("verify", hand, "--weights", tmp_path / "other.pth")
+    assert "pass the right ones with --weights" in fails("verify", hand, "--weights", tmp_path / "other.pth")
     assert run("verify", hand, "--weights", tmp_path / "same.pth").exit_code == 0
 
 
@@ -151,9 +151,7 @@ def test_a_corrupt_bundle_is_one_line(command: str, hand: Path, cifar_folder: Pa
         "predict": [cifar_folder, "--out", tmp_path / "out.parquet", "--bundle", bad],
         "evaluate": [bad, cifar_folder],
     }
-    assert "fusion.safetensors: its checksum is not the one in SHA256SUMS" in fails(
-        command, *arguments.get(command, [bad])
-    )
+    assert "fusion.safetensors: its checksum differs from SHA256SUMS" in fails(command, *arguments.get(command, [bad]))
     assert not (tmp_path / "out.parquet").exists()
 
 

@@ -103,9 +103,9 @@ def test_loads_the_good_and_refuses_the_bad_by_name(
     assert engine.bundles == [("a", "1"), ("a", "2"), ("b", "1")]
     reasons = {s.name: s.reason or "" for s in registry.states() if s.state == "refused"}
     assert list(reasons) == ["corrupt", "foreign", "half", "lost"]
-    assert "masks.safetensors: its checksum is not the one in SHA256SUMS" in reasons["corrupt"]
+    assert "masks.safetensors: its checksum differs from SHA256SUMS" in reasons["corrupt"]
     assert "bundle foreign/1 was trained on test_resnet with fingerprint 111111111111" in reasons["foreign"]
-    assert "(fusion.safetensors); copy the bundle again, whole" in reasons["half"]
+    assert "(fusion.safetensors); copy the whole bundle again" in reasons["half"]
     assert "no weights at gone.safetensors; pass the checkpoint with --weights FILE" in reasons["lost"]
     assert not [reason for reason in reasons.values() if "\n" in reason]
     assert not [reason for reason in reasons.values() if str(store.parent) in reason], "no path of this machine"
