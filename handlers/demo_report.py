@@ -17,6 +17,7 @@ from cascade.engine.results import ItemError, Options, Prediction
 from handlers.demo_images import NOBODY, DemoError, Sample
 from handlers.demo_traffic import Rates
 
+VOTE = 0.1  # temperature of the neighbors' similarities
 TOLERANCE = 1e-3  # of scores: the servers may batch the images differently
 UNKNOWN = "unknown_domain"  # kind of the error where an image fits no bundle
 
@@ -31,13 +32,19 @@ class Answered:
 
     @property
     def label(self) -> tuple[str, float] | None:
-        """The label and its score, or the class of the nearest neighbor and its similarity."""
+        """The label and its score; without a head the class that most neighbors vote for, and its share of the votes.
+
+        A vote weighs as in the k-NN evaluation of a training.
+        """
         if self.answer is None:
             return None
         if self.answer.labels:
             return self.answer.labels[0].name, self.answer.labels[0].score
-        nearest = [(n.label or n.name, n.similarity) for n in self.answer.neighbors[:1]]
-        return nearest[0] if nearest else None
+        votes: dict[str, float] = {}
+        for n in self.answer.neighbors:
+            votes[n.label or n.name] = votes.get(n.label or n.name, 0.0) + math.exp(n.similarity / VOTE)
+        best = max(votes, key=votes.__getitem__, default=None)
+        return None if best is None else (best, votes[best] / sum(votes.values()))
 
     @property
     def right(self) -> bool | None:
@@ -64,7 +71,7 @@ def show(samples: Sequence[Sample], torchserve: Client, asgi: Client, console: C
     console.print(table)
     console.print(
         "sure: calibrated probability of the customer, - where the request named it; label with its score, without a"
-        " head the nearest neighbor's class with its similarity; ms: TorchServe, ASGI",
+        " head that of the nearest neighbors with its share of their votes; ms: TorchServe, ASGI",
         style="dim",
     )
     return answers

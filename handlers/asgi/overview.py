@@ -31,7 +31,7 @@ def add(app: FastAPI, service: Service) -> None:
 def _card(service: Service, bundle: Bundle) -> dict[str, Any]:
     """One bundle. ``bytes`` are those of its files, ``pictures`` the number of its thumbnails."""
     card, times = bundle.card, service.batcher.statistics.of(bundle.name, bundle.version)
-    measured = headline(card)
+    measured = headline(bundle)
     return {
         "name": bundle.name,
         "version": bundle.version,

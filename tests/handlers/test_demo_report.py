@@ -32,10 +32,16 @@ def test_a_row_has_customer_label_and_masks() -> None:
     ]  # fmt: skip
 
 
-def test_without_a_head_the_nearest_neighbor_answers() -> None:
-    answered = Answered(SHIRT, replace(ANSWER, labels=(), dispatch=None), (0.0, 0.0))
-    assert answered.right is False
-    assert row(answered)[2:4] == ["-", "[red]Bag[/] 0.50"]
+def test_without_a_head_the_neighbors_vote() -> None:
+    """Two that are a little less similar outvote the nearest one."""
+    alike = (*ANSWER.neighbors, *(Neighbor(name, "T-shirt/top", 0.47) for name in "bc"))
+    for neighbors, right, shown in (
+        (alike[:1], False, "[red]Bag[/] 1.00"),
+        (alike, True, "[green]T-shirt/top[/] 0.60"),
+    ):
+        answered = Answered(SHIRT, replace(ANSWER, labels=(), neighbors=neighbors, dispatch=None), (0.0, 0.0))
+        assert answered.right is right
+        assert row(answered)[2:4] == ["-", shown]
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,6 @@ ROWS = {"a head": {"test": 0.7}, "a mask": {"test": 0.9}}
         ({"serves": "both", "rows": ROWS}, ("labels", 0.9)),
         ({"serves": "frozen", "rows": ROWS}, ("labels", 0.7)),
         ({"serves": "frozen", "accuracy": 0.6}, ("labels", 0.6)),
-        ({"distillation": {"knn": {"frozen": 0.5, "distilled": 0.55}}, "whitened": {}}, ("nearest neighbors", 0.55)),
         ({"whitened": {"conditional": {"probe": 0.7}}}, ("labels", 0.7)),
         ({"whitened": {"conditional": {"probe": [0.8, 0.01]}}}, ("labels", 0.8)),
         ({}, None),
@@ -117,4 +116,10 @@ ROWS = {"a head": {"test": 0.7}, "a mask": {"test": 0.9}}
     ],
 )
 def test_headline_is_that_of_what_is_served(hand: Bundle, accuracy: dict[str, Any], expected: object) -> None:
-    assert headline(changed(hand, accuracy=accuracy, mode="conditional").card) == expected
+    assert headline(changed(hand, accuracy=accuracy, mode="conditional")) == expected
+
+
+def test_headline_without_a_head_is_that_of_the_neighbors(hand: Bundle) -> None:
+    accuracy = {"whitened": {"conditional": {"knn": 0.75, "probe": 0.8}}}
+    bundle = replace(changed(hand, accuracy=accuracy, mode="conditional"), linear={})
+    assert headline(bundle) == ("nearest neighbors", 0.75)
