@@ -1,1 +1,1 @@
-"""The engine: one pass over resident backbones, and what it loads."""
+"""The engine: forward passes over resident backbones, batching, dispatch, and loading of bundles."""

@@ -1,8 +1,8 @@
-"""Admission: how many images may wait, of all tenants together and of each.
+"""Admission control: how many images may wait, in total and per tenant.
 
-A tenant may hold as many places of the queue as are still free (the dynamic thresholds of Choudhury and Hahne). One
-tenant thus fills half of the queue, two a third each, and a newcomer always finds room. What is over a tenant's own
-share or limits is refused as its own excess; only a queue without room is an overload of the server.
+A tenant may hold as many places in the queue as are still free (the dynamic thresholds of Choudhury and Hahne). So one
+tenant fills at most half of the queue, two fill a third each, and a newcomer always finds room. Images above a tenant's
+share or limits are refused as that tenant's excess; only a full queue counts as an overload of the server.
 """
 
 from dataclasses import dataclass, replace
@@ -15,25 +15,25 @@ OVER_RATE = ItemError("over_rate", "more images a second than this tenant may se
 OVER_CONCURRENCY = ItemError("over_concurrency", "more requests at a time than this tenant may send: wait for answers")
 OVER_QUEUE = ItemError("over_queue", "this tenant's share of the queue is full: wait for answers")
 SWEEP = 64
-"""Tenants that are remembered before the first sweep of those that are idle."""
+"""Tenants remembered before idle ones are swept for the first time."""
 
 
 @dataclass
 class _Use:
-    """What one tenant uses. ``tokens``: images that it may send at once, as of ``since`` (monotonic)."""
+    """Usage of one tenant. ``tokens``: images that it may send at once, as of ``since`` (monotonic)."""
 
     tokens: float
     since: float
     queued: int = 0
     requests: int = 0
-    idle_from: float = 0.0  # when the tokens are all there again
+    idle_from: float = 0.0  # when the token bucket is full again
 
 
 class Admission:
     """Counts places in the queue; not thread-safe. Times are seconds of one monotonic clock.
 
     Args:
-        queue: images that may wait or be decoded at a time.
+        queue: images that may wait or be decoded at the same time.
     """
 
     def __init__(self, queue: int) -> None:
@@ -43,10 +43,10 @@ class Admission:
         self._sweep_at = SWEEP
 
     def enter(self, tenant: Tenant, images: int, now: float, alone: bool = False) -> ItemError | None:
-        """Give a request of ``images`` its places, or say why not.
+        """Reserve places for a request of ``images``, or return the reason for a refusal.
 
         Args:
-            alone: no other tenant can come, so the whole queue is this one's.
+            alone: no other tenant exists, so this one may use the whole queue.
         """
         use = self._use(tenant, now)
         free = self.queue - self.images
@@ -66,23 +66,23 @@ class Admission:
         return None
 
     def reenter(self, tenant: Tenant) -> None:
-        """One image of the tenant has its place again, for a second pass: it was admitted before."""
+        """Return an admitted image of the tenant to the queue, for its second pass."""
         self._uses[tenant.name].queued += 1
         self.images += 1
 
     def leave(self, tenant: Tenant) -> None:
-        """One image of the tenant has left the queue."""
+        """Count an image of the tenant that has left the queue."""
         self._uses[tenant.name].queued -= 1
         self.images -= 1
 
     def finish(self, tenant: Tenant) -> None:
-        """One request of the tenant has its answers."""
+        """Count a request of the tenant that has been answered."""
         self._uses[tenant.name].requests -= 1
 
     def _spend(self, use: _Use, rate: float, images: int, now: float) -> float:
-        """Seconds until there are tokens for the images; 0 if there are, which are then gone.
+        """Take tokens for the images and return 0; if there are too few, return the seconds until there are enough.
 
-        A request of more images than the bucket holds needs a full one, and leaves a debt.
+        A request of more images than the bucket holds needs a full bucket, and leaves a debt.
         """
         burst = max(1.0, rate)
         use.tokens = min(burst, use.tokens + (now - use.since) * rate)

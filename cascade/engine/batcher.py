@@ -1,8 +1,8 @@
 """Dynamic batching: images are submitted one by one, decoded in threads, and answered in passes that share a mask.
 
-There is no batching delay. When the engine is free it takes what has gathered meanwhile, so a lone request runs at
-once and batches grow with the load. Admission, decoding and deadlines are bounded here and nowhere else. Who may queue
-is decided in ``cascade.engine.admission``, and who is next in ``cascade.engine.fair_queue``.
+There is no batching delay. When the engine is free it takes what has accumulated, so a lone request runs at once and
+batches grow with the load. Admission, decoding and deadlines are bounded here and nowhere else. Backpressure is decided
+in ``cascade.engine.admission``, and the order of images in ``cascade.engine.fair_queue``.
 """
 
 import asyncio
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 DEADLINE = ItemError("deadline", "the time that this image may wait is over: send it again later, or allow more")
 STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
 FAILED = ItemError("failed", "the pass with this image failed: the server's log says why")
-REMEMBERED = 0.2  # weight of the newest pass in the seconds that an image pass takes
-LOADERS = 4  # bundles on demand that are loaded at a time
+REMEMBERED = 0.2  # weight of the newest pass in the moving average of seconds per image pass
+LOADERS = 4  # on-demand bundles that are loaded at the same time
 PASS_TIMEOUT = 120.0  # seconds after which a pass counts as hung; it takes one or two
 
 
@@ -47,16 +47,16 @@ class Batcher:
 
     Each pass takes the largest group of waiting images that share their masks (those of one bundle), among the tenants
     that are due. Once an image has waited longer than ``patience``, the group of the oldest image comes first, so no
-    bundle starves. Other groups fill the pass only where they share the plain trunk, since otherwise there is no
-    benefit. Where a call names no tenant, the bundle is one.
+    bundle starves. Other groups fill the pass only if they share the plain trunk, since otherwise there is no benefit.
+    If a call names no tenant, its bundle is the tenant.
 
     Args:
-        max_batch: images in a pass at most.
+        max_batch: most images in a pass.
         patience: seconds. 0 is arrival order: always the group of the oldest image.
         queue: images that may wait or be decoded at a time; more are refused at once.
-        time_slice: seconds that a pass of several images may take, as far as the last ones tell, so that others need
-            not wait for it longer.
-        decoders: images that are decoded at a time; each takes up to some hundred MB. None for one per core.
+        time_slice: seconds that a pass of several images may take, estimated from recent passes; it bounds the wait of
+            other tenants.
+        decoders: images decoded at the same time; each takes up to a few hundred MB. None for one per core.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Batcher:
         self._waiting = PriorityQueue()
         self._decoding = 0
         self._running = 0  # image passes
-        self._seconds = 0.0  # an image pass takes, lately
+        self._seconds = 0.0  # per image pass, moving average
         self._begun = 0.0  # when the last pass began, monotonic
         self._closed, self._drains = False, True
         self._changed = threading.Condition()
@@ -112,9 +112,9 @@ class Batcher:
     ) -> Promise:
         """Queue one image to be decoded and answered; returns at once.
 
-        The future always gets an answer: the prediction, or the error of this image (never an exception). An image
-        whose ``timeout`` (seconds, from now on) ends before its pass, or whose future is cancelled, costs no pass. If
-        that happens between two passes of an image that is asked again, the answer of the first one stands.
+        The future always gets an answer: the prediction, or this image's error (never an exception). An image whose
+        ``timeout`` (seconds from now) ends before its pass, or whose future is cancelled, costs no pass. If that
+        happens between the two passes of a deferred image, the first pass gives the answer.
         """
         (future,) = self.submit_all([image], options, timeout, tenant)
         return future
@@ -126,7 +126,7 @@ class Batcher:
         timeout: float | None = None,
         tenant: Tenant | None = None,
     ) -> list[Promise]:
-        """``submit`` for several images: all of them get a place in the queue, or none does."""
+        """``submit`` for several images: either all of them are queued or none is."""
         since = time.monotonic()
         deadline = math.inf if timeout is None else since + timeout
         with self._changed:
@@ -143,14 +143,16 @@ class Batcher:
                 decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
                 decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
 
-        if self.engine.is_cold(options.bundle):  # not in a decoder, whose time is bounded; and others need not wait
+        if self.engine.is_cold(
+            options.bundle
+        ):  # not in a decoder, whose time is bounded; and others should not wait for it
             self._loaders.submit(self.engine.find, options.bundle).add_done_callback(decode)
         else:
             decode()
         return futures
 
     def submit_item(self, item: AnyItem, timeout: float | None = None, tenant: Tenant | None = None) -> Promise:
-        """``submit`` for an item that ``Engine.prepare`` made."""
+        """``submit`` for an item from ``Engine.prepare``."""
         since = time.monotonic()
         deadline = math.inf if timeout is None else since + timeout
         future = Promise()
@@ -167,7 +169,7 @@ class Batcher:
     ) -> list[Answer]:
         """``submit_all`` for an event loop; images without an answer after ``timeout`` seconds get DEADLINE.
 
-        Images that are dispatched as a set are answered by one bundle. Cancelling it gives up the images that are in no
+        Images that are dispatched as a set are answered by one bundle. Cancelling drops the images that are not in a
         pass yet.
         """
         end = time.monotonic() + timeout
@@ -191,12 +193,12 @@ class Batcher:
                 future.cancel()
 
     def retry_after(self) -> float:
-        """Estimated seconds until every image that waits now is answered."""
+        """Estimated seconds until all images waiting now are answered."""
         with self._changed:
             return (self._waiting.cost + self._decoding + self._running) * self._seconds
 
     def close(self, drain: bool = True) -> None:
-        """Refuse new images, answer those that wait (without ``drain``: with an error), and end the threads."""
+        """Refuse new images, drain the queue (or answer it with errors, if not ``drain``), and end the threads."""
         with self._changed:
             self._closed, self._drains = True, drain
             gone = [] if drain else self._remove(lambda waiting: True)
@@ -206,7 +208,7 @@ class Batcher:
         self._thread.join()
 
     def _enter(self, tenant: Tenant | None, bundle: str | None, images: int, now: float) -> Tenant | ItemError:
-        """Whose the images are, which have their places from now on, or why they get none."""
+        """Reserve places for the images and return their tenant, or the reason for a refusal."""
         if self._closed:
             return STOPPING
         alone = False
@@ -218,7 +220,7 @@ class Batcher:
         return self._admission.enter(tenant, images, now, alone) or tenant
 
     def _follow(self, futures: Sequence[Promise], tenant: Tenant, since: float) -> None:
-        """Count the answers; the tenant's request ends with the last of them."""
+        """Count the answers; the last one ends the tenant's request."""
         left = len(futures)
 
         def done(future: Future[Answer]) -> None:
@@ -234,7 +236,7 @@ class Batcher:
             future.add_done_callback(done)
 
     def _decode(self, image: Source, options: Options, deadline: float, future: Promise) -> AnyItem | ItemError | None:
-        """In a decoder thread. None where nobody waits for the answer any more."""
+        """Decode in a decoder thread; None if the request has been cancelled."""
         if future.cancelled():
             return None
         if time.monotonic() >= deadline:
@@ -251,10 +253,10 @@ class Batcher:
         future: Promise,
         decoded: "Future[AnyItem | ItemError | None]",
     ) -> None:
-        """Once an image is decoded: it waits for its pass, or has its answer."""
+        """Queue a decoded image for its pass, or answer it with its error."""
         try:
             item = outcome(decoded, options.bundle)
-        except Exception:  # a bad image is an ItemError; this is a fault of ours, or no memory
+        except Exception:  # a bad image is an ItemError; this is a bug, or out of memory
             log.exception("an image could not be prepared")
             item = _failed(FAILED, options.bundle)
         with self._changed:
@@ -288,7 +290,7 @@ class Batcher:
                     _refuse(waiting, DEADLINE)
                 if batch:
                     self._run(batch)
-        finally:  # no future may wait for a thread that has ended
+        finally:  # no future may wait for a dead thread
             with self._changed:
                 self._closed = True
                 gone = self._remove(lambda waiting: True)
@@ -298,7 +300,7 @@ class Batcher:
             self._decoders.close()
 
     def _run(self, batch: list[Waiting]) -> None:
-        """One pass; every future has its answer afterwards, or its image waits for a second pass."""
+        """Run one pass; then every future has its answer, or its image waits for a second pass."""
         answers: list[tuple[Waiting, Answer | Item]]
         failed = False
         try:
@@ -323,7 +325,7 @@ class Batcher:
                 waiting.future.set_result(answer)
 
     def _take(self) -> list[Waiting]:
-        """What the next pass runs, out of the queue."""
+        """Take the images of the next pass out of the queue."""
         now = time.monotonic()
         room = Room(self.max_batch, self.time_slice / self._seconds if self._seconds else math.inf)
         taken = self._waiting.take(room, self.engine, now - self.patience)
@@ -334,11 +336,11 @@ class Batcher:
         return [waiting for waiting in taken if self._leave(waiting)]
 
     def _remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
-        """Those of the queue, out of it, less what was cancelled. Their futures are answered outside of the lock."""
+        """Remove matching images from the queue, except cancelled ones; answer their futures outside of the lock."""
         return [waiting for waiting in self._waiting.remove(which) if self._leave(waiting)]
 
     def _leave(self, waiting: Waiting) -> bool:
-        """Out of the queue; whether anybody still waits, who from now on cannot cancel."""
+        """Count an image out of the queue. Returns False if it was cancelled; from now on it can't be."""
         self._admission.leave(waiting.tenant)
         metrics.QUEUE_DEPTH.dec()
         wanted = waiting.item.first is not None or waiting.future.set_running_or_notify_cancel()
@@ -348,9 +350,9 @@ class Batcher:
 
 
 def _timed(waiting: Waiting, answer: Answer | Item) -> Timed:
-    """For the statistics: name and version of the bundle that it was for, or was dispatched to; empty if it fits none.
+    """The statistics entry of an image: its bundle by name and version, or empty strings if it fits none.
 
-    An answer that is an item comes from another pass.
+    An answer that is an item means that another pass follows.
     """
     if isinstance(answer, Item):
         identity = answer.bundle.identity
@@ -362,7 +364,7 @@ def _timed(waiting: Waiting, answer: Answer | Item) -> Timed:
 
 
 def _late(waiting: Waiting) -> bool:
-    """Whether an image gets no more pass: its time is over, or nobody waits for its second pass."""
+    """Whether an image gets no further pass: its deadline has passed, or its second pass was cancelled."""
     given_up = waiting.item.first is not None and waiting.future.given_up
     return given_up or waiting.deadline <= time.monotonic()
 
@@ -379,7 +381,7 @@ def _answered(error: ItemError, bundle: str | None, tenant: Tenant | None) -> Pr
 
 
 def _refuse(waiting: Waiting, why: ItemError) -> None:
-    """The answer of an image that gets no pass; where it had a first one, that stands."""
+    """Answer an image that gets no pass with an error, or with the result of its first pass if it had one."""
     first = waiting.item.first
     waiting.future.set_result(_counted(why, waiting.item.name) if first is None else deferral.count(first))
 

@@ -1,4 +1,4 @@
-"""A short measurement on this machine: ``cascade bench``. Ratios within one run, medians over interleaved rounds."""
+"""A short benchmark on this machine: ``cascade bench``. Ratios within one run, medians over interleaved rounds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +15,9 @@ from cascade.engine.results import ItemError, Options
 
 
 def table(path: Path, batch: int, rounds: int, weights: Path | None = None, kind: Kind = "auto") -> Table:
-    """Milliseconds of a batch through the plain backbone, each mode, and of a swap; each over the plain pass.
+    """Milliseconds per batch of the plain backbone, each mode and a swap, also relative to the plain backbone.
 
-    Decoding is not in it; resizing is, in the modes. The images are noise, which costs what photos cost.
+    Decoding is not included; resizing is, in the modes. The images are noise, which takes as long as photos.
     """
     engine = load(path, weights=weights, executor=kind)
     ((name, version),) = engine.bundles

@@ -1,7 +1,7 @@
-"""Decoder threads with a CPU budget for each image, so that a few costly images can't occupy all of them.
+"""Decoder threads with a CPU budget per image, so that a few expensive images can't occupy all of them.
 
-A thread that runs in native code can't be stopped. One that has used up the budget is given up on instead: its image
-gets an error, its priority drops to the lowest, and another thread takes its place. It ends when its decoder returns.
+A thread in native code can't be stopped. A watchdog abandons one that has exceeded the budget instead: its image gets
+an error, its priority drops to the lowest, and another thread replaces it. It ends when its decoder returns.
 """
 
 import os
@@ -20,7 +20,7 @@ from cascade.engine.results import ItemError, Options
 from cascade.model.preprocessing import ImageError, too_slow
 
 CHECK_SECONDS = 0.1
-"""Between two looks at the CPU time that the decoders have used."""
+"""Seconds between two checks of the decoders' CPU time."""
 LOWEST_PRIORITY = 19
 
 
@@ -37,7 +37,8 @@ class Decoders:
     """A pool of daemon threads.
 
     Args:
-        threads: jobs that run at a time. As many again may be over their budget; while they run, nothing replaces them.
+        threads: jobs that run at the same time. At most as many again may run over budget before threads are no longer
+            replaced.
         cpu_seconds: budget of a job.
     """
 
@@ -63,12 +64,12 @@ class Decoders:
     def map(
         self, prepare: Callable[[Any, Options], Item | ItemError], images: Sequence[Any], options: Sequence[Options]
     ) -> list[Item | ItemError]:
-        """``prepare`` for each image, in order, as ``Engine.predict`` wants it."""
+        """Map ``prepare`` over the images, in order; for ``Engine.predict(decode=...)``."""
         jobs = [self.submit(partial(prepare, *job)) for job in zip(images, options, strict=True)]
         return [outcome(job, wish.bundle) for job, wish in zip(jobs, options, strict=True)]
 
     def close(self) -> None:
-        """End the threads that are idle; the others end after their job."""
+        """End idle threads; the others end after their job."""
         with self._changed:
             self._closed.set()
             self._changed.notify_all()
@@ -95,7 +96,7 @@ class Decoders:
             except Exception as e:
                 error = e
             with self._changed:
-                if job not in self._running:  # it was given up on, and so was this thread
+                if job not in self._running:  # the job was abandoned, and so was this thread
                     self._given_up -= 1
                     self._fill()
                     return
@@ -108,7 +109,7 @@ class Decoders:
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_SECONDS):
             with self._changed:
-                # The threads of these jobs are alive, since they leave `_running` under the lock: the clocks are valid.
+                # Jobs leave `_running` under the lock, so the threads of these are alive and their clocks valid.
                 late = [j for j in self._running if time.clock_gettime(j.clock) - j.start > self.cpu_seconds]
                 for job in late:
                     self._running.remove(job)
@@ -121,7 +122,7 @@ class Decoders:
 
 
 def outcome(job: "Future[Any]", bundle: str | None) -> Any:
-    """What ``Engine.prepare`` returned in a thread; the error of an image that was given up on, counted."""
+    """The result of ``Engine.prepare`` in a thread; for an abandoned image its error, which is counted."""
     try:
         return job.result()
     except ImageError as error:

@@ -1,9 +1,9 @@
-"""Deferral inside a bundle: a small input size answers, and the images about which it is unsure are asked again.
+"""Deferral inside a bundle: a small input size answers, and images about which it is unsure get a second pass.
 
 A bundle with two input sizes has three more modes. ``fast`` is the small size, ``full`` the larger one, and
-``adaptive``, the default, the small one first: where the probability of its likeliest class is below the bundle's
-threshold, the answer of the first pass is another item, at the larger size, which shares a pass with others of that
-size. The second pass gives the labels. All else is of the first, so that embeddings stay comparable.
+``adaptive``, the default, tries the small one first: if the probability of its most likely class is below the bundle's
+threshold, the first pass returns another item, at the larger size, which shares a pass with others of that size. The
+second pass gives the labels. Everything else comes from the first pass, so that embeddings stay comparable.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ NO_LARGER = ItemError(
 
 
 def modes_of(bundle: Bundle) -> tuple[str, ...]:
-    """The modes that the bundle has, its default first."""
+    """The bundle's modes, the default first."""
     if bundle.larger is not None:
         return ("adaptive", "fast", "full", *bundle.fusions)
     return (bundle.card.mode, *(mode for mode in bundle.fusions if mode != bundle.card.mode))
 
 
 def mode_of(bundle: Bundle, options: Options) -> str | ItemError:
-    """The mode that the options ask for, or the bundle's default."""
+    """The requested mode, or the bundle's default."""
     modes = modes_of(bundle)
     mode = options.mode or modes[0]
     if mode in modes:
@@ -43,7 +43,7 @@ def mode_of(bundle: Bundle, options: Options) -> str | ItemError:
 
 
 def preprocessings(bundle: Bundle, mode: str) -> list[Preprocessing]:
-    """Of the pixels that an item needs. Both sizes are made of one decoded image: it isn't kept, nor decoded again."""
+    """The preprocessings that an item needs: both sizes at once, so that the image is decoded only once."""
     small, *large = (part.preprocessing for part in bundle.parts)
     return large if mode == "full" else [small, *large] if mode == "adaptive" else [small]
 
@@ -57,12 +57,12 @@ def item_of(
     entry: Entry | None = None,
     dispatch: Dispatch | None = None,
 ) -> Item | ItemError:
-    """The item of the first pass.
+    """Make the item of the first pass.
 
     Args:
-        mode: one that the bundle has.
-        pixels: at the small size; ``full`` needs none. larger: at the larger size; None where ``adaptive`` can't have
-            them, because the caller sent preprocessed pixels or there are too many sizes: that is ``fast``.
+        mode: one of the bundle's modes.
+        pixels: at the small size; ``full`` needs none. larger: at the larger size; None if they are unavailable,
+            because the caller sent preprocessed pixels or there are too many sizes; ``adaptive`` then becomes ``fast``.
     """
     if mode == "full" and bundle.larger is not None:
         full = Resolution(mode, _cost(bundle))
@@ -75,7 +75,7 @@ def item_of(
 
 
 def next_of(item: Item, answer: Prediction) -> Prediction | Item:
-    """What follows a pass: the answer of the image, or its item for the second pass."""
+    """The result of a pass: the image's answer, or its item for a second pass."""
     how, card = item.resolution, item.bundle.card
     if how is None:
         return answer
@@ -87,20 +87,20 @@ def next_of(item: Item, answer: Prediction) -> Prediction | Item:
         return replace(answer, mode=how.mode, masks=masks, deferral=Deferral(_size(item), False))
     answer = replace(answer, mode=how.mode, deferral=Deferral(_size(item), False))
     unsure = card.deferral is not None and answer.labels and answer.labels[0].score < card.deferral.threshold
-    if how.larger is None or not unsure:  # without labels, too: there is nothing that the second pass would change
+    if how.larger is None or not unsure:  # also without labels, since the second pass would change nothing
         return answer
     again = Resolution(how.mode, _cost(item.bundle), first=answer)
     return Item(item.bundle.larger, "dispatcher", item.options, how.larger, None, item.dispatch, again)
 
 
 def surest(items: Sequence[Item], answers: Sequence[Prediction]) -> tuple[Item, Prediction]:
-    """Of the answers of two bundles for one image: that with the more certain label, or from the likelier bundle."""
+    """Of two bundles' answers for one image, choose the one with the more certain label, or of the likelier bundle."""
     pairs = zip(items, answers, strict=True)
     return max(pairs, key=lambda pair: pair[1].labels[0].score if pair[1].labels else 0.0)
 
 
 def count(answer: Prediction) -> Prediction:
-    """The answer, counted: once for each image, whatever passes it took."""
+    """Count the answer, once per image however many passes it took, and return it."""
     metrics.count_answer(answer.bundle, answer.cluster, version=answer.version)
     metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
     if answer.deferral is not None:
@@ -109,7 +109,7 @@ def count(answer: Prediction) -> Prediction:
 
 
 def _cost(bundle: Bundle) -> int:
-    """Passes of the small size that one of the larger size takes, by its pixels."""
+    """The cost of a pass at the larger size in passes at the small size, by number of pixels."""
     small, large = (part.preprocessing.size for part in bundle.parts)
     return max(1, round((large / small) ** 2))
 

@@ -1,8 +1,8 @@
-"""Dispatch between bundles: an image that names no bundle goes to the one whose domain it fits best.
+"""Dispatch between bundles: an image without a bundle's name goes to the bundle whose domain it fits best.
 
 An open item carries pixels for every space of domains. The plain backbone runs up to the stage where the domains were
-fitted, its pooled activations are compared with all prototypes, and an item of one bundle is left. That item continues
-from the activations where its bundle's mask begins no earlier; otherwise the trunk runs again.
+fitted, its pooled activations are compared with all prototypes, and the item of the best bundle is made. It continues
+from these activations unless its bundle's mask begins earlier; then the trunk runs again.
 """
 
 from collections import Counter
@@ -21,9 +21,9 @@ from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
 from cascade.model.domain import UNKNOWN, pooled
 
-LIKELY = 5  # bundles that an answer lists
+LIKELY = 5  # bundles listed in an answer
 BEYOND = 1e9  # strangeness of a bundle that the caller may not use
-CONTESTED = 0.9  # confidence below which ``top2`` asks the two likeliest bundles
+CONTESTED = 0.9  # confidence below which ``top2`` runs the two likeliest bundles
 UNKNOWN_DOMAIN = ItemError(
     "unknown_domain", "this image fits no bundle that it could be sent to: name the bundle to ask it all the same"
 )
@@ -32,7 +32,7 @@ UNKNOWN_DOMAIN = ItemError(
 def dispatch(
     executors: dict[str, Executor], device: str, items: Sequence[AnyItem]
 ) -> list[tuple[Item, ...] | ItemError]:
-    """What runs for each item: itself; for an open one where it is sent (``top2``: maybe two items), or an error."""
+    """The items to run for each item: itself, or for an open item its target (``top2``: up to two), or an error."""
     settled: list[tuple[Item, ...] | ItemError] = [(i,) if isinstance(i, Item) else UNKNOWN_DOMAIN for i in items]
     tables: dict[DispatchTable, list[int]] = {}
     for row, item in enumerate(items):
@@ -48,7 +48,7 @@ def dispatch(
 def _dispatch(
     executors: dict[str, Executor], device: str, table: DispatchTable, items: list[OpenItem]
 ) -> list[tuple[Item, ...] | ItemError]:
-    """One trunk for each space, all scores in one matrix [N, B], one transfer."""
+    """Dispatch open items: one trunk per space, all scores in one matrix [N, B], one transfer."""
     trunks: list[Tensor] = []
     chances: list[Tensor] = []
     strangeness: list[Tensor] = []
@@ -76,7 +76,7 @@ def _dispatch(
     settled: list[tuple[Item, ...] | ItemError] = []
     for row, item in enumerate(items):
         likely = [(int(c), float(p)) for c, p in zip(columns[row], probable[row], strict=True)]
-        if item.options.among is not None:  # who may not use a bundle learns nothing of it
+        if item.options.among is not None:  # callers learn nothing about bundles that they may not use
             likely = [(c, p) for c, p in likely if table.columns[c][1].name in item.options.among]
         if likely and far[row, 0] <= UNKNOWN:
             settled.append(_settle(table, item, likely, [x[row] for x in trunks]))
@@ -89,37 +89,37 @@ def _dispatch(
 def _settle(
     table: DispatchTable, item: OpenItem, likely: list[tuple[int, float]], trunks: list[Tensor]
 ) -> tuple[Item, ...] | ItemError:
-    """The item of the likeliest bundle, and of the second where ``top2`` asks for it.
+    """Make the item of the likeliest bundle, and of the second one if ``top2`` needs it.
 
     Args:
         likely: columns of scores and their probabilities, best first.
         trunks: the image's activations in each space.
     """
-    named = tuple(Label(table.columns[column][1].name, chance) for column, chance in likely)
-    metrics.count_dispatch(named[0].name, named[0].score)
-    asked = 2 if item.options.dispatch == "top2" and named[0].score < CONTESTED else 1
-    made: list[Item] = []
-    for column, chance in likely[:asked]:
+    likely_labels = tuple(Label(table.columns[column][1].name, chance) for column, chance in likely)
+    metrics.count_dispatch(likely_labels[0].name, likely_labels[0].score)
+    count = 2 if item.options.dispatch == "top2" and likely_labels[0].score < CONTESTED else 1
+    settled: list[Item] = []
+    for column, chance in likely[:count]:
         n, bundle = table.columns[column]
         stage = table.spaces[n].stage
         mode = mode_of(bundle, item.options)
         if isinstance(mode, ItemError):
             return mode
         reused = bundle.dispatcher.start >= stage > 0
-        reason = Dispatch(chance, named, 0 if reused else stage)
+        reason = Dispatch(chance, likely_labels, 0 if reused else stage)
         entry = Entry(stage, trunks[n]) if reused else None
         larger = None if bundle.larger is None else item.larger.get(bundle.larger.preprocessing)
         own = item_of(bundle, mode, item.options, item.pixels[n], larger, entry, reason)
         if isinstance(own, ItemError):
             return own
-        made.append(own)
-    return tuple(made)
+        settled.append(own)
+    return tuple(settled)
 
 
 def second_round(options: Options, answers: Sequence[Prediction | ItemError]) -> tuple[Options, list[int]]:
-    """The rows of a set that the bundle which answered most of it did not answer but could, and the options for them.
+    """For images dispatched as a set: the rows that its majority bundle has yet to answer, and the options for them.
 
-    There are none unless the images are dispatched as a set.
+    There are none if the images are not dispatched as a set.
     """
     votes = Counter(a.bundle for a in answers if isinstance(a, Prediction) and a.dispatch is not None)
     if options.dispatch != "set" or not votes:

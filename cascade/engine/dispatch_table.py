@@ -1,4 +1,4 @@
-"""Every bundle that an image may be dispatched to, in matrices that compare an image with all of them at once."""
+"""The dispatch table: all bundles with a domain, in matrices that compare an image with all of them at once."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,11 @@ SAMPLES = 2000  # held-out images over all bundles that calibrate the confidence
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """Bundles whose domains can be compared: fitted on one backbone, at one stage, after one preprocessing.
+    """Bundles with comparable domains: fitted on the same backbone, at the same stage, with the same preprocessing.
 
     Attributes:
         fingerprint: of the backbone. stage: the first stage that has not run when the activations are pooled.
-        bundles: B of them. domains: theirs, in one matrix.
+        bundles: B of them. domains: those of the bundles, in one matrix.
         temperature: of the softmax over scores, so that the largest probability is a calibrated confidence.
     """
 
@@ -37,44 +37,44 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class DispatchTable:
-    """Every bundle that an image may be sent to.
+    """Every bundle that an image may be dispatched to.
 
     Attributes:
-        spaces: their bundles one after the other are the columns of all scores.
+        spaces: their concatenated bundles are the columns of the scores.
     """
 
     spaces: tuple[Space, ...]
 
     @cached_property
     def columns(self) -> list[tuple[int, Bundle]]:
-        """Each column of the scores: the number of its space, and its bundle."""
+        """The space's index and the bundle of each column of the scores."""
         return [(n, bundle) for n, space in enumerate(self.spaces) for bundle in space.bundles]
 
     @cached_property
     def larger(self) -> list[Preprocessing]:
-        """Of the larger input sizes, the most frequent ones: an image carries its pixels for all of them."""
+        """The most frequent larger input sizes; an image carries its pixels for all of them."""
         larger = Counter(bundle.larger.preprocessing for _, bundle in self.columns if bundle.larger is not None)
         return [preprocessing for preprocessing, _ in larger.most_common(MOST_LARGER)]
 
     @classmethod
     def of(cls, bundles: Iterable[Bundle]) -> "DispatchTable":
-        """The table of those bundles that have a domain."""
+        """Build the table from the bundles that have a domain."""
         groups: dict[tuple[str, int, Preprocessing], list[tuple[Bundle, Domain]]] = {}
         for bundle in bundles:
             if bundle.domain is not None and bundle.card.domain is not None:
                 key = bundle.card.backbone.fingerprint, bundle.card.domain.stage, bundle.preprocessing
                 groups.setdefault(key, []).append((bundle, bundle.domain))
         spaces = []
-        for (fingerprint, stage, preprocessing), own in groups.items():
-            domains = Domains.of([domain for _, domain in own])
-            temperature = _temperature(domains, [domain for _, domain in own])
-            named = tuple(bundle for bundle, _ in own)
+        for (fingerprint, stage, preprocessing), group in groups.items():
+            domains = Domains.of([domain for _, domain in group])
+            temperature = _temperature(domains, [domain for _, domain in group])
+            named = tuple(bundle for bundle, _ in group)
             spaces.append(Space(fingerprint, stage, preprocessing, named, domains, temperature))
         return cls(tuple(spaces))
 
 
 def _temperature(domains: Domains, own: Sequence[Domain]) -> float:
-    """Calibrated on the held-out samples of every bundle, the same number of each."""
+    """Calibrate the temperature on held-out samples, the same number from each bundle."""
     if len(own) < 2:
         return 1.0
     samples = [domain.samples[: max(1, SAMPLES // len(own))].float() for domain in own]

@@ -40,29 +40,29 @@ from cascade.model.preprocessing import LIMITS, Limits
 DEFAULT_BUDGET = 2**30
 LISTED = 50  # names in a message
 AUTO = "auto"
-"""In place of a bundle's name: dispatch the image to the bundle that it fits."""
+"""Used instead of a bundle's name: dispatch the image to the bundle that it fits best."""
 T = TypeVar("T")
 
 
 class Engine:
-    """Bundles over resident backbones; one for each fingerprint, however many bundles share it.
+    """Bundles over resident backbones; one backbone per fingerprint, however many bundles share it.
 
     Args:
         budget_bytes: for materialized weights, over all backbones.
-        device: where the backbones live.
-        limits: of the images.
-        weights: a checkpoint that takes the place of the bundles' own weight source.
-        executor: what runs the backbones, see ``cascade.engine.executors``; ``auto`` is the fastest here, and what the
-            environment variable CASCADE_EXECUTOR says goes before it.
+        device: of the backbones.
+        limits: for images.
+        weights: a checkpoint that replaces the bundles' own weight source.
+        executor: runs the backbones, see ``cascade.engine.executors``; ``auto`` is the fastest on this machine, unless
+            the environment variable CASCADE_EXECUTOR overrides it.
         memory_bytes: for backbones and packed bundles together; None for no limit.
 
     Raises:
         CascadeError: there is no such device.
 
     Attributes:
-        pins: by a bundle's name, what answers where a request names no version; else the latest does.
-        on_missing: called with the name of a bundle that is asked for and not loaded, so that it may load it.
-        last_used: when each name was last asked for, monotonic seconds.
+        pins: by bundle name, the version that answers requests without one; the default is the latest version.
+        on_missing: called with the name of a requested bundle that is not loaded, so that it can load it.
+        last_used: when each name was last requested, monotonic seconds.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Engine:
         self.pins: Mapping[str, Pin] = {}
         self.on_missing: Callable[[str], None] | None = None
         self.last_used: dict[str, float] = {}
-        # Replaced, never changed in place: who reads them needs no lock.
+        # Replaced, never changed in place, so readers need no lock.
         self._executors: dict[str, Executor] = {}
         self._bundles: dict[str, dict[str, Bundle]] = {}
         self._table: tuple[object, Mapping[str, Pin], DispatchTable] | None = None  # for these bundles and pins
@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def bundles(self) -> list[tuple[str, str]]:
-        """(name, version) of every bundle, versions rising."""
+        """(name, version) of every bundle, versions ascending."""
         return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
 
     @property
@@ -110,13 +110,13 @@ class Engine:
 
     @property
     def only(self) -> str | None:
-        """The name that a request means that names none: that of the only bundle, where no others can be loaded."""
+        """The default name for requests without one: the only bundle's, if no others can be loaded."""
         names = [*self._bundles]
         return names[0] if len(names) == 1 and self.on_missing is None else None
 
     @property
     def leaving(self) -> bool:
-        """Whether some removed bundle still answers requests."""
+        """Whether a removed bundle is still answering requests."""
         return any(reference() is not None for reference, _, _ in self._leaving)
 
     def is_cold(self, name: str | None) -> bool:
@@ -124,26 +124,26 @@ class Engine:
         return self.on_missing is not None and name not in (None, AUTO) and name not in self._bundles
 
     def add(self, bundle: Bundle, warm: bool = False, replaces: Sequence[tuple[str, str]] = ()) -> None:
-        """Make a bundle available, after it was checked against its backbone, which is loaded on first need.
+        """Check a bundle against its backbone, which is loaded on first use, and make the bundle available.
 
-        Passes go on meanwhile, also while the executor builds graphs. The bundle becomes visible only when all of it
+        Passes continue meanwhile, also while the executor builds graphs. The bundle becomes visible atomically, once it
         is ready; a bad one leaves nothing behind.
 
         Args:
-            warm: run a blank image through it first, which waits for its turn among the passes.
+            warm: warm up with a blank image first, in a regular pass.
             replaces: loaded bundles (name, version) that the caller removes right after. Their memory counts as free,
                 so for a moment more than ``memory_bytes`` may be taken.
 
         Raises:
             BackboneError, BundleError: the backbone can't be loaded, or the bundle does not fit it.
             OutOfMemory: it does not fit into ``memory_bytes``, or one of its masks into the budget.
-            CascadeError: it is loaded already.
+            CascadeError: it is already loaded.
         """
         with self._changing:
             here, fingerprint = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone.fingerprint
             if bundle.version in self._bundles.get(bundle.name, ()):
                 raise CascadeError(f"{here} is loaded already; give it another version")
-            if not bundle.digest:  # made in memory; later its masks are in the executor's order
+            if not bundle.digest:  # made in memory; compute it now, because packing reorders the masks
                 bundle = replace(bundle, digest=digest(bundle))
             executor = self._executors.get(fingerprint)
             if executor is None:
@@ -171,31 +171,31 @@ class Engine:
             metrics.resident(self.stats())
 
     def remove(self, name: str, version: str) -> None:
-        """Take a bundle away: no new request finds it, those that have it already are answered.
+        """Remove a bundle: new requests no longer find it, requests in flight are still answered.
 
-        Its weights leave with the last of them, and so does its backbone where no other bundle uses it.
+        Its weights are freed with the last of these requests, and so is its backbone unless another bundle uses it.
 
         Raises:
             CascadeError: there is no such bundle.
         """
         with self._changing:
-            held = dict(self._bundles.get(name, {}))
-            if version not in held:
+            versions = dict(self._bundles.get(name, {}))
+            if version not in versions:
                 raise CascadeError(f"bundle {name}/{version} is not loaded; loaded: {self.bundles}")
-            bundle = held.pop(version)
+            bundle = versions.pop(version)
             metrics.remove_bundle(name, version)
-            # Items hold their bundle, so it lives as long as one of them waits or is in a pass.
+            # Items reference their bundle, so it lives as long as one of them waits or is in a pass.
             fingerprint = bundle.card.backbone.fingerprint
             leaving = [(weakref.ref(part), part.masks, fingerprint) for part in bundle.parts]
             del bundle
             others = {n: b for n, b in self._bundles.items() if n != name}
-            self._bundles = {**others, name: held} if held else others
+            self._bundles = {**others, name: versions} if versions else others
             self._leaving = [*self._leaving, *leaving]
             self._table = None
             self.release()
 
     def release(self) -> None:
-        """Let go of what removed bundles held, those whose last request is answered by now."""
+        """Free the memory of removed bundles whose last request has been answered."""
         with self._changing:
             gone = [each for each in self._leaving if each[0]() is None]
             self._leaving = [each for each in self._leaving if each not in gone]
@@ -213,13 +213,13 @@ class Engine:
 
         Args:
             images: encoded bytes, paths, PIL images, or preprocessed pixels float32 [3, H, W].
-            options: for all of them, or one for each.
+            options: one for all images, or one per image.
             decode: maps ``prepare`` over the images; a thread pool's ``map`` decodes on several cores.
             on_error: ``raise`` raises the first error instead of returning it.
 
         Raises:
-            CascadeError: one image instead of a list, or not as many options as images; with ``on_error="raise"``
-                also a bad image.
+            CascadeError: one image instead of a list, or different numbers of options and images; with
+                ``on_error="raise"`` also a bad image.
         """
         if isinstance(images, str | bytes | bytearray | Path | Image.Image):
             raise CascadeError("predict takes a list of images: give [image] for one")
@@ -244,11 +244,9 @@ class Engine:
         return answers
 
     def prepare(self, image: Source, options: Options = Options()) -> AnyItem | ItemError:
-        """Decode one image for the bundle that it wants, or for all that it may be dispatched to.
+        """Decode one image for its bundle, or for all bundles that it may be dispatched to.
 
-        It is safe in any thread, beside a pass.
-
-        What is wrong with the image or the options is the answer, counted.
+        Thread-safe, also during a pass. If the image or the options are bad, the error is returned and counted.
         """
         item = self._prepare(image, options)
         if isinstance(item, ItemError):
@@ -256,7 +254,7 @@ class Engine:
         return item
 
     def run(self, items: Sequence[AnyItem]) -> list[Prediction | ItemError]:
-        """Passes until all ``items`` have their answers, which are in their order; each is the pass of ``run_pass``."""
+        """Run passes (see ``run_pass``) until all ``items`` are answered; answers come in their order."""
         answers = self.run_pass(items)
         while rows := [row for row, answer in enumerate(answers) if isinstance(answer, Item)]:
             again = self.run_pass([answer for answer in answers if isinstance(answer, Item)])
@@ -265,10 +263,10 @@ class Engine:
         return [answer for answer in answers if not isinstance(answer, Item)]
 
     def run_pass(self, items: Sequence[AnyItem]) -> list[Prediction | ItemError | Item]:
-        """One pass for all ``items``, answers in their order; passes of several threads take turns.
+        """Run one pass over all ``items``; answers come in their order. Passes of several threads are serialized.
 
-        The answer may be an item: the image is to be asked again, in another pass. Only an open item, which names no
-        bundle, may have an error for an answer.
+        An answer that is an item needs another pass. Only an open item, which names no bundle, can be answered with an
+        error.
         """
         metrics.BATCH_IMAGES.observe(len(items))
         metrics.QUEUE_DEPTH.inc(len(items))
@@ -292,7 +290,7 @@ class Engine:
         return answers
 
     def stats(self) -> dict[str, int]:
-        """Bytes held (backbones, packed bundles, materialized weights) and what the weight_cache did."""
+        """Resident bytes (backbones, packed bundles, materialized weights) and the counters of the weight cache."""
         r = self.weight_cache
         return {
             "backbones": len(self._executors),
@@ -307,13 +305,13 @@ class Engine:
         }
 
     def executor(self, bundle: Bundle) -> Executor:
-        """What runs a loaded bundle's backbone."""
+        """The executor of a loaded bundle's backbone."""
         return self._executors[bundle.card.backbone.fingerprint]
 
     def find(self, name: str | None, version: str | None = None) -> Bundle | ItemError:
-        """The bundle that a request means, or the error that says which there are.
+        """Find the bundle of a request, or return an error that lists the loaded ones.
 
-        Without a version it is the pinned one, else the latest. A bundle on demand is loaded, which takes a moment.
+        Without a version it is the pinned one, else the latest. An on-demand bundle is loaded first.
         """
         name = self.only if name is None else name
         if name is None:
@@ -326,18 +324,18 @@ class Engine:
         self.last_used[name] = time.monotonic()
         return self._choose(name, held, version)
 
-    def _choose(self, name: str, held: Mapping[str, Bundle], version: str | None) -> Bundle | ItemError:
-        """One of the versions of a name."""
-        versions = " ".join(sorted(held, key=number))
+    def _choose(self, name: str, versions_loaded: Mapping[str, Bundle], version: str | None) -> Bundle | ItemError:
+        """Choose one of the versions of a name."""
+        versions = " ".join(sorted(versions_loaded, key=number))
         if version is None and (pin := self.pins.get(name)) is not None:
-            version = pin.choose(held)
+            version = pin.choose(versions_loaded)
             why = f"pinned to version {pin}, which is not there; loaded: {versions}"
-            return ItemError("unknown_version", why) if version is None else held[version]
-        found = held[max(held, key=number)] if version is None else held.get(version)
+            return ItemError("unknown_version", why) if version is None else versions_loaded[version]
+        found = versions_loaded[max(versions_loaded, key=number)] if version is None else versions_loaded.get(version)
         return found or ItemError("unknown_version", f"no such version; loaded: {versions}")
 
     def dispatch_table(self) -> DispatchTable | ItemError:
-        """What an image that names no bundle is dispatched by; made anew after the bundles have changed."""
+        """The table for images without a bundle's name; rebuilt after the bundles have changed."""
         bundles, kept = self._bundles, self._table
         if kept is None or kept[0] is not bundles or kept[1] != self.pins:
             pins = {name: self.pins[name].main(held) for name, held in bundles.items() if name in self.pins}
@@ -350,19 +348,19 @@ class Engine:
         return ItemError("bundle_missing", why)
 
     def _listed(self) -> str:
-        """The names of some bundles, for a message."""
+        """The names of loaded bundles for a message, abbreviated."""
         names = sorted(self._bundles)
         return " ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if names[LISTED:] else "") or "none"
 
     def _load(self, bundle: Bundle) -> Executor:
-        """An executor for the bundle's backbone, after the bundle was checked against it."""
+        """Load or reuse the executor for the bundle's backbone, and check the bundle against it."""
         want = bundle.card.backbone
         backbone = backbones.load(want.name, want.source, self.weights, self.device)
         check(bundle, backbone)
         return choose(backbone, self.weight_cache, self._kind, bundle.preprocessing.size)
 
     def _expect(self, here: str, bundle: Bundle, replaces: Sequence[tuple[str, str]]) -> None:
-        """Compare a new backbone with the memory that is left, before it is built. Raises OutOfMemory."""
+        """Check that a new backbone fits into the remaining memory, before it is built. Raises OutOfMemory."""
         if self.memory_bytes is None:
             return
         needed = max(backbones.size(bundle.card.backbone.name), 4 * bundle.card.backbone.maskable) + bundle.bytes()
@@ -370,7 +368,7 @@ class Engine:
             raise OutOfMemory(_no_room(here, needed, used, self.memory_bytes))
 
     def _used(self, replaces: Sequence[tuple[str, str]] = ()) -> int:
-        """Bytes of backbones and packed bundles: those that are loaded, and those that still answer requests."""
+        """Bytes of backbones and packed bundles, including removed ones that still answer requests."""
         loaded = [b for versions in self._bundles.values() for b in versions.values() if b.identity not in replaces]
         leaving = [b for reference, _, _ in self._leaving if (b := reference()) is not None]
         counted = {id(part) for b in leaving for part in b.parts[1:]}  # with the bundle that they belong to
@@ -378,7 +376,7 @@ class Engine:
         return sum(e.bytes() for e in self._executors.values()) + sum(b.bytes() for b in held)
 
     def _fit(self, here: str, bundle: Bundle, executor: Executor, replaces: Sequence[tuple[str, str]]) -> None:
-        """That there is room for the bundle, and for its backbone if that is new. Raises OutOfMemory."""
+        """Check that the bundle, and its backbone if that is new, fit into memory. Raises OutOfMemory."""
         largest = max(executor.size(mask) for part in bundle.parts for mask in part.masks)
         if largest > self.weight_cache.budget:
             raise OutOfMemory(
@@ -389,7 +387,7 @@ class Engine:
             raise OutOfMemory(_no_room(here, new, used, self.memory_bytes))
 
     def _try(self, bundle: Bundle) -> None:
-        """A first pass, before anybody depends on it."""
+        """Run a first pass before the bundle becomes visible."""
         blank = crop_of(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
         item = Item(bundle, bundle.card.mode, Options(embedding=True, labels=1, neighbors=1), blank)
         with self._lock, torch.no_grad():
@@ -400,7 +398,7 @@ class Engine:
             raise CascadeError(f"bundle {bundle.name}/{bundle.version} answers with NaN or infinity; train it again")
 
     def _drop(self, gone: list[tuple[tuple[Mask, ...], str]]) -> None:
-        """Let go of the weights of masks, and of backbones (by fingerprint) that no bundle uses any more."""
+        """Free the weights of masks, and backbones (by fingerprint) that no bundle uses any more."""
         used = {b.card.backbone.fingerprint for held in self._bundles.values() for b in held.values()}
         used |= {fingerprint for _, _, fingerprint in self._leaving}
         with self._lock:
@@ -430,7 +428,7 @@ class Engine:
         if isinstance(mode, ItemError):
             return mode
         if mode == "adaptive" and isinstance(image, torch.Tensor):
-            mode = "fast"  # preprocessed pixels are of one size
+            mode = "fast"  # preprocessed pixels have one size
         wanted = deferral.preprocessings(bundle, mode)
         pixels = pixels_of(image, wanted, self.limits)
         if isinstance(pixels, ItemError):
@@ -447,10 +445,10 @@ def load(
     weights: Path | None = None,
     executor: Kind = "auto",
 ) -> Engine:
-    """An engine that holds the bundle at ``path`` (``<name>/<version>``), verified.
+    """Verify the bundle at ``path`` (``<name>/<version>``) and load it into a new engine.
 
     Raises:
-        BundleError, BackboneError: what is wrong, and where.
+        BundleError, BackboneError: the bundle or its backbone is missing or invalid.
     """
     engine = Engine(budget_bytes, device, weights=weights, executor=executor)
     engine.add(read(Path(path)))
@@ -458,7 +456,7 @@ def load(
 
 
 def _packed(bundle: Bundle, executor: Executor) -> Bundle:
-    """The bundle with masks in the executor's own form, and without what serving does not need."""
+    """The bundle with its masks in the executor's form, and without the parts that serving does not need."""
     experts = tuple(map(executor.pack, bundle.experts))
     larger = None if bundle.larger is None else _packed(bundle.larger, executor)
     mask = executor.pack(bundle.dispatcher)
@@ -476,5 +474,5 @@ def _raise_first(results: Sequence[object]) -> None:
 
 
 def number(version: str) -> tuple[int, str]:
-    """Sorts versions as numbers where they are numbers."""
+    """Sort key of a version; numeric versions sort as numbers."""
     return (int(version) if version.isdecimal() else -1, version)

@@ -1,10 +1,10 @@
-"""The images that wait, and which of them the next pass takes: tenants share the passes, and groups share their masks.
+"""A fair queue of waiting images: tenants share the passes, and images are grouped by mask.
 
 Fairness is that of S-LoRA's scheduler (virtual token counters), with image passes as tokens. Each tenant has a counter
-of what it was given, over its weight. Tenants less than ``TURN`` ahead of the least served one may be next; among
-them, images are grouped by mask as if there were one tenant. So counters of tenants that wait differ by little more
-than ``TURN``, and a mask that was swapped in serves several images. A tenant whose queue was empty begins with the
-counter of the least served one, since idle time earns no credit, and is next: who sends little waits for one pass.
+of passes received, divided by its weight. Tenants less than ``TURN`` ahead of the least served one are eligible; among
+them, images are grouped by mask as if there were a single tenant. So counters of waiting tenants differ by little more
+than ``TURN``, and a swapped-in mask serves several images. A tenant whose queue was empty starts with the counter of
+the least served one, since idle time earns no credit, and is next: a tenant that sends little waits for one pass.
 """
 
 from collections import deque
@@ -24,7 +24,7 @@ takes 40) costs 4 %. While all of 20 tenants wait, each has its turn within 80 p
 
 
 class Promise(Future[Answer]):
-    """The answer of one image. It remembers that it was given up, also once a pass has begun: a second one is saved."""
+    """The answer of one image. It records a cancellation even during a pass, which saves the second pass."""
 
     given_up = False
 
@@ -38,7 +38,7 @@ class Waiting:
     """An image in the queue; times in seconds of the monotonic clock.
 
     Attributes:
-        since: when it came. queued: when it began to wait for its second pass; None for the first one.
+        since: when it arrived. queued: when it began to wait for its second pass; None for the first one.
     """
 
     item: AnyItem
@@ -56,7 +56,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Room:
-    """What a pass may take: images, and image passes (``cost``), of which one image may take more."""
+    """Capacity of a pass: images, and image passes (``cost``), which a single image may exceed."""
 
     images: int
     cost: float
@@ -70,8 +70,8 @@ class _Flow:
     """The images of one tenant, by (trunk, bundle), none empty, each in order of arrival.
 
     Attributes:
-        served: image passes so far, over the weight.
-        fresh: nothing was served since the flow was empty.
+        served: image passes so far, divided by the weight.
+        fresh: nothing has been served since the flow was last empty.
     """
 
     tenant: Tenant
@@ -84,31 +84,31 @@ _Choice = tuple[_Flow, Hashable]
 
 
 class FairQueue:
-    """Images that wait, of any tenants; not thread-safe."""
+    """Waiting images of all tenants; not thread-safe."""
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow] = {}
-        self._clock = 0.0  # the counter of the least served tenant that waits
-        self._turn: tuple[Hashable, float] = (None, 0.0)  # the group that was cut, and what it had since its swap
+        self._clock = 0.0  # the counter of the least served waiting tenant
+        self._turn: tuple[Hashable, float] = (None, 0.0)  # the group that was split, and its passes since the swap
         self.images = 0
         self.cost = 0.0
 
     def add(self, waiting: Waiting) -> None:
-        """Put an image at the end of its tenant's group."""
+        """Append an image to its tenant's group."""
         flow = self._flows.setdefault(waiting.tenant.name, _Flow(waiting.tenant, self._clock))
         if not flow.groups:
             flow.served, flow.fresh = max(flow.served, self._clock), True
-        flow.tenant = waiting.tenant  # its weight may be another one now
+        flow.tenant = waiting.tenant  # its weight may have changed
         flow.groups.setdefault(group_key(waiting.item), Group()).append(waiting)
         self.images += 1
         self.cost += passes(waiting.item)
 
     def take(self, room: Room, engine: Engine, overdue: float) -> list[Waiting]:
-        """What the next pass runs, out of the queue; the images of the first mask first.
+        """Take the images of the next pass out of the queue; the images of the first mask come first.
 
         Args:
-            engine: of which a mask that is materialized already goes before others.
-            overdue: the group of the oldest image that came by then is first, whatever its size.
+            engine: its materialized masks are preferred.
+            overdue: if an image arrived before this time, the group of the oldest one comes first, whatever its size.
         """
         active = [flow for flow in self._flows.values() if flow.groups]
         if not active:
@@ -123,20 +123,20 @@ class FairQueue:
         return taken + self._company(allowed, taken, room, engine)
 
     def remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
-        """Those of the queue, out of it."""
-        gone: list[Waiting] = []
+        """Remove the matching images from the queue and return them."""
+        removed: list[Waiting] = []
         for flow in self._flows.values():
             for key in [*flow.groups]:
-                kept = Group()
+                remaining = Group()
                 for waiting in flow.groups.pop(key):
-                    (gone if which(waiting) else kept).append(waiting)
-                if kept:
-                    flow.groups[key] = kept
-        self._count(gone)
-        return gone
+                    (removed if which(waiting) else remaining).append(waiting)
+                if remaining:
+                    flow.groups[key] = remaining
+        self._count(removed)
+        return removed
 
     def _first(self, allowed: list[_Flow], room: Room, engine: Engine, overdue: float) -> _Choice:
-        """Whose images are first, of which group."""
+        """Choose the tenant and group that come first."""
         fresh = [flow for flow in allowed if flow.fresh]
         choices = [(flow, key) for flow in fresh or allowed for key in flow.groups]
         cut, had = self._turn
@@ -149,9 +149,9 @@ class FairQueue:
         return max(choices, key=lambda choice: _worth(_group(choice), room, engine))
 
     def _company(self, allowed: list[_Flow], first: list[Waiting], room: Room, engine: Engine) -> list[Waiting]:
-        """What fills the pass: images under the same mask, then groups that share its plain trunk.
+        """Fill the pass: images under the same mask, then groups that share its plain trunk.
 
-        Of those that share the trunk never a part: a group in two passes is swapped in twice.
+        Groups that share the trunk are never split, since a group in two passes is swapped in twice.
         """
         taken: list[Waiting] = []
         left = _less(room, first)
@@ -170,7 +170,7 @@ class FairQueue:
         return taken
 
     def _pull(self, flow: _Flow, key: Hashable, room: Room) -> list[Waiting]:
-        """The first images of a group, out of the queue and charged to their tenant: one at least."""
+        """Take the first images of a group, at least one, out of the queue and charge them to their tenant."""
         group = flow.groups.pop(key)
         taken = [group.popleft()]
         cost = passes(taken[0].item)

@@ -1,4 +1,4 @@
-"""The end of a pass: features to answers, in batched operations of each bundle and one transfer for all of them.
+"""The end of a pass: features to answers, in batched operations per bundle and one transfer for all of them.
 
 fuse      the blocks of the dispatcher and the experts to embeddings
 labels    the best classes of the linear head
@@ -23,10 +23,10 @@ from cascade.model.fusion import Fusion, Mode
 
 @dataclass(eq=False)
 class Group:
-    """The images of one bundle in a pass, sorted by mode, and what was computed of them so far.
+    """The images of one bundle in a pass, sorted by mode, and their intermediate results.
 
     Attributes:
-        rows: the place of each image in the batch. items: the images, N of them.
+        rows: the index of each image in the batch. items: the images, N of them.
         trunk: what the experts continue from, [N, ...]. features: of the dispatcher, float32 [N, F].
         cluster, confidence, ood: of each image, [N].
         tails: passes of experts.
@@ -47,19 +47,19 @@ class Group:
 
     @property
     def begin(self) -> int:
-        """The first stage of its pass; 0 for pixels."""
+        """The first stage of the pass; 0 for pixels."""
         entry = self.items[0].entry
         return 0 if entry is None else entry.stage
 
     def modes(self) -> Iterator[tuple[Mode, int, int]]:
-        """Each mode, and where its images begin and end."""
+        """Yield each mode with the begin and end of its images."""
         modes = [item.mode for item in self.items]
         for mode in dict.fromkeys(modes):
             begin = modes.index(mode)
             yield mode, begin, begin + modes.count(mode)
 
     def route(self) -> None:
-        """Cluster, confidence and out-of-domain score from the dispatcher's features."""
+        """Compute cluster, confidence and out-of-domain score from the dispatcher's features."""
         bundle = self.bundle
         self.cluster, self.confidence = router.route(bundle.router, bundle.calibration, self.features)
         zero = torch.zeros_like(self.confidence)
@@ -68,10 +68,10 @@ class Group:
 
 @dataclass(eq=False)
 class Tail:
-    """One expert's pass over those images of a group that want it.
+    """One expert's pass over the images of a group that need it.
 
     Attributes:
-        expert: its number. images: which of the group's, rising.
+        expert: its number. images: indices into the group, ascending.
         index: the same on the device, int64 [n]. features: float32 [n, F].
     """
 
@@ -88,7 +88,7 @@ class Tail:
 
 
 def finish(groups: Sequence[Group]) -> dict[int, Prediction]:
-    """The answers of all groups, by their place in the batch."""
+    """The answers of all groups, by index in the batch."""
     with metrics.stage("fuse"):
         embeddings = [_fuse(group) for group in groups]
         labels = [_labels(group, own) for group, own in zip(groups, embeddings, strict=True)]
@@ -105,7 +105,7 @@ def finish(groups: Sequence[Group]) -> dict[int, Prediction]:
 
 
 def _fuse(group: Group) -> Tensor:
-    """Embeddings float32 [N, dim], each by the fusion of its mode."""
+    """Embeddings float32 [N, dim], each with the fusion of its mode."""
     fusions: dict[Mode, Fusion] = group.bundle.fusions
     modes = [*group.modes()]
     blocks = [fusions[mode].bias + fusions[mode].project(group.features[b:e], None) for mode, b, e in modes]
@@ -113,18 +113,18 @@ def _fuse(group: Group) -> Tensor:
     for mode, begin, end in modes:
         slots: dict[int, list[tuple[Tail, slice]]] = {}  # experts that share a slot share one product
         for tail in group.tails:
-            own = slice(bisect_left(tail.images, begin), bisect_left(tail.images, end))
-            if own.start < own.stop:
-                slots.setdefault(fusions[mode].slot(tail.expert), []).append((tail, own))
+            span = slice(bisect_left(tail.images, begin), bisect_left(tail.images, end))
+            if span.start < span.stop:
+                slots.setdefault(fusions[mode].slot(tail.expert), []).append((tail, span))
         for parts in slots.values():
-            index = torch.cat([tail.index[own] for tail, own in parts])
-            features = torch.cat([tail.features[own] for tail, own in parts])
+            index = torch.cat([tail.index[span] for tail, span in parts])
+            features = torch.cat([tail.features[span] for tail, span in parts])
             embeddings.index_add_(0, index, fusions[mode].project(features, parts[0][0].expert))
     return embeddings
 
 
 def _labels(group: Group, embeddings: Tensor) -> dict[Mode, tuple[Tensor, Tensor]]:
-    """Scores and classes [n, k] of each mode's images, best first, as many as one of them asks for."""
+    """Scores and classes [n, k] of each mode's images, best first; k is the most that one of them requests."""
     best: dict[Mode, tuple[Tensor, Tensor]] = {}
     for mode, begin, end in group.modes():
         head, most = group.bundle.linear.get(mode), max(item.options.labels for item in group.items[begin:end])

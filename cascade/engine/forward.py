@@ -1,9 +1,9 @@
-"""One pass: images of any bundles, over resident backbones, to answers.
+"""One forward pass: images of any bundles, over resident backbones, to answers.
 
     trunk     the plain backbone up to the first masked stage, once for all images that share it
     dispatch  the rest under each bundle's dispatcher: features, and what the experts continue from
-    route     each image's cluster; the host waits for it only where it decides which expert runs
-    tails     each expert's stages, for the images that want it
+    route     each image's cluster; the host waits for it only if it decides which expert runs
+    tails     each expert's stages, for the images that need it
     finish    fusion, labels, neighbors, and one transfer back: ``cascade.engine.finish``
 
 An image's answer does not depend on its neighbors in the batch.
@@ -26,10 +26,10 @@ from cascade.model.fusion import Mode
 from cascade.model.masks import Mask
 
 FEW = 4
-"""Below this many images a mask, on average, an executor that can runs all masks in one pass."""
+"""Below this many images per mask, on average, all masks run in one pass, if the executor supports it."""
 
 CHUNK = 32
-"""Images that an executor gets at once. A larger batch saves swaps, and needs no more memory for activations."""
+"""Images that an executor gets at once. A larger batch only saves swaps, without more memory for activations."""
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def forward(
         executors: by their backbone's fingerprint.
         weight_cache: of all of them.
         device: where the executors run.
-        items: of any bundles; those that share the plain trunk run through it together.
+        items: of any bundles; items that share the plain trunk run through it together.
     """
     groups: list[Group] = []
     for rows in _grouped(range(len(items)), lambda row: trunk(items[row])):
@@ -53,7 +53,9 @@ def forward(
                 other.swap(None)
         groups += _run_trunk(executor, weight_cache, device, items, rows)
     answers = finish(groups)
-    for group in groups:  # a tail knows its group: without this cycle, a removed bundle goes with its last request
+    for (
+        group
+    ) in groups:  # break the reference cycle with tails, so that a removed bundle is freed with its last request
         group.tails.clear()
     return [answers[row] for row in range(len(items))]
 
@@ -61,12 +63,12 @@ def forward(
 def _run_trunk(
     executor: Executor, weight_cache: WeightCache, device: str, items: Sequence[Item], rows: list[int]
 ) -> list[Group]:
-    """The images that share a plain trunk, up to their features under every mask that they want."""
+    """Run the images that share a plain trunk, up to their features under every mask that they need."""
     bundles = _grouped(rows, lambda row: items[row].bundle.identity)
     ordered = [sorted(own, key=lambda row: items[row].mode) for own in bundles]
     groups = [Group(own, [items[row] for row in own]) for own in ordered]
     together = _few(executor, len(rows), len(groups))
-    if together:  # side by side where they stop at one stage
+    if together:  # adjacent if they stop at the same stage
         groups.sort(key=lambda group: _split(group.bundle))
     else:  # masks that are materialized come first, before they are evicted for the others
         groups.sort(key=lambda group: group.bundle.dispatcher not in weight_cache)
@@ -92,7 +94,7 @@ def _run_trunk(
 
 
 def _dispatch(executor: Executor, groups: list[Group], x: Tensor) -> None:
-    """Each group under its dispatcher; ``x`` has the groups' images, one group after the other."""
+    """Run each group under its dispatcher; ``x`` holds the groups' images, one group after another."""
     parts = x.split([len(group.items) for group in groups])
     following = [*(group.bundle.dispatcher for group in groups[1:]), None]
     for group, part, after in zip(groups, parts, following, strict=True):
@@ -104,25 +106,25 @@ def _dispatch(executor: Executor, groups: list[Group], x: Tensor) -> None:
 
 
 def _dispatch_together(executor: Distinct, groups: list[Group], x: Tensor) -> None:
-    """The same with one mask for each image, in one pass for all groups that stop at one stage."""
-    for own in _grouped(groups, lambda group: _split(group.bundle)):
-        sizes = [len(group.items) for group in own]
-        masks = [item.bundle.dispatcher for group in own for item in group.items]
+    """The same with one mask per image, in one pass for all groups that stop at the same stage."""
+    for members in _grouped(groups, lambda group: _split(group.bundle)):
+        sizes = [len(group.items) for group in members]
+        masks = [item.bundle.dispatcher for group in members for item in group.items]
         part, x = x[: len(masks)], x[len(masks) :]
-        start, split = masks[0].start, _split(own[0].bundle)
+        start, split = masks[0].start, _split(members[0].bundle)
         with metrics.stage("dispatch"):
             trunk = executor.run_each(part, masks, start, split) if split > start else part
             features = executor.run_each(trunk, masks, split)
-        for group, *results in zip(own, trunk.split(sizes), features.split(sizes), strict=True):
+        for group, *results in zip(members, trunk.split(sizes), features.split(sizes), strict=True):
             group.trunk, group.features = results
 
 
 def _tails(groups: list[Group], device: str) -> list[Tail]:
-    """The experts that some image wants, those of one bundle side by side."""
+    """The experts that at least one image needs, adjacent for each bundle."""
     routed = [group for group in groups if any(item.mode == "conditional" for item in group.items)]
-    known = dict(zip(routed, download([group.cluster for group in routed]), strict=True))
+    clusters = dict(zip(routed, download([group.cluster for group in routed]), strict=True))
     for group in groups:
-        cluster = known[group].tolist() if group in known else [0] * len(group.items)
+        cluster = clusters[group].tolist() if group in clusters else [0] * len(group.items)
         for k in range(len(group.bundle.experts)):
             images = [i for i, item in enumerate(group.items) if _wants(item.mode, k, cluster[i])]
             group.tails += [Tail(group, k, images)] if images else []
@@ -136,7 +138,7 @@ def _tails(groups: list[Group], device: str) -> list[Tail]:
 
 
 def _run_tails(executor: Executor, tails: list[Tail]) -> None:
-    """One expert after the other; the next one's weights are prefetched."""
+    """Run one expert after another, and prefetch the next one's weights."""
     experts = [tail.group.bundle.experts[tail.expert] for tail in tails]
     for tail, expert, after in zip(tails, experts, [*experts[1:], None], strict=False):
         _swap(executor, expert, after)
@@ -145,23 +147,23 @@ def _run_tails(executor: Executor, tails: list[Tail]) -> None:
 
 
 def _run_tails_together(executor: Distinct, tails: list[Tail]) -> None:
-    """All experts that continue from one stage in one pass, with one mask for each image."""
-    for own in _grouped(tails, lambda tail: _split(tail.group.bundle)):
-        masks = [tail.group.bundle.experts[tail.expert] for tail in own for _ in tail.images]
+    """Run all experts that continue from the same stage in one pass, with one mask per image."""
+    for members in _grouped(tails, lambda tail: _split(tail.group.bundle)):
+        masks = [tail.group.bundle.experts[tail.expert] for tail in members for _ in tail.images]
         with metrics.stage("expert"):
-            x = torch.cat([tail.input() for tail in own])
+            x = torch.cat([tail.input() for tail in members])
             features = executor.run_each(x, masks, masks[0].start)
-        for tail, result in zip(own, features.split([len(tail.images) for tail in own]), strict=True):
+        for tail, result in zip(members, features.split([len(tail.images) for tail in members]), strict=True):
             tail.features = result
 
 
 def _few(executor: Executor, images: int, masks: int) -> bool:
-    """Whether one pass with a mask for each image costs less than one pass for each mask."""
+    """Whether one pass with a mask per image costs less than one pass per mask."""
     return isinstance(executor, Distinct) and masks > 1 and images < FEW * masks
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Items with equal keys together, in the order of first appearance."""
+    """Group items with equal keys, in the order of first appearance."""
     groups: dict[Hashable, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -169,14 +171,14 @@ def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 
 def run_stages(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> Tensor:
-    """Stages of the backbone under the mask that is in place, for any number of images."""
+    """Run stages of the backbone under the current mask, for any number of images."""
     if len(x) <= CHUNK:
         return executor.run(x, start, stop)
     return torch.cat([executor.run(part, start, stop) for part in x.split(CHUNK)])
 
 
 def _swap(executor: Executor, mask: Mask, following: Mask | None) -> None:
-    """Put a mask in place, and begin with the weights of the one that comes after it."""
+    """Swap in a mask, and prefetch the weights of the following one."""
     with metrics.stage("swap"):
         executor.swap(mask)
     if following is not None:
@@ -184,10 +186,10 @@ def _swap(executor: Executor, mask: Mask, following: Mask | None) -> None:
 
 
 def _split(bundle: Bundle) -> int:
-    """The stage up to which the dispatcher's pass serves the experts, too: all of them begin at one stage."""
+    """The stage up to which the dispatcher's pass is shared with the experts, which all begin at the same stage."""
     return bundle.experts[0].start if bundle.experts else bundle.dispatcher.start
 
 
 def _wants(mode: Mode, expert: int, cluster: int) -> bool:
-    """Whether an image in this mode, routed to this cluster, takes a pass under this expert."""
+    """Whether an image in this mode, routed to this cluster, needs a pass under this expert."""
     return mode == "unconditional" or (mode == "conditional" and cluster == expert)

@@ -1,4 +1,4 @@
-"""Images that are ready for a pass, and the transfers between host and device: one up, one down."""
+"""Images ready for a pass, and the transfers between host and device: one up, one down."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         stage: the first one that has not run.
-        x: what enters it, [...] for this image.
+        x: its input, [...] for this image.
     """
 
     stage: int
@@ -29,13 +29,13 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Resolution:
-    """At which input size an image of a bundle with two of them is asked, see ``cascade.engine.deferral``.
+    """The input size of an image, for bundles with two sizes, see ``cascade.engine.deferral``.
 
     Attributes:
-        mode: the answer's.
-        cost: passes of the small size that this one takes.
-        larger: pixels for a second pass; None where there will be none.
-        first: what the first pass has answered, in the second one.
+        mode: of the answer.
+        cost: of this pass, in passes at the small size.
+        larger: pixels for a second pass; None if there will be none.
+        first: in the second pass, the answer of the first one.
     """
 
     mode: str
@@ -46,16 +46,16 @@ class Resolution:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image that is ready for a pass: decoded, and its bundle and mode settled.
+    """One image that is ready for a pass: decoded, with its bundle and mode resolved.
 
     Attributes:
         bundle: serves this image even if a newer version arrives before its pass.
-        mode: one that the bundle has.
-        options: what the answer should hold.
+        mode: one of the bundle's modes.
+        options: what the answer should contain.
         pixels: uint8 [3, H, W], resized and cropped; or float32 [3, H, W], normalized as well.
-        entry: where the pass continues, if the image was dispatched; None: from the pixels.
-        dispatch: why this bundle; None where the request named it.
-        resolution: None outside of the modes of a bundle with two input sizes.
+        entry: where the pass continues if the image was dispatched; None to start from the pixels.
+        dispatch: why this bundle was chosen; None if the request named it.
+        resolution: None unless the bundle has two input sizes and the mode uses them.
     """
 
     bundle: Bundle
@@ -68,7 +68,7 @@ class Item:
 
     @property
     def first(self) -> Prediction | None:
-        """What the first pass has answered, where this is the second one."""
+        """The answer of the first pass, if this is the second one."""
         return None if self.resolution is None else self.resolution.first
 
     @property
@@ -79,13 +79,13 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class OpenItem:
-    """One decoded image that names no bundle: ``cascade.engine.dispatch`` makes an ``Item`` of it.
+    """One decoded image without a bundle; ``cascade.engine.dispatch`` turns it into an ``Item``.
 
     Attributes:
-        table: the bundles that it may be sent to.
-        options: what the answer should hold.
+        table: the bundles that it may be dispatched to.
+        options: what the answer should contain.
         pixels: for each space of the table, as in ``Item``.
-        larger: for the larger input sizes of the table, as far as the options may need them.
+        larger: for the larger input sizes of the table, if the options may need them.
     """
 
     table: DispatchTable
@@ -108,7 +108,7 @@ AnyItem = Item | OpenItem
 
 
 def group_key(item: AnyItem) -> Hashable:
-    """Items with equal keys wait together: those of one bundle, and those that are still to be dispatched."""
+    """Items with equal keys wait together: those of one bundle, and those still to be dispatched."""
     return trunk(item), () if isinstance(item, OpenItem) else item.bundle.identity
 
 
@@ -123,9 +123,9 @@ def trunk(item: AnyItem) -> Hashable:
 
 
 def passes(item: AnyItem) -> int:
-    """What an image costs, in passes: one under the dispatcher, and one under each expert that its mode takes.
+    """The cost of an image in passes: one under the dispatcher, and one under each expert that its mode uses.
 
-    At the larger of two input sizes it is as many passes of the smaller one as take that long.
+    At the larger of two input sizes, it is the equivalent number of passes at the smaller one.
     """
     if isinstance(item, OpenItem):
         return 2  # the trunk to dispatch it, and a pass
@@ -136,7 +136,7 @@ def passes(item: AnyItem) -> int:
 
 
 def stack(items: Sequence[Item], device: str) -> Tensor:
-    """What items with one trunk begin with, on the device: activations, or normalized pixels float32 [N, 3, H, W]."""
+    """The input of items that share a trunk, on the device: activations, or normalized pixels float32 [N, 3, H, W]."""
     entries = [item.entry.x for item in items if item.entry is not None]
     if entries:
         return torch.stack(entries)
@@ -146,10 +146,10 @@ def stack(items: Sequence[Item], device: str) -> Tensor:
 def stack_pixels(pixels: Sequence[Tensor], preprocessing: Preprocessing, device: str) -> Tensor:
     """Normalized pixels, float32 [N, 3, H, W], on the device.
 
-    Bytes are a quarter of the floats, so they are what is transferred, from pinned memory, and the device normalizes.
+    Bytes take a quarter of the floats' memory, so bytes are transferred, from pinned memory, and the device normalizes.
     """
     if all(image.dtype == torch.uint8 for image in pixels):
-        rows = [image.permute(1, 2, 0) for image in pixels]  # as decoders write them; channels last in the pass
+        rows = [image.permute(1, 2, 0) for image in pixels]  # the decoders' layout, and channels last for the pass
         batch = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=_pinned(device))
         torch.stack(rows, out=batch)
         images = batch.to(device, non_blocking=True).permute(0, 3, 1, 2)
@@ -159,12 +159,12 @@ def stack_pixels(pixels: Sequence[Tensor], preprocessing: Preprocessing, device:
 
 
 def upload(indices: Sequence[int], device: str) -> Tensor:
-    """Indices as int64 [N] on the device, without waiting for it."""
+    """Copy indices as int64 [N] to the device, without waiting for it."""
     return torch.tensor(indices, dtype=torch.int64, pin_memory=_pinned(device)).to(device, non_blocking=True)
 
 
 def download(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    """Tensors as float32 arrays of their shapes, in one transfer: the only one that waits for the device.
+    """Copy tensors to float32 arrays of the same shapes in one transfer, the only one that waits for the device.
 
     Integers must be below 2^24, which float32 holds exactly.
     """

@@ -1,7 +1,7 @@
-"""A journal of the bundles being loaded, which outlives the process.
+"""A journal of the bundles being loaded, which survives the process.
 
-A bundle that passes every check may still need more memory than there is, or crash a native library. Then the process
-dies while it loads the bundle, and the next one reads in the journal which bundle that was.
+A bundle that passes every check may still run out of memory or crash a native library. Then the process dies while it
+loads the bundle, and the next process finds in the journal which bundle it was.
 """
 
 import json
@@ -13,11 +13,11 @@ from cascade.bundle.store import Identity
 
 
 class Journal:
-    """Deaths by bundle and stamp.
+    """Number of crashes by bundle and stamp.
 
     Args:
-        file: descriptor of a file that the next process inherits, too, such as ``os.memfd_create`` makes; None for no
-            memory of earlier processes.
+        file: descriptor that the next process inherits, such as one from ``os.memfd_create``; None to forget earlier
+            processes.
     """
 
     def __init__(self, file: int | None = None) -> None:
@@ -28,12 +28,12 @@ class Journal:
                 self._deaths = dict(json.loads(os.pread(file, os.fstat(file).st_size, 0).rstrip(b"\0")))
 
     def deaths(self, identity: Identity, stamp: str) -> int:
-        """How many processes died while they loaded these files."""
+        """How many processes died while loading these files."""
         return self._deaths.get(_key(identity, stamp), 0)
 
     @contextmanager
     def loading(self, identity: Identity, stamp: str) -> Iterator[None]:
-        """Load a bundle in the block. A block that ends, even by an exception, clears the bundle's deaths."""
+        """Record that the block loads a bundle. When the block ends, even by an exception, the record is cleared."""
         key = _key(identity, stamp)
         self._write({**self._deaths, key: self._deaths.get(key, 0) + 1})
         try:
@@ -44,7 +44,7 @@ class Journal:
     def _write(self, deaths: dict[str, int]) -> None:
         self._deaths = deaths
         if self._file is not None:
-            size = os.fstat(self._file).st_size  # never made shorter, so that a preallocated file needs no room later
+            size = os.fstat(self._file).st_size  # never truncated, so that a preallocated file needs no space later
             os.pwrite(self._file, json.dumps(deaths).encode().ljust(size), 0)
 
 

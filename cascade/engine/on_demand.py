@@ -1,4 +1,4 @@
-"""Bundles on demand: a store of any size, each bundle loaded the first time a request names it.
+"""On-demand bundles: a store of any size, where each bundle is loaded when a request first names it.
 
 The least recently used bundles are evicted when memory is full (LRU, in bytes). Their files stay in the store, so the
 next request loads them again.
@@ -20,22 +20,22 @@ from cascade.engine.registry import Registry, State
 from cascade.errors import CascadeError, OutOfMemory
 
 LEAVE = 10.0
-"""Seconds to wait until the last requests of evicted bundles are answered, and their memory is free."""
-CHECK = 0.005  # seconds between two looks whether that is so
+"""Seconds to wait until the last requests of evicted bundles are answered and their memory is free."""
+CHECK = 0.005  # seconds between two such checks
 REMEMBERED = 1000  # names in the file of recent ones
 
 log = logging.getLogger(__name__)
 
 
 class OnDemandRegistry(Registry):
-    """A registry that knows every bundle of its store, and holds those that were asked for lately.
+    """A registry that lists every bundle of its store, and keeps the recently used ones in memory.
 
-    A name is loaded with all its versions. Pinned names are loaded at the start and never evicted. Bundles that are not
-    in memory are no targets of dispatch. Nothing is ever evicted for a bundle that can't be loaded anyway.
+    A name is loaded with all its versions. Pinned names are loaded at the start and never evicted. Images are only
+    dispatched to bundles in memory. Nothing is ever evicted for a bundle that can't be loaded anyway.
 
     Args:
-        recent: file with the names that were in use, most recent first; they are loaded in the background after a
-            restart. None: every start is a cold one.
+        recent: file with recently used names, most recent first; they are prefetched in the background after a restart.
+            None: every start is cold.
         options: of ``Registry``.
     """
 
@@ -48,7 +48,7 @@ class OnDemandRegistry(Registry):
         self.engine.on_missing = self.fetch
 
     def states(self, name: str | None = None) -> list[State]:
-        """As of ``Registry``; ``stored`` bundles are loaded when a request names them."""
+        """As in ``Registry``; ``stored`` bundles are loaded when a request names them."""
         known = super().states(name)
         names = {state.name for state in known if state.state != "removed"}
         listing = self._listing if name is None else {name: self._listing.get(name, {})}
@@ -58,7 +58,7 @@ class OnDemandRegistry(Registry):
     def fetch(self, name: str) -> None:
         """Load the bundles of a name, unless they are loaded, refused, or not in the store.
 
-        Others that are fetched at the same time are not waited for while their files are read.
+        Concurrent calls for other names may read their files at the same time.
         """
         own = self._listing.get(name)
         if own is None or self._is_refused(own):
@@ -69,18 +69,18 @@ class OnDemandRegistry(Registry):
             files = {identity: self._read(identity) for identity in own}
             with self._changing:
                 own = {i: stamp for i, stamp in self._listing.get(name, {}).items() if i in files}
-                self._names |= {name}  # a refused one, too: each look at the store may try it again
+                self._names |= {name}  # also if refused, so that each look at the store can retry it
                 self._load(own, files)
                 metrics.BUNDLE_LOADS.inc()
         self._fetching.pop(name, None)
 
     def load(self, name: str) -> list[State]:
-        """As of ``Registry``; the bundle is then in memory."""
+        """As in ``Registry``; the bundle is then in memory."""
         self._names |= {name}
         return super().load(name)
 
     def prefetch(self) -> None:
-        """Load the names that were in use before the last restart, as far as they fit; nothing is evicted for them."""
+        """Load the names that were in use before the last restart, while they fit; nothing is evicted for them."""
         for name in self._remembered():
             used = self.engine.stats()
             next_one = used["packed_bytes"] / max(1, used["bundles"])
@@ -90,7 +90,7 @@ class OnDemandRegistry(Registry):
             self.fetch(name)
 
     def remember(self) -> None:
-        """Write which names are in use, for ``prefetch``."""
+        """Write the names in use to a file, for ``prefetch``."""
         if self.recent is None:
             return
         used = sorted(self.engine.names, key=lambda n: self.engine.last_used.get(n, 0.0), reverse=True)[:REMEMBERED]
@@ -111,7 +111,7 @@ class OnDemandRegistry(Registry):
         return {i: stamp for name in self._names for i, stamp in listing.get(name, {}).items()}
 
     def _add(self, bundle: Bundle, replaces: Iterable[Identity]) -> None:
-        """Add it to the engine; while memory is full, the least recently used name leaves."""
+        """Add a bundle to the engine; while memory is full, evict the least recently used name."""
         deadline = time.monotonic() + LEAVE
         while True:
             try:
@@ -125,7 +125,7 @@ class OnDemandRegistry(Registry):
                 self.engine.release()
 
     def _evict(self, besides: str) -> bool:
-        """Take the least recently used name out of memory; False where none may leave."""
+        """Evict the least recently used name; False if none can be evicted."""
         names = {name for name, _ in self._held if name != besides and name not in self.engine.pins}
         if not names:
             return False
@@ -150,7 +150,7 @@ class OnDemandRegistry(Registry):
             return error
 
     def _is_refused(self, own: Mapping[Identity, str]) -> bool:
-        """Whether every version was refused lately, with the files that are there now."""
+        """Whether every version was refused recently, with the same files."""
         now = time.monotonic()
         bad = ((self._bad.get(identity), stamp) for identity, stamp in own.items())
         return all(b is not None and b.stamp == stamp and now < b.again for b, stamp in bad)

@@ -1,4 +1,4 @@
-"""Pins: which version answers a request that names none, where it should not be the latest.
+"""Pins: the version that answers requests without one, instead of the latest.
 
 A pin with several versions splits the traffic between them by weight, for a canary release.
 """
@@ -12,14 +12,14 @@ from cascade.errors import CascadeError
 
 @dataclass(frozen=True)
 class Pin:
-    """Versions and the weight of each, above 0; one alone gets everything."""
+    """Versions and their positive weights; a single version gets all the traffic."""
 
     weights: dict[str, float]
 
     def choose(self, loaded: Collection[str]) -> str | None:
-        """One of the pinned versions that are loaded, drawn by weight; None if none is.
+        """Draw one of the loaded pinned versions by weight; None if none is loaded.
 
-        The share of a version that is missing goes to the others, so a canary that is refused fails no request.
+        The share of a missing version goes to the others, so a refused canary does not fail any request.
         """
         weights = {version: weight for version, weight in self.weights.items() if version in loaded}
         if len(weights) < 2:
@@ -27,7 +27,7 @@ class Pin:
         return random.choices([*weights], [*weights.values()])[0]
 
     def main(self, loaded: Collection[str]) -> str | None:
-        """The version with the largest weight among those that are loaded."""
+        """The loaded version with the largest weight."""
         return max((v for v in self.weights if v in loaded), key=self.weights.__getitem__, default=None)
 
     def __str__(self) -> str:
@@ -35,10 +35,10 @@ class Pin:
 
 
 def parse(text: str) -> Pin:
-    """``3`` for one version, ``1:95,2:5`` for several with their weights.
+    """Parse ``3`` for one version, or ``1:95,2:5`` for several with their weights.
 
     Raises:
-        CascadeError: it is neither.
+        CascadeError: the text is neither.
     """
     if ":" not in text and "," not in text and text.strip():
         return Pin({text: 1.0})

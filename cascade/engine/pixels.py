@@ -1,4 +1,4 @@
-"""Images of any source as pixels: decoded once, and cropped as each bundle's preprocessing wants it."""
+"""Images of any source as pixels: decoded once, and cropped for each bundle's preprocessing."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -12,11 +12,11 @@ from cascade.engine.results import ItemError
 from cascade.model.preprocessing import ImageError, Limits, Preprocessing, convert, decode, read
 
 Source = bytes | bytearray | str | Path | Image.Image | Tensor
-MAX_PIXEL = 1000  # normalized ones lie within +-20 or so; from very large ones a network makes NaN
+MAX_PIXEL = 1000  # normalized pixels are within about +-20; very large ones make a network return NaN
 
 
 def pixels_of(image: Source, wanted: Sequence[Preprocessing], limits: Limits) -> list[Tensor] | ItemError:
-    """The pixels for each preprocessing, as in ``Item``, or what is wrong with the image."""
+    """The pixels for each preprocessing, as in ``Item``, or the image's error."""
     if isinstance(image, Tensor):
         wrong = next((why for p in wanted if (why := _wrong(image, p.size))), None)
         return ItemError("bad_pixels", wrong) if wrong else [image] * len(wanted)
@@ -29,15 +29,15 @@ def pixels_of(image: Source, wanted: Sequence[Preprocessing], limits: Limits) ->
 
 @cache
 def crop_of(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """The resize and crop of a preprocessing, made once."""
+    """The resize and crop of a preprocessing, cached."""
     return preprocessing.crop()
 
 
 def _wrong(pixels: Tensor, size: int) -> str | None:
-    """Why these pixels are no input of a backbone that takes squares of ``size``."""
+    """Why these pixels are not a valid input for a backbone that takes squares of ``size``; None if they are."""
     if pixels.dtype != torch.float32 or pixels.shape != (3, size, size):
         return f"pixels are {pixels.dtype} {list(pixels.shape)}: this bundle takes float32 [3, {size}, {size}]"
-    within = pixels.abs() <= MAX_PIXEL  # of a NaN, too, that is false
+    within = pixels.abs() <= MAX_PIXEL  # also False for NaN
     return None if within.all() else f"pixels lie outside of +-{MAX_PIXEL}: send preprocessed ones"
 
 

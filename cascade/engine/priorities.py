@@ -1,4 +1,4 @@
-"""Two levels of priority, each a fair queue: batch work fills the passes that interactive work leaves."""
+"""Two levels of priority, each a fair queue: batch work uses the passes that interactive work leaves."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,15 @@ from cascade.engine.fair_queue import FairQueue, Room, Waiting
 from cascade.engine.tenants import PRIORITIES, Priority
 
 SHARE = 10
-"""Of so many passes, batch work has one even if interactive work waits, so that it never starves."""
+"""One in this many passes goes to batch work even if interactive work is waiting, so that it never starves."""
 
 
 class PriorityQueue:
-    """Images that wait, by priority and tenant; not thread-safe."""
+    """Waiting images by priority and tenant; not thread-safe."""
 
     def __init__(self) -> None:
         self._levels: dict[Priority, FairQueue] = {priority: FairQueue() for priority in PRIORITIES}
-        self._passed_over = 0  # passes since the last one of batch work, while some waits
+        self._passed_over = 0  # passes since the last one for batch work, while some is waiting
 
     @property
     def images(self) -> int:
@@ -23,19 +23,19 @@ class PriorityQueue:
 
     @property
     def cost(self) -> float:
-        """Image passes that wait."""
+        """Image passes of the waiting images."""
         return sum(level.cost for level in self._levels.values())
 
     def add(self, waiting: Waiting) -> None:
-        """Put an image into the level that its request names, or else its tenant's."""
+        """Add an image to its request's level, or else its tenant's."""
         self._levels[waiting.item.options.priority or waiting.tenant.priority].add(waiting)
 
     def take(self, room: Room, engine: Engine, overdue: float) -> list[Waiting]:
-        """What the next pass runs; arguments as of ``FairQueue.take``."""
+        """Take the images of the next pass; arguments as in ``FairQueue.take``."""
         return self._next().take(room, engine, overdue)
 
     def remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
-        """Those of all levels, out of them."""
+        """Remove the matching images from all levels and return them."""
         return [waiting for level in self._levels.values() for waiting in level.remove(which)]
 
     def _next(self) -> FairQueue:

@@ -1,8 +1,8 @@
-"""The registry: an engine kept in step with a model store while it serves.
+"""The registry keeps an engine in sync with a model store while it serves.
 
-Whatever is wrong with a store or a bundle costs nothing that is served: a new version is read, verified and
-warmed up beside the old one and becomes visible at once or not at all; a bad one is refused by name, and looked
-at again when its files change; while the store is out of reach, what is loaded stays.
+A bad store or bundle never affects what is being served: a new version is read, verified and warmed up next to
+the old one, and becomes visible atomically; a bad one is refused by name, and retried when its files change; while
+the store is unreachable, the loaded bundles stay.
 """
 
 import logging
@@ -24,30 +24,30 @@ from cascade.errors import CascadeError, OutOfMemory
 
 log = logging.getLogger(__name__)
 RETRY = 60.0
-"""Seconds until another try where the fault may lie outside the bundle: memory, disk, network, weights."""
+"""Seconds until a retry if the fault may be outside the bundle: memory, disk, network, weights."""
 LASTING = float("inf")
 LEAVE = 2.0
-"""Seconds that the end waits for a look at the store."""
+"""Seconds to wait at the end for a check of the store in progress."""
 MOST_DEATHS = 2
-"""Processes that may die while they load a bundle. The first death may have had another reason, like kill -9."""
+"""Processes that may die while loading a bundle. The first death may have had another reason, like kill -9."""
 REMEMBERED = 100
-"""Removed bundles whose state is still told."""
+"""Removed bundles whose state is still reported."""
 Kind = Literal["ready", "stored", "loading", "refused", "removed"]
 
 
 File = tuple[Bundle, str] | CascadeError
-"""A bundle that was read and its digest, or why it could not be."""
+"""A bundle and its digest, or the error from reading it."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A bundle of the store as it is now.
+    """The current state of a bundle in the store.
 
     Attributes:
         state: a ready one answers requests; a stored one is loaded when a request names it
             (``cascade.engine.on_demand``); a removed one is no longer in the store.
-        reason: why it was refused; of a ready one, what is wrong with the files that are now in its place.
-            Without the paths of this machine, which are in the log only.
+        reason: why it was refused; for a ready one, why the files that have replaced it can't be used.
+            Local paths are left out; they are only logged.
         out_of_memory: whether it was refused for lack of memory.
     """
 
@@ -60,7 +60,7 @@ class State:
 
 @dataclass(frozen=True)
 class _Bad:
-    """A look at a bundle that ended badly: not repeated while its stamp is the same, before ``again`` (monotonic)."""
+    """A failed attempt to load a bundle, not retried before ``again`` (monotonic) unless its stamp changes."""
 
     stamp: str
     again: float
@@ -70,11 +70,11 @@ class Registry:
     """Loads the bundles of a store into an engine, and follows the store's changes.
 
     Args:
-        engine: to serve them; nothing else adds to it or removes from it.
-        store: where they lie.
-        pins: by bundle name, the version for requests that name none (``cascade.engine.pins.parse``); all other bundles
+        engine: serves the bundles; nothing else adds or removes any.
+        store: where the bundles are.
+        pins: by bundle name, the version for requests without one (``cascade.engine.pins.parse``); all other bundles
             answer with their latest version.
-        journal: of the bundles that killed earlier processes.
+        journal: lists the bundles that killed earlier processes.
     """
 
     def __init__(
@@ -91,27 +91,27 @@ class Registry:
         self._changing = threading.Lock()  # of what is loaded; taken after the other one
 
     def states(self, name: str | None = None) -> list[State]:
-        """Every bundle of the store (or those called ``name``), versions rising; safe in any thread."""
+        """The states of all bundles in the store (or those called ``name``), versions ascending; thread-safe."""
         found = [s for s in self._states.values() if name in (None, s.name)]
         return sorted(found, key=lambda s: (s.name, number(s.version)))
 
     @property
     def trouble(self) -> str | None:
-        """Why the store can't be read at the moment, or None."""
+        """Why the store currently can't be read, or None."""
         return self._trouble
 
     @property
     def unloaded(self) -> frozenset[str]:
-        """Names that ``unload`` took away."""
+        """Names removed by ``unload``."""
         return self._unloaded
 
     def unload(self, name: str) -> None:
-        """Take a name away, although it is in the store, until ``load`` or the end of the process."""
+        """Remove a name, although it is in the store, until ``load`` or the end of the process."""
         self._unloaded |= {name}
         self.reload()
 
     def load(self, name: str) -> list[State]:
-        """Look at the bundles of a name again, also at those that were refused or unloaded; their states."""
+        """Check the bundles of a name again, including refused and unloaded ones, and return their states."""
         self._unloaded -= {name}
         with self._changing:
             self._bad = {i: bad for i, bad in self._bad.items() if i[0] != name}
@@ -119,7 +119,7 @@ class Registry:
         return self.states(name)
 
     def reload(self) -> list[State]:
-        """Look at the store now: load what is new, remove what is gone; all faults are states, logged and counted."""
+        """Check the store now: load new bundles, remove missing ones; failures become states, logged and counted."""
         with self._looking:
             self.engine.release()
             try:
@@ -140,28 +140,28 @@ class Registry:
             return self.states()
 
     def _visible(self, listed: Mapping[Identity, str]) -> dict[Identity, str]:
-        """What of the store's bundles is to be loaded."""
+        """The bundles of the store that should be loaded."""
         return {i: stamp for i, stamp in listed.items() if i[0] not in self._unloaded}
 
     def _follow(self, found: Mapping[Identity, str]) -> None:
-        """Load what is new, and remove what is gone."""
+        """Load new bundles, and remove missing ones."""
         before = self._held
         names = {name for name, _ in found}
         for identity in [i for i in self._states if i not in found and i[0] not in names]:
-            self._take_away(identity)  # first, which makes room
+            self._take_away(identity)  # first, to free memory
         self._load(found)
         loaded = {name for name, version in self._held if (name, version) in found}
         for identity in [i for i in self._states if i not in found]:
             if identity[0] in loaded or identity not in self._held:
                 self._take_away(identity)
-            else:  # a name is never without a version while one that works is here
+            else:  # a name always keeps a working version
                 why = "it is gone from the store, and serves until another version is loaded, or the name is gone"
                 self._set(identity, "ready", why)
         metrics.RELOADS.labels("unchanged" if self._held == before else "changed").inc()
 
     @contextmanager
     def watching(self, interval: float) -> Iterator[None]:
-        """Look every ``interval`` seconds, in a thread, until the block ends; 0 for never."""
+        """Check the store every ``interval`` seconds, in a thread, until the block ends; 0 for never."""
         stop = threading.Event()
 
         def watch() -> None:
@@ -169,7 +169,7 @@ class Registry:
             while True:
                 try:
                     step()
-                except Exception:  # a defect of ours must not end the watch unseen
+                except Exception:  # a bug must not end the watch silently
                     log.exception("the store could not be looked at")
                 if stop.wait(interval):
                     return self.remember()
@@ -187,13 +187,13 @@ class Registry:
                 thread.join(LEAVE)  # a download that hangs ends with the process
 
     def prefetch(self) -> None:
-        """Called once, in the background: load early what will be asked for. Nothing here, since all is loaded."""
+        """Called once, in the background, to load bundles before they are requested. Nothing here: all are loaded."""
 
     def remember(self) -> None:
-        """Called after each look: keep what ``prefetch`` needs."""
+        """Called after each check of the store, to save what ``prefetch`` needs."""
 
     def _load(self, found: Mapping[Identity, str], files: Mapping[Identity, File] = MappingProxyType({})) -> None:
-        """Load bundles that are not loaded yet. ``files``: those that were read already."""
+        """Load bundles that are not loaded yet. ``files``: those already read."""
         for identity in sorted(found, key=lambda i: (i[0], number(i[1]))):
             replaces = [i for i in self._held if i[0] == identity[0] and i not in found]
             self._consider(identity, found[identity], replaces, files.get(identity))
@@ -225,7 +225,7 @@ class Registry:
                     self._add(bundle, replaces)
         except Exception as error:
             ours = isinstance(error, CascadeError)
-            if not ours and not (bad and bad.stamp == stamp):  # from a library, over what no check of ours foresaw
+            if not ours and not (bad and bad.stamp == stamp):  # from a library, for a reason that no check foresaw
                 log.exception("bundle %s/%s can't be used", *identity)
             again = LASTING if isinstance(error, BundleError) else time.monotonic() + RETRY
             reason = str(error) if ours else f"it can't be used ({type(error).__name__}); the log has the traceback"
@@ -242,7 +242,7 @@ class Registry:
         if identity in self._held:
             self.engine.remove(*identity)
             self._held = {i: h for i, h in self._held.items() if i != identity}
-            # There is room now, perhaps, for what was refused for the lack of it.
+            # Retry bundles that were refused for lack of memory: there may be enough now.
             self._bad = {i: b if b.again == LASTING else _Bad(b.stamp, 0.0) for i, b in self._bad.items()}
             self._set(identity, "removed")
         elif self._states[identity].state != "removed":
@@ -256,7 +256,7 @@ class Registry:
         bad: _Bad | None = None,
         out_of_memory: bool = False,
     ) -> None:
-        """Make a state known: to front ends, in the metrics and, where it is another than before, in the log."""
+        """Publish a state: to front ends, in the metrics and, if it has changed, in the log."""
         name, version = identity
         told = reason and self.store.public(reason)
         old, new = self._states.get(identity), State(name, version, state, told, out_of_memory) if state else None

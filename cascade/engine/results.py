@@ -1,6 +1,6 @@
 """The options of a prediction and its answer: plain data, no torch.
 
-An answer is a ``Prediction`` or an ``ItemError``; ``answer.ok`` tells which, and ``answer.error`` is None or the error.
+An answer is a ``Prediction`` or an ``ItemError``; ``answer.ok`` tells which, ``answer.error`` is the error or None.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -19,21 +19,21 @@ DISPATCH_MODES: tuple[DispatchMode, ...] = ("image", "top2", "set")
 
 @dataclass(frozen=True)
 class Options:
-    """What one image's answer should hold.
+    """What one image's answer should contain.
 
     Attributes:
-        bundle: name; ``auto`` dispatches the image to the bundle that it fits, and so does None where several are
+        bundle: name; ``auto`` dispatches the image to the bundle that it fits best, and so does None if several are
             loaded.
         version: None for the latest.
-        mode: ``dispatcher``, ``conditional``, ``unconditional``, or of a bundle with two input sizes ``fast``,
+        mode: ``dispatcher``, ``conditional``, ``unconditional``, or for a bundle with two input sizes ``fast``,
             ``adaptive``, ``full``; None for the bundle's default.
         embedding: return the embedding.
-        labels: how many labels at most. neighbors: how many at most.
-        priority: of a queue, ``interactive`` or ``batch``; None for the tenant's default.
-        dispatch: how an image that names no bundle finds one: ``image`` sends each image to the likeliest; ``top2``
-            asks two where that is not certain, and takes the more certain answer; ``set`` sends all images of a request
-            to the bundle that most of them fit.
-        among: names of the bundles that it may be sent to; None for all.
+        labels: most labels to return. neighbors: most neighbors to return.
+        priority: in the queue, ``interactive`` or ``batch``; None for the tenant's default.
+        dispatch: how an image without a bundle's name is dispatched: ``image`` sends each image to its likeliest
+            bundle; ``top2`` asks two if that is uncertain, and takes the more certain answer; ``set`` sends all images
+            of a request to the bundle that most of them fit.
+        among: names of the bundles that it may be dispatched to; None for all.
     """
 
     bundle: str | None = None
@@ -57,7 +57,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A training image, its class where it had one, and its cosine similarity."""
+    """A training image, its class if it has one, and its cosine similarity."""
 
     name: str
     label: str | None
@@ -66,12 +66,12 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Why a bundle answered an image that named none.
+    """Why an image without a bundle's name was dispatched to this bundle.
 
     Attributes:
         confidence: calibrated probability that the image belongs to this bundle.
         likely: the likeliest bundles, best first, each with its probability.
-        repeated_stages: stages of the backbone that ran twice, because the bundle's mask begins before the dispatch.
+        repeated_stages: stages of the backbone that ran twice, because the bundle's mask begins before dispatch.
     """
 
     confidence: float
@@ -81,7 +81,7 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class Deferral:
-    """Which pass gave the labels of an answer.
+    """The pass that gave the labels of an answer.
 
     Attributes:
         input_size: side of its images, pixels.
@@ -97,14 +97,14 @@ class Prediction:
     """The answer for one image.
 
     Attributes:
-        bundle, version, mode: what made it.
-        cluster: where the router sent it; confidence: how sure that is, calibrated.
+        bundle, version, mode: what produced it.
+        cluster: assigned by the router; confidence: calibrated probability of this assignment.
         ood: out-of-domain score in [0, 1].
         masks: the masks that were applied, by name.
         labels, neighbors: best first; empty without head or bank.
-        embedding: float32 [D], where it was asked for.
-        dispatch: None where the request named the bundle.
-        deferral: None outside of the modes of a bundle with two input sizes.
+        embedding: float32 [D], if requested.
+        dispatch: None if the request named the bundle.
+        deferral: None unless the bundle has two input sizes and the mode uses them.
     """
 
     bundle: str
@@ -123,7 +123,7 @@ class Prediction:
     error: ClassVar[None] = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; the embedding as a list of floats. Embedding, dispatch and deferral are left out if None."""
+        """Plain types; the embedding is a list of floats. Embedding, dispatch and deferral are omitted if None."""
         out = asdict(replace(self, embedding=None)) | {"masks": list(self.masks)}
         for name in ("embedding", "dispatch", "deferral"):
             if out[name] is None:
@@ -155,7 +155,7 @@ class ItemError:
     Attributes:
         kind: a short name for programs, like ``not_an_image``; front ends map it to their own codes.
         message: one line that says what is wrong and what to do.
-        retry_after: seconds after which it is worth another try; 0 where nobody knows.
+        retry_after: seconds after which a retry is worthwhile; 0 if unknown.
     """
 
     kind: str
@@ -165,7 +165,7 @@ class ItemError:
 
     @property
     def error(self) -> Self:
-        """The error itself, so that every answer can be asked for it."""
+        """The error itself, so that every answer has this attribute."""
         return self
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What each version of each bundle did since the start: images, passes and their times."""
+"""Statistics by bundle and version since the start: images, passes and their times."""
 
 import threading
 import time
@@ -9,12 +9,12 @@ from typing import Any
 from cascade.bundle.store import Identity
 
 MOST = 20_000
-"""Versions that are remembered; from there on the one that was idle longest is forgotten."""
+"""Most versions to remember; the least recently used one is forgotten first (LRU)."""
 
 
 @dataclass
 class Times:
-    """Of one version. Seconds add up over images; ``last`` is in seconds since 1970, 0 for never."""
+    """Totals of one version. Seconds are summed over images; ``last`` is in seconds since 1970, 0 for never."""
 
     images: int = 0
     passes: int = 0
@@ -26,7 +26,7 @@ class Times:
     last: float = 0.0
 
     def to_triton(self, name: str, version: str) -> dict[str, Any]:
-        """As the statistics extension of the Open Inference Protocol has it: nanoseconds."""
+        """In the format of the Open Inference Protocol's statistics extension: nanoseconds."""
 
         def spent(count: int, seconds: float) -> dict[str, int]:
             return {"count": count, "ns": round(1e9 * seconds)}
@@ -58,7 +58,7 @@ class Timed:
 
     Attributes:
         identity: name and version of its bundle.
-        since: when it came. waits_from: when it began to wait for this pass.
+        since: when it arrived. waits_from: when it began to wait for this pass.
         answered: whether this pass was its last one.
     """
 
@@ -76,7 +76,7 @@ class Statistics:
         self._lock = threading.Lock()
 
     def of(self, name: str, version: str) -> Times:
-        """The times of one version so far; zeros where it has answered nothing."""
+        """The totals of one version so far; zeros if it has not answered anything."""
         return self._times.get((name, version), Times())
 
     def count(self, images: Sequence[Timed], begun: float, failed: bool = False) -> None:
@@ -89,12 +89,12 @@ class Statistics:
         with self._lock:
             for identity in dict.fromkeys(image.identity for image in images):
                 times = self._times.pop(identity, None) or Times()
-                self._times[identity] = times  # at the end: the first one is idle longest
-                own = [image for image in images if image.identity == identity]
+                self._times[identity] = times  # moved to the end: the first one is the least recently used
+                members = [image for image in images if image.identity == identity]
                 times.passes += 1
-                times.queue_seconds += sum(begun - image.waits_from for image in own)
-                times.pass_seconds += len(own) * (now - begun)
-                answered = [image for image in own if image.answered]
+                times.queue_seconds += sum(begun - image.waits_from for image in members)
+                times.pass_seconds += len(members) * (now - begun)
+                answered = [image for image in members if image.answered]
                 number, took = len(answered), sum(now - image.since for image in answered)
                 if failed:
                     times.failures += number

@@ -1,4 +1,4 @@
-"""The registry of a store, with its bundles in the engine: all of them at the start, or each on demand."""
+"""Load a store into an engine: all bundles at the start, or each on demand."""
 
 import hashlib
 import logging
@@ -24,15 +24,15 @@ def load_store(
     journal: Journal | None = None,
     on_demand: bool = False,
 ) -> Registry:
-    """The registry of a store, with every good bundle of it in the engine; a bad one is refused by name.
+    """Load every valid bundle of a store into the engine and return the registry; a bad one is refused by name.
 
     Args:
-        where, cache: as of :class:`cascade.bundle.store.Store`.
-        pins, journal: as of :class:`Registry`.
-        on_demand: load nothing but the pinned bundles before it is asked for.
+        where, cache: as in :class:`cascade.bundle.store.Store`.
+        pins, journal: as in :class:`Registry`.
+        on_demand: load only the pinned bundles now, and others when they are requested.
 
     Raises:
-        CascadeError: no bundle at all could be loaded, or on demand there is none.
+        CascadeError: no bundle could be loaded; with ``on_demand``, the store is empty.
     """
     store = where if isinstance(where, Store) else Store(where, cache)
     if on_demand:

@@ -1,4 +1,4 @@
-"""Metrics by bundle and by tenant, of the front ends with a queue: what one customer notices."""
+"""Metrics by bundle and by tenant, for front ends with a queue: the service that each customer gets."""
 
 from prometheus_client import Counter, Histogram
 
@@ -20,14 +20,14 @@ tenants = BusiestNames("tenant", [TENANT_IMAGES, TENANT_SECONDS, TENANT_QUEUE_SE
 
 
 def waited(bundle: str, tenant: Tenant, seconds: float) -> None:
-    """An image got its pass after this time in the queue."""
+    """Record the time in the queue of an image that got its pass."""
     metrics.BUNDLE_QUEUE_SECONDS.labels(metrics.bundle_label(bundle)).observe(seconds)
     if tenant.keyed:
         TENANT_QUEUE_SECONDS.labels(tenants(tenant.name)).observe(seconds)
 
 
 def answered(tenant: Tenant | None, seconds: float, answer: Prediction | ItemError | None) -> None:
-    """An image has its answer after this time; None where nobody waits for it any more."""
+    """Record an image's answer and the time it took; None if the request was cancelled."""
     outcome = "cancelled" if answer is None else "ok" if isinstance(answer, Prediction) else answer.kind
     if isinstance(answer, Prediction):
         metrics.BUNDLE_SECONDS.labels(metrics.bundle_label(answer.bundle)).observe(seconds)

@@ -1,4 +1,4 @@
-"""Who shares an engine: tenants, their weights and their limits."""
+"""Tenants that share an engine, with their weights and limits."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,16 +9,16 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 @dataclass(frozen=True)
 class Tenant:
-    """A customer of the engine, with a share of its passes and bounds of its own; None is no bound.
+    """A customer of the engine, with its share of the passes and its limits; None means no limit.
 
     Attributes:
         name: of the customer; equal names share their limits.
         weight: its share of the passes while others wait, in proportion to theirs.
         priority: of its images, unless a request names another one.
-        rate: images a second, of which one second's worth may come at once.
+        rate: images per second, with a burst of one second's worth.
         concurrency: requests in progress.
-        queued: images that wait or are decoded.
-        keyed: it has a key; else it is a bundle, and is counted as one.
+        queued: images waiting or being decoded.
+        keyed: it has a key; otherwise it is a bundle, and is counted as one.
     """
 
     name: str

@@ -16,9 +16,9 @@ class WeightCache:
     """Materialized weights by mask. One thread calls ``get``; ``prefetch`` makes the next weights in another thread.
 
     Attributes:
-        budget: the most bytes at any moment.
-        used: bytes now, those in flight included.
-        hits, misses, evictions: what happened so far.
+        budget: most bytes at any time.
+        used: bytes now, including those in flight.
+        hits, misses, evictions: counters since the start.
         owners: names of the masks' bundles, for the metrics.
     """
 
@@ -27,7 +27,7 @@ class WeightCache:
         self.hits = self.misses = self.evictions = 0
         self.owners: dict[Hashable, str] = {}
         self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._pinned: Hashable = None  # what was asked for last is in use
+        self._pinned: Hashable = None  # the last one returned is in use
         self._in_flight: tuple[Hashable, int, Future[Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1, "cascade-prefetch")  # starts with its first job
 
@@ -36,7 +36,7 @@ class WeightCache:
         return key in self._entries or (in_flight is not None and in_flight[0] == key)
 
     def get(self, key: Hashable, size: int, make: Make) -> Tensor:
-        """The weights of mask ``key``, made by ``make`` on a miss; in use until the next call.
+        """Get the weights of mask ``key``, made by ``make`` on a miss; they are pinned until the next call.
 
         Args:
             key: the mask.
@@ -46,11 +46,11 @@ class WeightCache:
         Raises:
             CascadeError: the budget is smaller than this one mask.
         """
-        came = self._in_flight is not None and self._in_flight[0] == key  # counted already
+        prefetched = self._in_flight is not None and self._in_flight[0] == key  # counted already
         self._settle()
         self._pinned = key
         if key in self._entries:
-            if not came:
+            if not prefetched:
                 self.count(key, hit=True)
             self._entries.move_to_end(key)
             return self._entries[key]
@@ -62,7 +62,7 @@ class WeightCache:
         return self._entries[key]
 
     def prefetch(self, key: Hashable, size: int, make: Make) -> bool:
-        """Start to make the weights that are needed next, if they fit beside those in use.
+        """Start to make the weights needed next, if they fit next to those in use.
 
         Returns:
             whether they are being made.
@@ -83,14 +83,14 @@ class WeightCache:
             self._drop(next(iter(self._entries)))
 
     def drop(self, key: Hashable) -> None:
-        """Forget one mask, and evict its weights if they are here."""
+        """Forget one mask, and evict its weights if they are cached."""
         self._settle()
         self.owners.pop(key, None)
         if key in self._entries:
             self._drop(key)
 
     def _settle(self) -> None:
-        """Take in the prefetched weights. A failed prefetch is repeated by ``get``, which raises."""
+        """Insert the prefetched weights. A failed prefetch is retried by ``get``, which raises."""
         if self._in_flight is None:
             return
         (key, size, future), self._in_flight = self._in_flight, None
@@ -100,12 +100,12 @@ class WeightCache:
             self._use(-size)
 
     def _evict_for(self, size: int) -> Tensor | None:
-        """Evict until ``size`` bytes are free, never what is in use; a buffer of that size, if one was freed."""
+        """Evict weights not in use until ``size`` bytes are free; return a buffer of that size if one was freed."""
         reuse = None
         while self.used + size > self.budget:
             freed = self._drop(next(key for key in self._entries if key != self._pinned))
             reuse = freed if freed.nbytes == size else None
-            del freed  # or it would outlive its budget while the next is made
+            del freed  # otherwise it would stay allocated, over budget, while the next is made
         return reuse
 
     def _use(self, size: int) -> None:
@@ -113,7 +113,7 @@ class WeightCache:
         metrics.MATERIALIZED_BYTES.set(self.used)
 
     def count(self, key: Hashable, hit: bool) -> None:
-        """Count a mask that was needed, and was here or not."""
+        """Count a cache hit or miss."""
         self.hits += hit
         self.misses += not hit
         metrics.count_mask(self.owners.get(key), hit)

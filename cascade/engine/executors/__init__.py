@@ -1,12 +1,12 @@
-"""Executors: ways to run a pass, or a part of one, under a mask. One module each, one interface.
+"""Executors: ways to run all or part of a pass under a mask. One module each, one interface.
 
     plain    the timm model as it is: the reference, and what training runs
     folded   PyTorch, BatchNorm folded, channels last
     onnx     ONNX Runtime, the weights as inputs in the order of its own kernels
     cuda     the folded model as CUDA graphs, in float32, TF32 or bfloat16
 
-Each keeps masks in its own form (``pack``), materializes their weights within the budget of the weight cache (``swap``)
-and runs stages of the backbone under the mask that is in place (``run``). ``selection.choose`` takes the fastest.
+Each stores masks in its own form (``pack``), materializes their weights within the weight cache's budget (``swap``) and
+runs stages of the backbone under the current mask (``run``). ``selection.choose`` picks the fastest.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from cascade.model.masks import Mask
 
 
 class Executor(Protocol):
-    """What the engine asks of an executor."""
+    """What the engine needs from an executor."""
 
     backbone: Backbone
     weight_cache: WeightCache
 
     def pack(self, mask: Mask) -> Mask:
-        """The mask in the form that ``swap`` takes; what it holds beyond that is given up."""
+        """Convert a mask to the form that ``swap`` takes; anything else is dropped."""
         ...
 
     def size(self, mask: Mask) -> int:
@@ -34,24 +34,24 @@ class Executor(Protocol):
         ...
 
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
-        """Build what passes of a bundle will need, outside of any pass and beside them.
+        """Build what a bundle's passes will need, concurrently with other passes.
 
         Args:
             masks: packed, the dispatcher first, then the experts. size: side of the images, pixels.
-            domain: stage before which images are dispatched to bundles; 0: they are not.
+            domain: stage before which images are dispatched to bundles; 0 for no dispatch.
         """
         ...
 
     def swap(self, mask: Mask | None) -> None:
-        """Make a packed mask (None: the plain backbone) the one that the next runs use, from its first stage on."""
+        """Apply a packed mask (None: the plain backbone) for the next runs, from its first stage on."""
         ...
 
     def prefetch(self, mask: Mask) -> None:
-        """Begin with the weights of the mask that comes next, beside the pass that runs, if there is room."""
+        """Start to materialize the next mask's weights during the current pass, if they fit."""
         ...
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Stages ``start`` to ``stop`` (None: to the end, with pooling) of the backbone."""
+        """Run stages ``start`` to ``stop`` (None: to the end, with pooling) of the backbone."""
         ...
 
     def bytes(self) -> int:
@@ -61,8 +61,8 @@ class Executor(Protocol):
 
 @runtime_checkable
 class Distinct(Executor, Protocol):
-    """An executor that can run a batch with one mask per image, which pays where each launch costs time."""
+    """An executor that can run a batch with one mask per image, which pays off if launches are expensive."""
 
     def run_each(self, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None) -> Tensor:
-        """Stages ``start`` to ``stop`` with row n under packed ``masks[n]``, which begins at ``start`` or before."""
+        """Run stages ``start`` to ``stop``, row n under packed ``masks[n]``, which begins at ``start`` or before."""
         ...

@@ -1,4 +1,4 @@
-"""What the executors with weights of their own have in common: packing masks and swapping them."""
+"""Base class of executors with their own weights: packing and swapping masks."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,12 +12,12 @@ from cascade.model.masks import Mask
 
 
 class BaseExecutor:
-    """Swaps masks of a folded backbone; what runs under them is for a subclass, in ``point`` and ``run``.
+    """Swaps masks of a folded backbone; subclasses implement the forward pass in ``point`` and ``run``.
 
     Attributes:
         backbone: gives names and sizes; its maskable weights may have been released.
         layout: the weights in this executor's order. weight_cache: materialized weights, shared between backbones.
-        plain: what runs without a mask, ordered like ``layout.pristine``.
+        plain: the weights without a mask, ordered like ``layout.pristine``.
     """
 
     backbone: Backbone
@@ -27,7 +27,7 @@ class BaseExecutor:
     _now: PackedMask | None = None
 
     def pack(self, mask: Mask) -> PackedMask:
-        """A mask as this executor keeps it, for ``swap``."""
+        """Convert a mask to this executor's form, for ``swap``."""
         return self.layout.pack(mask)
 
     def size(self, mask: Mask) -> int:
@@ -35,12 +35,12 @@ class BaseExecutor:
         return self.layout.size(mask.start)
 
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
-        """Nothing: whatever is built is built in the first pass."""
+        """Do nothing: everything is built in the first pass."""
 
     def swap(self, mask: Mask | None) -> None:
-        """Put a packed mask in place from its first stage on; None: the plain backbone.
+        """Apply a packed mask from its first stage on; None: the plain backbone.
 
-        Stages before it keep whatever they had: a caller runs a mask from its own first stage only.
+        Earlier stages are not touched: callers run a mask only from its own first stage on.
         """
         if mask is self._now:
             return
@@ -65,19 +65,19 @@ class BaseExecutor:
             self.weight_cache.prefetch(mask, self.size(mask), lambda out: self.materialize(mask, out))
 
     def materialize(self, mask: PackedMask, out: Tensor | None) -> Tensor:
-        """The mask's weights, from its first stage on, in ``out`` where one is given."""
+        """Materialize the mask's weights from its first stage on, into ``out`` if given."""
         return self.layout.materialize(mask, out)
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
-        """Make units from index ``first`` on read these weights and shifts, and the layers these loose tensors."""
+        """Point units from index ``first`` on at these weights and shifts, and the layers at these loose tensors."""
         raise NotImplementedError
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Stages ``start`` to ``stop`` under the mask that is in place; see ``Backbone.run``."""
+        """Run stages ``start`` to ``stop`` under the current mask; see ``Backbone.run``."""
         raise NotImplementedError
 
     def bytes(self) -> int:
-        """Memory of the resident backbone, each tensor once."""
+        """Memory of the resident backbone, each tensor counted once."""
         return self._bytes
 
     @cached_property
@@ -85,7 +85,7 @@ class BaseExecutor:
         folded = self.layout.folded
         masked = {f"{u.module}.{part}" for u in folded.units for part in ("weight", "bias")} | set(folded.loose)
         models = {**self.backbone.model.state_dict(), **folded.model.state_dict()}
-        held = [
+        tensors = [
             self.layout.pristine,
             self.layout.plain,
             self.layout.shifts,
@@ -94,6 +94,8 @@ class BaseExecutor:
             *self.backbone.norms.values(),
         ]
         storages = [
-            t.untyped_storage() for t in held + [t for name, t in models.items() if name not in masked] if not t.is_meta
+            t.untyped_storage()
+            for t in tensors + [t for name, t in models.items() if name not in masked]
+            if not t.is_meta
         ]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + folded.bytes()

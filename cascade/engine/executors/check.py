@@ -1,8 +1,8 @@
 """Check that an executor computes what the plain model does, before the plain model is released.
 
-Folding follows the data through one pass and assumes that layers do what they usually do: where a model reads a weight
-past its layer, the folded model gives wrong features without any error. So each executor answers for two images:
-without a mask, under masks that move everything that a mask can move, and with one mask per image.
+Folding traces the data through one pass and assumes that layers behave as usual: if a model reads a weight without
+calling its layer, the folded model silently gives wrong features. So each executor is compared on two images: without a
+mask, under masks that change everything a mask can change, and with one mask per image.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask, pack
 
 EXACT, TF32, ROUNDED = 1e-3, 0.03, 0.1
-"""Relative errors that pass in float32, TF32 and bfloat16; a correct executor's are below 2e-6, 1.3e-2 and 2e-2."""
+"""Relative errors allowed in float32, TF32 and bfloat16; correct executors stay below 2e-6, 1.3e-2 and 2e-2."""
 
 
 class _Uncounted(WeightCache):
-    """A cache that no metric counts."""
+    """A cache that is left out of the metrics."""
 
     def _missed(self) -> None:
         pass
@@ -33,11 +33,11 @@ class _Uncounted(WeightCache):
 
 @dataclass(frozen=True)
 class Reference:
-    """What the plain model computes, for any number of executors to be compared with.
+    """Features of the plain model, to compare executors with.
 
     Attributes:
         x: float32 [2, 3, S, S].
-        features: of it, float32 [2, F], by name and mask (None: no mask).
+        features: of ``x``, float32 [2, F], by name and mask (None: no mask).
     """
 
     x: Tensor
@@ -45,7 +45,7 @@ class Reference:
 
     @classmethod
     def of(cls, backbone: Backbone, size: int) -> "Reference":
-        """Made while the backbone still has its weights. size: side of the images, pixels."""
+        """Compute the reference, while the backbone still has its weights. size: side of the images, pixels."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 3, size, size, generator=generator).to(backbone.weights.device)
         plain = PlainExecutor(backbone, _Uncounted(2 * backbone.weights.nbytes))
@@ -61,7 +61,7 @@ def check(executor: Executor, reference: Reference, tolerance: float = EXACT) ->
     """Compare an executor with the plain model.
 
     Args:
-        tolerance: relative error of the features that passes.
+        tolerance: allowed relative error of the features.
 
     Returns:
         the largest relative error.
@@ -104,7 +104,7 @@ def _features(executor: Executor, mask: Mask | None, x: Tensor) -> Tensor:
 
 
 def _mask(backbone: Backbone, generator: torch.Generator) -> Mask:
-    """A mask that changes nine of ten weights, all statistics, and a third of the channels."""
+    """A mask that changes nine out of ten weights, all statistics, and a third of the channels."""
     bits = pack(torch.rand(backbone.weights.numel(), generator=generator) < 0.9).to(backbone.weights.device)
     norms = {name: _moved(tensor, generator) for name, tensor in backbone.norms.items()}
     state = backbone.model.state_dict()

@@ -1,8 +1,8 @@
-"""CUDA: the folded model as graphs that are captured once, for every mask, and for one mask per image.
+"""CUDA: the folded model as graphs that are captured once and serve every mask, and one mask per image.
 
-A graph replays launches with the addresses that they had when it was captured. So every swap writes into one working
-buffer that never moves: a graph serves all masks, and a swap is one launch and a copy of the shifts. On a GPU, the time
-of a small batch goes into single launches, which a graph issues without the CPU.
+A graph replays launches with the addresses at capture. So every swap writes into one working buffer that never moves: a
+graph serves all masks, and a swap is one launch and a copy of the shifts. On a GPU, small batches spend their time on
+single launches, which a graph issues without the CPU.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ from cascade.model.masks import Mask
 from cascade.model.stages import stages
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Images that a graph takes; smaller batches are filled up, larger ones are cut."""
+"""Batch sizes of the graphs; smaller batches are padded, larger ones are split."""
 
 PREPARED = 32
-"""Up to here graphs are captured when a bundle is added; larger ones in the first batch that needs them."""
+"""Graphs up to this batch size are captured when a bundle is added; larger ones when a batch first needs them."""
 
 GRAPHS = 256
-"""Graphs that are kept, the least recently used one leaves first."""
+"""Most graphs to keep; the least recently used one is evicted first (LRU)."""
 
 
 class CudaExecutor(FoldedExecutor):
-    """The folded model on a GPU; on a CPU the same without kernels and graphs, for tests.
+    """The folded model on a GPU; on a CPU, for tests, the same without kernels and graphs.
 
-    It owns the working buffer, and asks the weight cache for nothing: a swap takes microseconds.
+    It owns the working buffer and bypasses the weight cache: a swap takes microseconds.
 
     Args:
         backbone, weight_cache, dtype: see ``FoldedExecutor``.
-        tf32: products of float32 in TF32.
+        tf32: compute float32 products in TF32.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CudaExecutor(FoldedExecutor):
             self._buffer, self._shifts = torch.empty_like(self.plain), self.layout.shifts.clone()
             self._loose = {name: t.clone() for name, t in self.layout.loose.items()}
             self._changed: set[str] = set()  # loose tensors that the last mask changed
-            self._last: Callable[[], PackedMask | None] = lambda: None  # whose weights are in the buffer, if it lives
+            self._last: Callable[[], PackedMask | None] = lambda: None  # weak reference to the mask in the buffer
             self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
             self._prepared: set[tuple[int, int, int, int]] = set()
             self._stream = self._pool = None
@@ -72,7 +72,7 @@ class CudaExecutor(FoldedExecutor):
             return super().pack(mask)
 
     def size(self, mask: Mask) -> int:
-        """Nothing: the buffer is counted in ``bytes``."""
+        """Zero: the buffer is counted in ``bytes``."""
         return 0
 
     def swap(self, mask: Mask | None) -> None:
@@ -90,12 +90,12 @@ class CudaExecutor(FoldedExecutor):
         self._now, self._last = mask, weakref.ref(mask)
 
     def prefetch(self, mask: Mask) -> None:
-        """Nothing: there is one buffer, and it is in use."""
+        """Do nothing: there is only one buffer, and it is in use."""
 
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
-        """Compile, tune and capture what a pass of this bundle launches, for batches of up to ``PREPARED`` images.
+        """Compile, tune and capture what this bundle's passes launch, for batches of up to ``PREPARED`` images.
 
-        It may run beside passes: what the working buffer holds does not matter, and it stays as it is.
+        It may run concurrently with passes: it neither depends on the working buffer's content nor changes it.
         """
         packed = [mask for mask in masks if isinstance(mask, PackedMask)]
         start, split = packed[0].start, packed[-1].start  # the dispatcher's, and the experts'
@@ -121,7 +121,7 @@ class CudaExecutor(FoldedExecutor):
         return self._run(first, x, start, stop)
 
     def _run(self, first: int | None, x: Tensor, start: int, stop: int | None = None) -> Tensor:
-        """``run``, with the units from ``first`` on in the buffer."""
+        """``run``, with the weights of units from ``first`` on in the buffer."""
         run = super().run
 
         def function(x: Tensor) -> Tensor:
@@ -132,17 +132,17 @@ class CudaExecutor(FoldedExecutor):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def run_each(self, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None) -> Tensor:
-        """Stages ``start`` to ``stop`` with image n under ``masks[n]``; afterwards the plain backbone is in place.
+        """Run stages ``start`` to ``stop``, image n under ``masks[n]``; afterwards the plain backbone is active.
 
-        For few images a mask: where many have the same one, ``swap`` and ``run`` cost less. No weights are
-        materialized, except for a backbone whose masks change more than its layers.
+        For few images per mask: if many share a mask, ``swap`` and ``run`` cost less. No weights are materialized,
+        except for a backbone whose masks change more than its layers.
 
         Args:
             x: features at ``start``, [N, ...].
             masks: packed, N of them; each begins at ``start`` or before.
 
         Returns:
-            as ``run``.
+            the same as ``run``.
         """
         packed = [mask for mask in masks if isinstance(mask, PackedMask)]
         assert len(packed) == len(masks) == len(x) and all(mask.start <= start for mask in packed)
@@ -155,12 +155,12 @@ class CudaExecutor(FoldedExecutor):
     def _run_each(self, x: Tensor, masks: Sequence[PackedMask], start: int, stop: int | None) -> Tensor:
         parts = []
         for begin, images in zip(range(0, len(x), BUCKETS[-1]), x.split(BUCKETS[-1]), strict=True):
-            own = list(masks[begin : begin + len(images)])
-            own += own[:1] * (_bucket(len(own)) - len(own))
-            firsts = [self.layout.first(mask.start) for mask in own]
+            batch_masks = list(masks[begin : begin + len(images)])
+            batch_masks += batch_masks[:1] * (_bucket(len(batch_masks)) - len(batch_masks))
+            firsts = [self.layout.first(mask.start) for mask in batch_masks]
             begins, rows = ([int(where[first]) for first in firsts] for where in (self.layout.begin, self.layout.row))
             with DEVICE:
-                self._bound.masks = bound = Masks(own, begins, rows)
+                self._bound.masks = bound = Masks(batch_masks, begins, rows)
                 key = (None, start, stop, "each")
                 parts.append(self._replay(key, self._each(start, stop), images, bound.table))
                 self._bound.masks = None
@@ -168,8 +168,8 @@ class CudaExecutor(FoldedExecutor):
 
     def bytes(self) -> int:
         """Memory of the resident backbone, the working buffer and the graphs."""
-        own = [self._buffer, self._shifts, *self._loose.values()]
-        return super().bytes() + sum(t.nbytes for t in own) + sum(graph.bytes for graph in [*self._graphs.values()])
+        tensors = [self._buffer, self._shifts, *self._loose.values()]
+        return super().bytes() + sum(t.nbytes for t in tensors) + sum(graph.bytes for graph in [*self._graphs.values()])
 
     def _each(self, start: int, stop: int | None) -> Callable[[Tensor, Tensor], Tensor]:
         def function(x: Tensor, table: Tensor) -> Tensor:
@@ -182,18 +182,18 @@ class CudaExecutor(FoldedExecutor):
         return function
 
     def _one_by_one(self, x: Tensor, masks: Sequence[PackedMask], start: int, stop: int | None) -> Tensor:
-        found: dict[int, Tensor] = {}
+        features: dict[int, Tensor] = {}
         for mask in dict.fromkeys(masks):
             rows = [row for row, other in enumerate(masks) if other is mask]
             self.swap(mask)
-            found.update(zip(rows, self.run(x[rows], start, stop), strict=True))
+            features.update(zip(rows, self.run(x[rows], start, stop), strict=True))
         self.swap(None)
-        return torch.stack([found[row] for row in range(len(masks))])
+        return torch.stack([features[row] for row in range(len(masks))])
 
     def _replay(self, key: tuple[Any, ...], function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
-        """A function of ``x``, at most a bucket of images, and of whole buckets of other things.
+        """Replay or capture a function of ``x``, at most a bucket of images, and of other inputs of full bucket size.
 
-        The key begins with the first unit whose weights come from the buffer, None where none do.
+        The key begins with the first unit whose weights come from the buffer, or None.
         """
         bucket = _bucket(len(x))
         key = (*key, bucket, x.shape[1:])
@@ -208,12 +208,12 @@ class CudaExecutor(FoldedExecutor):
             self._graphs.move_to_end(key)
             if len(self._graphs) > GRAPHS:
                 if self.plain.is_cuda:
-                    torch.cuda.synchronize()  # the one that leaves may be running
+                    torch.cuda.synchronize()  # the evicted graph may be running
                 self._graphs.popitem(last=False)
             return self._graphs[key](x, *others)
 
     def _fill(self, mask: PackedMask) -> None:
-        """A mask's weights, shifts and loose tensors where the graphs read them."""
+        """Write a mask's weights, shifts and loose tensors where the graphs read them."""
         first = self.layout.first(mask.start)
         self.materialize(mask, self._buffer[self.layout.begin[first] :])
         self._shifts[self.layout.row[first] :].copy_(mask.shifts)
@@ -223,7 +223,7 @@ class CudaExecutor(FoldedExecutor):
 
     @contextlib.contextmanager
     def _aimed(self, first: int | None) -> Iterator[None]:
-        """The model's parameters from a unit on are views of the buffer, while it runs or is captured."""
+        """Make the model's parameters from unit ``first`` on views of the buffer, while it runs or is captured."""
         if first is None:
             yield
             return

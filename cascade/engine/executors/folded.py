@@ -18,14 +18,14 @@ from cascade.model.stages import stages
 
 
 class FoldedExecutor(BaseExecutor):
-    """Runs the folded model; its parameters are views of the plain weights, or of a mask's materialized ones.
+    """Runs the folded model; its parameters are views of the plain weights, or of a mask's materialized weights.
 
     Args:
         backbone: the model. weight_cache: materialized weights.
         dtype: of weights and activations in a pass; masks are applied in float32 and rounded once.
 
     Raises:
-        CascadeError: the processor has no bfloat16.
+        CascadeError: the processor does not support bfloat16.
     """
 
     def __init__(self, backbone: Backbone, weight_cache: WeightCache, dtype: torch.dtype = torch.float32) -> None:
@@ -34,7 +34,7 @@ class FoldedExecutor(BaseExecutor):
         self.backbone, self.weight_cache, self.dtype = backbone, weight_cache, dtype
         folded = Folded(backbone)
         self.layout = WeightLayout(folded, [channels_last(unit) for unit in folded.units])
-        if dtype != torch.float32:  # what no mask changes; a copy, for the backbone keeps its own
+        if dtype != torch.float32:  # tensors that no mask changes; copied, because the backbone keeps its own
             folded.model = copy.deepcopy(folded.model).to(dtype)
             self.layout.shifts = self.layout.shifts.to(dtype)
         self.plain = self.layout.plain.to(dtype)

@@ -8,17 +8,16 @@ from torch import Tensor
 
 
 class Graph:
-    """A captured function; without CUDA it is called instead.
+    """A captured function; without CUDA it is called directly.
 
     Args:
-        function: of ``inputs``, which it finds at one place every time; it returns one row an image.
-        inputs: example batches, all of them as long as the bucket.
-        stream: where it is warmed up and captured. Libraries keep a workspace for each stream, so all graphs of an
-            executor share one.
-        pool: memory that graphs share. They run one after the other, and each result is copied out.
+        function: of ``inputs``, which stay at fixed addresses; it returns one row per image.
+        inputs: example batches, all as long as the bucket.
+        stream: for warm-up and capture. Libraries keep a workspace per stream, so all graphs of an executor share one.
+        pool: memory that graphs share. They run one after another, and each result is copied out.
 
     Attributes:
-        bytes: what the capture took from the device, with its inputs.
+        bytes: device memory of the capture, including its inputs.
     """
 
     def __init__(
@@ -30,17 +29,17 @@ class Graph:
             return
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function(*inputs)  # whatever is compiled, chosen or allocated only once
+            function(*inputs)  # warm up: compile, tune and allocate what is needed only once
         torch.cuda.current_stream().wait_stream(stream)
         before = torch.cuda.memory_reserved()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may decode images and upload them meanwhile.
+        # Other threads may decode and upload images meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._out = function(*inputs)
         self.bytes += max(0, torch.cuda.memory_reserved() - before)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The function's value for these rows, a copy; a bucket that is not full is filled with the first one."""
+        """Copy of the function's result for these rows; an incomplete bucket is padded with the first row."""
         count = len(inputs[0])
         for place, given in zip(self._inputs, inputs, strict=True):
             place[: len(given)].copy_(given)

@@ -1,10 +1,10 @@
 """ONNX Runtime with the weights as inputs: as fast as a static session, and a mask is a set of pointers.
 
-ONNX Runtime's fast convolutions want weights in blocks of 8 or 16 output channels, and only weights that are constants
-of the graph are brought into that order. So the graph is optimized once with constants whose values are their own
-positions: where each value ends up is the order (``weight_layout.BlockOrder``). Then the constants become inputs of
-the optimized graph, and every mask's weights are written in that order from the start. Identical outputs, no constant
-left that a mask would have to change; sessions take milliseconds to make.
+ONNX Runtime's fast convolutions need weights in blocks of 8 or 16 output channels, and it only reorders weights that
+are constants of the graph. So the graph is optimized once with constants whose values are their own positions: where
+each value ends up reveals the order (``weight_layout.BlockOrder``). Then the constants become inputs of the optimized
+graph, and every mask's weights are written in that order directly. Outputs are identical, no constant depends on a
+mask, and sessions take milliseconds to create.
 """
 
 import copy
@@ -30,19 +30,19 @@ from cascade.model.folding import Folded, Unit
 from cascade.model.masks import Mask
 from cascade.model.stages import stage_of, stages
 
-# They would merge a unit's weights with other constants.
+# These optimizers would merge a unit's weights with other constants.
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]
 PROVIDERS = ["CPUExecutionProvider"]
-BINDINGS = 64  # that a session keeps; some ten kB each
+BINDINGS = 64  # kept per session, about ten kB each
 _ROWS = 13  # bits of a probe bias that count rows; the others count units, and float32 holds 24 exactly
 
 
 class OnnxError(CascadeError):
-    """This backbone, or this installation, is not for ONNX Runtime; the PyTorch executors run everything."""
+    """ONNX Runtime can't run this backbone, or is not installed; the PyTorch executors run everything."""
 
 
 class OnnxExecutor(BaseExecutor):
-    """Runs optimized graphs of the folded model, one for each range of stages and shape of input that is asked for.
+    """Runs optimized graphs of the folded model, one per range of stages and input shape.
 
     Args:
         backbone: the model. weight_cache: materialized weights.
@@ -67,14 +67,14 @@ class OnnxExecutor(BaseExecutor):
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
         self.loose.update(loose)
-        # Everything that a session's pointers depend on.
+        # The bindings' cache key: everything that a session's pointers depend on.
         self.pointing = (first, weights.data_ptr(), shifts.data_ptr(), *(t.data_ptr() for t in self.loose.values()))
         for i in range(first, len(self.place)):
             self.place[i] = weights, int(self.layout.begin[i] - self.layout.begin[first])
             self.shift[i] = shifts, int(self.layout.row[i] - self.layout.row[first])
 
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
-        """Make the sessions for a bundle's masks; exporting a graph takes seconds, and passes go on meanwhile."""
+        """Create the sessions for a bundle's masks; exporting a graph takes seconds, and passes continue meanwhile."""
         start = masks[0].start
         split = min((mask.start for mask in masks[1:]), default=start)
         ranges: list[tuple[int, int | None]] = [(0, start)] if start else []
@@ -103,8 +103,8 @@ class _Graph:
 
     Attributes:
         model: the ONNX model's bytes.
-        orders: of the units in it, in the units' order. first: index of the first of them.
-        shapes: of every input but the image, by name: ``weight.INDEX``, ``shift.INDEX`` or a loose tensor's name.
+        orders: of its units, in the units' order. first: index of the first unit.
+        shapes: of every input except the image, by name: ``weight.INDEX``, ``shift.INDEX`` or a loose tensor's name.
     """
 
     def __init__(self, model: bytes, orders: list[BlockOrder], first: int, shapes: dict[str, list[int]]) -> None:
@@ -112,7 +112,7 @@ class _Graph:
 
 
 class _Session:
-    """One graph, ready to run under whatever its executor points to."""
+    """A session of one graph; it runs under the executor's current mask."""
 
     def __init__(self, graph: _Graph, executor: OnnxExecutor) -> None:
         onnxruntime = library("onnxruntime")
@@ -134,7 +134,7 @@ class _Session:
         return torch.from_numpy(binding.copy_outputs_to_cpu()[0]).to(x.device)
 
     def _bound(self) -> Any:
-        """Everything but the image, bound; kept for a few masks, because a hundred pointers take half a millisecond."""
+        """Bind everything except the image; cached for a few masks, since binding takes half a millisecond."""
         executor, key = self._executor, self._executor.pointing
         if key in self._bindings:
             self._bindings.move_to_end(key)
@@ -167,7 +167,7 @@ class _Range(nn.Module):
 
 
 class _Pointwise(nn.Module):
-    """A linear layer as a 1x1 convolution, which ONNX Runtime can keep in blocks; a matrix product it could not."""
+    """A linear layer as a 1x1 convolution, which ONNX Runtime can store in blocks, unlike a matrix product."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class _Pointwise(nn.Module):
 
 
 def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
-    """The optimized graph of a range of stages, for inputs of this shape and any number of them."""
+    """The optimized graph of a range of stages, for inputs of this shape and any batch size."""
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
     last = len(folded.backbone.stages) if stop is None else stop
     inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]
@@ -189,7 +189,7 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
         export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
     )
     _make_inputs(exported, {name: name.removeprefix("model.") for name in loose})
-    optimized = os.memfd_create("optimized")  # it writes a file and nothing else; this one needs no disk
+    optimized = os.memfd_create("optimized")  # ONNX Runtime can only write to a file; this one needs no disk
     try:
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = f"/proc/self/fd/{optimized}"
@@ -198,7 +198,7 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
         )
         with open(optimized, "rb", closefd=False) as file:
             model = onnx.load_model_from_string(file.read())
-    except Exception as error:  # theirs have no common base; no memory is one of them
+    except Exception as error:  # its exceptions have no common base; running out of memory is one of them
         raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimize it: {error}") from error
     finally:
         os.close(optimized)
@@ -208,7 +208,7 @@ def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
 
 
 def _make_inputs(model: Any, names: dict[str, str]) -> dict[str, list[int]]:
-    """Turn constants of a graph into float32 inputs. names: of the inputs, by constant. Returns their shapes."""
+    """Turn constants of a graph into float32 inputs. names: input names by constant. Returns the inputs' shapes."""
     onnx = library("onnx")
     shapes = {}
     for constant in [c for c in model.graph.initializer if c.name in names]:
@@ -256,10 +256,10 @@ def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
 
 
 def export(module: nn.Module, x: Tensor) -> bytes:
-    """A module as an ONNX model that takes any batch size."""
+    """Export a module as an ONNX model with a dynamic batch size."""
     out = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the newer exporter takes four times as long, and one more library
+        warnings.simplefilter("ignore")  # the newer exporter is four times slower and needs one more library
         torch.onnx.export(
             module.eval(),
             (x.cpu(),),
@@ -275,7 +275,7 @@ def export(module: nn.Module, x: Tensor) -> bytes:
 
 
 def _bound(model: Any, inside: list[tuple[int, Unit]], name: str) -> _Graph:
-    """Find the units' constants in the optimized graph by their values, and make inputs of them."""
+    """Find the units' constants in the optimized graph by their values, and turn them into inputs."""
     onnx = library("onnx")
     constants = {c.name: c for c in model.graph.initializer}
     orders: dict[int, BlockOrder] = {}
@@ -298,7 +298,7 @@ def _bound(model: Any, inside: list[tuple[int, Unit]], name: str) -> _Graph:
 
 
 def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> BlockOrder:
-    """The order in which ONNX Runtime keeps a unit's weights, from the values at each place."""
+    """Infer the order in which ONNX Runtime stores a unit's weights from the value at each place."""
     places = weight.reshape(-1).astype(np.int64) - 1 - index  # padding becomes negative
     padding = weight.reshape(-1) == 0
     rows, columns = np.where(padding, -1, places // unit.columns), np.where(padding, -1, places % unit.columns)
@@ -319,14 +319,14 @@ def session_options(onnxruntime: Any, level: Any) -> Any:
     options.graph_optimization_level = level
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    # Threads that spin while they wait take the cores from whatever else computes: the swap, another session.
+    # Threads that spin while waiting take cores away from other work, such as a swap or another session.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
 def library(name: str) -> Any:
-    """onnx or onnxruntime. Raises OnnxError, which names the extra that installs it."""
-    # From 1.29 on it reports to its makers and leaves an identifier on the disk, unless this is set before.
+    """Import onnx or onnxruntime. Raises OnnxError, which names the extra to install."""
+    # Since 1.29 ONNX Runtime sends telemetry and stores an identifier on disk, unless this is set before the import.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         return extras.library(name)

@@ -16,13 +16,13 @@ from cascade.model.folding import Unit
 
 @dataclass
 class Bound:
-    """What the layers read in a pass.
+    """The tensors that the layers read in a pass.
 
     Attributes:
         weights: the plain flat buffer.
         kernels: whether layers run as Triton kernels, or as their plain references.
         masks: of the images.
-        table: the masks' addresses, at a place that a captured graph reads.
+        table: the masks' addresses, in a tensor that a captured graph reads.
     """
 
     weights: Tensor
@@ -32,7 +32,7 @@ class Bound:
 
 
 class Distinct(nn.Module):
-    """One unit of a folded backbone, in place of its layer."""
+    """One unit of a folded backbone, which replaces its layer."""
 
     def __init__(self, layer: Layer, linear: bool, bound: Bound) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ class Distinct(nn.Module):
 
 
 def distinct_model(flat: WeightLayout, bound: Bound) -> nn.Module | None:
-    """A copy of the folded model with every unit replaced; all else is shared.
+    """A copy of the folded model with every unit replaced; everything else is shared.
 
-    None if every mask changes more than the units' weights and biases, or if the model is a single stage to
-    ``cascade.model.stages``: such a model may read a layer's weight past the layer.
+    None if every mask changes more than the units' weights and biases, or if ``cascade.model.stages`` treats the model
+    as a single stage: such a model may read a layer's weight without calling the layer.
     """
     folded = flat.folded
     if folded.always or len(folded.backbone.stages) == 1:
@@ -68,7 +68,7 @@ def distinct_model(flat: WeightLayout, bound: Bound) -> nn.Module | None:
 
 
 def layer(unit: Unit, module: nn.Module, place: int, row: int) -> Layer:
-    """A unit's place in the flat buffer, and its geometry."""
+    """The geometry of a unit, and its place in the flat buffer."""
     if isinstance(module, nn.Linear):
         return Layer(place, row, (*unit.shape, 1, 1))  # type: ignore[arg-type]
     conv = cast(nn.Conv2d, module)

@@ -1,6 +1,6 @@
-"""The plain PyTorch executor: parameters are views, and a swap points them to the mask's materialized weights.
+"""The plain PyTorch executor: parameters are views, and a swap points them at the mask's materialized weights.
 
-It writes an adapter's values into the model as they are, without folding: other executors are tested against it.
+It puts an adapter's values into the model unchanged, without folding, so other executors are tested against it.
 """
 
 from collections.abc import Sequence
@@ -28,27 +28,27 @@ class PlainExecutor:
         self.backbone, self.weight_cache = backbone, weight_cache
         self._norms = {name: _module_of(backbone, name) for name in backbone.norms}
         self._parameters = dict(backbone.model.named_parameters())
-        self._pristine: dict[str, Tensor] = {}  # of the parameters that the mask in place has trained values of
+        self._pristine: dict[str, Tensor] = {}  # of the parameters that the current mask replaces with trained values
         self._now: Mask | None = None
 
     def pack(self, mask: Mask) -> Mask:
-        """The mask on the backbone's device, its trained channels in float32."""
+        """Move the mask to the backbone's device, with its trained channels in float32."""
         device = self.backbone.weights.device
         norms = {n: t.to(device) for n, t in mask.norms.items()}
         channels = {n: t.float().to(device) for n, t in mask.channels.items()}
         return replace(mask, bits=mask.bits.to(device), norms=norms, channels=channels)
 
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
-        """Nothing: the model is ready as it is."""
+        """Do nothing: the model is ready."""
 
     def bytes(self) -> int:
         """Memory of the resident backbone."""
         return self.backbone.bytes()
 
     def swap(self, mask: Mask | None) -> None:
-        """Put the weights, BatchNorm statistics and trained channels of ``mask`` in place, from its first stage on.
+        """Apply the weights, BatchNorm statistics and trained channels of ``mask``, from its first stage on.
 
-        Earlier stages keep whatever they had: a caller runs a mask from its own first stage only.
+        Earlier stages are not touched: callers run a mask only from its own first stage on.
         """
         if mask is self._now:
             return
@@ -75,13 +75,13 @@ class PlainExecutor:
         return self.backbone.weights[self.backbone.offset(mask.start) :].nbytes
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """``Backbone.run`` without autograd, channels last: twice as fast on a CPU, whatever the weights' layout."""
+        """``Backbone.run`` without autograd, channels last: twice as fast on a CPU, with any layout of the weights."""
         with torch.inference_mode(), exact(x.device):
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
             return self.backbone.run(x, start, stop)
 
     def _release(self) -> None:
-        """Back to the plain backbone; so no parameter keeps evicted weights alive."""
+        """Restore the plain backbone, so that no parameter keeps evicted weights alive."""
         if self._now is not None:
             for name, tensor in self._pristine.items():
                 self._parameters[name].data = tensor

@@ -1,4 +1,4 @@
-"""How products of float32 are computed: exactly, or in TF32 on tensor cores with 10 bits of mantissa."""
+"""Precision of float32 products: exact, or TF32 on tensor cores with a 10-bit mantissa."""
 
 import contextlib
 import threading
@@ -13,9 +13,9 @@ graph is captured, no other thread may capture, free or synchronize (pytorch#632
 
 @contextlib.contextmanager
 def products(tf32: bool, device: torch.device) -> Iterator[None]:
-    """Matrix products and convolutions in TF32, or exact; by default PyTorch takes TF32 for convolutions alone.
+    """Compute matrix products and convolutions in TF32, or exactly; PyTorch's default is TF32 for convolutions only.
 
-    cuDNN measures its algorithms once for each shape and keeps the fastest. A CPU computes exactly as it is.
+    cuDNN benchmarks its algorithms once per shape and keeps the fastest. A CPU is always exact.
     """
     if device.type != "cuda":
         yield
@@ -34,5 +34,5 @@ def products(tf32: bool, device: torch.device) -> Iterator[None]:
 
 
 def exact(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Products of float32 as exact as float32, for every reference and every exact executor."""
+    """Compute float32 products in full precision, for every reference and every exact executor."""
     return products(False, device)

@@ -1,4 +1,4 @@
-"""Choose an executor: the fastest on this hardware, by a short measurement that is made once and recorded."""
+"""Choose an executor: the fastest on this hardware, by a short benchmark whose result is recorded."""
 
 import json
 import logging
@@ -25,23 +25,23 @@ Kind = Literal["auto", "plain", "folded", "tf32", "bf16", "onnx"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ON_CPU: tuple[Kind, ...] = ("folded", "onnx")  # a measurement chooses among these; both compute in float32
 ON_GPU: tuple[Kind, ...] = ("folded", "tf32", "bf16")  # ONNX Runtime would launch operations one at a time
-COARSE: tuple[Kind, ...] = ("tf32", "bf16")  # they would hide a small error of the folding, which float32 shows
+COARSE: tuple[Kind, ...] = ("tf32", "bf16")  # too coarse to reveal a small folding error, unlike float32
 TOLERANCE: dict[Kind, float] = {"folded": EXACT, "onnx": EXACT, "tf32": TF32, "bf16": ROUNDED}
 BATCH, ROUNDS = {"cpu": 4, "cuda": 32}, 7
-RECORDED = 200  # measurements that are kept, the newest
+RECORDED = 200  # most measurements to keep, the newest
 log = logging.getLogger(__name__)
 
 
 def choose(backbone: Backbone, weight_cache: WeightCache, kind: Kind = "auto", size: int | None = None) -> Executor:
-    """An executor for a backbone, whose own copy of the weights is given up where the executor has one.
+    """Choose an executor for a backbone, and free the backbone's copy of the weights if the executor has its own.
 
     Args:
-        kind: ``auto`` takes the fastest: on a CPU in float32, on a GPU in float32, TF32 or bfloat16, each within a
-            tolerance of its own. ``folded`` computes in float32 anywhere, ``bf16`` keeps three digits.
-        size: side of the images that it will see, pixels.
+        kind: ``auto`` picks the fastest: on a CPU in float32, on a GPU in float32, TF32 or bfloat16, each within its
+            own tolerance. ``folded`` computes in float32 anywhere, ``bf16`` keeps three digits.
+        size: side of the images, pixels.
 
     Raises:
-        CascadeError: an executor that was asked for can't run here, or not this model.
+        CascadeError: the requested executor can't run here, or can't run this model.
     """
     if kind not in KINDS:
         raise CascadeError(f"there is no executor {kind!r}; choose one of: {' '.join(KINDS)}")
@@ -59,18 +59,18 @@ def choose(backbone: Backbone, weight_cache: WeightCache, kind: Kind = "auto", s
 
 
 def _checked(backbone: Backbone, weight_cache: WeightCache, kind: Kind, reference: Reference) -> Executor:
-    """An executor that gives the plain model's features."""
+    """Make an executor and check that it gives the plain model's features."""
     if kind in COARSE:
         _tried(backbone, weight_cache, "folded", reference)
     return _tried(backbone, weight_cache, kind, reference)
 
 
 def _tried(backbone: Backbone, weight_cache: WeightCache, kind: Kind, reference: Reference) -> Executor:
-    """An executor whose features are within its tolerance."""
+    """Make an executor and check its features within its tolerance."""
     try:
         executor = make(backbone, weight_cache, kind)
         error = check(executor, reference, TOLERANCE[kind])
-    except RuntimeError as failure:  # out of memory, or no C compiler, which Triton needs for its first launch
+    except RuntimeError as failure:  # out of memory, or no C compiler, which Triton needs at its first launch
         if not backbone.weights.is_cuda:
             raise
         reason = (str(failure).splitlines() or [type(failure).__name__])[0]
@@ -80,7 +80,7 @@ def _tried(backbone: Backbone, weight_cache: WeightCache, kind: Kind, reference:
 
 
 def make(backbone: Backbone, weight_cache: WeightCache, kind: Kind) -> Executor:
-    """An executor of one kind."""
+    """Make an executor of one kind."""
     if kind == "plain":
         return PlainExecutor(backbone, weight_cache)
     if kind == "onnx":
@@ -100,16 +100,16 @@ def make(backbone: Backbone, weight_cache: WeightCache, kind: Kind) -> Executor:
 
 
 def _fastest(backbone: Backbone, weight_cache: WeightCache, size: int, reference: Reference) -> Executor:
-    """From the record, or measured: the best of interleaved passes, because other work here only adds time."""
+    """Choose by the recorded times, or measure: the best of interleaved passes, because other work only adds time."""
     device = backbone.weights.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     threads = f"{torch.get_num_threads()} threads on {cpu_count()} CPUs"
     key = f"{where}, {threads}, torch {torch.__version__}, {_onnxruntime()}, {backbone.name}, {size} px"
     record, kinds = _read(), ON_GPU if device.type == "cuda" else ON_CPU
-    if (found := record.get(key)) and (kind := min(found, key=found.__getitem__)) in kinds:
+    if (times := record.get(key)) and (kind := min(times, key=times.__getitem__)) in kinds:
         try:
             return _checked(backbone, weight_cache, kind, reference)
-        except CascadeError as error:  # something is gone that was there when it was recorded
+        except CascadeError as error:  # the environment has changed since the record was made
             log.warning("executor %s can't be used any more: %s", kind, error)
     executors: dict[Kind, Executor] = {}
     for kind in kinds:
@@ -147,24 +147,24 @@ def _onnxruntime() -> str:
 
 
 def path() -> Path:
-    """Where measurements are recorded: seconds an image, by executor, hardware, backbone and size."""
+    """The file of recorded measurements: seconds per image, by executor, hardware, backbone and size."""
     return cache_folder() / "executors.json"
 
 
 def _read() -> dict[str, dict[Kind, float]]:
     try:
-        found = json.loads(path().read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):  # none yet, or damaged: it is measured again
+        record = json.loads(path().read_text())
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):  # missing or damaged: measure again
         return {}
 
 
 def _write(record: dict[str, dict[Kind, float]]) -> None:
-    """An atomic write; without a writable cache the next start measures again."""
+    """Write the record atomically; without a writable cache the next start measures again."""
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        with atomic.file(path()) as beside:
-            beside.write_text(json.dumps(dict([*record.items()][-RECORDED:]), indent=1))
+        with atomic.file(path()) as temporary:
+            temporary.write_text(json.dumps(dict([*record.items()][-RECORDED:]), indent=1))
     except OSError as error:
         log.info("the choice of an executor is not recorded: %s", error)
 
