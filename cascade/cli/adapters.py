@@ -18,13 +18,15 @@ class Target(StrEnum):
 
 
 def import_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(help="Fine-tuned copy (.safetensors, .pth) or folder of a PEFT LoRA.")],
-    backbone: Annotated[str, typer.Option(help="timm's name of the network that was fine-tuned.")],
-    out: Annotated[Path, typer.Option(help="Folder <store>/<name>/<version> to make; must not exist.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Fine-tuned copy (.safetensors, .pth) or folder with a PEFT LoRA.")
+    ],
+    backbone: Annotated[str, typer.Option(help="timm name of the network that was fine-tuned.")],
+    out: Annotated[Path, typer.Option(help="Folder to create, <store>/<name>/<version>; must not exist.")],
     source: Annotated[str, typer.Option(help="Weights before fine-tuning: timm, file:PATH or package:PATH.")] = "timm",
-    classes: Annotated[Path | None, typer.Option(help="File with the classes' names, one a line.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Or a folder with a folder for each class.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images, pixels; default: the network's.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="File with class names, one per line.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Or a folder with one subfolder per class.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; default: the network's.")] = None,
     distill: Annotated[Path | None, typer.Option(help="Folder of unlabeled images to train the delta on.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of 64 images for --distill.", min=1)] = 100,
     check: Annotated[Path | None, typer.Option(help="Class folders: compare the accuracy before and after.")] = None,
@@ -32,7 +34,7 @@ def import_checkpoint(
 ) -> None:
     """Import a fine-tuned copy: [bold]cascade import copy.safetensors --backbone resnet18 --out model_store/mine/1[/]
 
-    It becomes a 1-bit delta: a thirtieth of the copy's size.
+    The copy becomes a 1-bit delta, a thirtieth of its size.
 
     [bold]cascade import copy.pth --backbone resnet18 --images photos --distill photos --check test --out mine/1[/]
     """
@@ -43,7 +45,7 @@ def import_checkpoint(
     from training.delta import compare, import_copy, load_backbone
 
     if classes is not None and images is not None:
-        raise CascadeError("give the classes' names by --classes or by --images, not both")
+        raise CascadeError("give class names by --classes or by --images, not both")
     names = None
     if classes is not None:
         names = classes.read_text().splitlines()
@@ -66,13 +68,13 @@ def import_checkpoint(
 
 def domain(
     bundle: BundlePath,
-    images: Annotated[Path, typer.Argument(help="Folder of images like those that it should answer; no labels.")],
-    out: Annotated[Path, typer.Option(help="Folder <store>/<name>/<version> to make; must not exist.")],
+    images: Annotated[Path, typer.Argument(help="Folder of images like those to dispatch to it; no labels needed.")],
+    out: Annotated[Path, typer.Option(help="Folder to create, <store>/<name>/<version>; must not exist.")],
     weights: Weights = None,
 ) -> None:
-    """Let images be dispatched to a bundle: [bold]cascade domain model_store/mine/1 photos --out model_store/mine/2[/]
+    """Enable dispatch to a bundle: [bold]cascade domain model_store/mine/1 photos --out model_store/mine/2[/]
 
-    Bundles of [bold]cascade train[/] have a domain already.
+    Bundles made by [bold]cascade train[/] already have a domain.
     """
     from training.delta import images_in
     from training.domains import add
@@ -83,9 +85,11 @@ def domain(
 def export(
     bundle: BundlePath,
     out: Annotated[Path, typer.Option(help="File to write; must not exist.")],
-    to: Annotated[Target, typer.Option(help="timm: safetensors with timm's names; onnx; torchscript.")] = Target.timm,
+    to: Annotated[
+        Target, typer.Option(help="Format: timm (safetensors with timm's names), onnx or torchscript.")
+    ] = Target.timm,
     larger: Annotated[
-        bool, typer.Option("--larger", help="Of two input sizes the larger one; default: the smaller one.")
+        bool, typer.Option("--larger", help="Export the larger of two input sizes; default: the smaller.")
     ] = False,
     weights: Weights = None,
 ) -> None:

@@ -9,7 +9,7 @@ from cascade.cli.options import BundlePath, Weights
 
 
 def inspect(bundle: BundlePath) -> None:
-    """Show a bundle's card: what it adapts, on what it was trained, and what it is worth."""
+    """Show a bundle's card: its backbone, training data and accuracy."""
     from cascade.bundle.format import read
     from cascade.bundle.inspect import show
 
@@ -17,7 +17,7 @@ def inspect(bundle: BundlePath) -> None:
 
 
 def verify(bundle: BundlePath, weights: Weights = None) -> None:
-    """Check a bundle to the last byte, and against its backbone: format, checksums, fingerprint, shapes."""
+    """Verify every byte of a bundle, and that it fits its backbone: format, checksums, fingerprint, shapes."""
     from cascade.bundle.format import check, read
     from cascade.model import backbone
 
@@ -28,7 +28,7 @@ def verify(bundle: BundlePath, weights: Weights = None) -> None:
 
 
 def pack(bundle: BundlePath, file: Annotated[Path, typer.Argument(help="File to write: paper-1.cascade.")]) -> None:
-    """Write a bundle as one small file, to send it: [bold]cascade pack model_store/paper/1 paper-1.cascade[/]"""
+    """Pack a bundle into one small file: [bold]cascade pack model_store/paper/1 paper-1.cascade[/]"""
     from cascade.bundle import archive
 
     written = archive.pack(bundle, file)
@@ -36,10 +36,10 @@ def pack(bundle: BundlePath, file: Annotated[Path, typer.Argument(help="File to 
 
 
 def unpack(
-    file: Annotated[Path, typer.Argument(help="What cascade pack has written.")],
-    bundle: Annotated[Path, typer.Argument(help="Folder <store>/<name>/<version> to make; must not exist.")],
+    file: Annotated[Path, typer.Argument(help="File written by cascade pack.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder to create, <store>/<name>/<version>; must not exist.")],
 ) -> None:
-    """Make a bundle of a packed one: [bold]cascade unpack paper-1.cascade model_store/paper/2[/]"""
+    """Unpack a packed bundle: [bold]cascade unpack paper-1.cascade model_store/paper/2[/]"""
     from cascade.bundle import archive
 
     typer.echo(f"wrote {archive.unpack(file, bundle)}")

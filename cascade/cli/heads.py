@@ -1,4 +1,4 @@
-"""``cascade heads add | remove``: classes of a bundle, without training."""
+"""``cascade heads add | remove``: change the classes of a bundle without training."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,19 +10,21 @@ from cascade.cli.options import BundlePath, Weights
 heads = typer.Typer(
     help="Add classes to a bundle, or remove them, without training.", no_args_is_help=True, rich_markup_mode="rich"
 )
-Out = Annotated[Path | None, typer.Option(help="Folder <store>/<name>/<version> to make; default: the next version.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder to create, <store>/<name>/<version>; default: the next version.")
+]
 
 
 @heads.command()
 def add(
     bundle: BundlePath,
-    images: Annotated[Path, typer.Argument(help="Folder with a folder of images for each class, new or known.")],
+    images: Annotated[Path, typer.Argument(help="Folder with one subfolder of images per class, new or known.")],
     out: Out = None,
     weights: Weights = None,
 ) -> None:
     """Add classes, or more images of known ones, in seconds: [bold]cascade heads add model_store/mine/1 photos[/]
 
-    The mask stays as it is. The bundle must be trained with [bold]cascade train --labels --extensible[/].
+    The mask does not change. The bundle must be trained with [bold]cascade train --labels --extensible[/].
     """
     from training import new_classes
 
@@ -36,7 +38,7 @@ def add(
 @heads.command()
 def remove(
     bundle: BundlePath,
-    classes: Annotated[list[str], typer.Argument(help="Classes that it should no longer answer.")],
+    classes: Annotated[list[str], typer.Argument(help="Classes to remove.")],
     out: Out = None,
 ) -> None:
     """Remove classes: [bold]cascade heads remove model_store/mine/1 cat dog[/]"""

@@ -28,7 +28,7 @@ class Placed(StrEnum):
 index = typer.Typer(help="Search predicted images: build, search, duplicates, outliers.", no_args_is_help=True)
 IndexPath = Annotated[Path, typer.Argument(help="Folder that cascade index build wrote.")]
 Device = Annotated[Placed, typer.Option(help="Device of FAISS; cuda needs the extra gpu.")]
-Pages = Annotated[Path | None, typer.Option("--html", help="HTML page with the pictures to write.")]
+Pages = Annotated[Path | None, typer.Option("--html", help="HTML page to write, with the pictures.")]
 
 
 @index.command("build")
@@ -50,13 +50,13 @@ def index_build(
 @index.command("search")
 def index_search(
     folder: IndexPath,
-    images: Annotated[list[Path], typer.Argument(help="Images to look for.")],
+    images: Annotated[list[Path], typer.Argument(help="Images to search for.")],
     bundle: Annotated[Path, typer.Option(help="The bundle that made the index.")] = Path("model_store/paper/1"),
     k: Annotated[int, typer.Option("-k", help="Results for each image.", min=1)] = 10,
     device: Device = Placed.cpu,
     weights: Weights = None,
 ) -> None:
-    """Images that look like one: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
+    """Find similar images: [bold]cascade index search photos.index cat.jpg -k 5[/]"""
     from cascade.engine.engine import load
     from cascade.engine.results import ItemError
     from cascade.offline.index import read, search
@@ -78,11 +78,11 @@ def index_search(
 @index.command("duplicates")
 def index_duplicates(
     folder: IndexPath,
-    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .parquet or .csv.")],
     threshold: Annotated[float, typer.Option(help="Minimum cosine similarity.", min=-1, max=1)] = 0.98,
     html: Pages = None,
 ) -> None:
-    """Groups that look alike: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
+    """Find near-duplicates: [bold]cascade index duplicates photos.index --out duplicates.csv --html look.html[/]"""
     from cascade.offline.index import duplicates, read
     from cascade.offline.report import duplicates_page, write_table
 
@@ -96,12 +96,12 @@ def index_duplicates(
 @index.command("outliers")
 def index_outliers(
     folder: IndexPath,
-    out: Annotated[Path, typer.Option(help="Table to write: .parquet, or .csv.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .parquet or .csv.")],
     top: Annotated[int, typer.Option(help="Number of images.", min=1)] = 100,
     k: Annotated[int, typer.Option("-k", help="Number of neighbors in the mean distance.", min=1)] = 10,
     html: Pages = None,
 ) -> None:
-    """Images farthest from all others: [bold]cascade index outliers photos.index --out odd.csv --html odd.html[/]"""
+    """Find the images farthest from all others: [bold]cascade index outliers photos.index --out odd.csv[/]"""
     from cascade.offline.index import outliers, read
     from cascade.offline.report import outliers_page, write_table
 

@@ -65,7 +65,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """One resident backbone, adapted per image by 1-bit masks."""
     # Read once, when torch is imported. PyTorch's threads would otherwise spin after each operation and take the cores

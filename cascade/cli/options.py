@@ -19,5 +19,5 @@ class ExecutorKind(StrEnum):
 
 
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder, e.g. model_store/paper/1.")]
-Executor = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto picks the fastest one.")]
+Executor = Annotated[ExecutorKind, typer.Option(help="What runs the backbone; auto picks the fastest.")]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint to use instead of the bundle's own weight source.")]

@@ -26,7 +26,7 @@ def predict(
     mode: Annotated[
         str | None, typer.Option(help="dispatcher, conditional, unconditional; or fast, adaptive, full.")
     ] = None,
-    embedding: Annotated[EmbeddingKind, typer.Option(help="How embeddings are stored.")] = EmbeddingKind.float16,
+    embedding: Annotated[EmbeddingKind, typer.Option(help="How to store embeddings.")] = EmbeddingKind.float16,
     labels: Annotated[int, typer.Option(help="Maximum labels per image.", min=0)] = 5,
     neighbors: Annotated[int, typer.Option(help="Maximum neighbors per image.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
@@ -36,13 +36,13 @@ def predict(
         Path | None, typer.Option(help="HTML report to write: clusters, errors, pictures, a map.")
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Use the Ray cluster of RAY_ADDRESS, or start one here.")] = False,
-    workers: Annotated[int | None, typer.Option(help="--ray: engines at most; default: one per CPU.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="--ray: maximum engines; default: one per CPU.", min=1)] = None,
     executor: Executor = ExecutorKind.auto,
     weights: Weights = None,
 ) -> None:
     """Predict offline: [bold]cascade predict photos/ --out predictions --bundle model_store/paper/1[/]
 
-    An interrupted job resumes when it is started again with the same options.
+    Run an interrupted job again with the same options to resume it.
 
     [bold]cascade predict 'photos/**/*.jpg' more.tar --out predictions.parquet --report report.html[/]
 
@@ -55,7 +55,7 @@ def predict(
     from cascade.offline.report import check, write
     from cascade.progress import progress
 
-    # What is wrong with the options is said before the weights are read, which takes longer.
+    # Invalid options are reported before the weights are read, which takes longer.
     library("pyarrow")
     if workers is not None and not ray:
         raise CascadeError("--workers is an option of --ray: omit it, or add --ray")

@@ -43,61 +43,68 @@ def serve(
     ),
     executor: Executor = ExecutorKind.auto,
     model_store: Annotated[str | None, typer.Option(help="Bundles, <name>/<version>: a folder or a URL.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback if left out.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: loopback.")] = None,
     port: Annotated[
         int | None,
         typer.Option(
-            help="Port to listen on; 8080 if left out.",
+            help="Port to listen on; default: 8080.",
             envvar=["PORT", "CASCADE_SERVE_PORT"],
             parser=_port,
             metavar="INTEGER",
         ),
     ] = None,
-    no_auth: Annotated[bool | None, typer.Option("--no-auth", help="Let everybody in, on any address.")] = None,
+    no_auth: Annotated[
+        bool | None, typer.Option("--no-auth", help="Accept requests without keys, on any address.")
+    ] = None,
     budget_bytes: Annotated[
         int | None, typer.Option("--budget", help="Bytes of materialized masks, per worker.", min=1)
     ] = None,
     memory_bytes: Annotated[
         int | None, typer.Option("--memory", help="Bytes of backbones and bundles, per worker.", min=1)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cpu if left out.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads per worker; one per CPU if left out.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cpu.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads per worker; default: one per CPU.", min=1)] = None,
     pin: Annotated[
         list[str] | None,
         typer.Option(help="NAME@VERSION for requests that name no version; NAME@1:95,2:5 splits them."),
     ] = None,
-    poll: Annotated[float | None, typer.Option(help="Seconds between two looks at the store; 0: never.", min=0)] = None,
+    poll: Annotated[float | None, typer.Option(help="Seconds between polls of the store; 0: never.", min=0)] = None,
     startup_timeout: Annotated[
-        float | None, typer.Option(help="asgi, torchserve: seconds until the engine is ready; 300 if left out.", min=1)
+        float | None,
+        typer.Option(help="asgi, torchserve: seconds until the engine must be ready; default: 300.", min=1),
     ] = None,
     drain_timeout: Annotated[
-        float | None, typer.Option("--drain", help="Seconds to finish requests once told to stop.", min=0)
+        float | None, typer.Option("--drain", help="Seconds to finish requests after a signal to stop.", min=0)
     ] = None,
-    log_level: Annotated[LogLevel | None, typer.Option(help="info has a line per request.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="info logs one line per request.")] = None,
     api_keys: Annotated[
         Path | None, typer.Option(help="asgi, ray: file with lines BUNDLE SHA256 [LIMIT=VALUE ...].")
     ] = None,
-    max_batch: Annotated[int | None, typer.Option(help="asgi, ray: images in a pass at most.", min=1)] = None,
+    max_batch: Annotated[int | None, typer.Option(help="asgi, ray: maximum images per pass.", min=1)] = None,
     patience: Annotated[
-        float | None, typer.Option(help="asgi, ray: seconds until the oldest image comes first.", min=0)
+        float | None, typer.Option(help="asgi, ray: seconds after which the oldest image goes first.", min=0)
     ] = None,
-    queue: Annotated[int | None, typer.Option(help="asgi, ray: images that may wait; 503 for more.", min=1)] = None,
+    queue: Annotated[
+        int | None, typer.Option(help="asgi, ray: maximum images waiting; 503 beyond that.", min=1)
+    ] = None,
     time_slice: Annotated[
-        float | None, typer.Option(help="asgi, ray: seconds that a pass of several images may take.", min=0)
+        float | None, typer.Option(help="asgi, ray: seconds that a pass with several images may take.", min=0)
     ] = None,
     on_demand: Annotated[
         bool | None,
-        typer.Option("--on-demand", help="asgi, torchserve: load a bundle when it is first asked for; evict by LRU."),
+        typer.Option("--on-demand", help="asgi, torchserve: load a bundle on its first request; evict by LRU."),
     ] = None,
     index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,
-    connections: Annotated[int | None, typer.Option(help="asgi: connections at a time; 503 for more.", min=1)] = None,
+    connections: Annotated[int | None, typer.Option(help="asgi: maximum connections; 503 beyond that.", min=1)] = None,
     keep_alive: Annotated[
-        float | None, typer.Option(help="asgi: seconds that an idle connection stays open; 75 if left out.", min=1)
+        float | None, typer.Option(help="asgi: seconds that an idle connection stays open; default: 75.", min=1)
     ] = None,
     allowed_hosts: Annotated[
-        list[str] | None, typer.Option("--allowed-host", help="asgi, ray: Host to accept beside loopback's names.")
+        list[str] | None, typer.Option("--allowed-host", help="asgi, ray: Host to accept besides loopback's names.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="torchserve, ray: processes with a backbone each.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="torchserve, ray: processes, each with its own backbone.", min=1)
+    ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="torchserve: port of /metrics.")] = None,
     management_port: Annotated[int | None, typer.Option(help="torchserve: port of the workers' state.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="torchserve: where to write the token, mode 0600.")] = None,

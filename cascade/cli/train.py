@@ -4,7 +4,7 @@ import typer
 
 
 def train(context: typer.Context) -> None:
-    """Train a cascade on a folder of images: [bold]cascade train photos/ --out model_store/photos/1[/]
+    """Train a bundle on a folder of images: [bold]cascade train photos/ --out model_store/photos/1[/]
 
     All options: cascade train --help
     """
