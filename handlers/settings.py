@@ -89,6 +89,7 @@ class AsgiSettings(BatchingSettings):
 
     Attributes:
         on_demand: of ``cascade.engine.stores.load_store``.
+        grpc_port: port for gRPC beside HTTP; None for none.
         index: a folder that ``cascade index build`` made, for /v1/search.
         connections: at a time; more get 503.
         startup_timeout: seconds until the engine is ready.
@@ -96,6 +97,7 @@ class AsgiSettings(BatchingSettings):
     """
 
     on_demand: bool = False
+    grpc_port: int | None = None
     index: Path | None = None
     connections: int = 4096
     startup_timeout: float = 300

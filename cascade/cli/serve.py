@@ -94,6 +94,7 @@ def serve(
         bool | None,
         typer.Option("--on-demand", help="asgi, torchserve: load a bundle on its first request; evict by LRU."),
     ] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="asgi: port for gRPC beside HTTP; the extra grpc.")] = None,
     index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,
     connections: Annotated[int | None, typer.Option(help="asgi: maximum connections; 503 beyond that.", min=1)] = None,
     keep_alive: Annotated[

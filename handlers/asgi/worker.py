@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from handlers.asgi.service import Service
 from handlers.settings import AsgiSettings
 
 TICKS = 10  # of uvicorn, per second
+GRACE = 1.0  # seconds for gRPC calls at the end, when all of them should be answered
 SPARE_FILES = 32  # descriptors for everything that is no connection: loading bundles, reading keys, metrics
 log = logging.getLogger("cascade.worker")
 
@@ -49,6 +50,7 @@ class Server(uvicorn.Server):
 
     Args:
         heartbeat: descriptor of a pipe that gets a byte a second, the first one when the server is ready.
+        grpc: what serves by gRPC as long as its block lasts.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Server(uvicorn.Server):
         drain_timeout: float,
         heartbeat: int,
         keys: Watched | None = None,
+        grpc: AbstractAsyncContextManager[int] | None = None,
     ) -> None:
         super().__init__(config)
+        self.grpc, self.stack = grpc, AsyncExitStack()
         self.service, self.guard, self.keys = service, guard, keys
         self.drain_timeout, self.heartbeat = drain_timeout, heartbeat
         self.end = float("inf")
@@ -73,7 +77,13 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self.grpc is not None:
+            await self.stack.enter_async_context(self.grpc)
         self._beat()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.stack.aclose()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         drained = self.service.stopping and (self.guard.requests == 0 or time.monotonic() > self.end)
@@ -142,7 +152,12 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
             timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type]
             timeout_graceful_shutdown=1,
         )
-        Server(config, service, guard, settings.drain_timeout, heartbeat, keys).run([listening])
+        grpc = None
+        if settings.grpc_port is not None:
+            from handlers.asgi import grpc_server
+
+            grpc = grpc_server.serving(guard, settings.host, settings.grpc_port, guard.limits, GRACE)
+        Server(config, service, guard, settings.drain_timeout, heartbeat, keys, grpc).run([listening])
 
 
 def _most_connections(wanted: int, most_files: int) -> int:

@@ -15,11 +15,14 @@ from select import select
 import numpy as np
 import pytest
 from PIL import Image
+from tritonclient import grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from cascade import Client, Engine, ItemError, Options, Prediction
 from cascade.bundle.format import write
 from cascade.client import ClientError
 from cascade.engine.results import Deferral
+from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.deferral import two_sizes
 from tests.helpers.http import answer, encoded, error, lone, post, same
@@ -188,12 +191,15 @@ def test_search(asgi: Asgi, indexed: list[Path]) -> None:
 
 
 def test_keys_over_http(store: Path, photos: list[bytes], cifar: list[Image.Image], tmp_path: Path) -> None:
-    """And two input sizes, whose metrics are asked for with a key."""
+    """And by gRPC; and two input sizes, whose metrics are asked for with a key."""
     store = shutil.copytree(store, tmp_path / "store")
     write(two_sizes(cifar[:20], threshold=1.0), store / "sizes" / "1")
     file = tmp_path / "keys"
     file.write_text(f"one {sha256(b'secret-of-one').hexdigest()}\n")
-    with serving_asgi(store, "--api-keys", str(file), "--connections", "4") as server:
+    (port,) = claim_ports((LOOPBACK, 0))
+    with serving_asgi(
+        store, "--api-keys", str(file), "--connections", "4", "--grpc-port", str(port), "--on-demand"
+    ) as server:
         with Client(server.url, key="secret-of-one") as client:
             assert isinstance(client.predict(photos[0], Options("one")), Prediction)
             for bundle, kind in (("two", "key_forbidden"), ("none", "key_forbidden")):
@@ -218,6 +224,13 @@ def test_keys_over_http(store: Path, photos: list[bytes], cifar: list[Image.Imag
         metrics = CLIENT.get(server.metrics_url, headers={"Authorization": "Bearer secret-of-all"}).text
         assert 'cascade_deferred_total{bundle="sizes"} 1.0' in metrics
         assert post(server, photos[0], **two).status_code == 200
+        with triton.InferenceServerClient(f"{LOOPBACK}:{port}") as grpc:
+            image = triton.InferInput("image", [1], "BYTES")
+            image.set_data_from_numpy(np.array(photos[:1], object))
+            headers = {"authorization": "Bearer secret-of-two"}
+            assert grpc.infer("two", [image], headers=headers).as_numpy("error").tolist() == [b""]
+            with pytest.raises(InferenceServerException, match="key_missing"):
+                grpc.infer("two", [image])
         assert "secret-of" not in server.log()
         too_many_connections(server)
 
