@@ -43,6 +43,7 @@ def _card(service: Service, bundle: Bundle) -> dict[str, Any]:
         "accuracy": None if measured is None else {"of": measured[0], "value": measured[1]},
         "bytes": sum(card.bytes.values()),
         "dispatched": bundle.domain is not None,
+        "out_of_domain": bundle.ood is not None,
         "pictures": 0 if bundle.thumbnails is None else len(bundle.thumbnails),
         "images": times.images,
         "failures": times.failures,

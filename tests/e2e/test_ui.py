@@ -166,6 +166,16 @@ def test_an_image_unlike_the_training_images_is_said_to_be(
         assert page.browser.execute_script("return labels.className") == ("muted" if unknown else "")
 
 
+def test_nothing_is_said_of_what_a_bundle_has_not(browser: Any, asgi: Asgi) -> None:
+    """One mask has no clusters; its out-of-domain score is 0 where it was not fitted."""
+    page = Page(browser, asgi.base)
+    page.until("document.querySelectorAll('#bundle option').length && before")
+    page.browser.execute_script("before.bundles.forEach(b => Object.assign(b, {masks: 1, out_of_domain: false}))")
+    page.choose(PHOTO)
+    assert page.until("document.body.dataset.shown")
+    assert "no score for it" in page.text("facts") and "cluster" not in page.text("facts")
+
+
 def test_overview_of_all_bundles(browser: Any, asgi: Asgi, bundle_path: Path) -> None:
     """A card for each, with what it knows and does now; a button that takes one to try it."""
     card = read(bundle_path).card
