@@ -5,7 +5,7 @@
     for answer in engine.predict(["cat.jpg", "ship.png"]):
         print(answer.labels if answer.ok else answer.error)
 
-Names are loaded on first use, so that ``import cascade`` (and ``cascade --help``) costs no torch.
+Names are loaded on first use, so that ``import cascade`` (and ``cascade --help``) does not import torch.
 """
 
 from importlib import import_module

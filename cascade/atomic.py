@@ -1,10 +1,10 @@
-"""Atomic file and folder writes: write beside, sync, rename. What fails leaves nothing behind.
+"""Atomic file and folder writes: write to a temporary name, sync, rename. A failed write leaves nothing behind.
 
 ``file`` and ``folder`` raise OSError, which the caller describes. ``write_text`` and ``write_bytes`` raise a
 CascadeError that names the path.
 
-A device or a named pipe is written directly, never replaced: ``--report /dev/null`` must not replace the machine's. A
-symbolic link stays, and the file that it points to is replaced.
+A device or a named pipe is written directly, so that ``--report /dev/null`` does not replace the device. A symbolic
+link stays, and the file that it points to is replaced.
 """
 
 import os
@@ -25,11 +25,12 @@ ABANDONED = 3600.0
 
 @contextmanager
 def file(path: Path, *, alone: bool = False) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; the file written there replaces ``path`` if the block ends well.
+    """Yield a temporary name next to ``path``; the file written there replaces ``path`` if the block succeeds.
 
     Args:
-        alone: no other process writes the same file. The temporary name is always the same then, and a leftover of a
-            killed process is overwritten.
+        path: the file to write.
+        alone: no other process writes this file. The temporary name is then fixed, so that a leftover of a killed
+            process is overwritten.
     """
     if is_special(path):
         yield path
@@ -58,9 +59,9 @@ def is_special(path: Path) -> bool:
 
 @contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder, which becomes ``path``, synced, if the block ends well.
+    """Yield a new temporary folder, which is synced and renamed to ``path`` if the block succeeds.
 
-    What a killed process left of the same folder an hour ago or earlier is removed.
+    Leftovers of the same folder from a process that was killed at least an hour ago are removed.
 
     Raises:
         OSError: ``path`` exists and is not empty, or cannot be written.
@@ -117,9 +118,9 @@ def sync(path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove abandoned temporary folders of ``path``. Process ids tell nothing where containers share a disk."""
+    """Remove abandoned temporary folders of ``path`` by age. Process ids are meaningless if containers share a disk."""
     for leftover in path.parent.glob(f".{escape(path.name)}.*-*.tmp"):
-        with suppress(OSError):  # another process removes it
+        with suppress(OSError):  # another process is removing it
             if time.time() - max(p.stat().st_mtime for p in (leftover, *leftover.rglob("*"))) > ABANDONED:
                 shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The folder of everything that can be measured or downloaded again, and how long unused parts of caches are kept."""
+"""The cache folder, for everything that can be measured or downloaded again, and eviction of unused parts."""
 
 import os
 import shutil
@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 UNUSED = 30 * 24 * 3600.0
-"""Seconds after which what nobody has used is removed."""
+"""Seconds after which unused parts are removed."""
 
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/cascade`` or ``~/.cache/cascade``; it may not exist yet.
 
-    A user without a home, such as a container's user ID without HOME and passwd entry, gets a temporary folder.
+    A user without a home, such as a container's user ID without HOME or a passwd entry, gets a temporary folder.
     """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -24,14 +24,14 @@ def cache_folder() -> Path:
 
 
 def used(path: Path) -> None:
-    """Note that a file or folder of a cache is in use, by its time of access, which not every disk keeps by itself."""
-    with suppress(OSError):  # not there yet, or read-only: then nobody removes it either
+    """Mark a file or folder of a cache as used, by its access time, which not every file system updates by itself."""
+    with suppress(OSError):  # missing, or read-only: then nobody removes it either
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove the files and folders in ``folder`` that match, and that nobody has used for long."""
+    """Remove the matching files and folders in ``folder`` that have not been used for a long time."""
     for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # another process removes it
+        with suppress(FileNotFoundError):  # another process is removing it
             if time.time() - max(path.stat().st_atime, path.stat().st_mtime) > UNUSED:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""A client of both front ends: files in, the same ``Prediction`` out that the engine gives.
+"""A client for both front ends: files in, and the same ``Prediction`` out as from the engine.
 
 with cascade.Client("http://127.0.0.1:8080") as client:
     print(client.predict("cat.jpg").cluster)
@@ -22,23 +22,23 @@ from cascade.open_inference import LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpack
 T = TypeVar("T")
 Image = bytes | str | Path
 LONGEST_PAUSE = 5.0  # seconds between two tries
-LOOPBACK = ("127.0.0.1", "::1", "localhost")  # of this machine: the environment's proxy can't reach it
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # this machine, which the environment's proxy can't reach
 
 
 class ClientError(CascadeError):
-    """The server cannot be reached, or did not answer as it should."""
+    """The server cannot be reached, or its answer is not valid."""
 
 
 class Client:
-    """One server, over as many connections as there are threads that use it.
+    """One server, with one connection per thread that uses the client.
 
     Args:
-        url: of the server. With a path, images are posted there: ``http://HOST:8080/predictions/cascade`` for
-            TorchServe; without one to ``/v1/predict``.
+        url: of the server. If it has a path, images are posted there, like ``http://HOST:8080/predictions/cascade`` for
+            TorchServe; otherwise to ``/v1/predict``.
         key: API key, sent as a header.
         timeout: seconds for one request.
-        patience: seconds to retry while the server is overloaded or down, or a limit of the key is reached; a request
-            may be sent twice.
+        patience: seconds to retry while the server is overloaded or down, or the key's limit is reached; a request may
+            be sent twice.
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout: float = 60, patience: float = 0) -> None:
@@ -60,10 +60,10 @@ class Client:
         self._http.close()
 
     def predict(self, image: Image, options: Options = Options()) -> Prediction | ItemError:
-        """The answer for one image, or what is wrong with it; five labels and neighbors at most.
+        """Predict one image: its answer, or its error; at most five labels and neighbors.
 
         Raises:
-            ClientError: no answer.
+            ClientError: there is no valid answer.
         """
         fields = [name for name in ("labels", "neighbors", "embedding") if getattr(options, name)]
         headers = {"Content-Type": b"application/octet-stream", "X-Cascade-Fields": ",".join(fields).encode()}
@@ -87,19 +87,19 @@ class Client:
         mode: str | None = None,
         outputs: Sequence[str] = tuple(OUTPUTS),
     ) -> dict[str, Any]:
-        """Many images in one request of the Open Inference Protocol (ASGI front end only).
+        """Predict many images in one request of the Open Inference Protocol (ASGI front end only).
 
         Args:
             images: files, or float32 [N, 3, H, W], preprocessed.
             outputs: some of ``cascade.open_inference.OUTPUTS``; with the bundle ``auto`` also of ``AUTO_OUTPUTS``, and
-                where there are two input sizes of ``DEFERRAL_OUTPUTS``.
+                with two input sizes also of ``DEFERRAL_OUTPUTS``.
 
         Returns:
-            Each output by name: an array with a row an image, or a list of texts; and the ``version`` that made them.
-            Where ``error`` is not empty, the image has no answer.
+            Each output by name, as an array with one row per image or a list of strings; and the ``version`` that
+            answered. Images whose ``error`` is not empty have no answer.
 
         Raises:
-            ClientError: no answer, or the request as a whole was refused.
+            ClientError: there is no valid answer, or the request as a whole was refused.
         """
         if isinstance(images, np.ndarray):
             about: dict[str, Any] = {"name": "pixels", "shape": list(images.shape), "datatype": "FP32"}
@@ -121,7 +121,7 @@ class Client:
         return _understood(answer, lambda: _columns(answer))
 
     def models(self) -> dict[str, list[str]]:
-        """The versions of each bundle (ASGI front end only). Raises ClientError."""
+        """List the versions of each bundle (ASGI front end only). Raises ClientError."""
         answer = self._ask("GET", "/v2/models")
         if not _good(answer):
             raise ClientError(f"no list of bundles, status {answer.status_code}: {_error(answer).message}")
@@ -165,7 +165,7 @@ def _understood(answer: httpx.Response, make: Callable[[], T]) -> T:
 
 
 def _error(answer: httpx.Response) -> ItemError:
-    """The error of our own servers; TorchServe itself and proxies send other bodies, or none."""
+    """The error in an answer; TorchServe itself and proxies send other bodies, or none."""
     try:
         error = answer.json()["error"]
         return (

@@ -9,7 +9,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def cpu_count() -> int:
-    """Threads to use: ``OMP_NUM_THREADS`` if it is set, else one for each of ``usable``."""
+    """Threads to use: ``OMP_NUM_THREADS`` if it is set, else one per usable CPU."""
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdecimal() and int(threads) > 0:
         return int(threads)
@@ -17,12 +17,12 @@ def cpu_count() -> int:
 
 
 def usable() -> int:
-    """CPUs that the affinity mask and the cgroup's quota allow; 1 at least."""
+    """CPUs allowed by the affinity mask and the cgroup's quota; at least 1."""
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cgroup_quota())))
 
 
 def limit_threads() -> None:
-    """Lower PyTorch's threads to ``cpu_count``: it looks at the affinity mask, and not at a container's quota."""
+    """Lower PyTorch's threads to ``cpu_count``: it respects the affinity mask, but not a container's quota."""
     import torch
 
     if torch.get_num_threads() > (count := cpu_count()):
@@ -30,7 +30,7 @@ def limit_threads() -> None:
 
 
 def cgroup_quota() -> float:
-    """CPUs that the cgroup and those above it may use, of version 1 or 2; infinity without a quota."""
+    """CPUs that the cgroup (version 1 or 2) and its ancestors may use; infinity without a quota."""
     try:
         memberships = [line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines()]
     except OSError:

@@ -6,7 +6,7 @@ class CascadeError(Exception):
 
 
 class OutOfMemory(CascadeError):
-    """Something does not fit into the memory that it may take; worth another try when there is more room."""
+    """Something does not fit into its memory limit; a retry may succeed when more memory is free."""
 
 
 def brief(error: BaseException) -> str:
@@ -17,6 +17,6 @@ def brief(error: BaseException) -> str:
 def printable(text: str) -> str:
     r"""``text`` with control characters, surrogates and line breaks escaped, as ``\x1b``.
 
-    For text from bundles, images' names and remote servers: a terminal would obey its escape sequences.
+    For text from bundles, image names and remote servers, whose escape sequences a terminal would execute.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

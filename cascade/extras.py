@@ -1,4 +1,4 @@
-"""Optional extras: the one line that a person reads when a library of one is not installed."""
+"""Optional extras, and the one-line error for a library that is not installed."""
 
 from importlib import import_module
 from typing import Any
@@ -43,7 +43,7 @@ def library(name: str) -> Any:
 
 
 def missing(error: ModuleNotFoundError) -> ExtraError | None:
-    """The error to show instead of a failed import, or None where no extra installs the module."""
+    """The error to show for a failed import, or None if no extra installs the module."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None

@@ -7,7 +7,7 @@ import time
 
 
 class JsonLines(logging.Formatter):
-    """time (UTC), level, logger, message, traceback if there is one, and the members of ``extra={"fields": {...}}``."""
+    """Time (UTC), level, logger, message, traceback if there is one, and the members of ``extra={"fields": {...}}``."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -23,17 +23,17 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(level: str) -> None:
-    """Write log records to stderr as JSON: ours from ``level`` on; of libraries and of Python itself, warnings."""
+    """Write log records to stderr as JSON: ours from ``level`` on, those of libraries and Python from warnings on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("cascade").setLevel(level.upper())
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every client that sends no valid HTTP
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns about every client that sends invalid HTTP
 
 
 def say(name: str, text: str) -> None:
-    """Write one warning to stderr, from a process without logging; it is lost where stderr can't be written."""
+    """Write one warning to stderr from a process without logging; it is lost if stderr can't be written."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     handler.handle(logging.LogRecord(name, logging.WARNING, __file__, 0, text, None, None))

@@ -9,11 +9,11 @@ GROWN = 64 * 2**20
 
 
 class Resident:
-    """Trims the heap: after large images the allocator would keep hundreds of MB."""
+    """Trims the heap, because after large images the allocator would keep hundreds of MB."""
 
     def __init__(self) -> None:
         self._before = 0
-        # Opened now: later, connections may take all descriptors.
+        # Opened now, because connections may use up all descriptors later.
         self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
     def give_back(self) -> None:
@@ -27,7 +27,7 @@ class Resident:
 
 
 def resident() -> int:
-    """Resident bytes of this process."""
+    """Resident bytes of this process (RSS)."""
     with open("/proc/self/statm", "rb") as statm:
         return _resident(statm.read())
 

@@ -1,9 +1,9 @@
-"""What Prometheus sees: seconds and bytes, prefix ``cascade_``, every label bounded.
+"""Prometheus metrics: seconds and bytes, prefix ``cascade_``, every label bounded.
 
-Plain metrics are module constants (``MASK_HITS.inc()``); functions stand where a label must be bounded or a
-state held. With ``PROMETHEUS_MULTIPROC_DIR`` set before Python starts, every process writes to that folder,
-and whoever serves /metrics (the entrypoint, not a worker) reads it: counters outlive a killed worker, gauges
-do not.
+Plain metrics are module constants (``MASK_HITS.inc()``); functions are used if a label must be bounded or state
+kept. With ``PROMETHEUS_MULTIPROC_DIR`` set before Python starts, every process writes to that folder, and the
+process that serves /metrics (the entrypoint, not a worker) reads it: counters survive a killed worker, gauges do
+not.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Literal
 
 from cascade import metrics_server
 from cascade.metrics_files import (
-    TROUBLE as TROUBLE,  # first: prometheus_client looks at the environment when it is imported
+    TROUBLE as TROUBLE,  # first: prometheus_client reads the environment when it is imported
 )
 
 # isort: split
@@ -41,7 +41,7 @@ from cascade.metrics_merge import alive, locked, merge_dead
 
 STAGES = ("decode", "dispatch", "swap", "expert", "fuse")
 WINDOW = 1000
-"""Images that the served cluster shares remember: each newer one weighs e times less after this many."""
+"""Time constant of the served cluster shares: an image's weight falls by a factor of e after this many images."""
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -52,9 +52,9 @@ REQUESTS = Counter("cascade_requests_total", "Images answered.", ["bundle", "clu
 STAGE_SECONDS = Histogram("cascade_stage_seconds", "Time by stage of the pass.", ["stage"], buckets=SECONDS)
 BATCH_IMAGES = Histogram("cascade_batch_images", "Images in a batch.", buckets=_IMAGES)
 GROUP_IMAGES = Histogram("cascade_group_images", "Images of a batch that share an expert mask.", buckets=_IMAGES)
-MASK_HITS = Counter("cascade_mask_hits_total", "Masks that were needed and already materialized.")
+MASK_HITS = Counter("cascade_mask_hits_total", "Needed masks that were already materialized.")
 MASK_MISSES = Counter("cascade_mask_misses_total", "Masks that had to be materialized.")
-MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialized masks that were dropped.")
+MASK_EVICTIONS = Counter("cascade_mask_evictions_total", "Materialized masks that were evicted.")
 QUEUE_SECONDS = Histogram("cascade_queue_seconds", "Time that an image waited for its pass.", buckets=SECONDS)
 BUNDLE_SECONDS = Histogram(
     "cascade_bundle_seconds", "Time from an image's arrival to its answer, with a queue.", ["bundle"], buckets=SECONDS
@@ -62,16 +62,14 @@ BUNDLE_SECONDS = Histogram(
 BUNDLE_QUEUE_SECONDS = Histogram(
     "cascade_bundle_queue_seconds", "Time from an image's arrival to its pass.", ["bundle"], buckets=SECONDS
 )
-BUNDLE_MASKS = Counter(
-    "cascade_bundle_masks_total", "Masks of a bundle that were needed: hit or miss.", ["bundle", "result"]
-)
+BUNDLE_MASKS = Counter("cascade_bundle_masks_total", "Needed masks of a bundle: hit or miss.", ["bundle", "result"])
 DROPPED = Counter(
     "cascade_dropped_total",
-    "Images that came to no pass: overloaded, deadline, cancelled, stopping, or over a limit of their tenant.",
+    "Images that got no pass: overloaded, deadline, cancelled, stopping, or over a limit of their tenant.",
     ["why"],
 )
 for _why in ("overloaded", "over_rate", "over_concurrency", "over_queue", "deadline", "cancelled", "stopping"):
-    DROPPED.labels(_why)  # there from the start, as zero
+    DROPPED.labels(_why)  # exists from the start, as zero
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
 DISPATCHED = Counter(
     "cascade_dispatched_total",
@@ -80,7 +78,7 @@ DISPATCHED = Counter(
 )
 DEFERRED = Counter(
     "cascade_deferred_total",
-    "Images of a bundle with two input sizes that were asked again at the larger one.",
+    "Images of a bundle with two input sizes that were deferred to the larger one.",
     ["bundle"],
 )
 DISPATCH_CONFIDENCE = Histogram(
@@ -88,7 +86,7 @@ DISPATCH_CONFIDENCE = Histogram(
 )
 OOD_SCORE = Histogram(
     "cascade_ood_score",
-    "Out-of-domain score, a percentile among the training images: without drift it is spread evenly.",
+    "Out-of-domain score, a percentile among the training images: uniform without drift.",
     ["bundle"],
     buckets=_SCORES,
 )
@@ -98,11 +96,11 @@ def _gauge(name: str, text: str, labels: Sequence[str] = (), mode: Literal["live
     return Gauge(f"cascade_{name}", text, labels, multiprocess_mode=mode)
 
 
-MATERIALIZED_BYTES = _gauge("materialized_bytes", "Materialized weights held, all workers.")
-PACKED_BYTES = _gauge("packed_bytes", "Bundles held (packed masks, router, fusion, heads), all workers.")
-BACKBONE_BYTES = _gauge("backbone_bytes", "Backbones held, all workers.")
-BACKBONES = _gauge("backbones", "Backbones resident, all workers.")
-QUEUE_DEPTH = _gauge("queue_depth", "Images that wait for a pass, all workers.")
+MATERIALIZED_BYTES = _gauge("materialized_bytes", "Resident materialized weights, all workers.")
+PACKED_BYTES = _gauge("packed_bytes", "Resident bundles (packed masks, router, fusion, heads), all workers.")
+BACKBONE_BYTES = _gauge("backbone_bytes", "Resident backbones, all workers.")
+BACKBONES = _gauge("backbones", "Number of resident backbones, all workers.")
+QUEUE_DEPTH = _gauge("queue_depth", "Images waiting for a pass, all workers.")
 CLUSTER_SHARE_SHIFT = _gauge(
     "cluster_share_shift",
     "Total-variation distance, 0 to 1, of the cluster shares served from those trained on; worst worker.",
@@ -116,29 +114,29 @@ BUNDLES = _gauge(
     "bundles", "Bundles of the store by state: ready, stored, loading, refused, removed.", ["state"], "livemax"
 )
 BUNDLE_LOADS = Counter("cascade_bundle_loads_total", "Names that were loaded on demand.")
-BUNDLE_EVICTIONS = Counter("cascade_bundle_evictions_total", "Names that were evicted to make room.")
+BUNDLE_EVICTIONS = Counter("cascade_bundle_evictions_total", "Names that were evicted to free memory.")
 STORE_UNREACHABLE = _gauge("store_unreachable", "1 while the model store can't be read.", mode="livemax")
-RELOADS = Counter("cascade_reloads_total", "Looks at the store: changed, unchanged or failed.", ["outcome"])
+RELOADS = Counter("cascade_reloads_total", "Checks of the store: changed, unchanged or failed.", ["outcome"])
 
 _STAGES = {name: STAGE_SECONDS.labels(name) for name in STAGES}
 
 
 @dataclass
 class _Shares:
-    """Cluster shares of one bundle: in training, and lately served."""
+    """Cluster shares of one bundle: in training, and served recently."""
 
     trained: tuple[float, ...]
     served: list[float]
 
     def add(self, cluster: int) -> float:
-        """Count one image; the total-variation distance of the two."""
+        """Count one image, and return the total-variation distance between the two."""
         for k, share in enumerate(self.served):
             self.served[k] = share + ((k == cluster) - share) / WINDOW
         return sum(abs(s - t) for s, t in zip(self.served, self.trained, strict=True)) / 2
 
 
 MOST_NAMES = 100
-"""Bundles, and tenants, with labels of their own; the rest are ``other``."""
+"""Most bundles, and most tenants, with their own labels; the rest are ``other``."""
 _bundle_metrics = (
     REQUESTS,
     OOD_SCORE,
@@ -156,9 +154,9 @@ _lock = threading.Lock()
 
 
 def add_bundle(bundle: str, version: str, shares: Sequence[float] = ()) -> None:
-    """Make a bundle a label; ``shares`` are those of its clusters in training (empty without a router).
+    """Give a bundle a label; ``shares`` are its clusters' shares in training (empty without a router).
 
-    The served shares start at those of training, so that the first few images raise no alarm.
+    The served shares start at those of training, so that the first few images do not raise an alarm.
     """
     with _lock:
         _serving[bundle, version] = _Shares(tuple(shares), list(shares))
@@ -167,7 +165,7 @@ def add_bundle(bundle: str, version: str, shares: Sequence[float] = ()) -> None:
 
 
 def remove_bundle(bundle: str, version: str) -> None:
-    """Forget a bundle's cluster shares, and its drift with them."""
+    """Forget a bundle's cluster shares, and reset its drift."""
     with _lock:
         shares = _serving.pop((bundle, version), None)
     if shares and shares.trained and bundle_label.has_own(bundle):
@@ -177,7 +175,10 @@ def remove_bundle(bundle: str, version: str) -> None:
 
 
 def refused(bundle: str, still: bool = True) -> None:
-    """A version of a bundle in the store (never a client's string) could not be loaded; not ``still``: none is left."""
+    """Record that a version of a bundle in the store was refused; not ``still``: none is refused any more.
+
+    ``bundle`` comes from the store, never from a client.
+    """
     if still or bundle in _refused:
         BUNDLE_REFUSED.labels(bundle).set(still)
         _refused.add(bundle)
@@ -187,7 +188,7 @@ def count_answer(bundle: str | None, cluster: int | None, outcome: str = "ok", *
     """Count one answer.
 
     Args:
-        bundle: its name. One that is not served counts as "unknown", because the client chose the name.
+        bundle: its name. A name that is not served counts as "unknown", because the client chose it.
         cluster: None for an error.
         outcome: "ok", or the kind of the error.
         version: of the bundle that answered; None for an error.
@@ -204,39 +205,39 @@ def count_answer(bundle: str | None, cluster: int | None, outcome: str = "ok", *
 
 
 def count_mask(bundle: str | None, hit: bool) -> None:
-    """Count a mask that was needed, of a bundle that is served (None: of nobody's)."""
+    """Count a needed mask of a served bundle (None: of no bundle)."""
     (MASK_HITS if hit else MASK_MISSES).inc()
     if bundle is not None:
         label = bundle_label(bundle)
-        BUNDLE_MASKS.labels(label, "hit").inc(hit)  # both are there from the first one: a share needs them
+        BUNDLE_MASKS.labels(label, "hit").inc(hit)  # create both series at once, since a ratio needs both
         BUNDLE_MASKS.labels(label, "miss").inc(not hit)
 
 
 def count_dispatch(bundle: str | None, confidence: float = 0.0) -> None:
-    """Count one image that named no bundle. bundle: where it was sent; None: it fits none."""
+    """Count one dispatched image. bundle: where it was sent; None: it fits none."""
     DISPATCHED.labels("unknown" if bundle is None else bundle).inc()
     if bundle is not None:
         DISPATCH_CONFIDENCE.observe(confidence)
 
 
 def count_deferral(bundle: str, deferred: bool) -> None:
-    """Count one image of a bundle with two input sizes; its series is there from the first one, for a share of them."""
+    """Count one image of a bundle with two input sizes; the series exists from the first image on, for ratios."""
     DEFERRED.labels(bundle_label(bundle)).inc(deferred)
 
 
 def stage(name: str) -> AbstractContextManager[object]:
-    """``with stage("swap"): ...`` times one of STAGES."""
+    """Time one of STAGES: ``with stage("swap"): ...``."""
     return _STAGES[name].time()
 
 
 def stage_seconds() -> dict[str, float]:
-    """Seconds that this process has spent in each of STAGES so far; threads add up."""
+    """Seconds that this process has spent in each of STAGES so far, summed over threads."""
     samples = [sample for metric in STAGE_SECONDS.collect() for sample in metric.samples]
     return {s.labels["stage"]: s.value for s in samples if s.name.endswith("_sum")}
 
 
 def resident(stats: Mapping[str, int]) -> None:
-    """Set the gauges of what is held from ``Engine.stats()``."""
+    """Set the gauges of resident memory from ``Engine.stats()``."""
     for name, gauge in (
         ("backbones", BACKBONES),
         ("backbone_bytes", BACKBONE_BYTES),
@@ -247,7 +248,7 @@ def resident(stats: Mapping[str, int]) -> None:
 
 
 def prepare_folder(path: Path) -> None:
-    """Make the multiprocess folder, and empty it of what an earlier run left; before any worker starts."""
+    """Create the multiprocess folder and delete an earlier run's files; call it before any worker starts."""
     path.mkdir(parents=True, exist_ok=True)
     for file in path.iterdir():
         if re.fullmatch(r"(counter|gauge_[a-z]+|histogram|summary)_\d+\.db", file.name):
@@ -255,7 +256,7 @@ def prepare_folder(path: Path) -> None:
 
 
 def scrape() -> bytes:
-    """All metrics in Prometheus' text format, of all processes where there is a multiprocess folder."""
+    """All metrics in Prometheus' text format; with a multiprocess folder, of all processes."""
     return generate_latest(_registry())
 
 
@@ -264,7 +265,7 @@ def serve(
 ) -> AbstractContextManager[str]:
     """Serve /metrics until the block ends; yields the URL. Port 0 takes a free one.
 
-    It has to run in the process namespace of the workers, or their gauges are dropped as those of dead processes.
+    It must run in the workers' PID namespace, or their gauges are dropped as those of dead processes.
 
     Args:
         allowed: whether an Authorization header may read the metrics; None lets everybody.
@@ -276,7 +277,7 @@ def serve(
 
 
 class _Living(MultiProcessCollector):
-    """The multiprocess folder, less the gauges of processes that are gone without a word (SIGKILL)."""
+    """The multiprocess folder, without the gauges of processes that were killed (SIGKILL)."""
 
     def collect(self) -> Iterator[Metric]:
         folder = Path(self._path)
@@ -285,8 +286,8 @@ class _Living(MultiProcessCollector):
                 if not alive(file):
                     mark_process_dead(int(file.stem.rpartition("_")[2]), self._path)
             merge_dead(folder)
-            found = [*super().collect()]
-        yield from found
+            metrics = [*super().collect()]
+        yield from metrics
 
 
 def _registry() -> CollectorRegistry:

@@ -14,7 +14,7 @@ def reserve(folder: Path) -> str | None:
     process (SIGBUS).
 
     Returns:
-        Why there is no room, or None.
+        Why there is no disk space, or None.
     """
     kinds = ("counter", "histogram", "gauge_livesum", "gauge_livemax")
     files = [folder / f"{kind}_{os.getpid()}.db" for kind in kinds]
@@ -31,6 +31,6 @@ def reserve(folder: Path) -> str | None:
 
 
 TROUBLE = reserve(Path(os.environ[FOLDER])) if os.environ.get(FOLDER) else None
-"""Why the metrics of this process are not shared, or None."""
+"""Why this process's metrics are not shared, or None."""
 if TROUBLE:
     del os.environ[FOLDER]

@@ -1,4 +1,4 @@
-"""Bound the Prometheus multiprocess folder: one counter and one histogram file for all processes that have died."""
+"""Bound the Prometheus multiprocess folder: one counter file and one histogram file for all dead processes."""
 
 import fcntl
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict
 
-ENTRY = 40  # bytes that a value takes beside its key, at most
+ENTRY = 40  # most bytes of an entry besides its key
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one scrape at a time may read the folder or merge its files, of all threads and processes."""
+    """Lock the folder against all threads and processes, so that one scrape at a time reads and merges its files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -23,12 +23,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def alive(file: Path) -> bool:
-    """Whether the process that writes this file lives; 0, the number of merged files, is no process."""
+    """Whether the process that writes this file is alive; 0, the number of merged files, is not a process."""
     return Path("/proc", file.stem.rpartition("_")[2]).exists()
 
 
 def merge_dead(folder: Path) -> None:
-    """Add the files of dead processes up in ``<kind>_0.db`` and remove them; without room for that they stay."""
+    """Merge the files of dead processes into ``<kind>_0.db`` and remove them; if the disk is full they stay."""
     for kind in ("counter", "histogram"):
         merged = folder / f"{kind}_0.db"
         dead = [file for file in folder.glob(f"{kind}_*.db") if not alive(file)]
@@ -36,19 +36,19 @@ def merge_dead(folder: Path) -> None:
             continue
         values: dict[str, float] = {}
         for file in dead:
-            if file.stat().st_size:  # else it died before it wrote anything
+            if file.stat().st_size:  # otherwise the process died before it wrote anything
                 for key, value, _, _ in MmapedDict.read_all_values_from_file(str(file)):
                     values[key] = values.get(key, 0.0) + value
-        with suppress(OSError):  # no room: the next scrape tries again
+        with suppress(OSError):  # disk full: the next scrape retries
             _write(values, folder / f"{kind}_0.new")
-            (folder / f"{kind}_0.new").rename(merged)  # killed here, one process's counts would be counted twice
+            (folder / f"{kind}_0.new").rename(merged)  # if killed here, one process's counts are counted twice
             for file in dead:
                 if file != merged:
                     file.unlink()
 
 
 def _write(values: dict[str, float], path: Path) -> None:
-    """Preallocated, since a hole in a mapped file kills who writes to it while the disk is full."""
+    """Write values to a preallocated file: a write to a hole in a mapped file kills the process if the disk is full."""
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 2**12 + sum(len(key.encode()) + ENTRY for key in values))
     written = MmapedDict(str(path))

@@ -8,19 +8,19 @@ from prometheus_client.metrics import MetricWrapperBase
 
 OTHER = "other"
 PERIOD = 1000
-"""Labels between two looks at who is busiest; counts are halved then, so that they follow the load."""
+"""Labels between two updates of the busiest names; counts are halved at each, so that they follow the load."""
 
 
 class BusiestNames:
     """Label values for any number of names.
 
-    At first names get their own label in the order in which they come. A name that is twice as busy as one that has a
-    label takes its place: the series of the latter end, its further counts go to ``other``, and so all counters only
-    rise. Where several processes share their metrics, series can't end, so the first names keep their labels.
+    The first names get their own label as they arrive. Later, a name that is twice as busy as one with a label replaces
+    it: the replaced name's series end and its further counts go to ``other``, so counters never decrease. If several
+    processes share their metrics, series can't end, so the first names keep their labels.
 
     Args:
-        label: the name of the label. metrics: that have it.
-        most: names with labels of their own.
+        label: the name of the label. metrics: those that have it.
+        most: names with their own label.
     """
 
     def __init__(self, label: str, metrics: Sequence[MetricWrapperBase], most: int) -> None:
@@ -31,7 +31,7 @@ class BusiestNames:
         self._lock = threading.Lock()
 
     def __call__(self, name: str) -> str:
-        """The label value for one more image of this name."""
+        """Count an image of this name, and return its label value."""
         with self._lock:
             if name not in self._named and len(self._named) < self.most:
                 self._named[name] = self._others.pop(name, 0.0)
@@ -43,7 +43,7 @@ class BusiestNames:
             return name if name in self._named else OTHER
 
     def has_own(self, name: str) -> bool:
-        """Whether a name has a label of its own, which it gets while there are any."""
+        """Whether a name has its own label; it gets one if any is left."""
         with self._lock:
             if len(self._named) < self.most:
                 self._named.setdefault(name, 0.0)

@@ -1,4 +1,4 @@
-"""An HTTP server for /metrics that idle, slow and many connections can't exhaust."""
+"""An HTTP server for /metrics that idle, slow or many connections can't exhaust."""
 
 import socket
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 from cascade.errors import CascadeError
 
 CONNECTIONS = 32
-"""At a time; more are closed at once. Each takes a thread and a file descriptor."""
+"""Simultaneous connections; more are closed at once. Each takes a thread and a file descriptor."""
 LIFETIME = 10.0
 """Seconds after which a connection is closed, whatever it is doing."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,14 +37,14 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the connection, if there is room."""
+        """Start a thread for the connection, unless there are too many."""
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, and close the connection at the end of its lifetime at the latest."""
+        """Answer the request, and close the connection when its lifetime ends at the latest."""
         end = threading.Timer(LIFETIME, _cut, [request])
         end.daemon = True
         end.start()
@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a connection that broke: the default prints a traceback."""
+        """Ignore broken connections: the default prints a traceback."""
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""What client and server of the Open Inference Protocol, version 2, share: outputs, and strings as binary data."""
+"""Shared by client and server of the Open Inference Protocol, version 2: outputs, and strings as binary data."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ OUTPUTS = {
     "error": "BYTES",
 }
 AUTO_OUTPUTS = OUTPUTS | {"bundle": "BYTES", "bundle_confidence": "FP32"}
-"""Of the model ``auto``, which sends each image to the bundle that it fits."""
+"""Outputs of the model ``auto``, which dispatches each image to the bundle that it fits best."""
 DEFERRAL_OUTPUTS = {"input_size": "INT64", "deferred": "BOOL"}
-"""Of a bundle with two input sizes: which one gave the label, and whether because the smaller one was unsure."""
+"""Outputs of a bundle with two input sizes: the size that gave the label, and whether the image was deferred."""
 ALL_OUTPUTS = AUTO_OUTPUTS | DEFERRAL_OUTPUTS
 NUMPY = {"INT64": "<i8", "FP32": "<f4", "BOOL": "?"}
 
 
 def packed(elements: Sequence[bytes]) -> bytes:
-    """A tensor of BYTES as binary data: each element with its length in front, 4 bytes, little-endian."""
+    """Encode a tensor of BYTES as binary data: each element is prefixed with its length, 4 bytes, little-endian."""
     return b"".join(struct.pack("<I", len(element)) + element for element in elements)
 
 

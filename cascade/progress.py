@@ -8,14 +8,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Advance = Callable[[int, int | None], object]
-"""Takes the number of items that are done, and the total, or None while it is unknown."""
+"""Takes the number of finished items, and the total, or None while it is unknown."""
 
 EVERY = 10  # seconds between two lines
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Advance]:
-    """Yield a function to call after each item or batch. Its first call gives what was done before the start."""
+    """Yield a function to call after each item or batch. Its first call gives the items done before the start."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -27,7 +27,7 @@ def progress(what: str) -> Iterator[Advance]:
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """The items, with progress."""
+    """Yield the items and show progress."""
     with progress(what) as advance:
         advance(0, total)
         for done, item in enumerate(items, 1):
@@ -72,7 +72,7 @@ def _lines(what: str) -> Advance:
 
 
 def _rate() -> Callable[[int], float]:
-    """Items a second since the first call."""
+    """Items per second since the first call."""
     before, start = -1, time.monotonic()
 
     def rate(done: int) -> float:

@@ -1,4 +1,4 @@
-"""A Ray session for as long as a command runs: a cluster that RAY_ADDRESS names, or one started on this machine.
+"""A Ray session for the duration of a command: the cluster at RAY_ADDRESS, or one started on this machine.
 
 Shared by servers and trainers; the engine does not use it.
 """
@@ -16,7 +16,7 @@ from cascade.extras import library
 
 
 class RayError(CascadeError):
-    """Ray does not start, or no cluster answers at RAY_ADDRESS."""
+    """Ray can't start, or no cluster answers at RAY_ADDRESS."""
 
 
 @contextmanager
@@ -25,14 +25,14 @@ def running(
 ) -> Iterator[Any]:
     """Yield the module ``ray``, connected, without dashboard and usage reports; shut it down after the block.
 
-    A cluster that is started here is closed to others. Its processes listen on every address, so they ask for a random
-    token, which the environment hands on to them.
+    A cluster started here is private. Its processes listen on every address, so they require a random token, which they
+    inherit through the environment.
 
     Args:
-        cpus: of the machine that is started here, as Ray counts them.
+        cpus: number of CPUs of a cluster started here.
         memory: bytes of its object store.
         environment: variables of its processes, and of this one until the block ends.
-        log_to_driver: print here what tasks and actors print.
+        log_to_driver: print the output of tasks and actors here.
 
     Raises:
         ExtraError: Ray is not installed.
@@ -46,7 +46,7 @@ def running(
     os.environ |= variables  # Ray reads them when it is imported
     try:
         ray = library("ray")
-        # A short path: it holds sockets, whose paths may have 107 bytes.
+        # A short path, because it holds sockets, whose paths are limited to 107 bytes.
         with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
             options: dict[str, Any] = {
                 "num_cpus": cpus,

@@ -70,8 +70,8 @@ def main(
     ] = False,
 ) -> None:
     """One resident backbone, adapted per image by 1-bit masks."""
-    # Read once, when torch is imported. PyTorch's threads would otherwise spin after each operation and take the cores
-    # from ONNX Runtime's.
+    # Read once, when torch is imported. Otherwise PyTorch's threads would spin after each operation and take cores away
+    # from ONNX Runtime.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

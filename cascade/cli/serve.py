@@ -29,7 +29,7 @@ class LogLevel(StrEnum):
 
 
 def _port(text: str) -> int:
-    """A port, not the address that Kubernetes puts into CASCADE_SERVE_PORT where a Service is called cascade-serve."""
+    """Parse a port; refuse the address that Kubernetes puts into CASCADE_SERVE_PORT for a Service cascade-serve."""
     if not text.isdecimal():
         links = "; it comes from a Service of this name: set enableServiceLinks: false" if "://" in text else ""
         raise typer.BadParameter(f"{text!r} is no port{links}")
@@ -141,7 +141,7 @@ def serve(
 
 
 def _settings(context: typer.Context, frontend: Frontend, settings: Any) -> Any:
-    """The settings of the front end from the options on the command line, each of which it must use."""
+    """The front end's settings from the command line; an option that it does not use is an error."""
     values: dict[str, Any] = {}
     for parameter in context.command.params:
         name = str(parameter.name)

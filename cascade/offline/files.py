@@ -1,4 +1,4 @@
-"""Find, open and fetch image files, on this machine and at URLs that fsspec knows; reads are bounded.
+"""Find, open and download image files, locally and from fsspec's URLs; reads are bounded.
 
 Prediction and training walk folders with the same rules: `images_in`, SUFFIXES and `is_leftover`.
 """
@@ -23,7 +23,7 @@ Load = Callable[[], bytes]
 
 CONNECT, SILENCE, WHOLE = 10, 30, 120  # seconds: to connect, between two bytes, for one image
 TRIES, PAUSE = 3, 0.5  # of one remote image; seconds before the second try, doubled for each further one
-EXAMPLES = 5  # names that a warning about files that were left out gives
+EXAMPLES = 5  # names in a warning about files that were left out
 
 # A folder is searched for these. Those in the second line cannot be decoded; they become rows with an error, so that a
 # folder of GIFs is not reported as empty.
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or a system's leftover, such as ``._x.jpg`` or ``__MACOSX``."""
+    """Whether a file or folder of this name is hidden or a system's leftover, like ``._x.jpg`` or ``__MACOSX``."""
     return name in LEFTOVERS or (name.startswith(".") and name not in (".", ".."))
 
 
 @dataclass
 class LeftOut:
-    """Hidden images and folders that a search left out, to be named in one warning."""
+    """Collects hidden images and folders that a search left out, for one warning."""
 
     where: str
     count: int = 0
@@ -63,7 +63,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Held:
-    """A Load of bytes that are in memory."""
+    """A Load of bytes in memory."""
 
     data: bytes
 
@@ -99,19 +99,19 @@ def open_file(where: str, whole: bool = False) -> AbstractContextManager[IO[byte
     """Open a local file or a URL for reading.
 
     Args:
-        whole: it will be read once from beginning to end, which takes one HTTP request instead of two.
+        whole: it will be read once from beginning to end, so that one HTTP request is enough instead of two.
     """
     if not is_url(where):
         return open(where, "rb")
     fs, path = _filesystem(where)
     stream = whole and _scheme(where) in ("http", "https")
-    kwargs = {"block_size": 0, "size": 1} if stream else {}  # any size saves the request that asks for it
+    kwargs = {"block_size": 0, "size": 1} if stream else {}  # any size will do: it saves the request for it
     opened: AbstractContextManager[IO[bytes]] = fs.open(path, "rb", **kwargs)
     return opened
 
 
 def fetch(url: str, limits: Limits = LIMITS) -> bytes:
-    """Download a file, at most one byte more than an image may have. Proxies are taken from the environment.
+    """Download a file, up to one byte more than an image may have. Proxies are taken from the environment.
 
     Raises:
         ImageError: "unreadable", after three tries if the error may be temporary.
@@ -130,7 +130,7 @@ def fetch(url: str, limits: Limits = LIMITS) -> bytes:
         except (FileNotFoundError, PermissionError, ValueError, ImportError) as error:
             why: Exception = error
             break
-        except Exception as error:  # each client has exceptions of its own
+        except Exception as error:  # each client has its own exceptions
             why = error
             if time.monotonic() > end:
                 break
@@ -146,7 +146,7 @@ def find(source: str, patterns: bool = True) -> Iterator[str]:
         patterns: whether ``*``, ``?`` and ``[`` match; otherwise they are part of a name.
 
     Raises:
-        CascadeError: a URL cannot be listed, or holds a password.
+        CascadeError: a URL cannot be listed, or contains a password.
     """
     if is_url(source):
         yield from _remote(source, patterns)
@@ -164,7 +164,7 @@ def images_in(folder: str) -> Iterator[str]:
     """The images below a folder at any depth, by suffix, sorted.
 
     Links are followed, but no folder is visited twice. Hidden files and leftovers are left out, and named in a warning.
-    A folder that cannot be listed, or goes away meanwhile, is yielded itself, so that it becomes an error.
+    A folder that cannot be listed, or disappears meanwhile, is yielded itself, so that it becomes an error.
     """
     left_out, seen = LeftOut(folder), set[tuple[int, int]]()
     waiting = [(folder, True)]  # paths, the next one last, and whether they are folders; folders nest without limit
@@ -201,13 +201,13 @@ def _listed(folder: str, left_out: LeftOut) -> Iterator[tuple[str, bool]]:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
 def _remote(url: str, patterns: bool) -> Iterator[str]:
     if urlsplit(url).password:
-        raise CascadeError("a source's URL holds a password: give it by the environment or fsspec's configuration")
+        raise CascadeError("a source's URL contains a password: set it in the environment or fsspec's configuration")
     folder, pattern = url.endswith("/"), patterns and "*" in url
     if not (folder or pattern):
         yield url
@@ -229,7 +229,7 @@ def _remote(url: str, patterns: bool) -> Iterator[str]:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it, with time limits for servers that do not answer."""
+    """fsspec's file system and the path in it, with timeouts for servers that do not answer."""
     import fsspec
 
     options: dict[str, Any] = {}

@@ -4,7 +4,7 @@
           index.faiss     FAISS's own format
           rows.parquet    path, cluster, ood
 
-FAISS itself reads index.faiss: open only indices from sources that you trust.
+FAISS itself parses index.faiss: open only indices from sources that you trust.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["flat", "ivf", "hnsw"]
 CARD, VECTORS, ROWS = "index.json", "index.faiss", "rows.parquet"
-CHUNK = 16_384  # embeddings in memory beside the index
-LINKS, EFFORT = 32, 128  # HNSW: of a row; rows that a search looks at
-TRAINING = 64  # IVF: rows for each list
-NEAREST = 32  # rows that one is compared with for duplicates
+CHUNK = 16_384  # embeddings in memory besides the index
+LINKS, EFFORT = 32, 128  # HNSW: links per row; rows that a search visits
+TRAINING = 64  # IVF: training rows per list
+NEAREST = 32  # rows that each row is compared with for duplicates
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Index:
     """An index in memory.
 
     Attributes:
-        about: what it was made of.
+        about: how it was made.
         vectors: FAISS's index; row n is row n of ``rows``. rows: path, cluster, ood.
     """
 
@@ -65,12 +65,12 @@ class Index:
     rows: "pa.Table"
 
     def nearest(self, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine similarities float32 [B, k], falling, and rows int64 [B, k]; -1 for a row that was not found."""
+        """Cosine similarities float32 [B, k], descending, and rows int64 [B, k]; -1 for a row that was not found."""
         similarities, rows = self.vectors.search(unit(embeddings), min(k, self.about.rows))
         return similarities, rows
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
-        """All embeddings, float32 [n, dim], L2-normalized, with the number of the first row."""
+        """Yield all embeddings in chunks: the number of the first row, and float32 [n, dim], L2-normalized."""
         for first in range(0, self.about.rows, size):
             yield first, self.vectors.reconstruct_n(first, min(size, self.about.rows - first))
 
@@ -79,7 +79,7 @@ class Index:
         return {name: self.rows[name][row].as_py() for name in ("path", "cluster", "ood")} | {"similarity": similarity}
 
     def options(self) -> Options:
-        """What an image has to be predicted with to be searched for."""
+        """Options to predict an image with, so that it can be searched for."""
         return Options(self.about.bundle, self.about.version, self.about.mode, True, 0, 0)
 
 
@@ -222,7 +222,7 @@ def duplicates(index: Index, threshold: float = 0.98) -> "pa.Table":
 
 
 def outliers(index: Index, top: int = 100, k: int = 10) -> "pa.Table":
-    """The images that lie farthest from all others.
+    """The images that are farthest from all others.
 
     Returns:
         path, distance (1 minus the mean cosine similarity to the ``k`` nearest others), cluster, ood; farthest first.

@@ -1,11 +1,11 @@
-"""The folder of an offline job: its settings, its units of work, and a Parquet file for each unit that is done.
+"""The folder of an offline job: its settings, its units of work, and a Parquet file for each finished unit.
 
     _job.json            the settings; a run with others is refused
     _units.jsonl         the plan: line n is unit n, see ``cascade.offline.sources.Unit``
     part-00000.parquet   the rows of unit 0; written atomically when it is done
 
-Parquet readers ignore names that begin with an underscore. The job may be killed at any moment: it resumes with the
-units that have no part. Parts may be made in any order and by any process.
+Parquet readers ignore names that begin with an underscore. The job can be killed at any time: it resumes with the units
+that have no part yet. Parts can be made in any order and by any process.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ Embedding = Literal["none", "float16", "float32"]
 
 @dataclass(frozen=True)
 class Job:
-    """The settings that decide what the rows are.
+    """The settings that determine the rows.
 
     Attributes:
         sources: as ``cascade.offline.sources.plan`` takes them.
@@ -124,7 +124,7 @@ def files_of(out: Path) -> list[Path]:
 
 
 def extent(folder: Path) -> tuple[int, int | None]:
-    """Number of images that are done, and of all images, or None while that is unknown."""
+    """Number of finished images, and of all images, or None while that is unknown."""
     import pyarrow.parquet as pq
 
     done, total, known = 0, 0, True

@@ -16,7 +16,7 @@ from cascade.offline.parquet_files import LENGTH
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp")  # of a column of images, the first one counts
+NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp")  # of the image column, in order of preference
 BATCH = 32  # rows in memory
 
 
@@ -57,7 +57,7 @@ def read(where: str, start: int, stop: int, most: int, out: IO[bytes]) -> None:
 
 
 def image_columns(schema: "pa.Schema") -> list[str]:
-    """The column of images: the one with one of NAMES, or all columns of bytes; of a struct, its field ``bytes``."""
+    """The image column: the first one of NAMES, or else all columns of bytes; for a struct, its field ``bytes``."""
     import pyarrow as pa
 
     def binary(kind: "pa.DataType") -> bool:

@@ -1,7 +1,7 @@
 """Images in Parquet files, read row group by row group in a child process.
 
 Arrow's native reader can abort the whole process on a damaged file. In a child (``cascade.offline.parquet_child``), an
-abort costs the rest of one file, whose rows become errors.
+abort only costs the rest of one file, whose rows become errors.
 """
 
 import contextlib
@@ -102,10 +102,10 @@ def _row_groups(where: str) -> list[tuple[int, int]] | None:
 
 @contextmanager
 def _child(*arguments: object) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """The child process and its stderr; it has ended when the block does."""
+    """Run the child process and yield it with its stderr; it has ended when the block ends."""
     root = str(Path(__file__).parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    # -P: a module in the working folder must not replace one of ours.
+    # -P: a module in the working folder must not shadow one of ours.
     command = [sys.executable, "-P", "-m", "cascade.offline.parquet_child", *map(str, arguments)]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Offline prediction: sources in, Parquet out, one row for each image, also for images that cannot be predicted.
+"""Offline prediction: sources in, Parquet out, one row per image, also for images that cannot be predicted.
 
 Reading, decoding (in a pool), forward passes and writing are a pipeline, in which each step is at most one batch ahead
 of the next. Memory is bounded by a few batches. ``table`` does the same for a few images at once.
@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Work:
-    """What a run of a job did.
+    """The work done by one run of a job.
 
     Attributes:
-        rows: rows that it wrote.
+        rows: number of rows written.
         stages: seconds in each stage of ``cascade.metrics``, summed over engines and threads.
         engines: engines that worked at the same time.
     """
@@ -68,7 +68,7 @@ class Summary:
         fresh: rows written by this run; earlier runs wrote the others.
         seconds: of this run.
         trained: share of each cluster in training; empty without a router.
-        deferred: share of the other images that were asked again at a larger input size; None outside of such modes.
+        deferred: share of the other images that were deferred to a larger input size; None in other modes.
         shares: of that time, by stage: ``forward``, ``swap``, and ``decode`` as a share of all decoding threads.
     """
 
@@ -149,7 +149,7 @@ def predict_files(
 def settle(
     engine: "Engine", sources: Sequence[str | Path], options: Options, embedding: Embedding = "none", rows: int = ROWS
 ) -> Job:
-    """The job, with mode and version resolved.
+    """Make a job, with mode and version resolved.
 
     Raises:
         CascadeError: an unknown bundle, version or mode.
@@ -182,7 +182,7 @@ def settle(
 
 
 def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa.Table":
-    """The rows of a few images in order, see ``schema``: load, decode, one pass, in the calling thread.
+    """Predict a few images in the calling thread: load, decode, one pass. Rows come in order, see ``schema``.
 
     Args:
         engine: holds the job's bundle.
@@ -204,7 +204,7 @@ def prepare(engine: "Engine", job: Job, load: Load) -> "AnyItem | ItemError":
 
 
 def answer(engine: "Engine", prepared: Sequence["AnyItem | ItemError"]) -> list[Answer]:
-    """One pass for all that could be decoded, grouped by mask; answers in the order of ``prepared``."""
+    """Run one pass over all decoded images, grouped by mask; answers come in the order of ``prepared``."""
     items = [item for item in prepared if not isinstance(item, ItemError)]
     answers = iter(engine.run(items) if items else ())
     return [item if isinstance(item, ItemError) else next(answers) for item in prepared]
@@ -259,7 +259,7 @@ def _answers(
 def _batches(
     engine: "Engine", job: Job, units: Iterable[tuple[int, Unit]], batch: int, pool: ThreadPoolExecutor
 ) -> Generator[tuple[int, list[str], list["Future[AnyItem | ItemError]"]], None, None]:
-    """The images batch by batch, submitted to the decoding threads."""
+    """Yield the images in batches, submitted to the decoding threads."""
     for number, unit in units:
         keys: list[str] = []
         futures: list[Future[AnyItem | ItemError]] = []
@@ -282,7 +282,7 @@ def _passes(
 
 
 def _ahead(items: Generator[T, None, None], name: str) -> Generator[T, None, None]:
-    """The items; a thread makes the next one while the current one is used."""
+    """Prefetch: a thread makes the next item while the current one is used."""
     with ThreadPoolExecutor(1, name) as pool:
         try:
             coming = pool.submit(next, items, None)

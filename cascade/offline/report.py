@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 PICTURES, SIDE = 12, 96  # of a cluster; pixels of the longer side
 POINTS = 2000  # of the map
-CLUSTERS = 64  # that get a contact sheet, the largest
-GROUPS = 200  # of duplicates, and outliers, that get pictures
+CLUSTERS = 64  # with a contact sheet, the largest ones
+GROUPS = 200  # of duplicates, and outliers, with pictures
 EXAMPLES = 5  # paths of each kind of error
 PLOT = 640  # pixels of the map's side
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#117733", "#332288")
@@ -109,7 +109,7 @@ def thumbnails(paths: Iterable[str]) -> dict[str, str]:
 
 
 def sample(predictions: Iterable[Path], seed: int = 0) -> Sample:
-    """Draw from the rows of Parquet files in one pass and bounded memory; each row is as likely as any other.
+    """Sample uniformly from the rows of Parquet files, in one pass and bounded memory.
 
     Each row gets a random number, and the rows with the smallest are kept.
     """
@@ -154,10 +154,10 @@ def _keep_smallest(heap: list[Any], row: tuple[Any, ...], most: int) -> None:
 
 
 def project_2d(points: np.ndarray) -> np.ndarray:
-    """Project embeddings [n, dim], once L2-normalized, on two principal components: [n, 2], each in [0, 1]."""
+    """Project L2-normalized embeddings [n, dim] on two principal components: [n, 2], each in [0, 1]."""
     unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     centered = unit - unit.mean(0)
-    _, axes = np.linalg.eigh(centered.T @ centered)  # in the order of rising variance
+    _, axes = np.linalg.eigh(centered.T @ centered)  # in order of ascending variance
     components = centered @ axes[:, : -min(3, axes.shape[1] + 1) : -1]
     components = np.pad(components, ((0, 0), (0, 2 - components.shape[1])))
     span = np.maximum(np.ptp(components, axis=0), 1e-12)
@@ -187,7 +187,7 @@ def write_table(found: "pa.Table", path: Path) -> None:
 
 
 def _cell(value: object) -> object:
-    """A value for CSV. Spreadsheets compute text that begins with = + - @ or a tab; an apostrophe prevents that."""
+    """A value for CSV. Spreadsheets evaluate text that begins with = + - @ or a tab; an apostrophe prevents that."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 

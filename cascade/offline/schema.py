@@ -70,7 +70,7 @@ def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Tab
 
 
 def deferred_share(paths: Iterable[Path]) -> float | None:
-    """Share of the answers in Parquet files of a job that came from a second pass; None where there can be none."""
+    """Share of the answers in a job's Parquet files that came from a second pass; None in modes without one."""
     import pyarrow.parquet as pq
 
     tables = [pq.read_table(path, columns=["deferred"]) for path in paths if "deferred" in pq.read_schema(path).names]

@@ -1,4 +1,4 @@
-"""Sources of an offline job: what they stand for, how they are split into units of work, and the images of a unit.
+"""Sources of an offline job: expand them, split them into units of work, and read the images of a unit.
 
 A source is an image, a folder, a pattern, a tar shard, a Parquet file of images, a text file that lists names, or a URL
 of one of these. One worker processes a unit from beginning to end, and it becomes one file of the output.
@@ -192,7 +192,7 @@ def _lines(where: str) -> Iterator[str]:
         yield from _name_of(where, number + 1, rest)
     except CascadeError:
         raise
-    except Exception as error:  # each client has exceptions of its own
+    except Exception as error:  # each client has its own exceptions
         message = f"{where} cannot be read ({brief(error)}): name a text file with one source a line"
         raise CascadeError(message) from error
 

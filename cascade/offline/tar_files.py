@@ -70,7 +70,7 @@ def read_tar(where: str, start: int, count: int | None, limits: Limits) -> Itera
 
 
 class _Within:
-    """A file for tarfile: seeks forward by reading if it must, and bounds what one header can make it read."""
+    """A file for tarfile: seeks forward by reading if necessary, and bounds how much one header makes it read."""
 
     def __init__(self, file: IO[bytes], most: int) -> None:
         self.file, self.most, self.position = file, most, file.tell()

@@ -94,7 +94,7 @@ def test_every_kind_at_a_url(memory: str, tmp_path: Path) -> None:
     found: list[tuple[str, bytes | str]] = [pair for unit in units for pair in images([unit]).items()]
     assert [value for _, value in found] == [*BYTES[:2], *BYTES[:3], *BYTES[:4], BYTES[0], "unreadable"]
     assert found[0][0] == "memory:///m/a/0.png" and found[2][0] == "memory:///m/s.tar#0.png"
-    with pytest.raises(CascadeError, match="holds a password"):
+    with pytest.raises(CascadeError, match="contains a password"):
         list(plan(["ftp://me:secret@host/x.png"]))
     with pytest.raises(CascadeError, match="cannot be listed"):
         list(plan(["nowhere://x/"]))
