@@ -1,4 +1,4 @@
-"""Measurements: ``python -m benchmarks.<what>`` prints a table to read and, as its last line, one JSON object."""
+"""Measurements: ``python -m benchmarks.<name>`` prints a table and, on the last line, one JSON object."""
 
 import os
 

@@ -1,11 +1,11 @@
-"""Accuracy against bytes shipped: frozen heads, channels, masks, full fine-tuning; and distillation without labels.
+"""Accuracy against model size: frozen heads, channels, masks, full fine-tuning; and distillation without labels.
 
     python -m benchmarks.accuracy                        # every cell of seed 0, one after the other; resumes
-    python -m benchmarks.accuracy cifar10/both           # only cells whose name begins so
+    python -m benchmarks.accuracy cifar10/both           # only cells with this prefix
     python -m benchmarks.accuracy --report               # no training: the table, the plot, the JSON line
 
 Real images at 64 px, an ImageNet backbone, the same images and steps for every row. A cell is named
-DATASET/ROW/BACKBONE/SEED and leaves a JSON file of its own in ``benchmarks/results/accuracy``. Missed goals are
+DATASET/ROW/BACKBONE/SEED and writes its own JSON file to ``benchmarks/results/accuracy``. Missed goals are
 reported as missed, cells that did not run as not measured. Data sets come from ``python -m benchmarks.datasets NAME``.
 """
 
@@ -102,7 +102,7 @@ def measure(cell: Cell, folder: Path, watch: Watch) -> dict[str, Any]:
 
 
 def labeled(run: Run, cell: Cell) -> dict[str, Any]:
-    """A head on frozen features with C by cross-validation, or an adapter with the head that was trained with it."""
+    """A head on frozen features with C chosen by cross-validation, or an adapter with its trained head."""
     assert run.images.labels is not None and run.held_out.labels is not None
     truth = run.held_out.labels
     if cell.row == "frozen":
@@ -171,7 +171,7 @@ GAP = 3.0  # points between teacher and frozen backbone, below which a share of 
 
 
 def load() -> Results:
-    """All cells that were measured, by (dataset, row, backbone, seed)."""
+    """All measured cells, by (dataset, row, backbone, seed)."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     return {(r["dataset"], r["row"], r["backbone"], r["seed"]): r for r in found}
 
@@ -229,7 +229,7 @@ def report(results: Results) -> None:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Accuracy against the bytes to ship, one line for each data set and backbone (seed 0)."""
+    """Accuracy against model size, one line per data set and backbone (seed 0)."""
     import matplotlib
 
     matplotlib.use("Agg")

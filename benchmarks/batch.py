@@ -1,12 +1,12 @@
-"""An offline job against the engine's bare passes: throughput, swaps, and memory over the number of images.
+"""An offline job against the engine's bare passes: throughput, swaps, and memory by number of images.
 
     python -m benchmarks.batch
     python -m benchmarks.batch --backbone resnet50 --images 512 --rounds 5 --many 100000
 
-Throughput: a cascade with five experts over random weights (time does not depend on their values), real images as
-JPEG files of the backbone's own size in a tar shard. In each round the engine passes as many images that are decoded
-already, in the same batches, and the job reads, decodes, passes and writes them. Memory: a small network, and real
-32-pixel images in shards, in a process of its own for each number of images.
+Throughput: a cascade with five experts and random weights (time does not depend on their values), and real images as
+JPEG files of the backbone's input size in a tar shard. In each round the engine runs the same number of decoded images
+in the same batches, and the job reads, decodes, runs and writes them. Memory: a small network and real 32-pixel images
+in shards, in a separate process for each number of images.
 """
 
 import io
@@ -38,7 +38,7 @@ FEW = 1000
 
 
 def shard(path: Path, images: Sequence[bytes], count: int, suffix: str) -> Path:
-    """A tar with ``count`` images, those that there are over and over."""
+    """A tar with ``count`` images; the available ones are repeated."""
     with tarfile.open(path, "w") as file:
         for i in range(count):
             info = tarfile.TarInfo(f"{i:06d}.{suffix}")
@@ -64,13 +64,13 @@ def small_engine(name: str, size: int) -> Engine:
 
 
 def peak_bytes() -> int:
-    """The most that this program had in memory; getrusage would give its parent's where that was more."""
+    """Peak memory of this program; getrusage would return its parent's if that was higher."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def many(pipe: Connection, name: str, size: int, folder: Path, count: int) -> None:
-    """A process of its own: predicts ``count`` images and gives its peak in bytes, and images a second."""
+    """Predict ``count`` images in a separate process; returns its peak memory in bytes, and images per second."""
     torch.set_num_threads(2)
     engine = small_engine(name, size)
     out = folder / f"small-{count}"
@@ -80,7 +80,7 @@ def many(pipe: Connection, name: str, size: int, folder: Path, count: int) -> No
 
 
 def apart(*arguments: object) -> tuple[int, float]:
-    """What ``many`` gives."""
+    """Result of ``many``."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=many, args=(theirs, *arguments))

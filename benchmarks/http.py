@@ -4,9 +4,9 @@
     python -m benchmarks.http --backbone tf_efficientnet_lite0
 
 JPEG files in, answers out; both sides decode. The bundle is one mask over the whole backbone, with seeded random
-weights, because time does not depend on their values. Images have the backbone's own size. Rounds are interleaved:
+weights, because time does not depend on their values. Images have the backbone's input size. Rounds are interleaved:
 in each, every method answers the same number of images at each concurrency; at concurrency 1 they take turns. The
-bare engine takes the concurrency as its batch size, at most 32. Client, Java and engine share the cores, so CPU
+bare engine uses the concurrency as its batch size, at most 32. Client, Java and engine share the cores, so CPU
 times are shown. The first round is a warm-up, in which Java compiles.
 """
 
@@ -44,7 +44,7 @@ from handlers.torchserve.entrypoint import Server
 
 
 class Frontend(StrEnum):
-    """What is measured beside the bare engine."""
+    """A front end that is compared with the bare engine."""
 
     asgi = "asgi"
     torchserve = "torchserve"
@@ -157,7 +157,7 @@ def over_http(url: str, root: int, images: list[bytes], concurrency: int, count:
 
 @contextmanager
 def asgi(store: Path) -> Iterator[tuple[str, int]]:
-    """Start the ASGI server by its command; yields the URL to post to and the pid of the supervisor."""
+    """Start the ASGI server by its command; yields the URL for requests and the pid of the supervisor."""
     command = [sys.executable, "-m", "cascade.cli.main", "serve", "--frontend", "asgi", "--port", "0"]
     options = ["--model-store", str(store), "--log-level", "warning"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
@@ -173,7 +173,7 @@ def asgi(store: Path) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def bare(bundle: Path, images: list[bytes], threads: int) -> Iterator[Method]:
-    """The bare engine in a process of its own."""
+    """The bare engine in a separate process."""
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
     process = spawn.Process(target=engine_peer, args=(bundle, images, threads, theirs), daemon=True)
@@ -193,7 +193,7 @@ def bare(bundle: Path, images: list[bytes], threads: int) -> Iterator[Method]:
 def measured(
     methods: dict[str, Method], concurrencies: list[int], requests: int, rounds: int, seconds: float
 ) -> Results:
-    """Run at least one round, and start no new one after ``seconds``."""
+    """Run at least one round, and start none after ``seconds``."""
     totals = {(method, c): Totals() for method in methods for c in concurrencies}
     end = time.monotonic() + seconds
     for nth in range(-1, rounds):

@@ -1,9 +1,9 @@
-"""New classes without training: ``cascade heads add`` against a head that is fitted again, and a mask trained again.
+"""New classes without training: ``cascade heads add`` against a refitted head and a retrained mask.
 
     python -m benchmarks.new_classes             # both data sets; resumes in runs/new-classes
 
-A bundle is trained on all classes of a data set but the last two, which are then added. Every row answers all classes
-of the same held-out images: the closed form; a logistic regression on the features of the same mask (which needs the
+A bundle is trained on all classes of a data set except the last two, which are then added. Each row classifies the same
+held-out images of all classes: the closed form; a logistic regression on the features of the same mask (which needs the
 images of all classes); a mask trained on all classes. Data sets come from ``python -m benchmarks.datasets digits
 groceries``.
 """
@@ -37,7 +37,7 @@ NEW = 2  # classes that are added
 
 
 def write(images: Images, rows: np.ndarray, folder: Path) -> Path:
-    """These images as class folders of PNG files."""
+    """Write images as class folders of PNG files."""
     assert images.labels is not None
     for row in rows:
         path = folder / images.classes[images.labels[row]].replace("/", " or ")
@@ -57,7 +57,7 @@ def trained(source: Path, name: str, folder: Path, watch: Watch) -> Path:
 
 
 def right(bundle: Path, images: Images, rows: Sequence[int] | np.ndarray) -> float:
-    """Share of held-out images that a bundle answers with their class."""
+    """Accuracy of a bundle on held-out images."""
     assert images.labels is not None
     engine = Engine()
     engine.add(read(bundle))

@@ -1,4 +1,4 @@
-"""The output of all benchmarks: tables to read, then one JSON object on the last line."""
+"""The output of all benchmarks: tables, then one JSON object on the last line."""
 
 import json
 import operator
@@ -27,7 +27,7 @@ class Figure:
     """One measured number.
 
     Attributes:
-        value: the median. spread: least and most over the rounds. goal: e.g. ``<= 1.5``, or None.
+        value: the median. spread: minimum and maximum over the rounds. goal: e.g. ``<= 1.5``, or None.
     """
 
     value: float
@@ -48,7 +48,7 @@ def figure(values: list[float], goal: str | None = None) -> Figure:
 
 
 def single(value: float, goal: str | None = None) -> Figure:
-    """A value that was measured once, such as bytes."""
+    """A value measured once, such as bytes."""
     return Figure(value, (value, value), goal)
 
 
@@ -64,13 +64,13 @@ class Rows:
 
 
 def hardware() -> str:
-    """The processor, the cores that this process may use, and the GPU if there is one."""
+    """The processor, the cores that this process may use, and the GPU, if any."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{processor()}, {len(os.sched_getaffinity(0))} cores{gpu}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide how fast a pass is."""
+    """Versions of Python and of the packages that determine the speed of a pass."""
     installed = {"python": platform.python_version(), "cascade-vision": __version__}  # installed may be an older one
     for package in PACKAGES:
         try:
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def settings() -> dict[str, Any]:
-    """What in this process and its environment influences times: threads, executor override, load before the start."""
+    """Settings and environment that affect times: threads, executor override, load before the start."""
     environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return {"threads": torch.get_num_threads(), "environment": environment, "load": LOAD}
 

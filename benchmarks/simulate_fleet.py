@@ -6,8 +6,8 @@
 
 A discrete-event simulation. An image arrives at a random moment (Poisson) from a random tenant (Zipf) and goes to the
 device that would finish it first, given its queue and the cost of that tenant there. A device processes one image after
-another. It keeps tenants in LRU caches: with masks the materialized ones, and the packed ones if not all fit; with
-copies those in its memory. There are no batches: a CPU gains nothing from them (docs/performance.md), a GPU would.
+another. It keeps tenants in LRU caches: with masks, the materialized ones, and the packed ones if not all fit; with
+copies, those in its memory. There are no batches: a CPU gains nothing from them (docs/performance.md), a GPU would.
 
 The first column, "measured", has times and bytes measured on two CPU cores. The second, "what-if", is a GPU of which
 **nothing was measured**: all its times are assumptions and options. Memory, rate, goal and price are assumptions in
@@ -51,11 +51,11 @@ class Case:
     """A kind of device and its traffic.
 
     Attributes:
-        forward: seconds of a pass over one image. swap: to materialize a packed mask. cold: to read, verify and pack a
-            mask that is not in memory. load: to bring a copy into memory.
-        mask: bytes of a tenant's packed mask and all that comes with it. memory: bytes of a device.
-        rate: images a second, of all tenants together. goal: seconds that 99 % of them may take.
-        price: of a device for an hour.
+        forward: seconds of a pass with one image. swap: to materialize a packed mask. cold: to read, verify and pack a
+        mask that is not in memory. load: to load a copy into memory.
+    mask: bytes of a tenant's packed mask and everything stored with it. memory: bytes of a device.
+    rate: images per second over all tenants. goal: seconds that 99 % of them may take.
+    price: of a device per hour.
     """
 
     name: str
@@ -71,12 +71,12 @@ class Case:
 
     @property
     def masks(self) -> int:
-        """Tenants whose packed masks fit on a device, beside the backbone and the materialized ones."""
+        """Tenants whose packed masks fit on a device, besides the backbone and the materialized masks."""
         return max(0, int((self.memory - RUNTIME - (1 + HELD) * WEIGHTS) / self.mask))
 
     @property
     def copies(self) -> int:
-        """Tenants of whom a device holds a whole copy."""
+        """Tenants whose full copies fit on a device."""
         return max(0, int((self.memory - RUNTIME) / WEIGHTS))
 
     def ways(self) -> dict[str, "Levels"]:
@@ -92,14 +92,14 @@ Levels = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Run:
-    """What a simulation gave, without its first images.
+    """Results of a simulation, without its first images.
 
     Attributes:
         seconds: float64 [n], from an image's arrival to its answer.
-        hits: share of the images whose tenant was there, by level.
-        busy: what came in of work, passes and misses, over what the devices can do in that time; from 1 on the queue
-            grows without end.
-        lost: share of the work that is misses.
+        hits: share of the images whose tenant was cached, by level.
+    busy: work that arrived (passes and misses) over the capacity of the devices in that time; from 1 on the queue
+        grows without limit.
+    lost: share of the work due to misses.
     """
 
     seconds: np.ndarray
@@ -113,7 +113,7 @@ class Run:
 
 
 def traffic(rate: float, tenants: int, exponent: float, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Arrival times (float64 [count], seconds, rising) and tenants (int64 [count], 0 the most frequent)."""
+    """Arrival times (float64 [count], seconds, ascending) and tenants (int64 [count], 0 is the most frequent)."""
     generator = np.random.default_rng(seed)
     weights = np.arange(1, tenants + 1, dtype=np.float64) ** -exponent
     who = generator.choice(tenants, count, p=weights / weights.sum())
@@ -121,9 +121,9 @@ def traffic(rate: float, tenants: int, exponent: float, count: int, seed: int) -
 
 
 def simulate(arrivals: np.ndarray, who: np.ndarray, tenants: int, devices: int, forward: float, levels: Levels) -> Run:
-    """Send every image to the device that finishes it first; ties go round the devices, from the tenant's own on.
+    """Send every image to the device that finishes it first; ties go round robin, starting at the tenant's own device.
 
-    At the start the tenants lie on the devices in turn, the most frequent first, until the levels are full.
+    At the start the tenants are spread over the devices in turn, the most frequent first, until the levels are full.
     """
     costs = np.zeros((tenants, devices))  # seconds beside the pass, were the tenant's next image to go there
     held: list[list[OrderedDict[int, None]]] = []
@@ -163,7 +163,7 @@ def simulate(arrivals: np.ndarray, who: np.ndarray, tenants: int, devices: int, 
 
 
 def needed(p99: Callable[[int], float], goal: float, most: int = DEVICES[-1]) -> float:
-    """The fewest devices with which the goal is met, by halving; infinity where ``most`` do not suffice."""
+    """The fewest devices that meet the goal, by bisection; infinity if ``most`` are not enough."""
     if p99(most) > goal:
         return math.inf
     low, high = 0, most
@@ -174,9 +174,9 @@ def needed(p99: Callable[[int], float], goal: float, most: int = DEVICES[-1]) ->
 
 
 def measured() -> Case:
-    """What was measured on two cores of an AMD EPYC (ResNet-50, 224 px, onnx executor).
+    """Times measured on two cores of an AMD EPYC (ResNet-50, 224 px, onnx executor).
 
-    Milliseconds are those of docs/performance.md; bytes of a mask and what a new one costs are in the JSON.
+    Milliseconds come from docs/performance.md; the bytes of a mask and the cost of a new one are in the JSON.
     """
     figures = json.loads((RESULTS / "serving-resnet50.json").read_text())["figures"]
     forward, swap = 0.0400, 0.0070
@@ -195,7 +195,7 @@ was measured with its file outside of the page cache."""
 
 
 def here(case: Case, rounds: int) -> Case:
-    """The case with times of this machine: medians over rounds."""
+    """The case with times measured on this machine: medians over rounds."""
     import tempfile
 
     import torch
@@ -245,7 +245,7 @@ ASSUMED = "The what-if column: assumptions, nothing was measured on a GPU"
 
 
 def study(case: Case, workload: Workload) -> tuple[Table, dict[str, Figure]]:
-    """The table of one case, and its figures with the case's name before each."""
+    """The table of one case, and its figures, prefixed with the case's name."""
     title = f"{case.name}: {workload.tenants} tenants, zipf {workload.zipf:g}, {case.rate:g} images/s"
     table = Table("devices", "way", "hit rate", "in memory", "busy", "lost to misses", "p99 ms", title=title)
     seeds = range(workload.seeds)

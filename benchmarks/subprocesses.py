@@ -1,4 +1,4 @@
-"""Peers are alternatives that do the same work, each in a process of its own, timed in interleaved rounds."""
+"""Peers are alternatives that do the same work, each in a separate process, timed in interleaved rounds."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ TRIES = 4
 
 
 class Peer:
-    """A process that is built once and then does the work it is sent."""
+    """A process that is built once and then does the work sent to it."""
 
     def __init__(self, build: Build, *arguments: Any) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -33,7 +33,7 @@ class Peer:
         self._receive()
 
     def grown(self) -> int:
-        """Growth of the process in bytes since before it was built."""
+        """Growth of the process in bytes since before the build."""
         self._pipe.send(resident_bytes)
         grown: int = self._receive()
         return grown
@@ -78,9 +78,9 @@ def peers(builds: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Peer]]:
 
 
 def rounds(running: dict[str, Peer], works: Sequence[Any], warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each peer for each of ``works``; the first ``warm`` of them are done once more, uncounted, before.
+    """Seconds of each peer for each of ``works``; the first ``warm`` of them run once before, uncounted, as a warm-up.
 
-    A round in which an idle loop is more than a fifth off its usual time, before or after, is done again.
+    A round is repeated if an idle loop before or after it is more than a fifth off its usual time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for work in works[:warm]:

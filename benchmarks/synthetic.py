@@ -1,4 +1,4 @@
-"""Bundles of random masks over seeded random weights: neither time nor bytes depend on their values."""
+"""Bundles of random masks on seeded random weights: neither time nor bytes depend on their values."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ QUICK = Options(embedding=True, labels=0, neighbors=0)
 
 
 def mask(backbone: Backbone, name: str, start: int, seed: int) -> Mask:
-    """``DENSITY`` of the weights active, and BatchNorm statistics that are the mask's own."""
+    """A mask with ``DENSITY`` of the weights active, and its own BatchNorm statistics."""
     draw = np.random.default_rng(seed)
     size = -(-(backbone.weights.numel() - backbone.offset(start)) // 8)
     bits = np.zeros(size, np.uint8)
@@ -40,7 +40,7 @@ def mask(backbone: Backbone, name: str, start: int, seed: int) -> Mask:
 
 
 def single(backbone: Backbone, name: str, seed: int, dim: int = DIM, mask_from: int = 0) -> Bundle:
-    """A bundle that is one mask, by default over every maskable weight."""
+    """A bundle with one mask, by default over every maskable weight."""
     return _bundle(backbone, name, [mask(backbone, "dispatcher", mask_from, seed)], dim)
 
 
@@ -58,7 +58,7 @@ def cascade(backbone: Backbone, name: str, experts: int, expert_from: int, mask_
 
 
 def noise(backbone: Backbone, count: int, seed: int = 0) -> Tensor:
-    """Images, float32 [count, 3, H, W], each with a color and a contrast of its own."""
+    """Images, float32 [count, 3, H, W], each with a different color and contrast."""
     generator = torch.Generator().manual_seed(seed)
     look = torch.randn(count, 3, 1, 1, generator=generator)
     return look + torch.randn(count, *backbone.config["input_size"], generator=generator) * look.abs().amax(1, True)
@@ -73,19 +73,19 @@ def engine_of(bundles: list[Bundle], budget: int, executor: Kind = "auto") -> En
 
 
 def item(engine: Engine, name: str, pixels: Tensor, mode: Mode | None = None, version: str | None = None) -> Item:
-    """An image that is ready for a pass."""
+    """An image, ready for a pass."""
     bundle = engine.find(name, version)
     assert isinstance(bundle, Bundle)
     return Item(bundle, mode or bundle.card.mode, QUICK, pixels)
 
 
 def executor_name(backbone: str) -> str:
-    """Class name of the executor that engines take here for a backbone, by name."""
+    """Class name of the executor that engines choose on this machine for a backbone, by name."""
     return type(choose(load(backbone), WeightCache(0))).__name__
 
 
 def mask_bytes(backbone: Backbone) -> int:
-    """Of one mask's materialized weights, with room for padding."""
+    """Bytes of one mask's materialized weights, with room for padding."""
     return int(4 * backbone.weights.numel() * 1.05)
 
 

@@ -1,18 +1,18 @@
-"""Customers that share a server: what a quiet one notices of a flood, what fairness costs, and how even the shares are.
+"""Customers that share a server: how a flood affects a quiet one, what fairness costs, and how even the shares are.
 
     python -m benchmarks.tenants                                        # ResNet-50, about ten minutes
     python -m benchmarks.tenants --backbone test_resnet --seconds 5     # a quick look
 
-Two ASGI servers over one store with a bundle, a key and a name for each tenant. The ``fair`` one has its defaults. The
-``arrival`` one is our batcher as it is without tenants: everybody sends the same key, ``--patience 0`` takes groups in
-order of arrival, and no time slice ends a pass. Only one works at a time; rounds are interleaved. JPEG files in,
+Two ASGI servers on one store, with a bundle, a key and a name per tenant. The ``fair`` one has its defaults. The
+``arrival`` one is our batcher without tenants: all clients send the same key, ``--patience 0`` takes groups in
+order of arrival, and no time slice ends a pass. Only one is busy at a time; rounds are interleaved. JPEG files in,
 answers out; clients share the cores with the servers.
 
-victim_p99       p99 of a tenant that sends one image after the other, with pauses, beside one that sends ten times what
-                 the server can carry, over its p99 alone
-fair_throughput  images a second of all tenants, each of which has several requests in progress all the time: fair over
+victim_p99       p99 of a tenant that sends one image after the other, with pauses, while another sends ten times the
+                 server's capacity; over its p99 alone
+fair_throughput  images per second of all tenants, each with several requests in progress all the time: fair over
                  arrival
-jain             Jain's index of what those tenants got, although some have three times as many requests in progress
+jain             Jain's index of these tenants' throughput, although some have three times as many requests in progress
 """
 
 import asyncio
@@ -51,7 +51,7 @@ LIMIT = 60.0  # seconds for an answer
 
 @dataclass
 class Seen:
-    """The answers that one tenant got in some time: seconds of each with status 200, and how many of each status."""
+    """The answers to one tenant in some time: seconds of each with status 200, and the number of each status."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -66,7 +66,7 @@ class Seen:
 
 
 class Sender:
-    """One connection of one tenant. Little work, since it shares the cores with the server."""
+    """One connection of one tenant. It does little work, because it shares the cores with the server."""
 
     def __init__(self, url: httpx.URL, key: str, bundle: str, images: list[bytes]) -> None:
         head = [f"POST {url.path} HTTP/1.1", f"Host: {url.host}", f"Authorization: Bearer {key}"]
@@ -97,7 +97,7 @@ class Sender:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server; ``shared``: everybody sends the key for all bundles."""
+    """A running server; ``shared``: all clients send the key for all bundles."""
 
     url: httpx.URL
     images: list[bytes]
@@ -176,13 +176,13 @@ async def beside(server: Server, rate: float, seconds: float, seed: int) -> tupl
 
 
 def jain(values: list[int]) -> float:
-    """Jain's index: 1 where all are equal, 1/n where one has everything."""
+    """Jain's index: 1 if all are equal, 1/n if one has everything."""
     return float(sum(values) ** 2 / (len(values) * sum(v * v for v in values)))
 
 
 @contextmanager
 def serving(store: Path, keys: Path, *options: str) -> Iterator[httpx.URL]:
-    """Start the server by its command; yields the URL to post to."""
+    """Start the server by its command; yields the URL for requests."""
     command = [sys.executable, "-m", "cascade.cli.main", "serve", "--port", "0", "--log-level", "error"]
     command += ["--model-store", str(store), "--api-keys", str(keys), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -219,7 +219,7 @@ def digest(key: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: tenants, rounds, and the seconds of each measurement."""
+    """Plan of the measurement: tenants, rounds, and the seconds of each measurement."""
 
     backbone: str
     tenants: int
@@ -236,7 +236,7 @@ def main(
         Path | None, typer.Option(help="JSON file to write instead of the one in benchmarks/results.")
     ] = None,
 ) -> None:
-    """Measure a quiet tenant beside a flood, the cost of fairness, and how even the shares are."""
+    """Measure a quiet tenant during a flood, the cost of fairness, and how even the shares are."""
     exit_on_signals(1)  # stops the servers and removes the folder
     plan = Plan(backbone, tenants, rounds, seconds)
     shares: dict[str, list[list[Seen]]] = {"fair": [], "arrival": []}

@@ -1,10 +1,10 @@
-"""What a step of masking costs beside a step of full fine-tuning of the same network, on the same images.
+"""The cost of a masking step, against a step of full fine-tuning of the same network on the same images.
 
     python -m benchmarks.training                                  # ResNet-50 at 224 px
     python -m benchmarks.training --backbone tf_efficientnet_lite0 --size 128 --batch 32
 
-The paper says that masking is not noticeably slower: at most 1.1 times in time and memory. Both learn the whole network
-with the same loss, optimizer, crops and loop (``training.loop.fit``), each in a process of its own.
+The paper says that masking is not noticeably slower: at most 1.1 times in time and memory. Both train the whole network
+with the same loss, optimizer, crops and loop (``training.loop.fit``), each in a separate process.
 """
 
 import itertools
@@ -36,7 +36,7 @@ SHEET = Path(__file__).parents[1] / "tests" / "data" / "cifar10.png"
 
 
 def build(way: str, recipe: Recipe) -> Work:
-    """A way to learn; its work is a number of steps, which gives (seconds a step, peak bytes that it has grown by)."""
+    """A way to train; its work is a number of steps and returns (seconds per step, peak growth in bytes)."""
     before = resident_bytes()
     backbone = backbones.load(recipe.backbone, recipe.source, device=device())
     preprocessing = Preprocessing.of(backbone.config, recipe.size)

@@ -1,1 +1,1 @@
-"""Mixed masks against the alternatives, see ``__main__``."""
+"""Mixed masks against the alternatives; see ``__main__``."""

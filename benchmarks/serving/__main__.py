@@ -1,11 +1,11 @@
-"""Traffic that mixes many masks, against copies of the weights and against what servers do today.
+"""Traffic that mixes many masks, against copies of the weights and against common alternatives.
 
     python -m benchmarks.serving                                    # ResNet-50, 224 px: half an hour on two cores
     python -m benchmarks.serving --backbone vit_base_patch32_224    # or tf_efficientnet_lite0
     python -m benchmarks.serving --only swap,mixed_uniform          # some of the measurements
 
-Weights are seeded random ones: neither time nor bytes depend on their values. Images are decoded already. Each item is
-one mask, but for the cascades. Peers are processes of their own, interleaved by rounds.
+Weights are random with a seed: neither time nor bytes depend on their values. Images are already decoded. Each item has
+one mask, except for the cascades. Peers are separate processes, interleaved by rounds.
 """
 
 import os

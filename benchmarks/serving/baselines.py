@@ -1,6 +1,6 @@
-"""Ways to serve N adapted models; each is built in a process of its own and answers (model, image) pairs.
+"""Ways to serve N adapted models. Each is built in a separate process and answers (model, image) pairs.
 
-Every way may group a batch by model first; none looks further than the batch.
+Each may first group a batch by model; none looks beyond the batch.
 """
 
 import tempfile

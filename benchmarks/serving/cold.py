@@ -12,7 +12,7 @@ from cascade.bundle.format import read, write
 
 
 def build(name: str, count: int) -> Callable[[tuple[int, int]], object]:
-    """``(images, version)``: a request for a version, 0 for the one that is warm."""
+    """``(images, version)``: a request for a version, 0 for the warm one."""
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 8)
     keep = tempfile.TemporaryDirectory(prefix="cascade-cold-")

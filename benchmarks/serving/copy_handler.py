@@ -1,4 +1,4 @@
-"""A typical TorchServe handler: one worker with a full copy for each model. TorchServe requires a single class here."""
+"""A typical TorchServe handler: one worker with a full copy per model. TorchServe requires a single class here."""
 
 import json
 from pathlib import Path

@@ -24,7 +24,7 @@ def zipf(models: int, count: int, seed: int = 0, size: int = BATCH) -> list[Batc
 
 
 def against_copies(name: str, what: str, models: int, works: list[Batch], goal: str, same: bool, rows: Rows) -> Figures:
-    """Throughput over resident copies in their fastest executor, and in ours if they fit into memory."""
+    """Throughput over resident copies in their fastest executor, and in ours if they fit in memory."""
     builds = {"masks": (baselines.ours, name, models, HELD), "copies": (baselines.static_copies, name, models)}
     if same:
         builds["same"] = (baselines.ours, name, models, models)
@@ -45,7 +45,7 @@ def against_copies(name: str, what: str, models: int, works: list[Batch], goal: 
 
 
 def against_today(name: str, works: list[Batch], models: int, rows: Rows) -> Figures:
-    """Throughput and memory over loading a state_dict whenever the model changes, and over hooks that mask."""
+    """Throughput and memory over loading a state_dict whenever the model changes, and over masking hooks."""
     builds = {
         "masks": (baselines.ours, name, models, HELD),
         "load_state_dict": (baselines.files, name, models),

@@ -1,4 +1,4 @@
-"""Two thousand masks over five: throughput at a long queue, and the memory of a thousand masks."""
+"""Two thousand masks over five: throughput with a long queue, and the memory of a thousand masks."""
 
 import time
 from collections.abc import Callable
@@ -23,8 +23,8 @@ PATIENCE = 20.0
 def build(name: str, models: int, at: int) -> Callable[[tuple[str, list[int]]], Any]:
     """An engine of ``models`` masks; ``("bytes", [])`` returns the growth of the process for the first ``at`` of them.
 
-    ``("queue", models)`` keeps QUEUED images of these models waiting until there are no more, and gives the waits.
-    ``("arrival", models)`` runs them in batches in the order in which they came, and gives what the weight_cache did.
+    ``("queue", models)`` keeps QUEUED images of these models waiting until none are left, and returns the waits.
+    ``("arrival", models)`` runs them in batches in order of arrival, and returns the counts of the weight_cache.
     """
     backbone = synthetic.load(name)
     pixels = synthetic.noise(backbone, 64)

@@ -20,7 +20,7 @@ OFF = (0.075, 0.25, 0.5)
 
 
 def build(name: str) -> Callable[[float], dict[str, float]]:
-    """Seconds of a swap and of a copy, one after the other, at a given fraction of weights that are off."""
+    """Seconds of a swap and of a copy, one after the other, with a given fraction of weights switched off."""
     backbone = synthetic.load(name)
     executor = choose(synthetic.load(name), WeightCache(0), "onnx")
     flat = executor.layout  # type: ignore[attr-defined]
