@@ -46,7 +46,7 @@ CONTENTS = {"FP32": ("fp32_contents", "<f4"), "INT64": ("int64_contents", "<i8")
 
 
 class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """The calls that have an HTTP route; gRPC answers UNIMPLEMENTED to all others.
+    """The calls that have an HTTP route; all others are UNIMPLEMENTED.
 
     Args:
         client: of the application, without a network.
@@ -111,6 +111,15 @@ class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
         found = answer.json()
         ParseDict({key: found} if key else found, into, ignore_unknown_fields=True)
         return into
+
+
+async def _unimplemented(self: Inference, request: Any, context: grpc.aio.ServicerContext) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not_implemented: this server has no such call")
+
+
+for _name in vars(service_pb2_grpc.GRPCInferenceServiceServicer).keys() - vars(Inference).keys():
+    if _name[0].isupper():  # those of the generated base class log an error each time
+        setattr(Inference, _name, _unimplemented)
 
 
 class Health(health_pb2_grpc.HealthServicer):

@@ -168,8 +168,9 @@ def test_errors_have_codes_and_say_what_to_do(client: triton.InferenceServerClie
     assert errors[0].startswith("400 not_an_image") and errors[1] == ""
     (error,) = client.infer("birds", [good], parameters={"mode": "best"}).as_numpy("error")
     assert error.startswith(b"400 unknown_mode")
-    assert refused(lambda: client.get_model_config("birds"))[0] == "StatusCode.UNIMPLEMENTED"
-    assert refused(lambda: client.load_model("birds")) == ("StatusCode.PERMISSION_DENIED", "management_off")
+    assert refused(lambda: client.get_model_config("birds")) == ("StatusCode.UNIMPLEMENTED", "not_implemented")
+    assert refused(lambda: client.get_log_settings())[0] == "StatusCode.UNIMPLEMENTED"
+    assert refused(lambda: client.load_model("birds")) == ("StatusCode.NOT_FOUND", "management_off")
 
 
 def test_keys_and_management(service: Service, files: list[bytes]) -> None:
