@@ -6,14 +6,14 @@
 #     docker run --rm -p 127.0.0.1:8080:8080 cascade --host 0.0.0.0 --no-auth      for this machine only, without keys
 #
 # `keys` has lines BUNDLE SHA256 (docs/http.md). Port 8080 takes images and has /metrics; with `--frontend torchserve` the
-# metrics are at 8082. To listen on another port, set PORT (-e PORT=9000) and not --port: the health check reads it, too.
+# metrics are on 8082. To listen on another port, set PORT (-e PORT=9000), not --port: the health check reads PORT, too.
 #
-# The bases are tags of exact versions. To pin one by its digest (docker buildx imagetools inspect IMAGE shows it):
+# The bases are exact version tags. To pin one by its digest (docker buildx imagetools inspect IMAGE shows it):
 #
 #     docker build --build-arg CPU_BASE=python:3.12.12-slim-bookworm@sha256:... .
 #
 # Every RUN line is one that `make system` or `make env` runs (tests/test_dockerfile.py). torch installs CUDA's libraries
-# as wheels, so the smallest CUDA base will do.
+# as wheels, so the smallest CUDA base is enough.
 
 ARG DEVICE=cpu
 ARG CPU_BASE=python:3.12.12-slim-bookworm
@@ -22,7 +22,7 @@ ARG GPU_BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${CPU_BASE} AS cpu
 
 FROM ${GPU_BASE} AS gpu
-# The distribution's Python, in the version that it has.
+# The distribution's Python, in whatever version it ships.
 # hadolint ignore=DL3008
 RUN --mount=type=tmpfs,target=/var/lib/apt/lists \
     apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv
@@ -41,7 +41,7 @@ RUN python3 -m venv .venv && \
 COPY . .
 RUN .venv/bin/python -u -m pip install --quiet --no-deps --no-build-isolation --editable .
 
-# The code belongs to root and the server writes to /tmp only, so `docker run --read-only --tmpfs /tmp` works.
+# The code belongs to root and the server only writes to /tmp, so `docker run --read-only --tmpfs /tmp` works.
 USER 10001:10001
 ENV HOME=/tmp USER=cascade PORT=8080
 EXPOSE 8080

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Ten minutes on a GPU: tests first, then the figures in the order of their value. See gpu_first_run.md.
+# Ten minutes on a GPU: tests first, then the figures in order of value. See gpu_first_run.md.
 #
 #     OUT=results bash benchmarks/gpu_first_run.sh
 #
-# Each step has a time limit of its own and leaves its figures in $OUT before the next one begins. The limits add up to
-# less than nine minutes. DRY_RUN=1 runs the same steps on a CPU, over a small network; STEPS names some of them.
+# Each step has its own time limit and writes its figures to $OUT before the next one begins. The limits add up to
+# less than nine minutes. DRY_RUN=1 runs the same steps on a CPU with a small network; STEPS selects steps.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-first-run}
@@ -17,17 +17,17 @@ fi
 mkdir -p "$OUT"
 OUT=$(realpath "$OUT")
 : > "$OUT/steps.jsonl"
-# Caches that may be written, and executed from.
+# Caches must be writable and executable.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$OUT/cache/triton} NUMBA_CACHE_DIR=${NUMBA_CACHE_DIR:-$OUT/cache/numba}
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$OUT/cache} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-# Packages that the machine lacks, if they were carried here.
+# Packages that the machine lacks, if their wheels are here.
 if compgen -G ".whl/*.whl" > /dev/null; then
     $PYTHON -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$OUT/cache/site" .whl/*.whl
     export PYTHONPATH="$OUT/cache/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
-# step NAME SECONDS COMMAND...: run it within its time, log it, and write one line of JSON about it.
+# step NAME SECONDS COMMAND...: run the command with a time limit, log it, and write one line of JSON about it.
 step() {
     local name=$1 limit=$2 begin=$SECONDS status=0
     shift 2
