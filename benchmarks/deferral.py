@@ -1,15 +1,15 @@
-"""Deferral inside one bundle: accuracy against cost of a small input size, a larger one, and asking again where unsure.
+"""Deferral inside one bundle: accuracy against cost of a small input size, a larger one, and a second pass if uncertain.
 
     python -m benchmarks.deferral                        # every cell of seed 0, one after the other; resumes
-    python -m benchmarks.deferral cifar10/both           # only cells whose name begins so
-    python -m benchmarks.deferral --limit 4000 groceries/frozen     # fewer training images, results in a folder apart
+    python -m benchmarks.deferral cifar10/both           # only cells with this prefix
+    python -m benchmarks.deferral --limit 4000 groceries/frozen     # fewer training images, separate results
     python -m benchmarks.deferral --report               # no training: the table, the plot, the JSON line
 
 A cell is named DATASET/ADAPTER-SIZE/BACKBONE/SEED (one network at one size: the control) or
-DATASET/ADAPTER-SMALL-LARGE/BACKBONE/SEED (the small network of that name, asked again at the larger size), and leaves
-a JSON file in ``benchmarks/results/deferral``. ``frozen`` is a head on the backbone; ``both`` a mask with scales and
-shifts trained with labels, or that head where the validation images prefer it. Cost is time, in passes of the small
-size, as the serving executor takes for batches of 16. Missed goals are reported as missed, cells that did not run as
+DATASET/ADAPTER-SMALL-LARGE/BACKBONE/SEED (the small network of that name, with a second pass at the larger size), and
+writes a JSON file to ``benchmarks/results/deferral``. ``frozen`` is a head on the backbone; ``both`` is a mask with
+scales and shifts trained with labels, or that head if the validation images prefer it. Cost is time, in passes of the
+small size, with the serving executor and batches of 16. Missed goals are reported as missed, cells that did not run as
 not measured.
 """
 
@@ -79,7 +79,7 @@ class Cell:
 
 
 def cells(datasets: list[str], backbones: list[str], seeds: int) -> Iterator[Cell]:
-    """All cells, the most valuable first; one at the small size comes with the training of the other two."""
+    """All cells, the most valuable first; one at the small size is trained with the other two."""
     for seed in range(seeds):
         for backbone in backbones:
             for adapter in ADAPTERS:
@@ -136,7 +136,7 @@ def _percent(share: float | np.floating[Any]) -> float:
 
 
 def frontier(both: Answers) -> list[float]:
-    """Accuracy in [0, 1] where each of ``SHARES`` of the images, the least certain ones, is asked again."""
+    """Accuracy in [0, 1] if each of ``SHARES`` of the images, the least certain ones, gets a second pass."""
     order = np.argsort(both.confidence, kind="stable")
     right = both.small[order].astype(float)
     gained = np.concatenate([[0.0], np.cumsum(both.large[order] - right)])
@@ -145,7 +145,7 @@ def frontier(both: Answers) -> list[float]:
 
 @torch.inference_mode()
 def passes(backbone: str, sizes: list[int]) -> dict[str, Any]:
-    """Passes of the small size that one at each size takes: medians of batches that run in turns."""
+    """Cost of one pass at each size, in passes of the small size: medians of batches that take turns."""
     loaded = backbones.load(backbone, BACKBONES[backbone])
     executor = choose(loaded, WeightCache(2**31), "auto", SMALL)
     inputs = {size: torch.randn(BATCH, 3, size, size) for size in sizes}

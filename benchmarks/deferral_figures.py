@@ -30,17 +30,17 @@ def load(folder: Path) -> tuple[Results, dict[str, dict[str, float]]]:
 
 
 def cheapest(points: list[list[float]], goal: float) -> float:
-    """The smallest share that is asked again with an accuracy of at least ``goal``; 1 where only that has it."""
+    """The smallest share of second passes with an accuracy of at least ``goal``; 1 if only that reaches it."""
     return next((share for share, accuracy in points if accuracy >= goal - 1e-9), 1.0)
 
 
 def at_cost(points: list[list[float]], share: float) -> float:
-    """Accuracy on the frontier where a share is asked again, linear between its points."""
+    """Accuracy on the frontier at a share of second passes, linear between its points."""
     return float(np.interp(share, [s for s, _ in points], [a for _, a in points]))
 
 
 def figures(results: Results, costs: dict[str, dict[str, float]], adapter: str) -> dict[str, list[float]]:
-    """Values of each figure, one for each data set, backbone and seed."""
+    """Values of each figure, one per data set, backbone and seed."""
     values: dict[str, list[float]] = {name: [] for name in (*GOALS, "deferral_cost_validated", "deferral_lost")}
     for (dataset, row, backbone, seed), r in results.items():
         if row != f"{adapter}-{SMALL}-{LARGE}" or backbone not in costs:
@@ -96,7 +96,7 @@ def report(folder: Path, plot_to: Path | None) -> None:
 
 
 def cost_of(row: str, result: dict[str, Any], costs: dict[str, float]) -> float | None:
-    """Passes of the small size; of a pair at its threshold. None where the times were not measured."""
+    """Cost in passes of the small size; that of a pair at its threshold. None if the times were not measured."""
     _, *sizes = row.split("-")
     if not set(sizes) <= costs.keys():
         return None
@@ -104,7 +104,7 @@ def cost_of(row: str, result: dict[str, Any], costs: dict[str, float]) -> float 
 
 
 def plot(results: Results, costs: dict[str, dict[str, float]], path: Path) -> None:
-    """Accuracy against cost, a panel for each data set (first backbone, seed 0): frontiers are lines, sizes points."""
+    """Accuracy against cost, one panel per data set (first backbone, seed 0): frontiers are lines, sizes are points."""
     import matplotlib
 
     matplotlib.use("Agg")

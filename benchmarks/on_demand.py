@@ -1,10 +1,10 @@
-"""Bundles on demand: how fast a large store starts, what a cold bundle costs, and what a full memory costs.
+"""On-demand loading: start time with a large store, the cost of a cold start, and the cost of full memory.
 
     python -m benchmarks.on_demand                            # ResNet-50: 10,000 and 2,000 bundles
     python -m benchmarks.on_demand --backbone tf_efficientnet_lite0 --many 2000
 
-Every bundle of the store is one random mask over all weights; the files of all bundles are links to one, so they are in
-the page cache, as a local disk's files soon are. Everything runs in one process, the ways interleaved.
+Every bundle of the store is one random mask over all weights. The files of all bundles are links to those of one, so
+they are in the page cache, as a local disk's files soon are. Everything runs in one process, interleaved.
 """
 
 import os
@@ -35,7 +35,7 @@ MASKS = 8  # materialized at a time
 
 
 def links(first: Path, store: Path, count: int) -> Path:
-    """A store of ``count`` bundles, all of them hard links to the files of one."""
+    """A store with ``count`` bundles, all hard links to the files of one."""
     for n in range(count):
         folder = store / f"tenant-{n:05d}" / "1"
         folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def opened(store: Path, budget: int, memory: int | None = None) -> OnDemandRegis
 
 
 def ask(registry: OnDemandRegistry, names: Iterable[int], image: Image.Image) -> float:
-    """Seconds of one answer for each name, in batches."""
+    """Seconds of one answer per name, in batches."""
     names = [*names]
     begun = time.perf_counter()
     for first in range(0, len(names), BATCH):
@@ -76,7 +76,7 @@ def start(stores: dict[int, Path], budget: int, image: Image.Image, rounds: int)
 
 
 def cold(store: Path, budget: int, image: Image.Image, rounds: int, images: int) -> list[float]:
-    """Seconds of the first request for a bundle over those of the next one, of a bundle that is loaded already."""
+    """Seconds of the first request for a bundle, over those of a request for a loaded one."""
     registry = opened(store, budget)
     ask(registry, [0] * images, image)
     ratios = []
@@ -88,7 +88,7 @@ def cold(store: Path, budget: int, image: Image.Image, rounds: int, images: int)
 
 
 def thrash(store: Path, budget: int, image: Image.Image, room: int, requests: int, rounds: int) -> list[float]:
-    """Throughput with room for some bundles over that with all of them loaded, under the same Zipf traffic."""
+    """Throughput with room for some bundles over that with all bundles loaded, under the same Zipf traffic."""
     names = [path.name for path in sorted(store.iterdir())]
     whole = opened(store, budget)
     for name in track(names, "loading all"):
