@@ -1,1 +1,1 @@
-"""Front ends. Each turns its own requests into one `Engine.predict` call and the answers back."""
+"""Front ends. Each translates its requests into one `Engine.predict` call, and the answers back."""

@@ -45,7 +45,7 @@ def _key() -> dict[str, str]:
 
 
 def port_of(environment: Mapping[str, str]) -> int:
-    """The port that serve reads, but no address that Kubernetes sets for a Service called cascade-serve."""
+    """The port for serve; ignores the address that Kubernetes sets for a Service named cascade-serve."""
     given = (environment.get(name, "") for name in ("PORT", "CASCADE_SERVE_PORT"))
     return next((int(port) for port in given if port.isdecimal()), PORT)
 

@@ -1,7 +1,7 @@
 """A child process with all its descendants, started and killed as one process group.
 
-The child leads its own session, so Ctrl-C in a terminal reaches only us, and we stop it in our own order. The kernel
-kills it when we die, even by SIGKILL. To kill it is to kill and reap the whole group.
+The child leads its own session, so Ctrl-C in a terminal reaches only the parent, which stops the child in an orderly
+way. The kernel kills the child when the parent dies, even by SIGKILL. Killing it kills and reaps the whole group.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ PR_SET_CHILD_SUBREAPER = 36
 ROOT = Path(__file__).parents[1]
 """The folder of our packages."""
 
-# Runs in the child and turns into the command. A program of its own rather than `preexec_fn`, which may deadlock where
-# the parent has threads. The parent may have died before prctl, hence the check.
+# Runs in the child and execs the command. It is a separate program because `preexec_fn` may deadlock if the parent has
+# threads. The parent may have died before prctl, hence the check.
 LAUNCHER = f"""
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGKILL)
@@ -49,7 +49,7 @@ def start(
 
     Call it in the main thread: the kernel kills the child when the *thread* that started it ends.
     """
-    # Orphaned grandchildren become our children, so that we can reap them.
+    # Orphaned grandchildren become children of this process, so that it can reap them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
     return subprocess.Popen(
@@ -65,17 +65,17 @@ def start(
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The command that runs one of our modules, whatever packages are called the same in the working folder (-P)."""
+    """The command that runs one of our modules, even if the working folder has a package of the same name (-P)."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """Our own, with our packages first in the search path, and OpenMP threads that sleep while they wait.
+    """This process's environment, with our packages first in the search path and OpenMP threads that do not spin.
 
-    Threads that spin cost a second an image where another process needs the core.
+    Spinning threads cost a second per image if another process needs the core.
 
     Args:
-        threads: of OpenMP and numba; None leaves the environment's.
+        threads: of OpenMP and numba; None keeps the environment's.
     """
     counts = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     search = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -85,7 +85,7 @@ def environment(threads: int | None = None) -> dict[str, str]:
 def kill(process: subprocess.Popen[bytes], timeout: float = 10) -> None:
     """Kill the process and its descendants; return when all of them are reaped.
 
-    Raises ProcessError where that takes over ``timeout`` seconds (a hanging disk or GPU driver).
+    Raises ProcessError if that takes more than ``timeout`` seconds (a hanging disk or GPU driver).
     """
     end = time.monotonic() + timeout
     with suppress(ProcessLookupError):

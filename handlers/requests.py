@@ -20,7 +20,8 @@ OPTIONS = ("bundle", "version", "mode", "fields", "priority", "dispatch")
 BINARY = "application/octet-stream"
 FIELDS = ("labels", "neighbors", "embedding")
 MAX_MEMBERS = 100
-"""Commas and brackets of a JSON body: it has one image and five options. Small values take 20 times their bytes."""
+"""Most commas and brackets in a JSON body, which has one image and a few options. Small values take 20 times their size
+when parsed."""
 NOT_FINITE = ItemError("not_finite", "the answer contains NaN or infinity: try cascade verify on the bundle")
 COMPRESSED = ItemError("compressed_body", "the body is compressed: send it without Content-Encoding")
 BAD_JSON = ItemError("bad_request", 'a JSON body is an object with "image", the file in base64')
@@ -28,10 +29,10 @@ COMPLEX_JSON = ItemError("bad_request", f"a JSON body has at most {MAX_MEMBERS} 
 
 
 def parse(body: bytes, content_type: str, headers: Mapping[str, str]) -> tuple[bytes, Options] | ItemError:
-    """Return the bytes of the image and the options of one request, or what is wrong with it.
+    """Return the image's bytes and the options of one request, or its error.
 
     Args:
-        body: of the request; of a form, its only part.
+        body: of the request; for a form, of its only part.
         content_type: of the body, or of that part.
         headers: of the request, names in any case.
     """
@@ -57,13 +58,13 @@ def parse(body: bytes, content_type: str, headers: Mapping[str, str]) -> tuple[b
 
 
 def is_compressed(headers: Mapping[str, str]) -> bool:
-    """Whether the body has a Content-Encoding. It is refused: a small body could become any number of bytes."""
+    """Whether the body has a Content-Encoding. It is refused, since a small body could expand to any size."""
     codings = [value for name, value in headers.items() if name.lower() == "content-encoding"]
     return any(coding.strip().lower() not in ("", "identity") for value in codings for coding in value.split(","))
 
 
 def header_text(value: str) -> str:
-    """A header's value as it was meant: HTTP libraries decode as latin-1, and clients send UTF-8."""
+    """Decode a header's value as UTF-8, which clients send; HTTP libraries decode it as latin-1."""
     try:
         return value.encode("latin-1").decode()
     except UnicodeError:
@@ -76,7 +77,7 @@ def header_bytes(text: str) -> str:
 
 
 def _options(given: dict[str, Any]) -> Options | ItemError:
-    """Check names and types only: the engine knows which bundles, versions and modes there are."""
+    """Check names and types only: the engine knows the bundles, versions and modes."""
     if unknown := sorted(set(given) - set(OPTIONS)):
         return ItemError("unknown_option", f"unknown option {unknown[0][:40]!r}: choose {', '.join(OPTIONS)}")
     fields = given.pop("fields", None)

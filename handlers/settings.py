@@ -1,4 +1,4 @@
-"""The settings of ``cascade serve``: what all front ends share, once, and what only one of them has."""
+"""The settings of ``cascade serve``: shared ones, and those of each front end."""
 
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
@@ -9,7 +9,7 @@ from cascade.errors import CascadeError
 
 
 class SettingsError(CascadeError):
-    """The settings contradict each other, or would let everybody in."""
+    """The settings contradict each other, or would give everyone access."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,18 +17,18 @@ class Settings:
     """Shared by all front ends.
 
     Attributes:
-        model_store: a folder of <name>/<version>/, or a URL that fsspec knows.
+        model_store: a folder of <name>/<version>/, or a URL for fsspec.
         no_auth: serve without keys on any address.
         budget_bytes: of materialized masks, per engine; None for the engine's default.
         memory_bytes: of backbones and bundles, per engine; None for no limit.
-        threads: of torch, per engine; None for the CPUs that there are.
-        pins: version by bundle name, for requests that name none.
-        poll: seconds between two looks at the store; 0 for never.
+        threads: of torch, per engine; None for one per CPU.
+        pins: version by bundle name, for requests without a version.
+        poll: seconds between two checks of the store; 0 for never.
         drain_timeout: seconds for the requests in progress to finish, once told to stop.
         log_level: debug, info (a line per request), warning or error.
 
     Raises:
-        SettingsError: see there.
+        SettingsError: the settings are invalid.
     """
 
     model_store: str = "model_store"
@@ -54,9 +54,9 @@ class BatchingSettings(Settings):
     """Shared by the front ends with a batcher and API keys, ``asgi`` and ``ray``.
 
     Attributes:
-        api_keys: a file as ``handlers.asgi.key_file.read`` takes it.
-        allowed_hosts: Host headers that are accepted beside the names of loopback. Without keys on loopback all others
-            are refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
+        api_keys: a file for ``handlers.asgi.key_file.read``.
+        allowed_hosts: Host headers to accept besides the names of loopback. Without keys on loopback all others are
+            refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
         max_batch, patience, queue, time_slice: of ``cascade.engine.batcher.Batcher``.
     """
 
@@ -85,15 +85,15 @@ class BatchingSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AsgiSettings(BatchingSettings):
-    """Of the ASGI front end.
+    """Settings of the ASGI front end.
 
     Attributes:
         on_demand: of ``cascade.engine.stores.load_store``.
-        grpc_port: port for gRPC beside HTTP; None for none.
-        index: a folder that ``cascade index build`` made, for /v1/search.
-        connections: at a time; more get 503.
+        grpc_port: port for gRPC in addition to HTTP; None for no gRPC.
+        index: a folder made by ``cascade index build``, for /v1/search.
+        connections: most at the same time; more get 503.
         startup_timeout: seconds until the engine is ready.
-        keep_alive: seconds that an idle connection stays open: longer than the load balancer in front keeps it.
+        keep_alive: seconds that an idle connection stays open; should exceed that of a load balancer in front.
     """
 
     on_demand: bool = False
@@ -106,14 +106,14 @@ class AsgiSettings(BatchingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RaySettings(BatchingSettings):
-    """Of Ray Serve. ``workers``: replicas at most."""
+    """Settings of Ray Serve. ``workers``: most replicas."""
 
     workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchServeSettings(Settings):
-    """Of TorchServe, where predictions need a token unless ``no_auth``.
+    """Settings of TorchServe, where predictions need a token unless ``no_auth``.
 
     Attributes:
         on_demand: of ``cascade.engine.stores.load_store``.

@@ -1,4 +1,4 @@
-"""Signals of all servers: SIGTERM, Ctrl-C and a closed terminal (SIGHUP) stop a server in order, and drain it."""
+"""Signals of all servers: SIGTERM, Ctrl-C and a closed terminal (SIGHUP) drain a server and stop it."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def exit_on_signals(status: int = 0) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold SIGTERM, SIGINT and SIGHUP back until the end of the block.
+    """Defer SIGTERM, SIGINT and SIGHUP until the end of the block.
 
     So a child process is never started without the code that will stop it.
     """
@@ -41,6 +41,6 @@ def deferred() -> Iterator[None]:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """Without a SIGHUP that is ignored: nohup ignores it, so that a program outlives its terminal."""
+    """The stop signals, without SIGHUP if it is ignored: nohup ignores it, so that a program outlives its terminal."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,))]

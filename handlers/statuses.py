@@ -68,7 +68,7 @@ def status_of(error: ItemError) -> int:
 
 
 def error_body(error: ItemError, path: str = "/v1") -> dict[str, Any]:
-    """The JSON body of an error: ``{"error": {"status", "kind", "message"}}``; a text below /v2."""
+    """The JSON body of an error: ``{"error": {"status", "kind", "message"}}``; a plain string below /v2."""
     if path.startswith("/v2"):
         return {"error": f"{error.kind}: {error.message}"}
     return {"error": {"status": status_of(error), "kind": error.kind, "message": error.message}}

@@ -1,1 +1,1 @@
-"""The ASGI front end: FastAPI over a batcher, uvicorn around it, a supervisor around that."""
+"""The ASGI front end: FastAPI over a batcher, served by uvicorn, restarted by a supervisor."""

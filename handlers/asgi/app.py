@@ -1,4 +1,4 @@
-"""The application: requests in, one batcher behind them, answers out. docs/http.md describes what it speaks."""
+"""The ASGI application: requests in, one batcher behind them, answers out. docs/http.md describes the API."""
 
 import asyncio
 import re
@@ -46,7 +46,7 @@ V2_QUERY = ItemError(
     "bad_request", "a query has no effect: the version belongs in the path, /v2/models/NAME/versions/VERSION"
 )
 BAD_FORM = ItemError("bad_request", "send one image per request: a form has exactly one part, the file")
-ATTEMPTS = 2  # for a request without a version, whose version is removed meanwhile
+ATTEMPTS = 2  # for a request without a version, if its version is removed meanwhile
 
 
 def create_app(
@@ -58,8 +58,8 @@ def create_app(
     """The ASGI application over a service.
 
     Args:
-        index: for /v1/search, which is there only with one.
-        registry: for /v2/repository, which is there only with one.
+        index: for /v1/search, which exists only with an index.
+        registry: for /v2/repository, which exists only with a registry.
         hosts: the Host headers to accept; None for any.
     """
     app = FastAPI(
@@ -98,7 +98,7 @@ def create_app(
 
     @cache
     def described() -> dict[str, Any]:
-        """FastAPI's description, and the body of /infer, which FastAPI does not read itself."""
+        """FastAPI's OpenAPI description, plus the body of /infer, which FastAPI does not parse itself."""
         schema = open_inference.InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         document["components"] = {"schemas": schema.pop("$defs") | {"InferRequest": schema}}
@@ -109,7 +109,7 @@ def create_app(
 
 
 def _predictions(app: FastAPI, service: Service) -> None:
-    """/v1/predict: one file in, one answer out; headers, JSON and forms as with TorchServe."""
+    """/v1/predict: one file in, one answer out; headers, JSON and forms are the same as with TorchServe."""
     header = {"in": "header", "required": False, "schema": {"type": "string"}}
     options = [
         {"name": f"X-Cascade-{name}", **header}
@@ -221,7 +221,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
 
     async def find_bundle(request: Request, model: str) -> Bundle:
         service.check(request, model)
-        query = request.query_params.keys()  # ignored, ?version=1 would be answered by the latest version
+        query = request.query_params.keys()  # if ignored, ?version=1 would be answered by the latest version
         if query if request.method == "POST" else query & set(OPTIONS):
             raise Refusal(V2_QUERY)
         version = request.path_params.get("version")
@@ -234,7 +234,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
 
 
 def _state(app: FastAPI, service: Service) -> None:
-    """Alive, ready, and in which state."""
+    """Health checks and metrics."""
 
     @app.get("/v2/health/live", summary="The process answers")
     async def live() -> dict[str, bool]:
@@ -252,7 +252,7 @@ def _state(app: FastAPI, service: Service) -> None:
 
 
 def _pages(app: FastAPI, service: Service) -> None:
-    """For people: the page to look at, the API's description, and the map that the page draws."""
+    """Pages for people: the UI, the API's documentation, and the map that the UI draws."""
 
     @app.get("/", include_in_schema=False)
     @app.get("/ui", include_in_schema=False)
@@ -277,7 +277,9 @@ def _pages(app: FastAPI, service: Service) -> None:
     @app.get("/v1/map/{bundle}/{version}", summary="The neighbor bank in two dimensions")
     async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
         loaded = await find_bundle(request, bundle, version)
-        wanted = loaded.card.mode if mode in (None, "fast", "adaptive") else mode  # whose embeddings are of one network
+        wanted = (
+            loaded.card.mode if mode in (None, "fast", "adaptive") else mode
+        )  # whose embeddings come from one network
         bank = next((bank for name, bank in loaded.banks.items() if name == wanted), None)
         if bank is None:
             raise Refusal(ItemError("no_bank", "this bundle has no neighbor bank for that mode"))
@@ -298,19 +300,19 @@ def _pages(app: FastAPI, service: Service) -> None:
 
 
 def _versions(states: list[State]) -> dict[str, Any]:
-    """The versions that answer, and the state of each in the store."""
+    """The versions that can answer, and the state of every version in the store."""
     state = {s.version: {"state": s.state} | ({"reason": s.reason} if s.reason else {}) for s in states}
     return {"versions": [s.version for s in states if s.state in ("ready", "stored")], "state": state}
 
 
 class _InMemory(MultiPartParser):
-    """Starlette's parser would write a file over 1 MB to the disk, which may be full; the body is bounded here."""
+    """Parses forms in memory. Starlette would spool files over 1 MB to disk, which may be full; bodies are bounded."""
 
     spool_max_size = 2**40
 
 
 async def _one_body(request: Request) -> tuple[bytes, str]:
-    """The body and its content type; of a form, those of its one part."""
+    """The body and its content type; for a form, those of its only part."""
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/form-data"):
         return await request.body(), kind

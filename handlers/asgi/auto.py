@@ -1,4 +1,4 @@
-"""/v2/models/auto: the Open Inference Protocol without a bundle's name; each image goes to the bundle that it fits."""
+"""/v2/models/auto: the Open Inference Protocol with dispatch; each image goes to the bundle that it fits best."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ from handlers.asgi.middleware import Refusal
 from handlers.asgi.service import Service
 
 SEVERAL_WIDTHS = ItemError(
-    "bad_request", "these bundles have embeddings of several widths: leave the output embedding out, or name a bundle"
+    "bad_request", "these bundles have embeddings of different widths: omit the output embedding, or name a bundle"
 )
 
 
@@ -60,7 +60,7 @@ def add(app: FastAPI, service: Service) -> None:
         return await open_inference.reply(asked, (AUTO, "1"), answers, next(iter(widths), 0))
 
     async def check_table(request: Request) -> None:
-        """That there is something to dispatch to, before the body is read."""
+        """Check that there is a bundle to dispatch to, before the body is read."""
         service.opened(request)
         found = await asyncio.to_thread(service.engine.dispatch_table)  # half a second for a thousand new bundles
         if isinstance(found, ItemError):

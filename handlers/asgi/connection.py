@@ -1,4 +1,4 @@
-"""Limits of a connection that uvicorn lacks: on heads, trailers and bodies that never end, and on slow readers."""
+"""Connection limits that uvicorn lacks: for heads, trailers and bodies that never end, and for slow readers."""
 
 import asyncio
 import json
@@ -13,8 +13,8 @@ from handlers.asgi.middleware import LIMITS, Message, Receive, Send
 MAX_HEAD = 16 * 2**10  # bytes of the request line and all headers, and of all trailers
 HEAD_SECONDS = 10.0  # from a connection, or a head's first byte, to the head's end
 BODY_SECONDS = LIMITS.body_seconds + 5
-"""From the end of the head to the end of the request. The application, if it reads the body, answers 408 before."""
-WRITE_SECONDS = 15.0  # in which a client must read what it was sent
+"""From the end of the head to the end of the request. If the application reads the body, it answers 408 earlier."""
+WRITE_SECONDS = 15.0  # in which a client must read what was sent
 
 
 class Connection(HttpToolsProtocol):
@@ -27,8 +27,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._head = self._trailers = 0  # bytes
         self._in_head, self._in_body = True, False
-        self._clock: asyncio.TimerHandle | None = None  # runs until the head, or the request, is complete
-        self._all_read = time.monotonic()  # when the client had last read all that it was sent
+        self._clock: asyncio.TimerHandle | None = None  # timeout until the head, or the request, is complete
+        self._all_read = time.monotonic()  # when the client had last read everything that was sent
         super().connection_made(transport)  # type: ignore[arg-type]
         if len(self.connections) > self._most:
             self._refuse(503, "overloaded", "too many connections: try again later")
@@ -58,7 +58,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:
             return super().on_header(name, value)
-        self._trailers += len(name) + len(value) + 4  # a trailer has no use here, and must never pass for a header
+        self._trailers += len(name) + len(value) + 4  # trailers are ignored, and must never be taken for headers
         if self._trailers > MAX_HEAD and not self.transport.is_closing():
             self._refuse(*TOO_LARGE)
 
@@ -76,7 +76,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def check_reader(self) -> None:
-        """Cut a client that does not read its answers. Call it every second or so."""
+        """Disconnect a client that does not read its answers. Call it about once a second."""
         now = time.monotonic()
         if self.transport.get_write_buffer_size() == 0:
             self._all_read = now
@@ -103,7 +103,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(408, "slow_head", f"the headers took over {HEAD_SECONDS:g} s: send them at once")
 
     def _refuse(self, status: int, kind: str, message: str) -> None:
-        """Answer and close; only close where an earlier answer is still being written, or was given to this request."""
+        """Answer and close; only close if an earlier answer is still being written or this request has one already."""
         if self._is_idle() and not self._in_body:
             headers, body = _answer(status, kind, message)
             lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]

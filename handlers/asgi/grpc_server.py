@@ -1,7 +1,7 @@
-"""gRPC for the Open Inference Protocol, beside HTTP: ``cascade serve --grpc-port 8001``.
+"""gRPC for the Open Inference Protocol, next to HTTP: ``cascade serve --grpc-port 8001``.
 
-Each call is translated into the HTTP request that means the same and goes through the same application. So keys,
-limits, tenants, batching, the log and draining are the same for both. Messages and stubs come from ``tritonclient``.
+Each call is translated into the equivalent HTTP request to the same application. So keys, limits, tenants, batching,
+logs and draining are the same for both. Messages and stubs come from ``tritonclient``.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from handlers.asgi.middleware import App, Limits
 
 log = logging.getLogger("cascade.grpc")
 FRAME = 2**20  # bytes of a message around its tensors
-WATCH_SECONDS = 1.0  # between two looks for a client that watches the health
+WATCH_SECONDS = 1.0  # between two health checks for a client that watches
 STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -41,7 +41,7 @@ STATUSES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-"""gRPC's code for a status of HTTP; INTERNAL for all others."""
+"""gRPC's code for an HTTP status; INTERNAL for all others."""
 CONTENTS = {"FP32": ("fp32_contents", "<f4"), "INT64": ("int64_contents", "<i8")}
 
 
@@ -105,7 +105,7 @@ class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def _ask(
         self, method: str, path: str, context: grpc.aio.ServicerContext, into: Message, body: bytes = b"", key: str = ""
     ) -> Message:
-        """The answer of a route as a message. ``key``: the field of the message that takes a list."""
+        """Call a route and convert its answer to a message. ``key``: the message's field for a list."""
         answer = await self.client.request(method, path, content=body, headers=_headers(context))
         await _check(answer, context)
         found = answer.json()
@@ -123,7 +123,7 @@ for _name in vars(service_pb2_grpc.GRPCInferenceServiceServicer).keys() - vars(I
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """The health service that Kubernetes and load balancers ask."""
+    """The health service that Kubernetes and load balancers poll."""
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self.client = client
@@ -174,7 +174,7 @@ async def serving(app: App, host: str, port: int, limits: Limits, grace: float) 
 
 
 def _headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
-    """The metadata of a call as headers; those that gRPC itself sends say nothing about the request."""
+    """The metadata of a call as headers, without those that gRPC itself sends."""
     pairs = context.invocation_metadata() or ()
     wanted = ("authorization", "x-request-id")
     return {key: value for key, value in pairs if isinstance(value, str) and key in wanted}
@@ -190,7 +190,7 @@ def _path(request: Any, name: str | None = None, version: str | None = None) -> 
 
 
 async def _check(answer: httpx.Response, context: grpc.aio.ServicerContext) -> None:
-    """End the call with an error unless the answer is good; ``retry-after`` goes into the trailing metadata."""
+    """Abort the call if the answer is an error; ``retry-after`` goes into the trailing metadata."""
     if answer.status_code == 200:
         return
     if (seconds := answer.headers.get("retry-after")) is not None:
@@ -224,7 +224,7 @@ def _http_request(request: Any) -> tuple[bytes, bytes]:
 
 
 def _raw(tensor: Any) -> bytes:
-    """A tensor that was sent in typed fields, as the bytes that ``raw_input_contents`` would hold."""
+    """Convert a tensor in typed fields to the bytes that ``raw_input_contents`` would contain."""
     if tensor.datatype == "BYTES":
         return packed(list(tensor.contents.bytes_contents))
     field, dtype = CONTENTS.get(tensor.datatype, ("", ""))
@@ -240,7 +240,7 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _infer_response(answer: httpx.Response) -> Message:
     """The message for an answer whose outputs are binary data."""
-    length = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))  # all of it where no output is asked for
+    length = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))  # the whole body if no output is requested
     document = json.loads(answer.content[:length])
     message = pb.ModelInferResponse(
         model_name=document["model_name"], model_version=document["model_version"], id=document.get("id", "")

@@ -1,4 +1,4 @@
-"""The file of API keys: a line for each key and bundle, and the limits of the tenant that has the key.
+"""The file of API keys: one line per key and bundle, with the limits of the tenant that owns the key.
 
     BUNDLE SHA256 [name=TENANT] [weight=2] [priority=batch] [rate=50] [concurrency=8] [queued=64] [role=admin]
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 LINE = re.compile(r"(\S+)\s+([0-9a-fA-F]{64})((?:\s+[a-z]+=\S+)*)")
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 WEIGHTS = (0.1, 10.0)
-"""A wider range would let a tenant of little weight wait for very long."""
+"""A wider range would let a tenant with a small weight wait for very long."""
 MOST = 1_000_000  # of any limit
 
 
 class _LineError(ValueError):
-    """What is wrong with a line, without what the line says, since that may be a key."""
+    """An invalid line. The message does not quote the line, which may contain a key."""
 
 
 def _number(least: float, most: float) -> Callable[[str], float]:
@@ -74,7 +74,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {"name": _name, "role": _choice("admi
 
 @dataclass
 class _Read:
-    """What the lines so far say."""
+    """Parser state: the keys and limits in the lines read so far."""
 
     pairs: list[tuple[str, bytes]] = field(default_factory=list)
     names: dict[bytes, str] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class _Read:
                 _same(self.limits.setdefault(digest, {}).setdefault(name, parsed), parsed, name)
 
     def keys(self) -> Keys:
-        """All of it. Raises _LineError where two keys of a tenant contradict each other."""
+        """All keys. Raises _LineError if two keys of a tenant have different limits."""
         merged: dict[str, dict[str, Any]] = {}
         for digest, limits in self.limits.items():
             tenant = merged.setdefault(self._name(digest), {})
@@ -134,27 +134,28 @@ def read(path: Path) -> Keys:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise CascadeError(f"API keys cannot be read from {path} ({e}): give a file of lines BUNDLE SHA256") from e
-    found = _Read()
+        raise CascadeError(f"API keys cannot be read from {path} ({e}): pass a file of lines BUNDLE SHA256") from e
+    reader = _Read()
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         try:
             if text:
-                found.add(text)
+                reader.add(text)
         except _LineError as error:
             raise CascadeError(f"{path}, line {number}: {error}") from None
-    if not found.pairs:
+    if not reader.pairs:
         raise CascadeError(f"{path} has no key: write lines BUNDLE SHA256, or omit --api-keys")
     try:
-        return found.keys()
+        return reader.keys()
     except _LineError as error:
         raise CascadeError(f"{path}: {error}") from None
 
 
 class Watched:
-    """The keys of a file, which is read again when it changes.
+    """The keys of a file, reloaded when it changes.
 
-    If the changed file is invalid, the log says so and the old keys stay valid: half a file locks nobody out.
+    If the changed file is invalid, an error is logged and the old keys stay valid, so that an incomplete file locks
+    nobody out.
 
     Raises:
         CascadeError: as ``read``, at the first reading.

@@ -1,4 +1,4 @@
-"""API keys: which bundles a caller may use, and with which limits. Only digests, so reading them reveals no key."""
+"""API keys: the bundles that a caller may use, and the caller's limits. Only digests are stored, never keys."""
 
 import hmac
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ FORBIDDEN = ItemError("key_forbidden", "this API key is for other bundles: ask f
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a request.
+    """The sender of a request.
 
     Attributes:
-        bundles: that it may use; ``*`` stands for all.
+        bundles: those that it may use; ``*`` stands for all.
         admin: whether it may change what is served.
     """
 
@@ -34,7 +34,7 @@ class Keys:
 
     Attributes:
         pairs: a bundle's name, or ``*`` for every bundle, and the SHA-256 digest of a key for it.
-        tenants: by digest; a key without one is a tenant of its own, named after its digest.
+        tenants: by digest; a key without one is its own tenant, named after its digest.
         admins: digests of the keys that may change what is served.
     """
 
@@ -43,23 +43,23 @@ class Keys:
     admins: frozenset[bytes] = frozenset()
 
     def caller(self, authorization: str | None) -> Caller | ItemError:
-        """Who sends this Authorization header, or what is wrong with it."""
+        """The caller with this Authorization header, or the error in it."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             return MISSING
         digest = sha256(key.strip().encode("latin-1", "replace")).digest()
-        # Every pair is compared, and each in constant time, so the time reveals nothing about the keys.
+        # Every pair is compared, in constant time each, so that timing reveals nothing about the keys.
         bundles = frozenset(bundle for bundle, stored in self.pairs if hmac.compare_digest(stored, digest))
         if not bundles:
             return UNKNOWN
         return Caller(bundles, self.tenants.get(digest) or Tenant(nameless(digest)), digest in self.admins)
 
     def allowed(self, authorization: str | None) -> frozenset[str] | ItemError:
-        """The bundles that an Authorization header gives access to (``*``: all of them), or what is wrong with it."""
+        """The bundles that an Authorization header gives access to (``*``: all of them), or the error in it."""
         caller = self.caller(authorization)
         return caller if isinstance(caller, ItemError) else caller.bundles
 
 
 def nameless(digest: bytes) -> str:
-    """What a tenant is called whose key has no name; nobody can find the key by it."""
+    """The name of a tenant whose key has none; it does not reveal the key."""
     return f"key-{digest.hex()[:8]}"

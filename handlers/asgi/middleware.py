@@ -1,4 +1,4 @@
-"""The outermost layer of the application: Host header, request ids, the log, limits of size and time, draining."""
+"""The outermost layer of the application: Host header, request ids, access log, size and time limits, draining."""
 
 import asyncio
 import json
@@ -31,11 +31,11 @@ DIGITS = 19  # of the largest length in bytes that makes sense
 
 @dataclass(frozen=True)
 class Limits:
-    """Of requests.
+    """Limits of requests.
 
     Attributes:
         body: bytes of one body. bodies: bytes of all bodies in memory.
-        body_seconds: for a body to come in. answer_seconds: for its answer.
+        body_seconds: to receive a body. answer_seconds: to answer it.
         images: in one request.
     """
 
@@ -50,7 +50,7 @@ LIMITS = Limits()
 
 
 class Refusal(Exception):
-    """A request that is answered with an error; the application turns it into a response."""
+    """Raised to answer a request with an error; the application turns it into a response."""
 
     def __init__(self, error: ItemError) -> None:
         super().__init__(error.message)
@@ -100,7 +100,7 @@ class Guard:
                 await self.app(scope, body.receive, answer)
         except Exception:
             log.exception("a request failed", extra={"fields": fields})  # the answer, 500, is sent
-        except asyncio.CancelledError:  # the time to drain is over
+        except asyncio.CancelledError:  # the drain timeout is over
             if not status:
                 await _refuse(answer, STOPPING, scope["path"])
         finally:
@@ -129,7 +129,7 @@ async def _refuse(send: Send, error: ItemError, path: str) -> None:
 
 
 def _level(status: int, polled: bool) -> int:
-    """Of a request's line in the log: a fault of ours is an error, overload and restarts are warnings."""
+    """Log level of a request: server faults are errors, overload and restarts are warnings."""
     if status in (0, 503):  # 0: the connection broke before the answer
         return logging.INFO if polled or status == 0 else logging.WARNING
     if status >= 500:
@@ -138,7 +138,7 @@ def _level(status: int, polled: bool) -> int:
 
 
 class _Body:
-    """The body of a request as it comes in: counted, timed, and refused if too large, too slow, or one too many."""
+    """The incoming body of a request: counted, timed, and refused if it is too large, too slow, or one too many."""
 
     def __init__(self, guard: Guard, headers: dict[bytes, bytes], receive: Receive) -> None:
         self.guard, self.limits, self._receive = guard, guard.limits, receive
@@ -164,7 +164,7 @@ class _Body:
             raise Refusal(ItemError("slow_body", f"the body took over {seconds:g} s: send it faster")) from None
         length = len(message.get("body", b""))
         self.size += length
-        self.guard.body_bytes += length  # what has come, not what was announced
+        self.guard.body_bytes += length  # bytes received, not bytes announced
         self.complete = not message.get("more_body", False)
         if self.size > self.limits.body:
             await self._refuse(_too_large(self.limits.body))
@@ -176,7 +176,7 @@ class _Body:
         self.guard.body_bytes -= self.size
 
     async def _refuse(self, error: ItemError) -> None:
-        """Drain the body, within limits, before the answer: a client that is still sending may not see it otherwise."""
+        """Drain the body, within limits, before the answer: otherwise a client that is still sending may miss it."""
         if not self.waits_for_leave:
             left = 4 * self.limits.body
             with suppress(TimeoutError):

@@ -28,7 +28,7 @@ from handlers.requests import NOT_FINITE
 from handlers.statuses import status_of
 
 NUMBERED: dict[int, Priority] = {1: "interactive", 2: "batch"}
-"""Priorities as Triton's clients send them; 0 is the default."""
+"""Priorities of Triton's clients; 0 is the default."""
 MAX_VALUES = 2**20
 """Commas and brackets in a request's JSON: six images of 224 px as numbers. A parsed value takes up to 60 bytes."""
 
@@ -44,11 +44,11 @@ BODY: dict[str, Any] = {
         },
     }
 }
-"""How a request to .../infer is described: FastAPI does not read it itself."""
+"""Description of a request to .../infer, which FastAPI does not parse itself."""
 
 
 class TensorParameters(BaseModel):
-    """What goes with an input: where its data is."""
+    """Parameters of an input: where its data is."""
 
     binary_data_size: int | None = Field(default=None, ge=0, strict=True, description="Bytes behind the JSON part.")
 
@@ -70,7 +70,7 @@ class OutputParameters(BaseModel):
 
 
 class Output(BaseModel):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: Literal[
         "cluster",
@@ -112,11 +112,11 @@ class InferRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Inference:
-    """What a request asks for.
+    """A parsed request.
 
     Attributes:
         images: encoded files, or tensors float32 [3, H, W].
-        outputs: name and whether it goes out as binary data.
+        outputs: name, and whether it is sent as binary data.
     """
 
     id: str | None
@@ -128,12 +128,12 @@ class Inference:
 
     @property
     def labels(self) -> int:
-        """How many labels its answers need."""
+        """Number of labels that its answers need."""
         return int(not self.outputs.keys().isdisjoint({"label", *DEFERRAL_OUTPUTS}))
 
 
 def parse(body: bytes, json_length: str | None, most: int, default: Iterable[str] = OUTPUTS) -> Inference:
-    """Read a request of at most ``most`` images; ``json_length`` is the value of LENGTH_HEADER.
+    """Parse a request of at most ``most`` images; ``json_length`` is the value of LENGTH_HEADER.
 
     Args:
         default: outputs of a request that names none.
@@ -170,7 +170,7 @@ def parse(body: bytes, json_length: str | None, most: int, default: Iterable[str
 
 
 def _length(text: str, most: int) -> int:
-    """Of the JSON part; the header may have any number of digits."""
+    """Parse the length of the JSON part; the header may have any number of digits."""
     digits = text.lstrip("0") or text[:1]
     if not (digits.isascii() and digits.isdigit() and len(digits) <= len(str(most)) and int(digits) <= most):
         raise _bad(f"{LENGTH_HEADER} must be the length of the JSON part, {most} at most")
@@ -180,7 +180,7 @@ def _length(text: str, most: int) -> int:
 def response(
     asked: Inference, model: tuple[str, str], answers: Sequence[Prediction | ItemError], width: int
 ) -> tuple[bytes, int | None]:
-    """The body of an answer, and the length of its JSON part where binary data follows.
+    """The body of an answer, and the length of its JSON part if binary data follows.
 
     Args:
         model: name and version. width: of the embeddings.
@@ -208,10 +208,10 @@ def response(
 async def reply(
     asked: Inference, model: tuple[str, str], answers: Sequence[Prediction | ItemError], width: int
 ) -> Response:
-    """The answer over HTTP; arguments as of ``response``.
+    """Make the HTTP response; arguments as in ``response``.
 
     Raises:
-        Refusal: no image has an answer, and it is the server or the caller's limit that is at fault.
+        Refusal: no image has an answer, because of the server or a limit of the caller.
     """
     errors = [answer for answer in answers if isinstance(answer, ItemError)]
     if len(errors) == len(answers) and status_of(errors[0]) in (429, *range(500, 600)):
@@ -223,7 +223,7 @@ async def reply(
 
 
 def metadata(bundle: Bundle) -> dict[str, Any]:
-    """What a client asks before it sends anything: inputs and outputs of one bundle."""
+    """A bundle's metadata for clients: its inputs and outputs."""
     side = bundle.preprocessing.size
     shapes = {"embedding": [-1, bundle.card.dim]}
     return {
@@ -286,14 +286,14 @@ def _pixels(tensor: Input, rest: memoryview, most: int) -> list[bytes | Tensor]:
 def _count(tensor: Input, most: int) -> int:
     count = tensor.shape[0]
     if count < 1:
-        raise _bad("send one image at least")
+        raise _bad("send at least one image")
     if count > most:
-        raise Refusal(ItemError("too_many_images", f"{count} images in one request: send {most} at most"))
+        raise Refusal(ItemError("too_many_images", f"{count} images in one request: send at most {most}"))
     return count
 
 
 def _column(name: str, width: int, answers: Sequence[Prediction | ItemError]) -> Any:
-    """One output: an array, or a list of texts. What has no answer is -1 for the cluster, else 0 or empty."""
+    """One output: an array or a list of strings. Images without an answer get -1 for the cluster, else 0 or empty."""
     good = [None if isinstance(answer, ItemError) else answer for answer in answers]
     match name:
         case "cluster":

@@ -1,4 +1,4 @@
-"""/v1/overview: what is loaded and what it does now, in one answer; the page at /ui draws it."""
+"""/v1/overview: the loaded bundles and their current statistics in one answer, for the page at /ui."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from handlers.asgi.keys import EVERY
 from handlers.asgi.service import Service
 
 MOST = 200  # bundles
-CLASSES = 50  # names of classes for each
+CLASSES = 50  # class names per bundle
 
 
 def add(app: FastAPI, service: Service) -> None:
@@ -29,7 +29,7 @@ def add(app: FastAPI, service: Service) -> None:
 
 
 def _card(service: Service, bundle: Bundle) -> dict[str, Any]:
-    """One bundle. ``bytes`` are those of its files, ``pictures`` the number of its thumbnails."""
+    """One bundle. ``bytes`` is the size of its files, ``pictures`` the number of its thumbnails."""
     card, times = bundle.card, service.batcher.statistics.of(bundle.name, bundle.version)
     measured = headline(bundle)
     return {

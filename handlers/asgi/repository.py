@@ -30,7 +30,7 @@ PACKED = {"content": {"application/octet-stream": {"schema": {"type": "string", 
 
 
 def add(app: FastAPI, service: Service, registry: Registry) -> None:
-    """Add the routes over the registry that the service's engine follows."""
+    """Add the routes over the registry of the service's engine."""
 
     @app.post("/v2/repository/index", summary="Every bundle of the store and its state")
     async def index(request: Request) -> list[dict[str, str]]:
@@ -66,7 +66,7 @@ def add(app: FastAPI, service: Service, registry: Registry) -> None:
 
 
 def _add_upload(app: FastAPI, service: Service, registry: Registry) -> None:
-    """A packed bundle is verified before it has a name in the store, so nothing ever sees a part of it."""
+    """Add the atomic upload of packed bundles: they are verified before they get a name in the store."""
     uploading = asyncio.Lock()  # one at a time: an archive may expand to a multiple of its size
 
     @app.put(
@@ -102,7 +102,7 @@ def _entry(state: State, registry: Registry) -> dict[str, str]:
 
 
 def _json(body: bytes) -> dict[str, Any]:
-    """A small JSON object; no body is an empty one."""
+    """Parse a small JSON object; an empty body is an empty object."""
     try:
         found = json.loads(body) if body and len(body) < 2**16 else {} if not body else None
     except (ValueError, RecursionError):

@@ -28,7 +28,7 @@ def add(
     """Add the route. It needs the key of the index's bundle; the image is queued like one to predict.
 
     Args:
-        body_of: body and content type of a request, as /v1/predict takes it.
+        body_of: returns body and content type of a request, as for /v1/predict.
     """
     digests: WeakKeyDictionary[Bundle, str] = WeakKeyDictionary()
 

@@ -1,4 +1,4 @@
-"""What the routes share: the batcher, access to bundles, and errors as responses."""
+"""Shared by all routes: the batcher, access to bundles, and errors as responses."""
 
 import asyncio
 import math
@@ -31,7 +31,7 @@ class States(Protocol):
 
 
 class Service:
-    """What the routes share.
+    """State and checks shared by the routes.
 
     Attributes:
         stopping: new requests are refused, those in progress are answered.
@@ -50,7 +50,7 @@ class Service:
         return serves and not self.stopping and self.batcher.alive
 
     def admit(self, request: Request) -> None:
-        """Raise Refusal before the body is read: the server stops, the body is compressed, or the key is missing."""
+        """Raise Refusal before the body is read if the server stops, the body is compressed, or the key is missing."""
         if self.stopping:
             raise Refusal(STOPPING)
         if is_compressed(request.headers):
@@ -58,15 +58,15 @@ class Service:
         self.opened(request)
 
     def check(self, request: Request, bundle: str | None) -> None:
-        """Raise Refusal unless the caller may use the bundle (None: the only one there is)."""
+        """Raise Refusal unless the caller may use the bundle (None: the only one)."""
         opened = self.opened(request)
         if EVERY not in opened and (bundle or self.engine.only) not in opened:
             raise Refusal(FORBIDDEN)
 
     def allowed(self, request: Request, options: Options) -> Options:
-        """Options for what the caller may use: an image that names no bundle is dispatched among those.
+        """Restrict options to the caller's bundles: an image without a bundle's name is dispatched among those.
 
-        That holds, too, where there is only one bundle now: another one may be loaded before the image is decoded.
+        This applies even with a single bundle, since another one may be loaded before the image is decoded.
 
         Raises:
             Refusal: the caller may not use the bundle.
@@ -77,7 +77,7 @@ class Service:
         return options if EVERY in opened else replace(options, among=opened)
 
     def opened(self, request: Request) -> frozenset[str]:
-        """The bundles that the caller may use; ``*`` stands for all. Notes whose the request is."""
+        """The bundles that the caller may use; ``*`` stands for all. Records the request's tenant."""
         if self.keys is None:
             return frozenset((EVERY,))
         return self._caller(request, self.keys).bundles
@@ -90,7 +90,7 @@ class Service:
             raise Refusal(NOT_ADMIN)
 
     async def find(self, name: str, version: str | None = None) -> Bundle | ItemError:
-        """As of the engine; a bundle on demand is loaded in a thread."""
+        """``Engine.find``; an on-demand bundle is loaded in a thread."""
         if self.engine.is_cold(name):
             return await asyncio.to_thread(self.engine.find, name, version)
         return self.engine.find(name, version)
@@ -109,7 +109,7 @@ class Service:
         return states
 
     async def answers(self, request: Request, images: list[bytes | Tensor], options: Options) -> list[Answer]:
-        """The batcher's answers; given up when the client closes the connection."""
+        """The batcher's answers; cancelled when the client closes the connection."""
         tenant = getattr(request.state, "tenant", None)
         answered = asyncio.ensure_future(self.batcher.answers(images, options, self.limits.answer_seconds, tenant))
         closed = asyncio.ensure_future(_disconnected(request))
@@ -123,7 +123,7 @@ class Service:
             closed.cancel()
 
     def problem(self, request: Request, error: ItemError) -> Response:
-        """An error as a response: an object for /v1, a text under "error" where the v2 protocol wants one."""
+        """An error as a response: an object for /v1, a string under "error" for the v2 protocol."""
         request.scope["state"]["log_fields"]["error"] = error.kind
         headers = {}
         status = status_of(error)

@@ -1,6 +1,6 @@
-"""Keep the listening socket, and an engine process behind it: when that dies or hangs, the next one takes over.
+"""The watchdog: keeps the listening socket and an engine process behind it; if that dies or hangs, another takes over.
 
-Clients that connect in the meantime wait in the socket's queue instead of being refused.
+Clients that connect in the meantime wait in the socket's backlog instead of being refused.
 """
 
 import json
@@ -21,9 +21,9 @@ from handlers.settings import AsgiSettings
 from handlers.signals import on_stop
 
 BACKLOG = 1024
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between a death and the next start; doubles while none gets ready
-FIRST_STARTS = 5  # attempts before the first engine process that gets ready
-KILL_AFTER = 5.0  # seconds after the time to drain; an engine process needs one or two to close
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between a death and the next start; doubled until one becomes ready
+FIRST_STARTS = 5  # attempts until the first engine process becomes ready
+KILL_AFTER = 5.0  # seconds after the drain timeout; an engine process needs one or two to close
 JOURNAL_BYTES = 2**16
 HEARTBEAT_TIMEOUT = 30.0
 """Seconds without a heartbeat after which an engine process counts as hung; it sends one a second."""
@@ -45,10 +45,10 @@ class Supervisor:
         self.was_ready = False
         self.worker: subprocess.Popen[bytes] | None = None
         self.journal = os.memfd_create("cascade-journal")  # see cascade.engine.journal
-        os.ftruncate(self.journal, JOURNAL_BYTES)  # now, while there is room
+        os.ftruncate(self.journal, JOURNAL_BYTES)  # now, while memory is available
 
     def run(self) -> None:
-        """Return after an orderly end. Raises ServerError where the first engine process does not come up."""
+        """Return after an orderly shutdown. Raises ServerError if the first engine process does not become ready."""
         on_stop(self._stop)
         pause = FIRST_PAUSE
         try:
@@ -56,7 +56,7 @@ class Supervisor:
                 worker, pipe = self._start()
                 with os.fdopen(pipe, "rb") as heartbeat:
                     ready = self._follow(worker, heartbeat.fileno())
-                process.kill(worker)  # and whatever it has started
+                process.kill(worker)  # and its descendants
                 if self.stopping:
                     return
                 if not self.was_ready:
@@ -70,7 +70,7 @@ class Supervisor:
             os.close(self.journal)
 
     def _start(self) -> tuple["subprocess.Popen[bytes]", int]:
-        """Start an engine process; return it and the reading end of its heartbeat, a pipe."""
+        """Start an engine process; return it and the reading end of its heartbeat pipe."""
         reading, writing = os.pipe()
         inherited = {"socket": self.listening.fileno(), "heartbeat": writing, "journal": self.journal}
         settings = self.settings.options() | inherited | {"restarts": self.starts}
@@ -87,7 +87,7 @@ class Supervisor:
         return self.worker, reading
 
     def _follow(self, worker: "subprocess.Popen[bytes]", heartbeat: int) -> bool:
-        """Return when the process has ended, killed if it hangs: whether it was ready, which its first beat says."""
+        """Watch the heartbeat until the process ends, and kill it if it hangs. Returns whether it became ready."""
         ready, timeout = False, self.settings.startup_timeout
         while select.select([heartbeat], [], [], timeout)[0]:
             if not os.read(heartbeat, 4096):  # closed: it has ended
@@ -108,12 +108,12 @@ class Supervisor:
         return ready
 
     def _check_first_start(self, status: int) -> None:
-        """Raise ServerError unless another attempt may help: a process that was killed may have met a bad bundle."""
+        """Raise ServerError unless a retry may help: a process that was killed may have loaded a bad bundle."""
         if status >= 0 or self.starts >= FIRST_STARTS:
             raise ServerError(f"the engine process does not start (status {status}): see the error above")
 
     def _stop(self) -> None:
-        """Pass the signal on; the worker gets its time to drain, then it is killed."""
+        """Forward the signal; the worker may drain until the timeout, then it is killed."""
         if not self.stopping:
             self.stopping = True
             signal.signal(signal.SIGALRM, self._kill)
@@ -137,7 +137,7 @@ def _plain(value: object) -> object:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ServerError."""
+    """Open a listening socket. Raises ServerError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -149,7 +149,7 @@ def serve(settings: AsgiSettings) -> None:
     """Serve in the foreground until SIGTERM, SIGINT or SIGHUP; drain, then return.
 
     Raises:
-        ServerError: the address is taken, or the engine process does not come up.
+        ServerError: the address is taken, or the engine process does not become ready.
     """
     settings = replace(settings, threads=settings.threads or cpu_count())
     with listen(settings.host, settings.port) as listening:

@@ -1,4 +1,4 @@
-"""The engine process: loads the model store, then serves on a socket that it inherits, until it is told to stop.
+"""The engine process: loads the model store, then serves on an inherited socket until it is told to stop.
 
 python -m handlers.asgi.worker '{"socket": 3, ...}'     as handlers/asgi/supervisor.py starts it
 """
@@ -40,17 +40,17 @@ from handlers.asgi.service import Service
 from handlers.settings import AsgiSettings
 
 TICKS = 10  # of uvicorn, per second
-GRACE = 1.0  # seconds for gRPC calls at the end, when all of them should be answered
-SPARE_FILES = 32  # descriptors for everything that is no connection: loading bundles, reading keys, metrics
+GRACE = 1.0  # seconds for gRPC calls at the end, when all should have been answered
+SPARE_FILES = 32  # descriptors for everything besides connections: loading bundles, reading keys, metrics
 log = logging.getLogger("cascade.worker")
 
 
 class Server(uvicorn.Server):
-    """uvicorn with another end: it still accepts connections, refuses new work, and exits once the old is answered.
+    """uvicorn with a different shutdown: it drains while it still accepts connections and refuses new work.
 
     Args:
-        heartbeat: descriptor of a pipe that gets a byte a second, the first one when the server is ready.
-        grpc: what serves by gRPC as long as its block lasts.
+        heartbeat: descriptor of a pipe that gets one byte per second, the first one when the server is ready.
+        grpc: context manager that serves gRPC while its block runs.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         drained = self.service.stopping and (self.guard.requests == 0 or time.monotonic() > self.end)
-        dead = not self.service.batcher.alive  # then the supervisor starts another process
+        dead = not self.service.batcher.alive  # the supervisor then starts another process
         if self.service.batcher.pass_seconds > PASS_TIMEOUT:
             log.error("a pass has been running for %d s: this process ends, and the next one takes over", PASS_TIMEOUT)
-            os.kill(os.getpid(), signal.SIGKILL)  # nothing else ends a thread that hangs in a driver
+            os.kill(os.getpid(), signal.SIGKILL)  # nothing else can end a thread that hangs in a driver
         if counter % TICKS == 0:
             self._beat()
             for connection in [*self.server_state.connections]:
@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or drained or dead
 
     def _beat(self) -> None:
-        with suppress(BlockingIOError):  # full: the supervisor is stopped itself
+        with suppress(BlockingIOError):  # full: the supervisor itself is stopped
             os.write(self.heartbeat, b".")
 
 
@@ -161,7 +161,7 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
 
 
 def _most_connections(wanted: int, most_files: int) -> int:
-    """As many as there are file descriptors for."""
+    """Limit the connections to the available file descriptors."""
     free = most_files - len(os.listdir("/proc/self/fd")) - SPARE_FILES
     if free < wanted:
         log.warning("%d connections at a time: the limit of open files, %d, allows no more", max(1, free), most_files)
@@ -169,7 +169,7 @@ def _most_connections(wanted: int, most_files: int) -> int:
 
 
 def _settings(options: dict[str, Any]) -> AsgiSettings:
-    """From what the supervisor writes as JSON."""
+    """Parse the settings that the supervisor passes as JSON."""
     options = {f.name: options[f.name] for f in fields(AsgiSettings)}
     paths = {name: options[name] and Path(options[name]) for name in ("api_keys", "index")}
     return AsgiSettings(**options | paths | {"allowed_hosts": tuple(options["allowed_hosts"])})
@@ -183,4 +183,4 @@ if __name__ == "__main__":
         run(_settings(options), inherited, options["heartbeat"], options["journal"], options["restarts"])
     except CascadeError as error:
         sys.exit(f"error: {error}")
-    os._exit(0)  # all is closed; to take the interpreter down, object by object, takes seconds
+    os._exit(0)  # everything is closed, and tearing down the interpreter takes seconds

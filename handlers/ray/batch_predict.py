@@ -32,7 +32,7 @@ from cascade.progress import Advance
 from cascade.ray_session import RayError
 from handlers.ray.cluster import running
 
-BLOCKS = 2000  # of the list of units, at most; Ray Data moves whole blocks
+BLOCKS = 2000  # most blocks of the list of units; Ray Data moves whole blocks
 Rows = dict[str, np.ndarray]
 
 
@@ -46,18 +46,18 @@ class Actor:
     def __init__(self, job: Job, bundle: Path, weights: Path | None, executor: Kind, batch: int, threads: int) -> None:
         from cascade.engine.engine import load
 
-        # Ray limits OpenMP to the CPUs of the actor; numba would start a thread per core of the machine.
+        # Ray limits OpenMP to the actor's CPUs; numba would start one thread per core of the machine.
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         self.job, self.batch, self.threads = job, batch, threads
         self.engine = load(bundle, weights=weights, executor=executor)
-        found = self.engine.find(job.bundle, job.version)
-        if isinstance(found, ItemError) or digest(found) != job.digest:
+        loaded = self.engine.find(job.bundle, job.version)
+        if isinstance(loaded, ItemError) or digest(loaded) != job.digest:
             raise CascadeError(f"{bundle} is not the same bundle on every node: copy it there, or share the folder")
         if job.folder:
             os.chdir(job.folder)  # relative sources are relative to it
 
     def __call__(self, units: Rows) -> dict[str, Any]:
-        """Takes numbers and units; gives numbers, rows, Parquet files and the seconds of each stage."""
+        """Process numbers and units; return numbers, rows, Parquet files and the seconds of each stage."""
         rows, parts, before = [], [], metrics.stage_seconds()
         with tempfile.TemporaryDirectory(prefix="cascade-") as folder:
             path = Path(folder, "part.parquet")

@@ -13,7 +13,7 @@ OBJECT_STORE = 128 * 2**20  # bytes; requests do not use it, and parts of a job 
 
 
 def running(cpus: int) -> AbstractContextManager[Any]:
-    """Start Ray, or connect to a cluster, until the block ends; ``cpus`` are those of a cluster that is started here.
+    """Start Ray, or connect to a cluster, until the block ends; ``cpus`` is for a cluster started here.
 
     Raises:
         ExtraError: Ray is not installed.

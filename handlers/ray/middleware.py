@@ -35,16 +35,16 @@ def middlewares() -> list[Middleware]:
 
 
 def bundle_of(scope: MutableMapping[str, Any], headers: Headers) -> bytes | None:
-    """The name of the bundle in the path or the header; a name in a JSON body is not seen."""
-    if found := PATH.match(scope.get("raw_path") or scope["path"].encode()):
-        return unquote_to_bytes(found[1] or found[2])
+    """The name of the bundle in the path or the header; a name in a JSON body is ignored."""
+    if match := PATH.match(scope.get("raw_path") or scope["path"].encode()):
+        return unquote_to_bytes(match[1] or match[2])
     return dict(headers).get(BUNDLE)
 
 
 class RoutingMiddleware:
-    """ASGI middleware: adds the header by which Serve routes, and answers 503 where Serve itself had no answer.
+    """ASGI middleware: adds the header by which Serve routes, and answers 503 if Serve got no answer from a replica.
 
-    A prediction changes nothing, so a client may retry: 503 and Retry-After tell it to.
+    A prediction has no side effects, so clients may retry: 503 and Retry-After tell them to.
     """
 
     def __init__(self, app: App) -> None:
@@ -81,7 +81,7 @@ class RoutingMiddleware:
 
 
 def _once(name: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The headers, of this name only the first."""
+    """The headers, with only the first one of this name."""
     first = next(((n, v) for n, v in headers if n.lower() == name), None)
     return [each for each in headers if each[0].lower() != name] + ([] if first is None else [first])
 

@@ -17,11 +17,11 @@ from cascade.engine.registry import Registry, State
 from cascade.errors import CascadeError
 
 LEAVE = 60.0
-"""Seconds that the eviction of a bundle waits for the requests that use it; they take 30 at most."""
+"""Seconds that an eviction waits for the requests that use the bundle; they take at most 30."""
 
 
 class StoreView(Store):
-    """A store of which only the bundles called ``names`` are visible; at first (None) all of them.
+    """A view of a store that shows only the bundles called ``names``; initially (None) all of them.
 
     Attributes:
         listing: every bundle in the store at the last look.
@@ -38,7 +38,7 @@ class StoreView(Store):
         return {i: stamp for i, stamp in self.listing.items() if self.names is None or i[0] in self.names}
 
     def prune(self, keep: dict[Identity, str]) -> None:
-        """Keep the copies of invisible bundles, too: they may be loaded again soon."""
+        """Also keep the copies of hidden bundles, which may be loaded again soon."""
         super().prune(self.listing)
 
 
@@ -50,7 +50,7 @@ class ResidentBundle:
 
     def __del__(self) -> None:
         """Evict it. Serve's documented hook: called in a thread, before another model is loaded."""
-        if not self.evicted:  # Python calls it once more when the object goes
+        if not self.evicted:  # Python calls it again when the object is collected
             self.evicted = True
             self.bundles.evict(self)
 
@@ -63,10 +63,10 @@ class ResidentBundles:
 
     Attributes:
         crowded: whether some bundle did not fit; if not, all are loaded and nothing is evicted.
-        capacity: number of names in memory at a time, as many as fit at the start.
+        capacity: most names in memory at the same time, as many as fit at the start.
 
     Raises:
-        CascadeError: not all fit, and not even two do.
+        CascadeError: fewer than two fit, and not all.
     """
 
     def __init__(self, registry: Registry, store: StoreView) -> None:
@@ -103,7 +103,7 @@ class ResidentBundles:
                 bundle = await self._get(name)
                 bundle.users += 1
             except CascadeError:
-                pass  # the registry has its state, and the answer says it
+                pass  # the registry has its state, which the answer reports
         try:
             yield
         finally:
@@ -113,13 +113,13 @@ class ResidentBundles:
                     self._changed.notify_all()
 
     def states(self, name: str | None = None) -> list[State]:
-        """As of ``Registry``; a bundle that is not in memory counts as ready, since it is loaded on demand."""
+        """As in ``Registry``; a bundle that is not in memory counts as ready, since it is loaded on demand."""
         known = {(s.name, s.version): s for s in self.registry.states(name) if s.state != "removed"}
         others = [i for i in self.store.listing if i not in known and name in (None, i[0])] if self.crowded else []
         return [*known.values(), *(State(*identity, "ready") for identity in sorted(others))]
 
     def evict(self, bundle: ResidentBundle) -> None:
-        """Unload a name, once the requests that use it are answered."""
+        """Unload a name after the requests that use it have been answered."""
         with self._changed:
             self._changed.wait_for(lambda: bundle.users == 0, LEAVE)
             self.store.names = (self.store.names or frozenset()) - {bundle.name}

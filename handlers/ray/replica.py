@@ -29,7 +29,7 @@ from handlers.ray.middleware import App, Receive, Send, bundle_of
 from handlers.ray.multiplexing import ResidentBundles, StoreView
 
 TARGET = 16
-"""Requests in progress per replica; above, Serve starts another one."""
+"""Requests in progress per replica above which Serve starts another one."""
 Scope = MutableMapping[str, Any]
 
 
@@ -61,7 +61,7 @@ class Replica:
     """
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
-        # Ray gives OpenMP as many threads as the replica has CPUs; numba would take one per core of the machine.
+        # Ray gives OpenMP as many threads as the replica has CPUs; numba would start one per core of the machine.
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         self._stack = ExitStack()
         log_to_stderr(settings.log_level)
@@ -99,7 +99,7 @@ class Replica:
             raise RuntimeError(f"a pass has been running for {PASS_TIMEOUT:g} s")
 
     def __del__(self) -> None:
-        """Stop the batcher and the watch over the store. Serve's documented hook at the end of a replica."""
+        """Stop the batcher and the watch over the store. Serve's documented hook for the end of a replica."""
         self._stack.close()
 
 
@@ -118,7 +118,7 @@ def application(guard: Guard, service: Service, bundles: ResidentBundles) -> App
 
 
 def _may(service: Service, scope: Scope, name: str | None) -> bool:
-    """Whether the caller has a key for the bundle: without one, a request must not evict others' bundles."""
+    """Whether the caller has a key for the bundle: a request without one must not evict other bundles."""
     if service.keys is None:
         return True
     opened = service.keys.allowed(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
@@ -130,7 +130,7 @@ DEPLOYMENT: Deployment = serve.deployment(
     autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": TARGET},
     max_ongoing_requests=128,
     max_queued_requests=512,
-    graceful_shutdown_timeout_s=35,  # an answer takes 30 at most
+    graceful_shutdown_timeout_s=35,  # an answer takes at most 30
     health_check_period_s=5,
     max_constructor_retry_count=3,
 )(serve.ingress()(Replica))

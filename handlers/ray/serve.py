@@ -17,10 +17,10 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Serve itself;
 
 
 def serve(model_store: Path | str, **options: Any) -> None:
-    """Serve in the foreground until SIGTERM, Ctrl-C or SIGHUP, then drain and return. Arguments as of ``serving``."""
+    """Serve in the foreground until SIGTERM, Ctrl-C or SIGHUP, then drain and return. Arguments as in ``serving``."""
     stop = threading.Event()
     with serving(model_store, **options) as url:
-        on_stop(stop.set)  # only now: Ray sets its own handlers when it starts
+        on_stop(stop.set)  # only now, because Ray sets its own handlers when it starts
         print(f"ready: curl -T IMAGE {url}/v1/predict\npage: {url}/ui\nmetrics: {url}/metrics", flush=True)
         stop.wait()
 
@@ -41,10 +41,10 @@ def serving(
     """Serve until the block ends, then drain the requests in progress; yields the URL.
 
     Args:
-        replicas: at most; their number follows the requests in progress. least: at any time.
+        replicas: the most; their number follows the requests in progress. least: the fewest.
         drain_timeout: seconds for the requests in progress to finish.
         hosts: Host headers to accept; None for any.
-        settings: the others of ``handlers.ray.replica.Settings``.
+        settings: the other fields of ``handlers.ray.replica.Settings``.
 
     Raises:
         ExtraError: Ray is not installed.

@@ -1,1 +1,1 @@
-"""TorchServe in front of the engine: the handler for its worker, and what starts and stops it."""
+"""TorchServe in front of the engine: the handler for its workers, and an entrypoint that starts and stops it."""

@@ -1,7 +1,7 @@
 """Start TorchServe over a model store, supervise it, and leave no process and no file behind.
 
 All files of TorchServe (configuration, logs, sockets, the model folder, metrics) are in one private temporary folder.
-We start its Java process ourselves, because TorchServe's own launcher orphans it on SIGTERM.
+Its Java process is started directly, because TorchServe's own launcher orphans it on SIGTERM.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ LOOPBACK = "127.0.0.1"
 PORTS = ("port", "metrics_port", "management_port", "grpc_inference_port", "grpc_management_port")
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-POLL = 10.0  # seconds between two looks at the store
-GIVEN_UP = 15.0  # seconds beyond `start_timeout` in which TorchServe may still try
+POLL = 10.0  # seconds between two checks of the store
+GIVEN_UP = 15.0  # seconds after `start_timeout` in which TorchServe may still retry
 LOGGED = 1.0  # seconds until Java has written the last lines of a dead worker
 
 
@@ -58,21 +58,21 @@ class Server:
     then ends every process and removes every file. Raises ServerError.
 
     Args:
-        model_store: holds <name>/<version>/cascade.json; a folder, or a URL that fsspec knows.
+        model_store: contains <name>/<version>/cascade.json; a folder, or a URL for fsspec.
         host: address of predictions and metrics; management and gRPC are always on loopback.
         port, metrics_port, management_port: 0 for any free one.
-        workers: each holds its own backbone.
+        workers: each has its own backbone.
         budget_bytes: of materialized masks, per worker; None for the engine's default.
         threads: of torch, per worker; None divides the cores among the workers.
         start_timeout: seconds until every worker is READY.
         drain_timeout: seconds for the work in progress to finish.
         log_to_stderr: write the warnings of the running server there.
         auth: predictions and metrics need a token.
-        token_file: where the token is written (mode 0600) while the server runs; None for our own folder.
-        pins: version by bundle name, for requests that name none.
-        poll: seconds between two looks at the store; 0 for never.
+        token_file: where the token is written (mode 0600) while the server runs; None for the private folder.
+        pins: version by bundle name, for requests without a version.
+        poll: seconds between two checks of the store; 0 for never.
         memory_bytes: of backbones and packed bundles, per worker; None for no limit.
-        on_demand: load a bundle when it is first asked for.
+        on_demand: load a bundle when it is first requested.
         log_level: of the workers; info has a line per request.
 
     Attributes:
@@ -80,7 +80,7 @@ class Server:
         metrics_url: Prometheus metrics of all workers; management_url: the state of the workers, on loopback.
         java: the parent process of the workers.
         folder: holds every file that the server writes; private.
-        wants_new_tokens: set it, and `wait` makes new ones within a second or so.
+        wants_new_tokens: set it to make `wait` renew the tokens within about a second.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Server:
 
     def __enter__(self) -> Server:
         with ExitStack() as stack:
-            # No proxy of the environment for loopback.
+            # Ignore the environment's proxy, since this is loopback.
             self.client = stack.enter_context(httpx.Client(trust_env=False))
             self.folder = Path(stack.enter_context(TemporaryDirectory(prefix="cascade-")))  # mode 0700
             self.token_file = self._token_file or self.folder / "token"
@@ -171,9 +171,9 @@ class Server:
                 self._drain()
 
     def wait(self) -> NoReturn:
-        """Return never: raise ServerError when the server has ended, or when no worker was ready for too long.
+        """Never return; raise ServerError when the server has ended, or no worker was ready for too long.
 
-        TorchServe starts a dead worker again and again for `start_timeout` seconds, then it gives up but keeps running.
+        TorchServe restarts a dead worker for `start_timeout` seconds, then gives up but keeps running.
         """
         ready = time.monotonic()
         reason = None
@@ -197,8 +197,8 @@ class Server:
         raise ServerError(f"TorchServe ended by itself: {why}")
 
     def _fill_folder(self) -> None:
-        """Configuration, the model folder that TorchServe wants, and an empty folder for metrics."""
-        if len(str(self.folder)) > 80:  # it holds sockets, whose paths have 107 bytes at most
+        """Write the configuration, the model folder for TorchServe, and an empty folder for metrics."""
+        if len(str(self.folder)) > 80:  # it holds sockets, whose paths are limited to 107 bytes
             raise ServerError(
                 f"the path of the temporary folder {self.folder} is too long: set TMPDIR to a shorter one"
             )
@@ -217,7 +217,7 @@ class Server:
         return self._bearer("inference")
 
     def renew_tokens(self) -> None:
-        """Make new tokens, in the file too; the old ones are invalid from then on. Raises TokenError."""
+        """Renew the tokens, also in the file; the old ones become invalid. Raises TokenError."""
         if self.auth:
             tokens.renew(self.folder, self.management_url, self.client)
             tokens.hand_out(self.folder, self.token_file)
@@ -232,15 +232,15 @@ class Server:
             return False
 
     def _describe(self) -> list[dict[str, Any]]:
-        """The workers as TorchServe describes them; none while it does not answer."""
+        """TorchServe's description of its workers; empty while it does not answer."""
         try:
             headers = self._bearer("management")
             return list(self.client.get(self.management_url, headers=headers).raise_for_status().json()[0]["workers"])
-        except (httpx.HTTPError, OSError, ValueError):  # not up yet, or the keys are just being written
+        except (httpx.HTTPError, OSError, ValueError):  # not up yet, or the keys are still being written
             return []
 
     def _wait_until_ready(self) -> None:
-        """Wait for the workers' own state: /ping says Healthy long before, and while a worker crashes in a loop."""
+        """Wait for the workers' own state: /ping says Healthy long before, even while a worker crashes in a loop."""
         end = time.monotonic() + self.start_timeout
         seen: set[int] = set()
         while sum(worker["status"] == "READY" for worker in self._describe()) < self.workers:
@@ -256,10 +256,10 @@ class Server:
             time.sleep(0.1)
 
     def _drain(self) -> None:
-        """Drain: refuse new work with 503 and wait for the answers in progress, `drain_timeout` at most.
+        """Drain: refuse new work with 503 and wait for the answers in progress, at most `drain_timeout`.
 
-        The queue is first in, first out: once a request of ours is answered, all requests before it have reached a
-        worker. A worker holds a shared lock on the gate file while it works, and refuses work once the file is gone.
+        The queue is FIFO: once our own request is answered, all requests before it have reached a worker. A worker
+        holds a shared lock on the gate file while it works, and refuses work once the file is gone.
         """
         end = time.monotonic() + self.drain_timeout
         self._pass_through(end)
@@ -271,7 +271,7 @@ class Server:
                     break
                 except BlockingIOError:
                     time.sleep(0.01)
-        self._pass_through(end)  # then the last answers have been written, too
+        self._pass_through(end)  # afterwards the last answers have been written, too
 
     def _pass_through(self, end: float) -> None:
         """Send a request that the handler refuses at once, and wait for the refusal."""
@@ -320,7 +320,7 @@ def serve(
     management_port: int = 8081,
     **options: Any,
 ) -> None:
-    """Serve in the foreground until SIGTERM or Ctrl-C; SIGUSR1 makes new tokens. Arguments as of `Server`.
+    """Serve in the foreground until SIGTERM or Ctrl-C; SIGUSR1 renews the tokens. Arguments as in `Server`.
 
     Raises:
         ServerError: it cannot be started, or it ended by itself.

@@ -1,6 +1,6 @@
-"""Why a worker does not start: the handler sends the reason to the entrypoint over a local datagram socket.
+"""Report why a worker does not start: the handler sends the reason to the entrypoint over a local datagram socket.
 
-A datagram needs no room on a disk, and a reason stays one message however it is worded.
+A datagram needs no disk space, and a reason is always exactly one message.
 """
 
 import socket
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LONGEST = 4096
-"""Bytes of a reason."""
+"""Most bytes of a reason."""
 
 
 class Failures:
@@ -20,7 +20,7 @@ class Failures:
         self._socket.setblocking(False)
 
     def read(self) -> list[str]:
-        """The reasons that have come since the last call, one for each start that failed."""
+        """The reasons received since the last call, one per failed start."""
         reasons = []
         with suppress(BlockingIOError):
             while True:
@@ -28,12 +28,12 @@ class Failures:
         return reasons
 
     def close(self) -> None:
-        """Close the socket; its file goes with its folder."""
+        """Close the socket; its file is removed with its folder."""
         self._socket.close()
 
 
 def report(path: str | Path, reason: str) -> None:
-    """Send a reason to the entrypoint; it is lost if the entrypoint has gone or does not read."""
+    """Send a reason to the entrypoint; it is lost if the entrypoint has ended or does not read."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
         sender.setblocking(False)
         sender.sendto(reason.encode()[:LONGEST], str(path))

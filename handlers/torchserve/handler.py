@@ -38,10 +38,10 @@ class CascadeHandler:
     """An engine with every bundle of the model store, over one resident backbone."""
 
     def initialize(self, context: Any) -> None:
-        """Load the model store that the `cascade` part of model-config.yaml names, and follow its changes.
+        """Load the model store from the `cascade` section of model-config.yaml, and follow its changes.
 
-        A bundle that cannot be used is left out, and the log says why. If none is left, the entrypoint is told why, and
-        CascadeError is raised.
+        A bundle that cannot be used is left out, and the reason logged. If none is left, the reason is sent to the
+        entrypoint, and CascadeError is raised.
         """
         settings = context.model_yaml_config["cascade"]
         try:
@@ -57,7 +57,7 @@ class CascadeHandler:
         self.engine = Engine(settings["budget_bytes"], settings["device"], memory_bytes=memory)
         on_demand = settings["on_demand"]
         registry = load_store(self.engine, settings["model_store"], settings["pins"], on_demand=on_demand)
-        log_to_stderr(settings["log_level"])  # Java takes each line there for a warning, which log4j2.xml passes on
+        log_to_stderr(settings["log_level"])  # Java logs each line of stderr as a warning, which log4j2.xml passes on
         if metrics.TROUBLE:
             log.error(metrics.TROUBLE)
         if registry.trouble:
@@ -66,7 +66,7 @@ class CascadeHandler:
             if state.reason:
                 log.error("refused bundle %s/%s: %s", state.name, state.version, state.reason)
         resources = ExitStack()
-        # TorchServe sends the next batch after this one is answered, so no pass needs the cores during decoding.
+        # TorchServe sends the next batch after this one is answered, so decoding can use all cores.
         self.decoders = Decoders(settings["threads"], self.engine.limits.max_seconds)
         resources.callback(self.decoders.close)
         resources.enter_context(registry.watching(settings["poll"]))
@@ -74,12 +74,12 @@ class CascadeHandler:
         self.memory = Resident()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
-        """Return an answer and set a status for each request of a batch, in order; a bad request never raises."""
+        """Answer each request of a batch, in order, and set its status; a bad request never raises."""
         begin = time.perf_counter()
         headers = [context.get_all_request_header(i) for i in range(len(data))]
         try:
             gate = self.gate.open()
-        except FileNotFoundError:  # removed by the entrypoint, which drains: no new work
+        except FileNotFoundError:  # removed by the entrypoint, which is draining: refuse new work
             answers: list[Any] = [STOPPING] * len(data)
         else:
             with gate:
@@ -112,7 +112,7 @@ class CascadeHandler:
 
 
 def _parse(item: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[bytes, Options] | ItemError:
-    """``requests.parse`` for what TorchServe makes of a request.
+    """``requests.parse`` for TorchServe's form of a request.
 
     Args:
         item: one value (the raw body, or the only part of a form), or none.

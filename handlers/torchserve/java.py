@@ -1,4 +1,4 @@
-"""How TorchServe's Java is started: its command line and environment."""
+"""The command line and environment of TorchServe's Java process."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 def command(folder: Path) -> list[str]:
-    """Java and its arguments; everything that it writes goes to ``folder``, which holds the configuration."""
+    """Java and its arguments; it writes only to ``folder``, which contains the configuration."""
     home = Path(str(distribution("torchserve").locate_file("")))
     jvm = [
         f"-Dmodel_server_home={home}",
@@ -30,7 +30,7 @@ def command(folder: Path) -> list[str]:
 
 
 def environment(folder: Path, threads: int) -> dict[str, str]:
-    """Ours, without what would overrule the configuration, and with every file going to ``folder``."""
+    """This process's environment, without variables that override the configuration, and with files in ``folder``."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TS_", "JAVA_", "JDK_JAVA", "_JAVA"))}
     search = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     return inherited | {
@@ -38,6 +38,6 @@ def environment(folder: Path, threads: int) -> dict[str, str]:
         "LOG_LOCATION": str(folder),
         "TMPDIR": str(folder),
         "OMP_NUM_THREADS": str(threads),
-        # Java shares the cores: threads that wait by spinning cost 1 s an image where a core is taken, not 25 ms.
+        # Java shares the cores: if a core is taken, spinning threads cost 1 s per image instead of 25 ms.
         "OMP_WAIT_POLICY": "passive",
     }

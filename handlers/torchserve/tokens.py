@@ -1,8 +1,8 @@
-"""TorchServe's tokens: who may ask for predictions, and who may look at the workers.
+"""TorchServe's tokens, for predictions and for the state of the workers.
 
-TorchServe makes three keys at its start and writes them to ``key_file.json`` (mode 0600) in its working folder,
-which is our private one: ``inference`` opens predictions, ``management`` the state of the workers, ``API`` makes the
-other two anew. Only the first is ever handed out.
+TorchServe makes three keys when it starts and writes them to ``key_file.json`` (mode 0600) in its working folder, which
+is private: ``inference`` allows predictions, ``management`` shows the state of the workers, ``API`` renews the other
+two. Only the first is ever handed out.
 """
 
 import json
@@ -20,38 +20,38 @@ Kind = Literal["inference", "management", "API"]
 
 
 class TokenError(CascadeError):
-    """Tokens cannot be written or made anew."""
+    """Tokens cannot be written or renewed."""
 
 
 def bearer(folder: Path, kind: Kind) -> dict[str, str]:
-    """The header that opens one of TorchServe's doors.
+    """The header with one of TorchServe's keys.
 
     Raises:
-        OSError, ValueError: there is no key file yet, or it is just being written.
+        OSError, ValueError: there is no key file yet, or it is still being written.
     """
     return {"Authorization": f"Bearer {_key(folder, kind)}"}
 
 
 def hand_out(folder: Path, file: Path) -> None:
-    """Write the token for predictions to ``file``, mode 0600, in one step: a reader sees the old one or the new one.
+    """Write the token for predictions to ``file`` atomically, with mode 0600.
 
     Raises:
         TokenError: the file cannot be written.
     """
     try:
-        with atomic.file(file) as beside:
-            beside.unlink(missing_ok=True)  # of a process that had our number
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        with atomic.file(file) as temporary:
+            temporary.unlink(missing_ok=True)  # left by a dead process with the same PID
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
                 out.write(_key(folder, "inference") + "\n")
     except OSError as error:
         raise TokenError(f"cannot write the token to {file} ({error.strerror}): choose another --token-file") from None
 
 
 def renew(folder: Path, management_url: str, client: httpx.Client) -> None:
-    """Make the tokens for predictions and management anew; the old ones open nothing from then on.
+    """Renew the tokens for predictions and management; the old ones become invalid.
 
     Raises:
-        TokenError: TorchServe did not do it.
+        TokenError: TorchServe did not renew them.
     """
     try:
         for kind in ("inference", "management"):
