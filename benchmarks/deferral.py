@@ -1,4 +1,4 @@
-"""Deferral inside one bundle: accuracy against cost of a small input size, a larger one, and a second pass if uncertain.
+"""Deferral inside one bundle: accuracy against cost of a small input size, a larger one, and a second pass if unsure.
 
     python -m benchmarks.deferral                        # every cell of seed 0, one after the other; resumes
     python -m benchmarks.deferral cifar10/both           # only cells with this prefix
