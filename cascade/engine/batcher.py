@@ -187,7 +187,7 @@ class Batcher:
         futures = self.submit_all(images, options, timeout, tenant)
         try:
             await asyncio.wait([asyncio.wrap_future(future) for future in futures], timeout=timeout)
-            return [future.result() if _has_answer(future) else DEADLINE for future in futures]
+            return [future.result() if _has_answer(future) else future.first or DEADLINE for future in futures]
         finally:
             for future in futures:
                 future.cancel()
@@ -316,6 +316,7 @@ class Batcher:
             self._seconds += (seconds - self._seconds) * (REMEMBERED if self._seconds else 1)
             following = [(waiting, answer) for waiting, answer in answers if isinstance(answer, Item)]
             for waiting, item in following if self._drains else ():
+                waiting.future.first = item.first
                 self._admission.reenter(waiting.tenant)
                 self._add(replace(waiting, item=item, queued=time.monotonic()))
         for waiting, item in () if self._drains else following:

@@ -24,9 +24,15 @@ takes 40) costs 4 %. While all of 20 tenants wait, each has its turn within 80 p
 
 
 class Promise(Future[Answer]):
-    """The answer of one image. It records a cancellation even during a pass, which saves the second pass."""
+    """The answer of one image. It records a cancellation even during a pass, which saves the second pass.
+
+    Attributes:
+        given_up: whether it was cancelled.
+        first: the answer of the first pass, while the image waits for the second one.
+    """
 
     given_up = False
+    first: Prediction | None = None
 
     def cancel(self) -> bool:
         self.given_up = True

@@ -1,9 +1,10 @@
 """Two input sizes: an unsure image is asked again at the larger one, once, in company, and counted once."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -257,6 +258,19 @@ def test_the_first_answer_stands_where_there_is_no_second_pass(held: Held, cifar
     batcher.close()
     assert list(map(len, held.passes)) == [1, 2]
     assert now("requests_total", bundle="a", cluster="0", outcome="ok") == before + 3
+
+
+def test_who_waits_no_longer_between_passes_has_the_first_answer(held: Held, cifar: list[Image.Image]) -> None:
+    with Batcher(held, patience=60) as batcher, ThreadPoolExecutor() as pool:
+        asked = pool.submit(lambda: asyncio.run(batcher.answers([cifar[0]], Options("a"), 2.0)))
+        assert held.entered.acquire(timeout=30)
+        batcher.submit_all([cifar[0]] * 2, Options("a", mode="fast"), tenant=Tenant("other"))
+        wait(lambda: batcher._waiting.images == 2)
+        held.go.release()
+        assert held.entered.acquire(timeout=30), "in the pass of the two"
+        assert [deferral_of(answer) for answer in asked.result(30)] == [Deferral(32, False)]
+        held.go.release(10)
+    assert list(map(len, held.passes)) == [1, 2]
 
 
 def test_stopping_in_a_first_pass_saves_the_second(held: Held, cifar: list[Image.Image]) -> None:
