@@ -17,7 +17,7 @@ from cascade.model.router import Prototypes
 
 @dataclass(frozen=True, eq=False)
 class PrototypesWithPrior(Prototypes):
-    """Attributes: prior: float32 [K], how often each cluster is expected."""
+    """Attributes: prior: float32 [K], the expected relative frequency of each cluster."""
 
     prior: Tensor
 

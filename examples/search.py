@@ -1,4 +1,4 @@
-"""Find images that look like another: python examples/search.py [FOLDER [IMAGE]]"""
+"""Find images similar to a given one: python examples/search.py [FOLDER [IMAGE]]"""
 
 import sys
 import tempfile

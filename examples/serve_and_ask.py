@@ -1,4 +1,4 @@
-"""Start the ASGI server on a free port, ask it, stop it: python examples/serve_and_ask.py [IMAGE ...]"""
+"""Start the ASGI server on a free port, send it images, stop it: python examples/serve_and_ask.py [IMAGE ...]"""
 
 import re
 import subprocess

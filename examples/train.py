@@ -1,6 +1,6 @@
 """Train a bundle from Python: python examples/train.py IMAGES STORE/NAME/VERSION
 
-IMAGES is a folder of photos. The few steps below only show how it works; leave ``steps`` and ``expert_steps`` out for a
+IMAGES is a folder of photos. The few steps below only show how it works; omit ``steps`` and ``expert_steps`` for a
 real run. ``cascade train`` does the same on the command line.
 """
 
