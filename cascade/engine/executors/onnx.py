@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from cascade import extras
+from cascade.engine.executors import graph_cache
 from cascade.engine.executors.base import BaseExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
@@ -122,7 +123,10 @@ class _Session:
                 raise OnnxError(f"{executor.backbone.name}: ONNX Runtime orders a layer's weights in two ways")
         level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
         options = session_options(onnxruntime, level)
-        self._session = onnxruntime.InferenceSession(graph.model, options, providers=PROVIDERS)
+        try:
+            self._session = onnxruntime.InferenceSession(graph.model, options, providers=PROVIDERS)
+        except Exception as error:  # its exceptions have no common base
+            raise OnnxError(f"{executor.backbone.name}: ONNX Runtime can't run it: {error}") from error
         self._shapes, self._executor = graph.shapes, executor
         self._bindings: OrderedDict[Hashable, Any] = OrderedDict()
 
@@ -180,7 +184,17 @@ class _Pointwise(nn.Module):
 
 
 def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
-    """The optimized graph of a range of stages, for inputs of this shape and any batch size."""
+    """The optimized graph of a range of stages, for inputs of this shape and any batch size; made once, then cached."""
+    path = graph_cache.path_of(folded.backbone.fingerprint, start, stop, list(x.shape[1:]), sorted(folded.loose))
+    if (parts := graph_cache.read(path)) is not None:
+        return _Graph(*parts)
+    graph = _made(folded, x, start, stop)
+    graph_cache.write(path, (graph.model, graph.orders, graph.first, graph.shapes))
+    return graph
+
+
+def _made(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
+    """Export, optimize, and turn the weights into inputs."""
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
     last = len(folded.backbone.stages) if stop is None else stop
     inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]

@@ -19,6 +19,12 @@ from tests.helpers.paths import ROOT
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_yet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph is exported, whatever the machine's cache holds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.mark.parametrize("block", [1, 8, 16])
 def test_the_order_is_read_off_the_probe(block: int) -> None:
     unit = Unit("layer", None, 0, 0, (20, 3, 3, 3))
