@@ -1,1 +1,1 @@
-"""Offline training: one module a stage, each runnable as `python -m training.<stage>`."""
+"""Offline training: one module per stage, each runnable as `python -m training.<stage>`."""

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path | None = None) -> Table:
-    """Accuracy of head and nearest neighbors in every mode, on the held-out split of ``source``.
+    """Measure head and nearest neighbors in every mode, on the held-out split of ``source``.
 
     Raises:
         CascadeError: the images have no class folders, or classes that the bundle does not know.
@@ -50,7 +50,7 @@ def of_bundle(path: Path, source: str, limit: int | None = None, weights: Path |
 
 
 def _vote(answer: Prediction) -> str | None:
-    """The label with the most similarity among the neighbors, weighted as in the k-NN evaluation."""
+    """The label with the highest similarity-weighted vote of the neighbors, as in the k-NN evaluation."""
     votes: dict[str | None, float] = {}
     for n in answer.neighbors:
         votes[n.label] = votes.get(n.label, 0.0) + float(np.exp(n.similarity / 0.1))

@@ -1,4 +1,4 @@
-"""The state of a training as one safetensors file, from which it resumes to the bit."""
+"""Checkpoints: the state of a training as one safetensors file, from which it resumes bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,16 @@ def store(
     step: int,
     score: float | None = None,
 ) -> None:
-    """Write all state with an atomic rename; ``score`` is the accuracy on validation images, if it was measured."""
+    """Write a checkpoint atomically; ``score`` is the accuracy on validation images, if measured."""
     tensors = model.state()
     tensors |= {f"objective.{n}": t for n, t in objective.module.state_dict().items()}
     tensors |= {f"scaler.{n}": torch.tensor(float(v)) for n, v in scaler.state_dict().items()}
     for kind, optimizer in optimizers.items():
         for key, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{kind}.{key}.{n}": t for n, t in state.items() if t is not None}
-    about = {"step": str(step)} | ({} if score is None else {"score": repr(score)})
-    with atomic.file(path, alone=True) as beside:
-        save_file({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, beside, about)
+    metadata = {"step": str(step)} | ({} if score is None else {"score": repr(score)})
+    with atomic.file(path, alone=True) as temporary:
+        save_file({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, temporary, metadata)
 
 
 def restore(
@@ -43,7 +43,7 @@ def restore(
     optimizers: dict[str, torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> int:
-    """The inverse of ``store``; returns the step."""
+    """Load a checkpoint written by ``store``, and return its step."""
     with safe_open(path, "pt") as handle:
         step = int(handle.metadata()["step"])
     tensors = load_file(path)

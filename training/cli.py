@@ -1,4 +1,4 @@
-"""The command line of a stage: options, progress bars, and errors of one line."""
+"""The command line of a stage: options, progress bars, and one-line errors."""
 
 import errno
 import inspect
@@ -26,7 +26,7 @@ from training.data import dataset
 from training.recipe import ABOUT, Recipe
 
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+EVERY = 10.0  # seconds between two lines of progress without a terminal
 RUN = Path("runs/default")
 RunFolder = Annotated[Path, typer.Option(help="Folder of the run.")]
 
@@ -50,7 +50,7 @@ class Watch:
         self.bar.update(self.tasks[name], completed=step, loss=loss)
 
     def _line(self, name: str, step: int, steps: int, loss: float) -> None:
-        """Without a terminal: a line every ten seconds, with the time left by the rate so far."""
+        """Without a terminal, print a line every ten seconds, with the estimated time left."""
         assert self.bar is not None
         now = time.monotonic()
         first, begun, told = self._begun.get(name, (step, now, now - EVERY))
@@ -63,16 +63,16 @@ class Watch:
         self.say(f"{name}: step {step} of {steps}, loss {loss:.4f}{left}")
 
     def show(self, table: Table) -> None:
-        """A table for a person."""
+        """Print a table."""
         if self.bar is not None:
             self.bar.console.print(table)
 
     def warn(self, text: str) -> None:
-        """A warning for a person."""
+        """Print a warning."""
         self.say(f"[yellow]warning:[/] {text}")
 
     def say(self, text: str) -> None:
-        """A line for a person."""
+        """Print a line."""
         if self.bar is not None:
             self.bar.console.print(text)
 
@@ -92,13 +92,13 @@ def watching() -> Iterator[Watch]:
         try:
             yield Watch(bar)
         finally:
-            if bar.tasks:  # it is started by the first one; an empty bar leaves an empty line
+            if bar.tasks:  # the first task starts the bar; an empty bar would leave an empty line
                 bar.stop()
 
 
 @contextmanager
 def stage() -> Iterator[Watch]:
-    """The body of a stage's command: yields what shows its progress, with all processes of ``torchrun`` connected."""
+    """Context of a stage's command: connects all processes of ``torchrun`` and yields the progress display."""
     limit_threads()
     with watching() as watch, distributed.together():
         yield watch
@@ -107,7 +107,7 @@ def stage() -> Iterator[Watch]:
 def start(command: Callable[..., None], arguments: Sequence[str] | None = None, name: str | None = None) -> None:
     """Run the command of a stage; its help is the docstring of its module.
 
-    An error meant for a person is one line and exit status 1; wrong options have exit status 2.
+    A user-facing error is one line with exit status 1; wrong options have exit status 2.
 
     Args:
         command: a function with typer's annotations.
@@ -128,7 +128,7 @@ def start(command: Callable[..., None], arguments: Sequence[str] | None = None, 
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for each field of the recipe to a command, which is called with the recipe as first argument."""
+    """Add an option for each recipe field to a command, which gets the recipe as its first argument."""
 
     @wraps(command)
     def run(**options: Any) -> None:
@@ -147,7 +147,7 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(field: Field[Any], panel: str, text: str) -> inspect.Parameter:
-    """The option of a recipe's field, or the argument ``DATA``."""
+    """The option for a recipe's field, or the argument ``DATA``."""
     if field.name == "data":
         info: Any = typer.Argument(help=f"{text}: {', '.join(dataset.NAMES)}", metavar="DATA")
     else:

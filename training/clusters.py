@@ -1,4 +1,4 @@
-"""Stage 2: clusters, the router that assigns to them, its calibration, and the out-of-domain score (paper §3.3).
+"""Stage 2: clusters, the router that assigns images to them, its calibration, and the out-of-domain score (paper §3.3).
 
 python -m training.clusters --run runs/cifar
 """
@@ -23,10 +23,10 @@ from training.heads import calibration_error
 from training.run import CLUSTERS, FEWEST, Run, resume, write_json, write_tensors
 
 SUMMARY = "clusters.json"
-LARGEST = 0.8  # of the images, in one cluster: the router hardly divides them
+LARGEST = 0.8  # share of the images in one cluster above which the router hardly divides them
 ROUTING_DIM = 20  # of the whitened PCA under mixture and centroids, the paper's
 OOD_DIM, QUANTILES = 64, 257
-VIEW_SCALE = (0.3, 1.0)  # crops that count as another view of the same image
+VIEW_SCALE = (0.3, 1.0)  # area of the crops that count as another view of the same image
 VIEWS = 4
 
 
@@ -56,11 +56,11 @@ def fit(run: Run) -> None:
             "calibration_error": round(error, 4),
         }
     write_json(run.folder / SUMMARY, summary)
-    write_tensors(run.folder / CLUSTERS, stored)  # last: its presence says that the stage is done
+    write_tensors(run.folder / CLUSTERS, stored)  # last: this file marks the stage as done
 
 
 def fit_router(run: Run, features: np.ndarray) -> Router:
-    """The recipe's kind of router on the dispatcher's features [N, F]."""
+    """Fit the recipe's kind of router on the dispatcher's features [N, F]."""
     recipe = run.recipe
     match recipe.router:
         case "prototypes":
@@ -73,13 +73,13 @@ def fit_router(run: Run, features: np.ndarray) -> Router:
 
 
 def fit_prototypes(projector: dict[str, torch.Tensor], features: np.ndarray, clusters: int, seed: int) -> Prototypes:
-    """Group SwAV's prototypes, weighted by how much is assigned to them, by spherical k-means (FAISS)."""
+    """Group SwAV's prototypes by spherical k-means (FAISS), weighted by the images assigned to each."""
     head, bias = projector["head.weight"].half(), projector["head.bias"].half()
     prototypes = torch.nn.functional.normalize(projector["prototypes"]).half()
     if clusters > len(prototypes):
         raise CascadeError(f"{len(prototypes)} prototypes can't form {clusters} clusters: train with more --prototypes")
     every = torch.arange(len(prototypes))
-    # As a router with one cluster a prototype it says how much each is assigned.
+    # A router with one cluster per prototype gives the weight of each prototype.
     alone = Prototypes(head, bias, prototypes, every, torch.tensor([len(every)]))
     mass = alone.probabilities(torch.from_numpy(features)).sum(dim=0).numpy()
     points = prototypes.float().numpy()
@@ -98,7 +98,7 @@ def fit_prototypes(projector: dict[str, torch.Tensor], features: np.ndarray, clu
 
 
 def fit_gmm(features: np.ndarray, clusters: int, seed: int) -> GaussianMixture:
-    """The paper's: PCA to 20 dimensions, whitened, and a full-covariance mixture (scikit-learn)."""
+    """Fit the paper's router: PCA to 20 dimensions, whitened, and a full-covariance mixture (scikit-learn)."""
     pca, x = _whiten(features, seed)
     mixture = Mixture(clusters, covariance_type="full", n_init=3, random_state=seed).fit(x)
     parameters = (mixture.means_, mixture.precisions_cholesky_, mixture.weights_)
@@ -106,15 +106,15 @@ def fit_gmm(features: np.ndarray, clusters: int, seed: int) -> GaussianMixture:
 
 
 def fit_centroids(features: np.ndarray, clusters: int, seed: int) -> Centroids:
-    """k-means in the same whitened space (scikit-learn)."""
+    """Fit k-means in the same whitened space (scikit-learn)."""
     pca, x = _whiten(features, seed)
     means = KMeans(clusters, n_init=10, random_state=seed).fit(x).cluster_centers_
     return Centroids(*_projection(pca), torch.from_numpy(means))
 
 
 def fit_ood(features: np.ndarray, held_out: np.ndarray) -> OutOfDomain:
-    """Probabilistic PCA on the training features (scikit-learn), percentiles from held-out ones."""
-    dim = min(OOD_DIM, min(features.shape) // 2)  # of few images enough is left to measure the rest by
+    """Fit probabilistic PCA on the training features (scikit-learn), and percentiles on held-out ones."""
+    dim = min(OOD_DIM, min(features.shape) // 2)  # with few images, keep enough dimensions to estimate the noise
     pca = PCA(dim, random_state=0).fit(normalize(features.astype(np.float64)))
     tables = (pca.mean_, pca.components_.T, pca.explained_variance_, np.array([pca.noise_variance_]))
     mean, basis, variance, noise = (torch.from_numpy(np.ascontiguousarray(t)).float() for t in tables)
@@ -125,9 +125,9 @@ def fit_ood(features: np.ndarray, held_out: np.ndarray) -> OutOfDomain:
 
 
 def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibration, float]:
-    """Platt scaling on every other held-out image, expected calibration error on the rest.
+    """Fit Platt scaling on every other held-out image, and measure the expected calibration error on the rest.
 
-    What is predicted: that another view of the image (crop and flip) goes to the same cluster.
+    The predicted event is that another view of the image (crop and flip) is routed to the same cluster.
     """
     probabilities = router.probabilities(torch.from_numpy(held_out))
     odds = log_odds(probabilities.max(dim=1).values)
@@ -146,7 +146,7 @@ def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibrati
 
 
 def _view_agrees(run: Run, router: Router, pixels: torch.Tensor, cluster: torch.Tensor, view: int) -> torch.Tensor:
-    """Whether a random view of each image is routed as the image itself, bool [N]."""
+    """Whether a random view of each image is routed to the same cluster as the image, bool [N]."""
     p, generator = run.preprocessing, torch.Generator().manual_seed(run.recipe.seed * VIEWS + view)
     views = (
         crop_flip(pixels[i : i + 128], p.size, VIEW_SCALE, generator, p.mean, p.std) for i in range(0, len(pixels), 128)
@@ -156,20 +156,20 @@ def _view_agrees(run: Run, router: Router, pixels: torch.Tensor, cluster: torch.
 
 
 def _whiten(features: np.ndarray, seed: int) -> tuple[PCA, np.ndarray]:
-    """L2-normalize, PCA, unit variance (scikit-learn's reg_covar is absolute, so the scale matters)."""
+    """L2-normalize, apply PCA and scale to unit variance (scikit-learn's reg_covar is absolute, so scale matters)."""
     x = normalize(features.astype(np.float64))
     pca = PCA(min(ROUTING_DIM, min(x.shape) - 1), whiten=True, svd_solver="covariance_eigh", random_state=seed).fit(x)
     return pca, pca.transform(x)
 
 
 def _projection(pca: PCA) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and whitened basis, so that ``(x - mean) @ basis`` is what the fitted PCA gives."""
+    """Mean and whitened basis, so that ``(x - mean) @ basis`` equals the fitted PCA."""
     basis = (pca.components_ / np.sqrt(pca.explained_variance_)[:, None]).T
     return torch.from_numpy(pca.mean_), torch.from_numpy(np.ascontiguousarray(basis))
 
 
 def _check_sizes(counts: list[int], run: Run) -> None:
-    """Stop where a cluster can't fill a batch, warn where the clusters collapse."""
+    """Raise if a cluster can't fill a batch, warn if the clusters collapse."""
     smallest = min(range(len(counts)), key=counts.__getitem__)
     if counts[smallest] < FEWEST:
         raise CascadeError(
@@ -185,7 +185,7 @@ def _check_sizes(counts: list[int], run: Run) -> None:
 
 
 def effective(counts: list[int]) -> float:
-    """How many clusters of the same size would divide the images as well: exp of the entropy of their counts."""
+    """Effective number of clusters: exp of the entropy of their counts."""
     share = np.array(counts) / sum(counts)
     return float(np.exp(-sum(p * np.log(p) for p in share if p)))
 

@@ -1,4 +1,4 @@
-"""What a training was worth: one table, one sentence, and the choice of what the bundle serves.
+"""Compare a trained mask with the frozen backbone: a table, a verdict, and the choice of what the bundle serves.
 
 With labels the rows are classifiers, by accuracy. Without labels they are embeddings, by k-NN accuracy where there are
 class folders to measure it with, otherwise by their distance to the teacher.
@@ -36,7 +36,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: accuracies in [0, 1], bytes that have to be shipped for this model."""
+    """One row of the table: accuracies in [0, 1], and the bytes to ship for this model."""
 
     title: str
     validation: float
@@ -45,7 +45,7 @@ class Row:
 
 
 def compare(run: Run, *, others: bool = False) -> tuple[Candidate, dict[str, Any]]:
-    """The better of frozen head and trained mask on the validation images, and what the card tells of both.
+    """The better of frozen head and trained mask on the validation images, and the facts about both for the card.
 
     Args:
         others: also fine-tune every weight, and train LoRA, for the same steps.
@@ -108,7 +108,7 @@ def compressed(tensors: dict[str, Tensor]) -> int:
 
 
 def adapter_tensors(model: MaskedModel) -> dict[str, Tensor]:
-    """What has to be shipped of an adapted model: bits and half-precision channels, or the trained weights."""
+    """The tensors to ship for an adapted model: bits and half-precision channels, or the trained weights."""
     if "weights" in model.groups:
         return {n: p.detach() for n, p in model.learned.items()}
     bits = [model.active_bits(name) for name in model.scores]
@@ -122,8 +122,8 @@ def _head(head: Linear) -> dict[str, Tensor]:
 
 def _mask(run: Run) -> dict[str, Tensor]:
     mask = run.dispatcher
-    kept = {} if masks.density(run.backbone, mask) == 1 else {"bits": mask.bits}
-    return kept | mask.norms | mask.channels
+    tensors = {} if masks.density(run.backbone, mask) == 1 else {"bits": mask.bits}
+    return tensors | mask.norms | mask.channels
 
 
 def _other(run: Run, name: str) -> Row:

@@ -18,7 +18,7 @@ class Cost:
     """Measures this process between entering and leaving the context; earlier runs are not included.
 
     Args:
-        price: per hour, of one GPU, or of this machine without one; 0: no money is reported.
+        price: per hour, of one GPU, or of this machine if it has none; 0 to leave money out.
     """
 
     def __init__(self, price: float = 0.0) -> None:
@@ -34,9 +34,9 @@ class Cost:
         self.seconds = time.perf_counter() - self._begin
 
     def facts(self) -> dict[str, Any]:
-        """Wall time in s; peak memory in MB, of this process since its start and of its GPU; hours; money.
+        """Wall time in s; peak memory in MB of this process since its start, and of its GPU; hours; money.
 
-        Hours are those of all GPUs that ``torchrun`` has started processes for.
+        Hours are summed over all GPUs for which ``torchrun`` has started processes.
         """
         gpus = int(os.environ.get("WORLD_SIZE", 1)) if torch.cuda.is_available() else 0
         hours = self.seconds / 3600 * max(gpus, 1)
@@ -47,10 +47,10 @@ class Cost:
         return facts | ({"money": round(hours * self.price, 2)} if self.price else {})
 
     def line(self) -> str:
-        """The facts for a person."""
+        """The facts as one line of text."""
         return "cost: " + ", ".join(f"{name} {value}" for name, value in self.facts().items())
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far; the kernel counts in kB, macOS in bytes."""
+    """Peak memory of this process in bytes; Linux reports kB, macOS bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

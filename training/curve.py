@@ -1,4 +1,4 @@
-"""The learning curve: one line of JSON for each step, and what goes wrong in it."""
+"""The learning curve: one line of JSON per step, and checks for training problems."""
 
 import json
 import time
@@ -14,10 +14,10 @@ from training.masking import MaskedModel
 from training.recipe import Recipe
 
 CURVE = "curve.jsonl"
-SPARSE = 0.05  # a tensor with a smaller share of active weights is about to be switched off
-COLLAPSED = 0.05  # share of the prototypes that are some image's nearest, below which an embedding has collapsed
-CROWDED = 0.8  # share of a batch nearest to one prototype, above which it has collapsed, too
-RISEN, WINDOW = 1.5, 20  # a loss has risen when the mean of so many steps is so many times that of the first steps
+SPARSE = 0.05  # a tensor with a smaller share of active weights is nearly switched off
+COLLAPSED = 0.05  # an embedding has collapsed if a smaller share of the prototypes are nearest to any image
+CROWDED = 0.8  # or if a larger share of a batch is nearest to the same prototype
+RISEN, WINDOW = 1.5, 20  # factor by which the mean loss must exceed that of the first steps; steps in the mean
 FIRST = 5
 FLAGS = {"scores": "--lr", "weights": "--lr", "channels": "--channel-lr"}
 
@@ -81,10 +81,10 @@ class Curve:
 
 
 def problems(model: MaskedModel, line: Mapping[str, Any], recipe: Recipe, images: int) -> dict[str, str]:
-    """What is going wrong and what to do, by the parameter that is nearly switched off, or ``embedding``.
+    """Problems and what to do, by the name of a nearly inactive parameter, or ``embedding``.
 
     Args:
-        images: how many the line summarizes; few images can't be nearest to many prototypes.
+        images: number of images behind the line; few images can't be nearest to many prototypes.
     """
     out = {}
     if not recipe.share:
@@ -99,11 +99,11 @@ def problems(model: MaskedModel, line: Mapping[str, Any], recipe: Recipe, images
 
 
 def _keep(path: Path, begin: int) -> list[float]:
-    """Drop the lines from step ``begin`` on; returns the losses of the others."""
+    """Drop the lines from step ``begin`` on, and return the losses of the others."""
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in lines if line["step"] < begin]
-    with atomic.file(path, alone=True) as beside:
-        beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    with atomic.file(path, alone=True) as temporary:
+        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     return [line["loss"] for line in kept]

@@ -1,7 +1,7 @@
 """``cascade import``: a fine-tuned copy of a backbone as a bundle with a 1-bit delta.
 
 Without images this takes seconds. With ``--distill`` the deltas are then trained on unlabeled images, so that the
-pooled features match those of the fine-tuned copy: for networks with depthwise layers most of the accuracy needs that.
+pooled features match those of the fine-tuned copy. Networks with depthwise layers lose most accuracy without that.
 """
 
 import copy
@@ -55,13 +55,13 @@ def import_copy(
 
     Args:
         checkpoint: see ``cascade.model.finetuned.read``.
-        classes: names of the classifier's rows; numbers if left out.
-        size: side of the images, pixels; the backbone's own if left out.
+        classes: names of the classifier's rows; default: numbers.
+        size: side of the images, pixels; default: the backbone's own.
         distill: folder of images to train the deltas on, for ``steps`` steps of 64 images.
-        domain: folder of images like those that will be sent, so that images can be dispatched to the bundle.
+        domain: folder of typical images, so that images can be dispatched to the bundle.
 
     Raises:
-        CascadeError: the checkpoint is not a copy of this backbone, or there are not as many names as classes.
+        CascadeError: the checkpoint is not a copy of this backbone, or the number of names differs from its classes.
     """
     tuned = finetuned.read(checkpoint, backbone)
     rows = 0 if tuned.weight is None else len(tuned.weight)
@@ -112,10 +112,10 @@ def fit_deltas(
     steps: int,
     seed: int = 0,
 ) -> Mask:
-    """The delta with its numbers trained so that pooled features match the fine-tuned copy's (mean squared error).
+    """Train a delta's numbers so that pooled features match the fine-tuned copy's (mean squared error).
 
     Args:
-        tuned: the copy's state dict. images: files, unlabeled. view: how the network sees them.
+        tuned: the copy's state dict. images: files, unlabeled. view: their preprocessing.
     """
     teacher, student = (_fixed(backbone, state) for state in (tuned, {**mask.norms, **mask.channels}))
     pristine = {n: _channels_last(backbone.model.get_parameter(n).detach()) for n in mask.deltas}
@@ -157,7 +157,7 @@ def _sign(backbone: Backbone, mask: Mask, active: Tensor, name: str) -> Tensor:
 
 
 def _batches(images: list[Path], view: Preprocessing, steps: int, seed: int) -> Iterator[Tensor]:
-    """Random batches of images, half of them mirrored."""
+    """Yield random batches of images, half of them mirrored."""
     generator, transform = np.random.default_rng(seed), view.transform()
     for _ in range(steps):
         files = generator.choice(len(images), min(BATCH, len(images)), replace=False)
@@ -179,7 +179,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def compare(bundle: Path, backbone: Backbone, tuned: FineTuned, folder: Path) -> tuple[float, float]:
-    """Accuracy of the fine-tuned copy and of the bundle on images in class folders.
+    """Measure the accuracy of the fine-tuned copy and of the bundle on images in class folders.
 
     Raises:
         CascadeError: the copy has no classifier, or a folder is not one of its classes.

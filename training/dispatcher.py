@@ -19,7 +19,7 @@ from training.objectives import Distillation, Objective, SelfSupervised, Supervi
 from training.recipe import Recipe
 from training.run import Run, begin, device, trained
 
-ZERO_STEPS = 20  # with BatchNorm in eval mode only the scores could move, so these show as much as all
+ZERO_STEPS = 20  # with BatchNorm in eval mode only the scores could change, so a few steps are enough
 
 
 def train(
@@ -35,9 +35,9 @@ def train(
     """Train the dispatcher's mask, or one like it under another name.
 
     Args:
-        model: what is trained, the backbone under a mask by default.
-        rows: the images to train on, all but the validation images by default.
-        head: folder of a finished training, whose head this one begins with.
+        model: the model to train; default: the backbone under a mask.
+        rows: the images to train on; default: all except the validation images.
+        head: folder of a finished training, whose head this one starts from.
     """
     steps = run.steps if steps is None else steps
     model = model or run.masked(run.mask_from)
@@ -62,39 +62,39 @@ def train(
 
 
 def controls(run: Run) -> None:
-    """The dispatcher trained for the whole cascade's steps, and at learning rate zero."""
+    """Train the controls: the dispatcher for all the steps of the cascade, and at learning rate zero."""
     train(run, "equal-steps", steps=run.steps + run.recipe.clusters * run.recipe.expert_steps)
     zero_rate(run)
 
 
 def zero_rate(run: Run) -> None:
-    """The control of learning rate zero: what BatchNorm's statistics alone bring."""
+    """Train the control at learning rate zero: the effect of BatchNorm's statistics alone."""
     train(run, "zero-rate", steps=run.steps if run.recipe.train_norms else ZERO_STEPS, lr=0.0)
 
 
 def objective(run: Run, head: Path | None = None) -> Objective:
-    """The recipe's loss: fresh, or as a finished training in ``head`` has left it."""
+    """The recipe's objective: new, or from a finished training in the folder ``head``."""
     seed_everything(run.recipe.seed)
     recipe, backbone, preprocessing = run.recipe, run.backbone, run.preprocessing
-    made: Objective
+    result: Objective
     if recipe.kind == "swav":
-        made = SelfSupervised(recipe, backbone.features, preprocessing, run.views)
+        result = SelfSupervised(recipe, backbone.features, preprocessing, run.views)
     elif recipe.kind == "distill":
         start = None if teacher.is_same_network(run) else run.features("frozen")[0]
-        made = Distillation(recipe, preprocessing, teacher.features(run), start)
+        result = Distillation(recipe, preprocessing, teacher.features(run), start)
     else:
         if run.images.labels is None:
             raise CascadeError(f"{recipe.data} has no class folders: leave --labels out")
         labels = run.images.labels.astype(np.int64)
-        made = Supervised(recipe, backbone.features, preprocessing, labels, len(run.images.classes), run.rows[0])
+        result = Supervised(recipe, backbone.features, preprocessing, labels, len(run.images.classes), run.rows[0])
     if head:
-        made.module.load_state_dict(strip_prefix(trained(head), "objective."))
-    made.module.to(device())
-    return made
+        result.module.load_state_dict(strip_prefix(trained(head), "objective."))
+    result.module.to(device())
+    return result
 
 
 def _validation(run: Run, model: MaskedModel, loss: Objective, rows: np.ndarray) -> Callable[[], float]:
-    """Accuracy of the present model and head on the validation images."""
+    """A function that measures the current model and head on the validation images."""
     assert run.images.labels is not None
     truth = run.images.labels[rows]
 
@@ -112,7 +112,7 @@ def _validation(run: Run, model: MaskedModel, loss: Objective, rows: np.ndarray)
 
 @with_recipe
 def command(recipe: Recipe, run: RunFolder = RUN) -> None:
-    """Train the dispatcher of a new run, or go on with it."""
+    """Train the dispatcher of a new run, or resume it."""
     with stage() as watch:
         train(begin(run, recipe, watch))
 

@@ -1,4 +1,4 @@
-"""What distillation gained, and what it costs: measured on held-out images."""
+"""Measure the gain and the cost of distillation on held-out images."""
 
 import time
 from typing import Any
@@ -11,14 +11,14 @@ from training import evaluate, teacher
 from training.objectives import Distillation
 from training.run import Run
 
-TIMED = 16  # images of the passes that are timed
+TIMED = 16  # images per timed pass
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Frozen backbone, distilled student and teacher on the held-out images.
+    """Measure frozen backbone, distilled student and teacher on the held-out images.
 
-    ``distance`` is the loss of the objective; ``knn`` the accuracy of cosine k-NN on plain features, where there are
-    class folders. ``cost`` is the time of a teacher's pass as a multiple of the student's.
+    ``distance`` is the loss of the objective; ``knn`` the accuracy of cosine k-NN on plain features, if there are class
+    folders. ``cost`` is the time of a teacher's pass relative to a student's.
     """
     backbone, preprocessing = teacher.load(run)
     wanted = teacher.evaluation_features(run, "test")
@@ -47,7 +47,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def verdict(run: Run, found: dict[str, Any], seconds: float) -> str:
-    """One line: what was gained, and at which cost."""
+    """Summarize the gain and the cost in one line."""
     price = (
         f"{seconds:.0f} s of training; a pass of the teacher at {found['teacher_size']} px costs"
         f" {found['cost']:.1f} times as much"

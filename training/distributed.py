@@ -1,9 +1,9 @@
-"""Several processes as one: what ``torchrun`` starts, each with its share of every batch.
+"""Data-parallel training: the processes of ``torchrun``, each with its share of every batch.
 
     torchrun --nproc-per-node 2 -m -- training.dispatcher cifar10 --run runs/cifar --size 64
 
-They take the same step on the same gradient, so that all of them hold the same mask; the first one writes. Started
-without ``torchrun`` there is one process, and every function here does nothing.
+They take the same step on the same gradient, so that all have the same mask; the first one writes. Without ``torchrun``
+there is one process, and every function here does nothing.
 """
 
 import os
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = 3600  # seconds that the others wait while the first one decodes images, say
+TIMEOUT = 3600  # seconds that the others wait, for example while the first one decodes images
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Join the processes that ``torchrun`` has started, gloo on CPUs, NCCL on GPUs; part at the end."""
+    """Connect the processes that ``torchrun`` has started, by gloo on CPUs and NCCL on GPUs; disconnect at the end."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -40,13 +40,13 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def first() -> Iterator[None]:
-    """The first process goes through it alone, then the others: they find what it has made."""
+    """Run the block in the first process alone, then in the others, which find its results."""
     if rank():
         wait()
     yield
@@ -55,13 +55,13 @@ def first() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Barrier: wait until all processes have arrived."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows of all processes in their order, without a gradient: [B, ...] to [world * B, ...]."""
+    """Gather the rows of all processes in order, without a gradient: [B, ...] to [world * B, ...]."""
     x = x.detach().contiguous()
     if not dist.is_initialized():
         return x
@@ -71,7 +71,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over all processes, as a tensor of its own."""
+    """The sum over all processes, as a new tensor."""
     x = x.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -79,7 +79,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """The mean over all processes, in place, as one message."""
+    """Average over all processes, in place, in one message."""
     if not dist.is_initialized():
         return
     parts = list(tensors)

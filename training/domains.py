@@ -1,4 +1,4 @@
-"""Fit the domain of a bundle: prototypes of its images in the plain backbone, for dispatch between bundles."""
+"""Fit the domain of a bundle: prototypes of its images under the plain backbone, for dispatch between bundles."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from training import embed
 from training.run import Run
 
 PROTOTYPES, SAMPLES, IMAGES, LEAST = 16, 64, 4000, 10
-MOST = 128  # prototypes, and samples, of a domain that has grown
+MOST = 128  # prototypes, and samples, of a merged domain
 
 
 def stage_of(backbone: Backbone) -> int:
@@ -32,7 +32,7 @@ def stage_of(backbone: Backbone) -> int:
 
 
 def fit(features: Tensor, seed: int = 0) -> Domain:
-    """A domain from pooled activations float32 [N, D] of a bundle's images; a fifth of them, at most, is held out."""
+    """Fit a domain to pooled activations float32 [N, D] of a bundle's images; at most a fifth of them is held out."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     held_out = min(SAMPLES, max(2, len(features) // 5))
     samples, rest = features[order[:held_out]], features[order[held_out:]]
@@ -46,7 +46,7 @@ def fit(features: Tensor, seed: int = 0) -> Domain:
 
 
 def merge(one: Domain, other: Domain, share: float, seed: int = 0) -> Domain:
-    """The domain of both sets of images; ``share`` of them, in (0, 1), belong to the other one."""
+    """Merge the domains of two sets of images; ``share``, in (0, 1), is the second set's share of all images."""
     prototypes = torch.cat([one.prototypes, other.prototypes])
     if len(prototypes) > MOST:
         fitted = KMeans(MOST, n_init=1, random_state=seed).fit(prototypes.float().numpy())
@@ -66,18 +66,18 @@ def features(executor: PlainExecutor, pixels: np.ndarray, preprocessing: Preproc
 
 
 def of_run(run: Run) -> tuple[Domain, DomainCard]:
-    """The domain of a run's training images, ``IMAGES`` at most."""
+    """Fit the domain of a run's training images, at most ``IMAGES``."""
     rows = np.sort(np.random.default_rng(run.recipe.seed).permutation(len(run.images))[:IMAGES])
     stage = stage_of(run.backbone)
-    found = features(run.executor, run.inputs("train")[rows], run.preprocessing, stage)
-    return fit(found, run.recipe.seed), DomainCard(stage=stage)
+    activations = features(run.executor, run.inputs("train")[rows], run.preprocessing, stage)
+    return fit(activations, run.recipe.seed), DomainCard(stage=stage)
 
 
 def add(path: Path, images: Sequence[Path], out: Path, weights: Path | None = None) -> Path:
-    """Write a bundle once more, to ``out`` (``<name>/<version>``), with the domain of these image files.
+    """Copy a bundle to ``out`` (``<name>/<version>``), with the domain of these image files.
 
     Args:
-        weights: a checkpoint that takes the place of the bundle's own weight source.
+        weights: a checkpoint that replaces the bundle's own weight source.
 
     Raises:
         CascadeError: the bundle or an image can't be read, there are too few images, or ``out`` exists.
@@ -90,7 +90,7 @@ def add(path: Path, images: Sequence[Path], out: Path, weights: Path | None = No
 
 
 def of_files(executor: PlainExecutor, paths: Sequence[Path], preprocessing: Preprocessing) -> tuple[Domain, DomainCard]:
-    """The domain of image files, ``IMAGES`` at most."""
+    """Fit the domain of image files, at most ``IMAGES``."""
     if len(paths) < LEAST:
         raise CascadeError(f"{len(paths)} images are too few to tell a domain from others: give {LEAST} or more")
     order = np.random.default_rng(0).permutation(len(paths))[:IMAGES]

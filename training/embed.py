@@ -18,7 +18,7 @@ BATCH = 128
 
 
 def pixels(images: Images, preprocessing: Preprocessing, path: Path) -> np.ndarray:
-    """All images as the evaluation transform crops them, uint8 [N, 3, S, S], decoded once and kept at ``path``."""
+    """All images, cropped by the evaluation transform, uint8 [N, 3, S, S], decoded once and cached at ``path``."""
     crop, size = preprocessing.geometry(), preprocessing.size
 
     def one(i: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def pixels(images: Images, preprocessing: Preprocessing, path: Path) -> np.ndarr
 
 
 def batches(images: Images, preprocessing: Preprocessing, size: int = BATCH) -> Iterator[Tensor]:
-    """Inputs of the network, float32 [<= size, 3, S, S], decoded in threads and not kept."""
+    """Yield the network's inputs, float32 [<= size, 3, S, S], decoded in threads and not cached."""
     transform = preprocessing.transform()
     for begin in range(0, len(images), size):
         rows = range(begin, min(begin + size, len(images)))
@@ -38,7 +38,7 @@ def batches(images: Images, preprocessing: Preprocessing, size: int = BATCH) -> 
 
 
 def normalized(pixels: np.ndarray, preprocessing: Preprocessing, size: int = BATCH) -> Iterator[Tensor]:
-    """Inputs of the network, float32 [<= size, 3, S, S], from pixels uint8 [N, 3, S, S], in order."""
+    """Yield the network's inputs, float32 [<= size, 3, S, S], from pixels uint8 [N, 3, S, S], in order."""
     for begin in range(0, len(pixels), size):
         yield preprocessing.normalize(pixels[begin : begin + size])
 

@@ -1,4 +1,4 @@
-"""Stage 4: accuracy of the cascade on held-out images, beside everything that it must be compared with (paper §4).
+"""Stage 4: accuracy of the cascade on held-out images, with all its baselines and controls (paper §4).
 
 python -m training.evaluate --run runs/cifar
 """
@@ -28,7 +28,7 @@ CONTROLS = {"equal-steps": "equal-steps dispatcher", "zero-rate": "learning-rate
 
 @dataclass
 class Features:
-    """Features of the training and the held-out images under every mask, and the clusters they are routed to.
+    """Features of the training and held-out images under every mask, and the clusters that they are routed to.
 
     Attributes:
         train, test: float32 [K + 1, N, F], the dispatcher's first.
@@ -41,7 +41,7 @@ class Features:
     routed: np.ndarray
 
     def slots(self, mode: Mode, layout: str) -> tuple[np.ndarray, np.ndarray]:
-        """What ``mode`` fuses, of the training and of the held-out images."""
+        """The blocks that ``mode`` fuses, of the training and of the held-out images."""
         return (
             fusion.slots(mode, self.train, self.assigned, layout),
             fusion.slots(mode, self.test, self.routed, layout),
@@ -49,7 +49,7 @@ class Features:
 
 
 def collect(run: Run) -> Features:
-    """Embed both sets under all masks of the run (once: they are kept), and route them as the bundle's router will."""
+    """Embed both sets under all masks of the run, cached, and route them with the bundle's router."""
     train, test = run.blocks()
     router = router_of(run)
     if router is None:
@@ -60,7 +60,7 @@ def collect(run: Run) -> Features:
 
 
 def evaluate(run: Run, features: Features) -> dict[str, Any]:
-    """k-NN and linear-probe accuracy of every method, whitened and not; written to ``evaluation.json``."""
+    """Measure k-NN and linear-probe accuracy of every method, whitened and not, and write ``evaluation.json``."""
     recipe = run.recipe
     result: dict[str, Any] = {
         "k": recipe.neighbors,
@@ -89,7 +89,7 @@ def evaluate(run: Run, features: Features) -> dict[str, Any]:
 
 
 def measure(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> tuple[dict[str, float], Tensor]:
-    """k-NN and probe accuracy of embeddings, and which queries k-NN has right, bool [M].
+    """k-NN and probe accuracy of embeddings, and the queries that k-NN answers correctly, bool [M].
 
     Args:
         bank: [N, D], with labels known [N]. queries: [M, D], with labels truth [M].
@@ -100,13 +100,13 @@ def measure(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int)
 
 
 def by_cluster(frozen: np.ndarray, own: np.ndarray, routed: np.ndarray, clusters: int) -> list[dict[str, Any]]:
-    """Whether a cluster is worse off than with the frozen backbone: a gain in the mean can hide that.
+    """Check each cluster for a loss against the frozen backbone, which a gain in the mean can hide.
 
-    Worse is what loses more images than it wins by over two standard errors of the difference; an image that both have
-    right, or both wrong, says nothing.
+    A cluster is worse if it loses more images than it gains, by over two standard errors of the difference. Images that
+    both answer correctly, or both wrongly, do not count.
 
     Args:
-        frozen, own: which held-out images are right, bool [N]. routed: their clusters, int64 [N].
+        frozen, own: which held-out images are correct, bool [N]. routed: their clusters, int64 [N].
     """
     out: list[dict[str, Any]] = []
     for k in range(clusters):
@@ -123,7 +123,7 @@ def knn(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> 
 
 
 def knn_right(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: int) -> Tensor:
-    """Which queries that k-NN has right, bool [M]."""
+    """The queries that k-NN answers correctly, bool [M]."""
     classes = int(max(known.max(), truth.max())) + 1
     bank, right = normalize(bank), []
     votes = one_hot(known, classes).float()
@@ -135,14 +135,14 @@ def knn_right(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor, k: in
 
 
 def probe(bank: Tensor, queries: Tensor, known: Tensor, truth: Tensor) -> float:
-    """Accuracy of a linear probe, its penalty chosen by cross-validation on the bank."""
+    """Accuracy of a linear probe, with its penalty chosen by cross-validation on the bank."""
     classes = int(max(known.max(), truth.max())) + 1
     fitted = heads.fit(bank.numpy(), known.numpy(), classes)
     return heads.accuracy(fitted.head, queries.numpy(), truth.numpy())
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The accuracies as a table for a person."""
+    """Print the accuracies as a table."""
     if "whitened" not in result:
         console.print("no class folders, so no accuracies; the masks are trained all the same")
         return
@@ -165,10 +165,10 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def verdict(result: dict[str, Any], mode: Mode) -> str:
-    """For a person: whether what was trained is better than the frozen backbone, and than its controls.
+    """Summarize whether training was better than the frozen backbone and the controls.
 
-    A line more for each cluster that is worse off. By whitened k-NN accuracy on the held-out images, in points; without
-    classes there is nothing to measure by.
+    There is one more line for each cluster that is worse. The measure is whitened k-NN accuracy on the held-out images,
+    in points; without classes it can't be measured.
     """
     if "whitened" not in result:
         return "no class folders: whether this is better than the frozen backbone cannot be known from these images"
@@ -197,7 +197,7 @@ def verdict(result: dict[str, Any], mode: Mode) -> str:
 
 
 def methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """(name, what it fuses of both sets, float32 [slots, N, F]) of every method and control."""
+    """Yield each method and control: its name, and the blocks that it fuses of both sets, float32 [slots, N, F]."""
     for folder, method in (("frozen", "frozen backbone"), *reversed(CONTROLS.items())):
         if folder == "frozen" or (run.folder / folder).exists():
             train, test = run.features(folder)
@@ -209,12 +209,12 @@ def methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarra
 
 
 def joined(parts: np.ndarray) -> Tensor:
-    """Blocks side by side: float32 [slots, N, F] to [N, slots * F]."""
+    """Concatenate blocks: float32 [slots, N, F] to [N, slots * F]."""
     return torch.from_numpy(np.concatenate(list(parts), axis=1))
 
 
 def fusions(run: Run, features: Features) -> dict[Mode, tuple[Fusion, Tensor]]:
-    """Each mode's fusion as the recipe wants it, with the training images' embeddings."""
+    """Fit each mode's fusion according to the recipe; also return the training images' embeddings."""
     recipe = run.recipe
     dim = fusion.dimension(recipe, run.backbone.features, len(run.images))
     modes: tuple[Mode, ...] = ("dispatcher", "conditional", "unconditional") if recipe.clusters else ("dispatcher",)

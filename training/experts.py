@@ -1,10 +1,10 @@
-"""Stage 3: one expert a cluster, each started from the dispatcher (paper §3.3).
+"""Stage 3: one expert per cluster, each started from the dispatcher (paper §3.3).
 
     python -m training.experts --run runs/cifar
     python -m training.experts --run runs/cifar --only 0 --only 3     # these, and the others elsewhere
 
-Experts are independent: any process that sees the run's folder may train some of them, and each writes a folder of its
-own there. The next stage needs them all. ``training.ray_experts`` trains them in parallel.
+Experts are independent: any process with access to the run's folder may train some of them, and each expert has its own
+folder there. The next stage needs them all. ``training.ray_experts`` trains them in parallel.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from training.run import Run, resume
 
 
 def train(run: Run, only: Sequence[int] = ()) -> None:
-    """Train every expert, or ``only`` some, on the images that the router sends to it."""
+    """Train every expert, or ``only`` some, on the images that the router assigns to it."""
     if unknown := [k for k in only if not 0 <= k < run.recipe.clusters]:
         raise CascadeError(f"there is no expert {unknown[0]}: the run has {run.recipe.clusters} clusters, from 0 on")
     if not run.recipe.clusters:
@@ -33,13 +33,13 @@ def train(run: Run, only: Sequence[int] = ()) -> None:
 
 
 def train_one(run: Run, k: int, rows: np.ndarray) -> None:
-    """Train expert ``k`` on the images ``rows``; scores, statistics, head and prototypes start as the dispatcher's."""
+    """Train expert ``k`` on the images ``rows``, from the dispatcher's scores, statistics, head and prototypes."""
     recipe, name = run.recipe, f"expert-{k}"
     model = run.masked(run.expert_from, below=run.dispatcher)
     dispatcher = run.trained("dispatcher")
     model.load_state(dispatcher)
     loss = objective(run, run.folder / "dispatcher")
-    with torch.no_grad():  # the queue holds the dispatcher's features of other images
+    with torch.no_grad():  # the queue contains the dispatcher's features of other images
         for buffer in loss.module.buffers():
             buffer.zero_()
     fit(

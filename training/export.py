@@ -1,4 +1,4 @@
-"""Stage 5: write everything that was trained as a bundle.
+"""Stage 5: export a trained run as a bundle.
 
 python -m training.export --run runs/cifar --out model_store/cifar/1
 """
@@ -71,9 +71,9 @@ def export_classifier(
     extensible: bool = False,
     larger: Larger | None = None,
 ) -> Path:
-    """Write a bundle that serves a head with its calibrated scores: on the frozen backbone, or on a trained mask.
+    """Write a bundle that serves a calibrated head, on the frozen backbone or on a trained mask.
 
-    The embedding is the network's features without a projection. An extensible one can learn classes later.
+    The embedding is the network's features without a projection. An extensible bundle can learn new classes later.
     """
     mask = frozen(run.backbone) if chosen.name == "frozen" else run.mask(chosen.name, run.mask_from)
     features = torch.from_numpy(run.features(chosen.name)[0])
@@ -141,7 +141,7 @@ def _card(
 
 
 def _linear(embeddings: Tensor, labels: np.ndarray, run: Run) -> Linear:
-    """A logistic regression on embeddings [N, dim], its penalty chosen by cross-validation."""
+    """Fit a logistic regression on embeddings [N, dim], with its penalty chosen by cross-validation."""
     return heads.fit(embeddings.numpy(), labels, len(run.images.classes), seed=run.recipe.seed).head
 
 
@@ -161,7 +161,7 @@ def _bank_rows(run: Run) -> np.ndarray:
 
 
 def one_line(name: str) -> str:
-    """An image's name as a bank holds it."""
+    """An image's name in the form that a bank stores."""
     return " ".join(name.split())
 
 

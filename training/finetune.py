@@ -1,4 +1,4 @@
-"""Full fine-tuning, what masks are compared with: the same loop and losses, every weight and affine learns.
+"""Full fine-tuning as a baseline for masks: the same loop and losses, but every weight and affine is trained.
 
 python -m training.finetune photos/ --run runs/photos --labels --lr 0.01 --optimizer sgd --weight-decay 1e-6
 """
@@ -22,7 +22,7 @@ from training.run import Run, begin
 
 
 class TunedModel(MaskedModel):
-    """A copy of a backbone all of whose parameters from stage ``start`` on learn."""
+    """A copy of a backbone in which all parameters from stage ``start`` on are trained."""
 
     @property
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -36,7 +36,7 @@ class TunedModel(MaskedModel):
 
 
 def tune_backbone(backbone: Backbone, start: int, *, train_norms: bool = True, amp: Amp = "off") -> TunedModel:
-    """A trainable copy of ``backbone``; stages before ``start`` stay as they are."""
+    """Make a trainable copy of ``backbone``; stages before ``start`` stay frozen."""
     model = deepcopy(backbone.model)
     write(backbone, model, backbone.weights, 0, backbone.norms)
     model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
@@ -55,7 +55,7 @@ def train(
     rows: np.ndarray | None = None,
     head: Path | None = None,
 ) -> TunedModel:
-    """Fine-tune as ``dispatcher.train`` does; returns the model, as it is after the last step."""
+    """Fine-tune like ``dispatcher.train``, and return the model after the last step."""
     recipe = run.recipe
     model = tune_backbone(run.backbone, run.mask_from, train_norms=recipe.train_norms, amp=recipe.amp)
     dispatcher.train(run, name, model=model, steps=steps, lr=lr, rows=rows, head=head)
@@ -64,7 +64,7 @@ def train(
 
 @torch.no_grad()
 def features(model: MaskedModel, inputs: Iterator[Tensor]) -> np.ndarray:
-    """What a model that learns, or has learned, makes of evaluation inputs: float32 [N, F]."""
+    """Features of evaluation inputs under a model during or after training: float32 [N, F]."""
     model.model.eval()
     device = model.backbone.weights.device
     return np.concatenate([model.tail(model.trunk(x.to(device))).cpu().numpy() for x in inputs])
@@ -78,7 +78,7 @@ def logits(run: Run, name: str, found: np.ndarray) -> np.ndarray:
 
 @with_recipe
 def command(recipe: Recipe, run: RunFolder = RUN) -> None:
-    """Fine-tune in a new run, or go on with it."""
+    """Fine-tune in a new run, or resume it."""
     with stage() as watch:
         train(begin(run, recipe, watch))
 

@@ -1,6 +1,6 @@
-"""The first rung of every training with labels: the frozen backbone and a well-fitted linear head.
+"""The baseline of every training with labels: the frozen backbone with a well-fitted linear head.
 
-It costs seconds on stored features and nothing to serve. A mask is kept only where it beats this head.
+It takes seconds on stored features and costs nothing to serve. A mask is kept only if it beats this head.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Candidate:
         head: calibrated on the validation images.
         validation, test: accuracy in [0, 1], the latter NaN without labels.
         calibration_error: expected calibration error on the test images.
-        temperature: what the logits were divided by.
+        temperature: divisor of the logits.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Candidate:
 
 
 def frozen_head(run: Run) -> Candidate:
-    """Logistic regression on the frozen backbone's features, the penalty chosen by cross-validation."""
+    """Fit logistic regression on the frozen backbone's features, with its penalty chosen by cross-validation."""
     labels = run.images.labels
     assert labels is not None
     rows = run.rows[0]
@@ -58,10 +58,10 @@ def trained_head(run: Run, name: str) -> Candidate:
 
 
 def candidate(run: Run, name: str, head: Linear, preprocessing: Preprocessing | None = None) -> Candidate:
-    """A head on the features of ``name``: calibrated on validation images, measured on test images.
+    """Calibrate a head on the validation images and measure it on the test images, on the features of ``name``.
 
     Args:
-        preprocessing: another one than the run's.
+        preprocessing: to use instead of the run's.
     """
     labels, truth = run.images.labels, run.held_out.labels
     assert labels is not None
@@ -77,7 +77,7 @@ def candidate(run: Run, name: str, head: Linear, preprocessing: Preprocessing | 
 
 
 def check_labels(run: Run) -> None:
-    """Warn of what makes class folders hard to learn from: rare classes, imbalance, images in several classes."""
+    """Warn about class folders that are hard to learn from: rare classes, imbalance, images in several classes."""
     images = run.images
     if images.labels is None:
         raise CascadeError(f"{run.recipe.data} has no class folders: leave --labels out")

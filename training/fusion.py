@@ -1,4 +1,4 @@
-"""Fitting the fusion of blocks to one embedding (paper §3.4; method.md §3): center, PCA, whiten; folded."""
+"""Fit the fusion of blocks to one embedding (paper §3.4; method.md §3): center, PCA, whiten; folded."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from training.recipe import Recipe
 
 
 def slots(mode: Mode, blocks: np.ndarray, assigned: np.ndarray, layout: str) -> np.ndarray:
-    """What a mode fuses, float32 [slots, N, F].
+    """The blocks that a mode fuses, float32 [slots, N, F].
 
     Args:
         blocks: features of dispatcher and experts, float32 [K + 1, N, F].
@@ -32,7 +32,7 @@ def slots(mode: Mode, blocks: np.ndarray, assigned: np.ndarray, layout: str) -> 
 
 
 def fit(parts: np.ndarray, dim: int, whiten: str, seed: int) -> Fusion:
-    """PCA of concatenated blocks, float32 [slots, N, F], to ``dim`` components, folded.
+    """Fit a folded PCA of concatenated blocks, float32 [slots, N, F], to ``dim`` components.
 
     ``whiten`` "scale" divides each component by its standard deviation, "eigenvalue" by its variance (the
     wording of the paper's text), "none" leaves it.
@@ -51,13 +51,13 @@ def principal(x: np.ndarray, dim: int, whiten: str, seed: int) -> tuple[np.ndarr
     pca = PCA(dim, random_state=seed).fit(x)
     variance = np.maximum(pca.explained_variance_, 1e-12)
     scale = {"scale": np.sqrt(variance), "eigenvalue": variance, "none": np.ones_like(variance)}[whiten]
-    # Images that are alike, or too few, span less: what is left is rounding, and would be blown up.
+    # Similar or too few images span fewer dimensions: the rest is rounding noise, which whitening would amplify.
     spanned = variance > 1e-8 * variance[0]
     return pca.mean_, np.ascontiguousarray((pca.components_ * spanned[:, None] / scale[:, None]).T)
 
 
 def embed(fusion: Fusion, parts: np.ndarray) -> Tensor:
-    """Blocks float32 [slots, N, F] through a fitted fusion: float32 [N, dim]."""
+    """Apply a fitted fusion to blocks float32 [slots, N, F]: float32 [N, dim]."""
     out = fusion.bias.repeat(parts.shape[1], 1)
     for weight, block in zip(fusion.weight, parts, strict=True):
         out += torch.from_numpy(np.ascontiguousarray(block)) @ weight.float()
@@ -65,5 +65,5 @@ def embed(fusion: Fusion, parts: np.ndarray) -> Tensor:
 
 
 def dimension(recipe: Recipe, features: int, images: int) -> int:
-    """The recipe's ``dim``, or the backbone's own width; never more than there are images to span it."""
+    """The recipe's ``dim``, or the backbone's own width; never more than the number of images."""
     return min(recipe.dim or features, features, images - 1)

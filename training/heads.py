@@ -1,6 +1,6 @@
-"""Linear heads on fixed features: multinomial logistic regression, its penalty chosen by cross-validation; temperature.
+"""Linear heads on fixed features: multinomial logistic regression, with cross-validated penalty and temperature.
 
-This is the first rung of every supervised training and the probe of every evaluation.
+This is the baseline of every supervised training and the probe of every evaluation.
 """
 
 import warnings
@@ -20,9 +20,9 @@ from cascade.model.heads import Linear
 
 FOLDS = 3
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""L2 penalties that are tried, as multiples of 1 / N on features of unit variance; scikit-learn's C is 1 / (N * L2)."""
-FEW = 4000  # images that choose the penalty
-NEVER = -1e9  # bias of a class without training images: it keeps its place and is never the answer
+"""L2 penalties to try, as multiples of 1 / N on features of unit variance; scikit-learn's C is 1 / (N * L2)."""
+FEW = 4000  # most images for choosing the penalty
+NEVER = -1e9  # bias of a class without training images: it keeps its place but is never predicted
 BINS = 15
 
 
@@ -35,14 +35,14 @@ class Fitted:
 
 
 def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, balanced: bool = False, seed: int = 0) -> Fitted:
-    """Logistic regression on features float32 [N, F] with labels int64 [N]; its scaling is folded into the head.
+    """Fit logistic regression on features float32 [N, F] with labels int64 [N]; scaling is folded into the head.
 
     Args:
-        classes: how many the head has; those without images are never its answer.
-        balanced: weigh rare classes as much as frequent ones.
+        classes: number of classes; those without images are never predicted.
+        balanced: weight rare classes as much as frequent ones.
     """
     mean = features.mean(axis=0)
-    scale = max(float((features - mean).std()), 1e-12)  # 0 where an embedding has collapsed
+    scale = max(float((features - mean).std()), 1e-12)  # 0 if an embedding has collapsed
     x = ((features - mean) / scale).astype(np.float64)
     weights = "balanced" if balanced else None
     with _quiet():
@@ -60,7 +60,7 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, balanced: boo
 
 
 def accuracy(head: Linear, features: np.ndarray, labels: np.ndarray) -> float:
-    """Share of features [N, F] that the head classifies as their labels say, in [0, 1]."""
+    """Share of features [N, F] that the head classifies correctly, in [0, 1]."""
     return float((logits(head, features).argmax(axis=1) == labels).mean())
 
 
@@ -70,7 +70,7 @@ def logits(head: Linear, features: np.ndarray) -> np.ndarray:
 
 
 def calibrated(head: Linear, features: np.ndarray, labels: np.ndarray) -> tuple[Linear, float]:
-    """The head with its logits divided by the temperature that fits validation images best (Guo et al. 2017).
+    """Temperature scaling (Guo et al. 2017): divide the logits by the temperature that fits validation images best.
 
     Returns:
         The head, and the temperature.
@@ -98,7 +98,7 @@ def calibration_error_of(head: Linear, features: np.ndarray, labels: np.ndarray)
 
 
 def _choose(x: np.ndarray, labels: np.ndarray, weights: str | None, seed: int) -> float:
-    """The penalty with the best accuracy on held-out folds; the larger one of equals."""
+    """The penalty with the best accuracy on held-out folds; ties go to the larger one."""
     if len(PENALTIES) == 1:
         return PENALTIES[0]
     order = np.random.default_rng(seed).permutation(len(x))[:FEW]
@@ -118,9 +118,9 @@ def _choose(x: np.ndarray, labels: np.ndarray, weights: str | None, seed: int) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One thread, because OpenMP and BLAS threads that wait for each other turn seconds into minutes.
+    """Use one thread, because contention between OpenMP and BLAS threads turns seconds into minutes.
 
-    No warnings either: a fit that stops at its last iteration is as good a head.
+    Warnings are silenced, too: a fit that stops at its last iteration gives an equally good head.
     """
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

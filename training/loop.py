@@ -1,7 +1,7 @@
-"""The training loop for dispatcher, experts, controls and supervised masks. It resumes to the bit.
+"""The training loop for dispatcher, experts, controls and supervised masks. It resumes bit for bit.
 
 Everything random in step ``t`` comes from ``(seed, t)``, so a checkpoint needs only tensors and a step number: a run
-that was killed at any moment and started again ends with the same masks as an undisturbed one.
+that is killed at any time and restarted ends with the same masks as an uninterrupted one.
 """
 
 import os
@@ -27,7 +27,7 @@ from training.recipe import Recipe
 
 Part = tuple[Tensor, np.ndarray, int]
 """A part of a batch: uint8 [B, 3, S, S], row numbers int64 [B], and the number of its first piece."""
-VALIDATED = (0.5, 0.7, 0.85, 1.0)  # shares of the steps after which validation images choose the best checkpoint
+VALIDATED = (0.5, 0.7, 0.85, 1.0)  # shares of the steps at which checkpoints compete on validation images
 
 
 class Progress(Protocol):
@@ -56,13 +56,13 @@ def fit(
     Args:
         name: of the mask, for messages.
         pixels: uint8 [N, 3, S, S], the training images.
-        lr: in place of the recipe's (0 for the control).
-        rows: the images to train on, all by default.
+        lr: overrides the recipe's (0 for the control).
+        rows: the images to train on; default: all.
         every: steps between checkpoints.
-        validate: a score of the present model on validation images; the best of a few checkpoints is kept.
+        validate: scores the current model on validation images; the best of a few checkpoints is kept.
 
     Raises:
-        CascadeError: the loss rises from the start, or is not finite any more.
+        CascadeError: the loss rises from the start, or becomes NaN or infinite.
     """
     rows = np.arange(len(pixels)) if rows is None else rows
     rate = recipe.lr if lr is None else lr
@@ -140,7 +140,7 @@ def _step(
     step: int,
     progress: float,
 ) -> float:
-    """One step of all optimizers on a batch; returns the mean loss over all processes."""
+    """Step all optimizers on a batch, and return the mean loss over all processes."""
     model.train()
     objective.before(progress)
     for optimizer in optimizers.values():
@@ -171,7 +171,7 @@ def _details(
     curve: Curve,
     step: int,
 ) -> dict[str, Any]:
-    """What the curve tells about the steps since its last detailed line."""
+    """Details for the curve about the steps since its last detailed line."""
     first = next(iter(optimizers.values()))
     facts = {"lr": first.param_groups[0]["lr"], "active": round(model.active(), 6)} | objective.facts()
     return facts | {"steps_per_s": curve.rate(step)}
@@ -180,7 +180,7 @@ def _details(
 def _load_ahead(
     pixels: np.ndarray, rows: np.ndarray, order: Iterator[np.ndarray], recipe: Recipe, device: torch.device
 ) -> Generator[list[Part], None, None]:
-    """This process' parts of the batch of each step, read and moved to the device by a thread one step ahead."""
+    """Prefetch this process's parts of each batch: a thread reads and moves them to the device one step ahead."""
     rank, world = distributed.rank(), distributed.world()
     size = recipe.batch // (recipe.accumulate * world)
     if size * recipe.accumulate * world != recipe.batch or (size % PIECE and size != recipe.batch):
@@ -207,7 +207,7 @@ def _to(pixels: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _finite(model: MaskedModel, objective: Objective) -> bool:
-    """Whether everything that is trained is finite: a step may break it although its loss was finite."""
+    """Whether everything trained is finite: a step may produce NaN although its loss was finite."""
     trained = [*model.learned.values(), *model.norms.values(), *objective.module.parameters()]
     return all(bool(t.isfinite().all()) for t in trained)
 
@@ -220,10 +220,10 @@ def _diverged(what: str, lr: float, folder: Path) -> CascadeError:
 
 
 def generator(*key: int) -> torch.Generator:
-    """Random numbers of their own for every key, hashed to the 32 bits of a seed that a CPU generator uses."""
+    """A generator seeded by a key, which is hashed to the 32 bits of a seed that a CPU generator uses."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def seed_everything(seed: int) -> None:
-    """Seed what is drawn before the loop: heads and prototypes."""
+    """Seed everything drawn before the loop: heads and prototypes."""
     torch.manual_seed(seed)

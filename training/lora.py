@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) as a comparison: a trained low-rank difference beside each frozen weight."""
+"""LoRA (Hu et al. 2021) as a baseline: a trained low-rank difference for each frozen weight."""
 
 from copy import deepcopy
 
@@ -28,7 +28,7 @@ class LowRank(nn.Module):
 
 
 def lora_backbone(backbone: Backbone, start: int, *, rank: int = RANK, amp: Amp = "off") -> TunedModel:
-    """A trainable copy of ``backbone`` from stage ``start`` on. Depthwise convolutions have no low rank: left out."""
+    """Make a trainable copy of ``backbone`` from stage ``start`` on, without depthwise convolutions (no low rank)."""
     model = deepcopy(backbone.model)
     write(backbone, model, backbone.weights, 0, backbone.norms)
     row = stages(model)

@@ -1,8 +1,8 @@
-"""Learning a mask: scores beside frozen weights, a hard threshold forward, straight through backward.
+"""Learn a mask: scores for frozen weights, a hard threshold in the forward pass, straight-through in the backward pass.
 
 ``M = 1[S > mu]`` (strict), forward weight ``W * M / alpha`` with ``alpha = sqrt(mean(M))`` recomputed at
 each forward, ``dL/dS := dL/dM`` without clipping, and the gradient flows through alpha, too (paper
-§3.1, eq. 1-4; method.md §1). PyTorch's own parametrizations put the scores beside any timm model's weights.
+§3.1, eq. 1-4; method.md §1). PyTorch's parametrizations attach the scores to any timm model's weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,14 +23,14 @@ from cascade.model.stages import Stage, stage_of, stages
 
 Amp = Literal["off", "bf16", "fp16"]
 Adapt = Literal["mask", "channels", "both"]
-TIE = 1e-3  # of the initial score: what the largest weight is ahead where only the order of the scores counts
+TIE = 1e-3  # of the initial score: lead of the largest weight's score if only the order of the scores counts
 
 
 class _Masked(torch.autograd.Function):
-    """``W * M / alpha``, straight through: the gradient of the scores is that of M, through alpha, too.
+    """``W * M / alpha`` with a straight-through estimator: scores get the gradient of M, including that through alpha.
 
-    With G the gradient of the output and N weights a block,  dL/dS = G W / alpha - sum(G W M) / (2 N alpha^3).
-    Kept for it: the frozen weights, which are there anyway, and a byte a weight.
+    With G the gradient of the output and N weights per block,  dL/dS = G W / alpha - sum(G W M) / (2 N alpha^3).
+    The backward pass needs the frozen weights, which exist anyway, and one byte per weight.
     """
 
     @staticmethod
@@ -46,24 +46,24 @@ class _Masked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         weight, active, alpha = ctx.saved_tensors
         direct = _blocks(gradients[0] * weight, len(alpha))
-        # The sum is 0 where nothing is active, because alpha is constant there.
+        # The sum is 0 if nothing is active, because alpha is then constant.
         kept = (direct * _blocks(active, len(alpha))).sum(dim=_rest(direct), keepdim=True)
         through = kept / (2 * (direct.numel() // len(alpha)) * alpha**3)
         return direct.div_(alpha).sub_(through).reshape(weight.shape), None, None, None
 
 
 def _blocks(x: Tensor, rows: int) -> Tensor:
-    """A view of ``x`` as ``rows`` row blocks: [n, ...] to [rows, n / rows, ...], in any memory format."""
+    """View ``x`` as ``rows`` row blocks: [n, ...] to [rows, n / rows, ...], in any memory format."""
     return x.unflatten(0, (rows, -1))
 
 
 def _rest(x: Tensor) -> list[int]:
-    """All dimensions but the first."""
+    """All dimensions except the first."""
     return list(range(1, x.dim()))
 
 
 class ThresholdMask(nn.Module):
-    """The parametrization of one weight (or, fused, of ``rows`` row blocks with an alpha each).
+    """The parametrization of one weight (if fused, of ``rows`` row blocks with an alpha each).
 
     Attributes:
         scores: of the weight's shape. threshold, share, free: which of them are active, see :func:`active`.
@@ -81,7 +81,7 @@ class ThresholdMask(nn.Module):
         super().__init__()
         self.rows, self.threshold, self.share = rows, threshold, share
         scores = torch.full_like(weight, initial)
-        if share is not None:  # all alike, they would have no order: at first the largest weights are the active ones
+        if share is not None:  # equal scores have no order, so start with the largest weights active
             scores += TIE * weight.abs() / weight.abs().max().clamp(min=1e-12)
         self.scores = nn.Parameter(scores)
         self.free = free
@@ -100,10 +100,10 @@ def active(scores: Tensor, threshold: float, share: float | None = None, free: T
     """M, bool of the scores' shape.
 
     Args:
-        threshold: mu; active are the scores above it.
-        share: in place of the threshold, the share that is active, those with the highest scores, at least one
-            (Ramanujan et al. 2020; the paper's appendix E).
-        free: bool, the weights that may be switched off; the others are always active, and learn nothing (appendix F).
+        threshold: mu; scores above it are active.
+        share: replaces the threshold: the share with the highest scores is active, at least one weight (Ramanujan et
+            al. 2020; the paper's appendix E).
+        free: bool, the weights that may be switched off; the others are always active and not trained (appendix F).
     """
     if share is None:
         on = scores > threshold
@@ -118,10 +118,10 @@ def active(scores: Tensor, threshold: float, share: float | None = None, free: T
 def select(
     backbone: Backbone, start: int, how: Literal["random", "largest"], share: float, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The weights that may be switched off, a share of each tensor, bool by parameter (appendix F).
+    """Select the weights that may be switched off, a share of each tensor, bool by parameter (appendix F).
 
     Args:
-        how: drawn with ``seed``, or those of the largest magnitude.
+        how: drawn with ``seed``, or those with the largest magnitude.
     """
     shapes = {name: p.shape for name, p in backbone.model.named_parameters()}
     free = {}
@@ -139,13 +139,13 @@ class MaskedModel:
     """A copy of a backbone whose adapter is trained from stage ``start`` on; everything before is frozen.
 
     Attributes:
-        backbone: the pristine one it was made from.
+        backbone: the pristine original.
         model: the copy.
         start, stop: the first stage that is adapted, and the first one after it that is not.
         train_norms: whether BatchNorms from ``start`` on run in train mode.
         amp: type of a pass under autocast, see ``Recipe.amp``.
         adapt: what is trained: scores (``mask``), scales and shifts (``channels``), or both.
-        head_only: no gradient goes into the network, because only the head is trained at present.
+        head_only: no gradient flows into the network, because only the head is currently trained.
     """
 
     backbone: Backbone
@@ -160,12 +160,12 @@ class MaskedModel:
 
     @property
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """What the loop trains, by kind (each has a learning rate of its own) and name."""
+        """Trained parameters by kind (each with its own learning rate) and name."""
         return {kind: group for kind, group in (("scores", self.scores), ("channels", self.channels)) if group}
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
-        """What the loop trains, by name."""
+        """Trained parameters by name."""
         return {name: p for group in self.groups.values() for name, p in group.items()}
 
     @property
@@ -177,7 +177,7 @@ class MaskedModel:
 
     @property
     def channels(self) -> dict[str, nn.Parameter]:
-        """Trained scales, shifts and biases, one number for each channel, by name."""
+        """Trained scales, shifts and biases, one number per channel, by name."""
         return {
             n: p
             for n, p in self.model.named_parameters()
@@ -191,7 +191,7 @@ class MaskedModel:
         return {n: buffers[n] for n in self.backbone.norms if stage_of(n, self.stages) >= self.start}
 
     def train(self) -> None:
-        """Modes for a training step: everything in eval, save the BatchNorms that may adapt."""
+        """Set the modes for a training step: everything in eval mode, except the BatchNorms that may adapt."""
         self.model.eval()
         if self.train_norms:
             for name, module in self.model.named_modules():
@@ -199,7 +199,7 @@ class MaskedModel:
                     module.train()
 
     def trunk(self, x: Tensor) -> Tensor:
-        """The frozen stages before ``start``, without autograd."""
+        """Run the frozen stages before ``start``, without autograd."""
         with torch.no_grad(), self._cast(x):
             x = x.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
             for stage in self.stages[: self.start]:
@@ -207,7 +207,7 @@ class MaskedModel:
         return x
 
     def tail(self, x: Tensor) -> Tensor:
-        """The adapted stages and the pooling: features [B, F]."""
+        """Run the adapted stages and the pooling: features [B, F]."""
         with self._cast(x), torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
             for stage in self.stages[self.start :]:
@@ -220,7 +220,7 @@ class MaskedModel:
         return torch.autocast(x.device.type, kind, enabled=self.amp != "off")
 
     def progress(self, share: float) -> None:
-        """Let this share of each tensor be active, where the highest scores are (appendix E: progressive)."""
+        """Set the share of each tensor that is active, by the highest scores (appendix E: progressive)."""
         for name in self.scores:
             self._parametrization(name).share = share
 
@@ -234,14 +234,14 @@ class MaskedModel:
         return self._parametrization(name).active().flatten()
 
     def sparse(self, below: float) -> Iterator[tuple[str, float]]:
-        """Parameters of which less than ``below`` is active, with the share."""
+        """Yield parameters with an active share of less than ``below``, with the share."""
         for name in self.scores:
             share = float(self._parametrization(name).active().float().mean())
             if share < below:
                 yield name, share
 
     def load(self, learned: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Take over what was trained, and statistics, by name; names that are not trained here are ignored."""
+        """Load trained values and statistics by name; names that are not trained here are ignored."""
         with torch.no_grad():
             for name, parameter in self.learned.items():
                 parameter.copy_(learned[name])
@@ -249,12 +249,12 @@ class MaskedModel:
                 buffer.copy_(norms.get(name, self.backbone.norms[name]))
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state`` of another model gave."""
+        """Load the ``state`` of another model."""
         learned = {name: state[f"{kind}.{name}"] for kind, group in self.groups.items() for name in group}
         self.load(learned, strip_prefix(state, "norms."))
 
     def state(self) -> dict[str, Tensor]:
-        """What was trained, and the statistics: ``scores.NAME``, ``channels.NAME``, ``norms.NAME``."""
+        """Trained values and statistics: ``scores.NAME``, ``channels.NAME``, ``norms.NAME``."""
         trained = {f"{kind}.{n}": p.detach() for kind, group in self.groups.items() for n, p in group.items()}
         return trained | {f"norms.{n}": t for n, t in self.norms.items()}
 
@@ -283,18 +283,19 @@ def mask_backbone(
     amp: Amp = "off",
     adapt: Adapt = "mask",
 ) -> MaskedModel:
-    """A trainable copy of ``backbone``; by default it has scores on every maskable weight from stage ``start`` on.
+    """Make a trainable copy of ``backbone``; by default with scores on every maskable weight from stage ``start`` on.
 
     Args:
-        initial, threshold: S0 and mu. By Theorems 1 and 2 only their relation to the learning rate counts.
-        stop: first stage that has none again (None: all have). share, free: see :func:`active`, ``free`` by parameter.
+        initial, threshold: S0 and mu. By Theorems 1 and 2 only their relation to the learning rate matters.
+        stop: first stage without scores after ``start`` (None: none). share, free: see :func:`active`, ``free`` by
+            parameter.
         amp: type of a pass under autocast, see ``Recipe.amp``.
-        below: the mask whose weights and statistics the frozen stages before ``start`` have.
+        below: the mask whose weights and statistics are used in the frozen stages before ``start``.
         adapt: ``mask`` (the paper), ``channels`` (every scale, shift and bias is trained, no scores), or ``both``
             (scores on the weights of two and more dimensions; the rest is trained itself).
     """
     model = deepcopy(backbone.model)
-    write(backbone, model, backbone.weights, 0, backbone.norms)  # the copy may have come with an executor's mask
+    write(backbone, model, backbone.weights, 0, backbone.norms)  # the copy may contain an executor's mask
     if below is not None:
         first, end = backbone.offset(below.start), backbone.offset(start)
         write(backbone, model, materialize(backbone, below)[: max(0, end - first)], first, below.norms)
@@ -328,10 +329,10 @@ def to_mask(
     free: Mapping[str, Tensor] | None = None,
     channels: Mapping[str, Tensor] | None = None,
 ) -> Mask:
-    """Scores, trained channels (by parameter) and statistics (by buffer) as a packed mask.
+    """Convert scores, trained channels (by parameter) and statistics (by buffer) to a packed mask.
 
-    Only statistics that moved are kept. Weights without scores are active. ``threshold``, ``share``, ``free``: see
-    :func:`active`.
+    Only statistics that have changed are kept. Weights without scores are active. ``threshold``, ``share``, ``free``:
+    see :func:`active`.
     """
     first = backbone.offset(start)
     rows = [

@@ -1,4 +1,4 @@
-"""Say that something will not fit into memory before hours are spent on it."""
+"""Check that something fits into memory before hours are spent on it."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from cascade.errors import CascadeError
 
 MEMINFO = Path("/proc/meminfo")
 LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
-"""Of the cgroup, version 2 or 1, as a container sees it."""
+"""Memory limit of the cgroup, version 2 or 1, as seen in a container."""
 
 
 def expect(needed: int, what: str) -> None:
-    """Compare bytes that will be needed with those that are available, or that the container has in all.
+    """Compare the bytes needed with those available, or with the container's limit.
 
     Raises:
-        CascadeError: there are not as many.
+        CascadeError: not enough memory is available.
     """
     if needed > (there := available()):
         raise CascadeError(
@@ -22,7 +22,7 @@ def expect(needed: int, what: str) -> None:
 
 
 def available() -> int:
-    """Bytes that the machine can give without swapping, and no more than the container's limit."""
+    """Bytes available without swapping, at most the container's limit."""
     line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
     limits = [path.read_text().strip() for path in LIMITS if path.exists()]
     return min([1024 * int(line.split()[1]), *(int(limit) for limit in limits if limit.isdecimal())])

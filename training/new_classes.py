@@ -1,6 +1,6 @@
-"""New classes without training: a bundle's head follows in closed form from statistics that the bundle keeps.
+"""Add classes without training: a bundle's head follows in closed form from statistics stored in the bundle.
 
-The mask stays as it is, so a new class costs one pass over its images. See ``cascade.model.discriminant``.
+The mask does not change, so a new class costs one pass over its images. See ``cascade.model.discriminant``.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ CACHE = 2**34  # bytes of materialized weights
 
 @dataclass(frozen=True)
 class Added:
-    """What ``add`` did.
+    """The result of ``add``.
 
     Attributes:
-        path: the new bundle. images: how many, by class.
-        held_out, accuracy: a part of the new images, and the share of it that a head fitted to the rest answers right,
-            in [0, 1]; NaN without any.
+        path: the new bundle. images: their number by class.
+        held_out, accuracy: number of held-out new images, and accuracy on them of a head fitted to the rest, in [0, 1];
+            NaN without any.
     """
 
     path: Path
@@ -44,9 +44,9 @@ class Added:
 
 
 def fit(run: Run, name: str) -> Discriminant:
-    """The statistics of a run's training images under a mask (or ``frozen``).
+    """Compute the statistics of a run's training images under a mask (or ``frozen``).
 
-    Ridge and temperature are those that suit the validation images best.
+    Ridge and temperature are chosen on the validation images.
     """
     labels = run.images.labels
     assert labels is not None
@@ -62,17 +62,17 @@ def fit(run: Run, name: str) -> Discriminant:
 
 
 def add(path: Path, folder: Path, out: Path, weights: Path | None = None) -> Added:
-    """Write a bundle once more, to ``out`` (``<name>/<version>``), with the classes and images of a folder.
+    """Copy a bundle to ``out`` (``<name>/<version>``), with the classes and images of a folder added.
 
     Args:
-        folder: a subfolder for each class, new ones or such as the bundle has.
-        weights: a checkpoint that takes the place of the bundle's own weight source.
+        folder: one subfolder per class, new or existing.
+        weights: a checkpoint that replaces the bundle's own weight source.
 
     Raises:
         CascadeError: the bundle was not trained with ``--extensible``, can't be read or does not fit its backbone; the
             folder has no classes; or ``out`` exists.
     """
-    bundle, kept = _extensible(path)
+    bundle, statistics = _extensible(path)
     images = dataset.class_folders(folder)
     assert images.labels is not None
     classes = [*bundle.card.classes, *(name for name in images.classes if name not in bundle.card.classes)]
@@ -84,9 +84,9 @@ def add(path: Path, folder: Path, out: Path, weights: Path | None = None) -> Add
     features = embed.blocks(executor, [bundle.dispatcher], embed.normalized(pixels, bundle.preprocessing))[0]
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
     train, held_out = split_validation(labels, seed=0)
-    partly = kept.add(x[train], y[train], len(classes)).head()
+    partly = statistics.add(x[train], y[train], len(classes)).head()
     accuracy = heads.accuracy(partly, features[held_out], labels[held_out]) if len(held_out) else float("nan")
-    grown = kept.add(x, y, len(classes))
+    grown = statistics.add(x, y, len(classes))
     counts = {name: int((images.labels == i).sum()) for i, name in enumerate(images.classes)}
     measured = {"held_out_images": len(held_out), "accuracy": None if np.isnan(accuracy) else round(accuracy, 4)}
     domain = bundle.domain
@@ -99,12 +99,12 @@ def add(path: Path, folder: Path, out: Path, weights: Path | None = None) -> Add
 
 
 def remove(path: Path, names: Sequence[str], out: Path) -> Path:
-    """Write a bundle once more, to ``out``, without some of its classes.
+    """Copy a bundle to ``out`` without some of its classes.
 
     Raises:
         CascadeError: it was not trained with ``--extensible``, has no such class, or fewer than two would be left.
     """
-    bundle, kept = _extensible(path)
+    bundle, statistics = _extensible(path)
     classes = bundle.card.classes
     if unknown := [name for name in names if name not in classes]:
         raise CascadeError(f"{path} has no class {', '.join(unknown)}; it has: {', '.join(classes)}")
@@ -112,11 +112,11 @@ def remove(path: Path, names: Sequence[str], out: Path) -> Path:
     if len(rest) < 2:
         raise CascadeError(f"{len(rest)} of {len(classes)} classes would be left: a classifier needs two")
     left = [classes[i] for i in rest]
-    return write(_with_head(bundle, kept.keep(rest), left, {"removed": sorted(names)}, {}), out)
+    return write(_with_head(bundle, statistics.keep(rest), left, {"removed": sorted(names)}, {}), out)
 
 
 def next_version(path: Path) -> Path:
-    """Where the next version of a bundle belongs: beside it, under the next number that is free."""
+    """The folder for the next version of a bundle: next to it, with the next free number."""
     path = path.absolute()
     versions = [int(p.name) for p in path.parent.iterdir() if p.name.isascii() and p.name.isdigit()]
     return path.parent / str(max(versions, default=0) + 1)
@@ -135,9 +135,9 @@ def _extensible(path: Path) -> tuple[Bundle, Discriminant]:
 def _with_head(
     bundle: Bundle, kept: Discriminant, classes: list[str], what: dict[str, Any], accuracy: dict[str, Any]
 ) -> Bundle:
-    """The bundle with the head of these statistics; its bank keeps the rows whose class is still there.
+    """Replace the bundle's head by that of these statistics; its bank keeps the rows of the remaining classes.
 
-    A larger input size is left out: its head, and the threshold, are of the old classes.
+    A larger input size is dropped, since its head and the threshold belong to the old classes.
     """
     head = kept.head()
     training = bundle.card.training | {"heads": [*bundle.card.training.get("heads", []), what]}
@@ -159,6 +159,6 @@ def _with_head(
 
 
 def _pixels(images: Images, bundle: Bundle) -> np.ndarray:
-    """All images as the bundle's network sees them, uint8 [N, 3, S, S]."""
+    """All images, resized and cropped for the bundle's network, uint8 [N, 3, S, S]."""
     crop = bundle.preprocessing.geometry()
     return np.stack([np.asarray(crop(images.open(i))).transpose(2, 0, 1) for i in range(len(images))])

@@ -1,7 +1,7 @@
 """Training objectives: distillation or SwAV without labels, cross-entropy with labels.
 
-Every batch is cut into pieces of ``PIECE`` images, each augmented with random numbers of its own. So the views are the
-same however the pieces are distributed over processes and steps of gradient accumulation.
+Every batch is split into pieces of ``PIECE`` images, each augmented with its own random numbers. So the views do not
+depend on how the pieces are distributed over processes and steps of gradient accumulation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from training.swav import Projector, push, sinkhorn, swapped_loss
 PIECE = 16
 SHIFT = 8  # images are shifted by up to this fraction of their side
 WARMUP_STEPS = 30  # of distillation
-HEAD_LR, SWAV_HEAD_LR = 0.001, 0.15  # where the recipe leaves the choice to the objective
+HEAD_LR, SWAV_HEAD_LR = 0.001, 0.15  # if the recipe leaves the choice to the objective
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Batch:
 
 
 class Objective(Protocol):
-    """A loss with parameters of its own.
+    """A loss with its own parameters.
 
     Attributes:
         falls: whether the loss must fall from the first steps on (SwAV's may rise while codes form).
@@ -70,7 +70,7 @@ class Objective(Protocol):
         ...
 
     def head_steps(self, steps: int) -> int:
-        """How many of the first steps train the objective's own parameters alone."""
+        """Number of initial steps that train only the objective's own parameters."""
         ...
 
     def warmup(self, steps: int) -> float:
@@ -82,11 +82,11 @@ class Objective(Protocol):
         ...
 
     def facts(self) -> dict[str, float]:
-        """Numbers for the curve about the steps since the last call."""
+        """Values for the curve about the steps since the last call."""
         ...
 
     def before(self, progress: float) -> None:
-        """Called before each step."""
+        """Hook called before each step."""
         ...
 
 
@@ -110,7 +110,7 @@ class SelfSupervised:
         self.module = Projector(features, recipe.projection, recipe.prototypes)
         self.module.register_buffer("queue", torch.zeros(2, recipe.queue, recipe.projection))
         self.module.register_buffer("filled", torch.zeros(1, dtype=torch.int64))
-        for counts in ("coded", "nearest"):  # images by prototype, since facts were last asked for
+        for counts in ("coded", "nearest"):  # images by prototype, since the last call of facts
             self.module.register_buffer(counts, torch.zeros(recipe.prototypes, dtype=torch.int64), persistent=False)
         self.module.register_buffer("crowded", torch.zeros(2), persistent=False)  # largest shares, batches
 
@@ -143,12 +143,13 @@ class SelfSupervised:
         return swapped_loss(scores, codes, self.recipe.temperature)
 
     def facts(self) -> dict[str, float]:
-        """Of the images of all processes, ``used``: on how many prototypes their codes fell, and ``nearest``: to how
-        many they are nearest, both exp of the entropy of their counts; ``largest``: the share of a batch that is
-        nearest to the same one, on average, for an embedding that has collapsed may still wander.
+        """Statistics over the images of all processes. ``used``: effective number of prototypes among their codes;
+        ``nearest``: effective number of nearest prototypes; both are exp of the entropy of the counts. ``largest``: the
+        share of a batch that is nearest to the same prototype, on average per batch, because a collapsed embedding may
+        still drift.
 
-        Codes are spread evenly whatever the embedding is like, as long as it tells images apart at all; the nearest
-        prototypes are what a router of prototypes goes by.
+        Codes are spread evenly for any embedding that distinguishes images at all; a router of prototypes uses the
+        nearest prototypes.
         """
         used, nearest = (self._spread(self.module.get_buffer(name)) for name in ("coded", "nearest"))
         crowded = self.module.get_buffer("crowded")
@@ -157,20 +158,20 @@ class SelfSupervised:
         return {"used": round(used, 1), "nearest": round(nearest, 1), "largest": round(largest / max(1, batches), 4)}
 
     def _count(self, codes: Tensor, scores: Tensor) -> None:
-        """Of a batch, both [B, P]; nothing here waits for the device."""
+        """Count a batch, both [B, P]; nothing here waits for the device."""
         for name, found in (("coded", codes), ("nearest", scores)):
             counts = torch.bincount(found.argmax(dim=1), minlength=found.shape[1])
             self.module.get_buffer(name).add_(counts)
         self.module.get_buffer("crowded").add_(torch.stack([counts.max() / len(scores), counts.new_ones(())]))
 
     def _spread(self, counts: Tensor) -> float:
-        """exp of the entropy of the counts, which begin again at zero."""
+        """Return exp of the entropy of the counts, and reset them to zero."""
         share = distributed.total(counts).double()
         counts.zero_()
         return float(torch.special.entr(share / share.sum().clamp(min=1)).sum().exp())
 
     def _trunk(self, model: MaskedModel, batch: Batch) -> Iterator[tuple[int, Tensor]]:
-        """(crops, their trunk features [crops * B, C, h, w], crop by crop) of each size."""
+        """Yield, for each size, the number of crops and their trunk features [crops * B, C, h, w], crop by crop."""
         r, p = self.recipe, self.preprocessing
         if self.views is None:
             groups = r.crops(p.size)
@@ -186,7 +187,7 @@ class SelfSupervised:
             yield stored.shape[1], stored.transpose(0, 1).flatten(0, 1)
 
     def _code(self, view: int, scores: Tensor, progress: float) -> Tensor:
-        """Sinkhorn over the batch of all processes, and over the queue once it is full and its time has come."""
+        """Sinkhorn over the batch of all processes, and over the queue if it is full and ``queue_from`` is reached."""
         r = self.recipe
         everything = distributed.gather(scores)
         if progress >= r.queue_from and int(self.module.filled) >= r.queue > 0:  # type: ignore[arg-type]
@@ -199,11 +200,11 @@ class SelfSupervised:
 class Supervised:
     """Cross-entropy with a linear head, on shifted and mirrored images.
 
-    The head starts from zero and trains alone at first; with ``head_steps`` 0 it starts at random and is trained by SGD
-    from the first step, as in the paper.
+    The head starts from zero and is first trained alone; with ``head_steps`` 0 it starts at random and is trained by
+    SGD from the first step, as in the paper.
 
     Args:
-        labels: int64 [N]. rows: the images that are trained on (all by default), for the class weights.
+        labels: int64 [N]. rows: the images to train on (default: all), for the class weights.
     """
 
     falls = True
@@ -262,8 +263,8 @@ class Distillation:
 
     Args:
         teacher: features of the images and of their mirror images, float16 [2, N, F_t].
-        start: the student's features before training, float32 [N, F]. Needed where the teacher has another width: a
-            linear map, fitted by ridge regression and trained along, then leads from the student to the teacher.
+        start: the student's features before training, float32 [N, F]. Needed if the teacher has another width: a linear
+            map from student to teacher is then fitted by ridge regression and trained as well.
     """
 
     falls = True
@@ -315,7 +316,7 @@ class Distillation:
 
 
 def _ridge(features: Tensor, target: Tensor, penalty: float = 1e-2) -> nn.Linear:
-    """The linear map from features [N, F] to targets [N, T] by ridge regression; the penalty is relative."""
+    """Fit a linear map from features [N, F] to targets [N, T] by ridge regression; the penalty is relative."""
     mean = features.mean(dim=0)
     x = (features - mean).double()
     gram = x.T @ x

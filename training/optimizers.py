@@ -1,4 +1,4 @@
-"""Optimizers and learning rates: one for each kind of parameter that is trained."""
+"""Optimizers and learning rates, one per kind of trained parameter."""
 
 from collections.abc import Callable
 from math import cos, pi
@@ -14,7 +14,7 @@ WEIGHTS_WARMUP = 100  # steps
 
 
 class RmsSGD(torch.optim.SGD):
-    """SGD on gradients scaled to a root mean square of 1, tensor by tensor: layers differ a thousandfold."""
+    """SGD on gradients scaled to an RMS of 1 per tensor, because layers differ by a factor of a thousand."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -24,10 +24,10 @@ class RmsSGD(torch.optim.SGD):
 
 
 def schedule(progress: float, warmup: float = 0.0) -> float:
-    """The factor of the learning rates: a linear rise, then half a cosine down to 0 (method.md §2).
+    """The factor of the learning rates: linear warm-up, then half a cosine down to 0 (method.md §2).
 
     Args:
-        progress: share of the steps that are done. warmup: share of the steps in which the rate rises.
+        progress: share of finished steps. warmup: share of warm-up steps.
     """
     if progress < warmup:
         return progress / warmup
@@ -37,12 +37,12 @@ def schedule(progress: float, warmup: float = 0.0) -> float:
 def make_optimizers(
     model: MaskedModel, objective: Objective, recipe: Recipe, lr: float
 ) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers by what they train: ``scores``, ``channels`` or ``weights``, and the objective's ``head``.
+    """Make the optimizers for ``scores``, ``channels`` or ``weights``, and the objective's ``head``, by these names.
 
-    Scores have no weight decay (Theorem 1 requires that).
+    Scores have no weight decay (required by Theorem 1).
 
     Args:
-        lr: of scores or weights; 0 stops the channels, too.
+        lr: of scores or weights; 0 also stops the channels.
     """
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for kind, group in model.groups.items():
@@ -62,12 +62,12 @@ def make_optimizers(
 
 
 def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float, unfrozen: int | None = None) -> None:
-    """Multiply every initial learning rate with ``factor``.
+    """Multiply every initial learning rate by ``factor``.
 
     Args:
-        unfrozen: steps since the head is no longer trained alone; None where it never was. The rate of whole weights
-            rises over ``WEIGHTS_WARMUP`` of them: Adam's first steps move every weight by the full rate, and a network
-            with depthwise layers does not survive that.
+        unfrozen: steps since the head was last trained alone; None if it never was. The rate of full weights warms up
+            over ``WEIGHTS_WARMUP`` of them: Adam's first steps change every weight by the full rate, which ruins
+            networks with depthwise layers.
     """
     for kind, optimizer in optimizers.items():
         rising = 1.0 if unfrozen is None or kind != "weights" else min(1.0, max(0, unfrozen + 1) / WEIGHTS_WARMUP)

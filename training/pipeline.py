@@ -8,7 +8,7 @@
     cascade train photos/ --clusters 5 --out model_store/photos/1 --ray     # experts in parallel
     torchrun --nproc-per-node 4 -m -- training.pipeline photos/ --out model_store/photos/1     # several GPUs
 
-Stopped at any moment and started again with the same options, it resumes.
+If interrupted at any time, it resumes when started again with the same options.
 """
 
 import os
@@ -49,7 +49,7 @@ TIMED_STEPS = 6
 LOSE = 0.3  # points
 AskAgain = Callable[[Candidate, Sequence[str]], Larger | None]
 """Fits the larger size for a classifier, given what it may run under."""
-LEAST_PLANNED = 20  # steps, however short the time is
+LEAST_PLANNED = 20  # fewest steps, however short the time is
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
     defer_to: int = 0,
     lose: float = LOSE,
 ) -> Path:
-    """All stages that the recipe needs; returns the bundle's folder.
+    """Run all stages that the recipe needs, and return the bundle's folder.
 
     Args:
         controls: also train the controls of the paper.
@@ -75,7 +75,7 @@ def train(
         ray: train each expert as a Ray task.
         frozen: with labels, only the head on the frozen backbone.
         compare: with labels, also train LoRA and fine-tune every weight, for the same steps.
-        minutes: cut the steps so that the training takes about so long; 0: all steps.
+        minutes: reduce the steps so that the training takes about this long; 0: all steps.
         defer_to: with labels, a larger input size for images about which the bundle is unsure; 0: none.
         lose: points of accuracy that this may lose against always asking the larger size.
 
@@ -106,7 +106,7 @@ def train(
 
 
 def _frozen(run: Run, out: Path, thumbnails: bool, extensible: bool, ask_again: AskAgain | None) -> Path:
-    """The first rung alone."""
+    """Write a bundle of the frozen head alone."""
     check_labels(run)
     head = frozen_head(run)
     run.watch.say(f"head on the frozen backbone: {100 * head.test:.1f} % of {len(run.held_out)} held-out images")
@@ -118,7 +118,7 @@ def _frozen(run: Run, out: Path, thumbnails: bool, extensible: bool, ask_again: 
 def _labeled(
     run: Run, out: Path, compare: bool, thumbnails: bool, extensible: bool, ask_again: AskAgain | None
 ) -> Path:
-    """Frozen head, mask, and the better of both as a bundle."""
+    """Train frozen head and mask, and write the better one as a bundle."""
     check_labels(run)
     head = frozen_head(run)
     run.watch.say(f"head on the frozen backbone: {100 * head.validation:.1f} % of the validation images")
@@ -134,7 +134,7 @@ def _labeled(
 
 
 def _distilled(run: Run, out: Path, controls: bool, thumbnails: bool) -> Path:
-    """One mask from a teacher, its gain over the frozen backbone, and the bundle."""
+    """Distill one mask from a teacher, measure its gain over the frozen backbone, and write the bundle."""
     begin = time.perf_counter()
     dispatcher.train(run)
     seconds = time.perf_counter() - begin
@@ -154,7 +154,7 @@ def _distilled(run: Run, out: Path, controls: bool, thumbnails: bool) -> Path:
 
 
 def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -> Path:
-    """Dispatcher, clusters, experts, evaluation and bundle (the paper)."""
+    """Train dispatcher, clusters and experts, evaluate, and write the bundle (the paper)."""
     dispatcher.train(run)
     if run.steps and density(run.backbone, run.dispatcher) == 1 and not distributed.rank():
         run.watch.warn(
@@ -178,7 +178,7 @@ def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -
 
 
 def budget(run: Run, controls: bool) -> None:
-    """Say what will be trained, on what and for how long; impossible settings stop here, before the first step."""
+    """Print what will be trained, on what and for how long; impossible settings fail here, before the first step."""
     r = run.recipe
     parts = {"dispatcher" if r.clusters else "mask": run.steps, f"{r.clusters} experts": r.clusters * r.expert_steps}
     if controls:
@@ -193,7 +193,7 @@ def budget(run: Run, controls: bool) -> None:
 
 
 def fit_to(run: Run, minutes: float) -> None:
-    """Cut the steps of the mask to what fits into ``minutes``, by the time of a few steps; kept for a resumed run."""
+    """Reduce the mask's steps to fit into ``minutes``, by timing a few steps; stored for a resumed run."""
     path = run.folder / "plan.json"
     if not path.exists():
         seconds = _seconds_per_step(run)
@@ -207,7 +207,7 @@ def fit_to(run: Run, minutes: float) -> None:
 
 
 def _seconds_per_step(run: Run) -> float:
-    """Seconds of a step, measured on a throw-away model."""
+    """Seconds per step, measured on a throwaway model."""
     model = run.masked(run.mask_from)
     loss = dispatcher.objective(run)
     short = replace(run.recipe, head_steps=0)
@@ -219,7 +219,7 @@ def _seconds_per_step(run: Run) -> float:
 
 
 def _check_out(out: Path) -> None:
-    """That the bundle can be written, before anything is trained."""
+    """Check that the bundle can be written, before anything is trained."""
     if out.exists():
         raise CascadeError(f"{out} exists; versions are never overwritten: choose the next number")
     there = next(folder for folder in out.absolute().parents if folder.exists())
@@ -228,7 +228,7 @@ def _check_out(out: Path) -> None:
 
 
 def _check_sides(run: Run) -> None:
-    """That the backbone takes images of the sides of all crops: most ViTs are made for one."""
+    """Check that the backbone accepts the sizes of all crops: most ViTs accept only one."""
     r, main = run.recipe, run.preprocessing.size
     for side in {main, *(side for _, side, _ in r.crops(main))} if r.kind == "swav" else {main}:
         try:
@@ -246,7 +246,7 @@ def default_run(out: Path) -> Path:
 
 
 def _preset(context: typer.Context, name: str | None) -> None:
-    """Start from the published setting; options that are given still count."""
+    """Start from the published setting; explicit options override it."""
     if name == "paper":
         context.default_map = {field: value for field, value in asdict(paper("")).items() if field != "data"}
 
@@ -298,7 +298,7 @@ def command(
             )
         if not distributed.rank():
             watch.say(f"wrote {path}")
-            if not ray:  # what its tasks use, elsewhere, is not seen
+            if not ray:  # the cost of Ray's tasks is not measured here
                 watch.say(cost.line())
 
 

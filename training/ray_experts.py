@@ -1,11 +1,11 @@
-"""Experts beside each other: each a Ray task, on the cluster of RAY_ADDRESS or on this machine.
+"""Train experts in parallel: each is a Ray task, on the cluster of RAY_ADDRESS or on this machine.
 
     python -m training.ray_experts --run runs/photos
     cascade train photos/ --out model_store/photos/1 --ray     # all stages; this one by Ray
 
-A task does what ``python -m training.experts --only K`` does, and nothing passes between them but the run's folder:
-every node sees it, and the images, at the same place. A task whose process or node dies is begun again, by Ray and
-perhaps elsewhere, and goes on from its checkpoint.
+A task does the same as ``python -m training.experts --only K``. Tasks share only the run's folder: every node needs it,
+and the images, at the same path. If a task's process or node dies, Ray restarts it, possibly on another node, and it
+resumes from its checkpoint.
 """
 
 import json
@@ -28,26 +28,26 @@ from training.curve import CURVE
 from training.run import Run, resume
 
 RETRIES = 3  # of a task that dies
-LOOK = 1.0  # seconds between two looks at the curves
-TAIL = 1 << 16  # bytes of a curve in which its last line lies
-OBJECT_STORE = 80 * 2**20  # bytes, hardly more than Ray's least: nothing goes through it
+LOOK = 1.0  # seconds between two reads of the curves
+TAIL = 1 << 16  # bytes at the end of a curve that contain its last line
+OBJECT_STORE = 80 * 2**20  # bytes, hardly more than Ray's minimum: it is not used
 HELP = "Train each expert in a Ray task, on the cluster at RAY_ADDRESS or on this machine."
 
 
 def train(run: Run) -> None:
-    """``experts.train`` with a task for each expert; to the same bits where the threads are as many.
+    """``experts.train`` with one task per expert; bit-identical with the same number of threads.
 
-    A task takes a GPU where the cluster has some, else as many CPUs as a training in this process has threads.
+    A task takes a GPU if the cluster has any, else as many CPUs as a training in this process has threads.
 
     Raises:
-        CascadeError: Ray is not there or has no node that is large enough, or an expert can't be trained.
+        CascadeError: Ray is missing or has no node that is large enough, or an expert can't be trained.
     """
     check()
     missing = [k for k in range(run.recipe.clusters) if not (run.folder / f"expert-{k}" / DONE).exists()]
     if not missing:
         return
-    _ = run.clusters, run.pixels, run.views  # what is decoded and stored, is so once
-    materialize(run.backbone, run.dispatcher)  # the kernel, when it first runs, sets PyTorch's number of threads, too
+    _ = run.clusters, run.pixels, run.views  # decode and store everything once
+    materialize(run.backbone, run.dispatcher)  # the kernel's first run also sets PyTorch's number of threads
     threads = torch.get_num_threads()
     with ray_session.running(usable(), OBJECT_STORE, log_to_driver=False) as ray:
         task = ray.remote(max_retries=RETRIES, **_needs(ray, len(missing), threads, run.watch))(_one)
@@ -63,7 +63,7 @@ def train(run: Run) -> None:
 
 
 def check() -> None:
-    """That it can work, before anything is trained.
+    """Check the preconditions, before anything is trained.
 
     Raises:
         CascadeError: Ray is not installed, or torchrun has started several processes.
@@ -83,7 +83,7 @@ def _one(where: str, folder: str, k: int) -> None:
 
 
 def _needs(ray: Any, count: int, threads: int, watch: Watch) -> dict[str, Any]:
-    """What a task asks for; says how many of them fit."""
+    """The resources of a task; prints how many tasks run at the same time."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     what, each = ("GPU", 1) if any(node.get("GPU") for node in nodes) else ("CPU", threads)
     fit = sum(int(node.get(what, 0) // each) for node in nodes)
@@ -97,7 +97,7 @@ def _needs(ray: Any, count: int, threads: int, watch: Watch) -> dict[str, Any]:
 
 
 def _follow(run: Run, k: int, warned: set[tuple[int, str]]) -> None:
-    """Show how far an expert is, and once what goes wrong with it: by the last line of its curve."""
+    """Show an expert's progress by the last line of its curve, and warn of each problem once."""
     try:
         with open(run.folder / f"expert-{k}" / CURVE, "rb") as curve:
             curve.seek(max(0, curve.seek(0, os.SEEK_END) - TAIL))
@@ -115,7 +115,7 @@ def _follow(run: Run, k: int, warned: set[tuple[int, str]]) -> None:
 
 
 def _result(ray: Any, task: Any, k: int) -> None:
-    """Wait for a task that is over; its error is ours."""
+    """Get the result of a finished task; re-raise its error."""
     try:
         ray.get(task)
     except ray.exceptions.RayError as error:

@@ -1,4 +1,4 @@
-"""Every number that a training run needs, in one frozen, readable place; saved as ``recipe.json`` in its folder."""
+"""The recipe: every setting of a training run in one frozen dataclass, saved as ``recipe.json`` in its folder."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -100,9 +100,9 @@ ABOUT: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to train, on what, and how; ``ABOUT`` says what each field means.
+    """What to train, on what, and how; ``ABOUT`` describes each field.
 
-    Defaults are safe for short runs; ``paper`` has the published ones (method.md, sections 1 to 3).
+    Defaults are safe for short runs; ``paper`` has the published settings (method.md, sections 1 to 3).
     """
 
     data: str
@@ -204,7 +204,7 @@ class Recipe:
         return tuple(crop for crop in both if crop[0])
 
     def save(self, run: Path) -> None:
-        """Write ``recipe.json``; a run that has trained something with another recipe is not gone on with."""
+        """Write ``recipe.json``; refuse a run that was already trained with another recipe."""
         run.mkdir(parents=True, exist_ok=True)
         path = run / "recipe.json"
         text = json.dumps(asdict(self), indent=2) + "\n"
@@ -213,14 +213,14 @@ class Recipe:
                 raise CascadeError(
                     f"{run} was begun with other settings; choose another --run folder or delete that one"
                 )
-            for split in ("train", "test"):  # a start that failed before its first step binds nobody
+            for split in ("train", "test"):  # a run that failed before its first step may change its recipe
                 (run / f"{split}.json").unlink(missing_ok=True)
         with atomic.file(path) as beside:
             beside.write_text(text)
 
     @classmethod
     def load(cls, run: Path) -> "Recipe":
-        """The recipe of a run that was begun."""
+        """Load the recipe of an existing run."""
         try:
             return cls.from_json(json.loads((run / "recipe.json").read_text()))
         except OSError:
@@ -235,7 +235,7 @@ class Recipe:
 
 
 def paper(data: str) -> Recipe:
-    """The published setting on a SwAV-size ResNet-50 at 224 px; epochs as steps of CIFAR-100 (50,000 images)."""
+    """The published setting on a SwAV ResNet-50 at 224 px; epochs are given in steps of CIFAR-100 (50,000 images)."""
     epochs = 150 * 50_000 // 64
     return replace(
         Recipe(data),

@@ -1,4 +1,4 @@
-"""The router and the out-of-domain score that the clusters' stage has fitted."""
+"""Load the router and the out-of-domain score fitted by the clusters stage."""
 
 from cascade.bundle.format import strip_prefix
 from cascade.model.out_of_domain import OutOfDomain

@@ -1,4 +1,4 @@
-"""The folder of a training run: what each stage writes there and the next one reads.
+"""The folder of a training run, through which the stages exchange their results.
 
 runs/cache/              decoded images, trunk features and teacher features, shared by neighboring runs
 runs/<name>/recipe.json
@@ -44,10 +44,10 @@ from training.recipe import Recipe
 
 FEATURES = "features.safetensors"
 CLUSTERS = "clusters.safetensors"
-CACHE_MARGIN = 1.15  # training images are kept a little larger than the network's input, for the crops
-FEWEST = 16  # images that a mask is trained on
-VALIDATION = 0.05  # share of the labeled training images that choose between checkpoints, and between mask and head
-LEAST_VALIDATION, MOST_VALIDATION = 300, 1000  # at least and at most so many, but never more than a fifth
+CACHE_MARGIN = 1.15  # training images are cached a little larger than the network's input, for the crops
+FEWEST = 16  # fewest images to train a mask on
+VALIDATION = 0.05  # share of the labeled training images for choosing checkpoints, and between mask and head
+LEAST_VALIDATION, MOST_VALIDATION = 300, 1000  # bounds of their number, but never more than a fifth
 STEPS = {"labels": 1500, "distill": 1200}  # for STEPS_IMAGES images; they grow with the square root
 STEPS_IMAGES, LEAST_STEPS, MOST_STEPS = 20_000, 300, 6000
 SWAV_STEPS = 600
@@ -57,7 +57,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 @dataclass
 class Run:
-    """An open run: its folder and recipe; its images and backbone are loaded when first used.
+    """An open run: its folder and recipe; its images and backbone are loaded on first use.
 
     Attributes:
         planned: steps that fit into --minutes; 0: the recipe's.
@@ -103,32 +103,32 @@ class Run:
         return self._known("test", images)
 
     def _known(self, split: str, images: Images) -> Images:
-        """They are the same whenever the run goes on; a file in its folder names those that were left out."""
-        about = {"images": len(images), "fingerprint": images.fingerprint(), "broken": dict(images.broken)}
+        """Check that a resumed run has the same images; a file in its folder lists those that were left out."""
+        facts = {"images": len(images), "fingerprint": images.fingerprint(), "broken": dict(images.broken)}
         path = self.folder / f"{split}.json"
         known = read_json(path) if path.exists() else None
-        if known and known["fingerprint"] != about["fingerprint"]:
+        if known and known["fingerprint"] != facts["fingerprint"]:
             raise CascadeError(
                 f"the {split} images of {self.recipe.data} are not those that {self.folder} was begun with:"
                 " put them back, or choose another --run folder"
             )
-        if known != about:  # not again where others, experts in training beside each other say, may do the same
-            write_json(path, about)
+        if known != facts:  # skip if unchanged: experts that train in parallel share this file
+            write_json(path, facts)
         return images
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The images that are trained on, uint8 [N, 3, S, S]: a little larger than the input for SwAV's crops."""
+        """The training images, uint8 [N, 3, S, S], for SwAV a little larger than the input because of the crops."""
         if self.recipe.kind != "swav":
             return self.inputs("train")
         size = round(self.preprocessing.size * CACHE_MARGIN)
         return dataset.cache(self.images, size, self.cache / "images.npy")
 
     def inputs(self, split: Split, preprocessing: Preprocessing | None = None) -> np.ndarray:
-        """The images of a split as the evaluation transform crops them, uint8 [N, 3, S, S], decoded once.
+        """The images of a split, cropped by the evaluation transform, uint8 [N, 3, S, S], decoded once.
 
         Args:
-            preprocessing: another one than the student's.
+            preprocessing: to use instead of the student's.
         """
         images = self.images if split == "train" else self.held_out
         p = preprocessing or self.preprocessing
@@ -137,15 +137,15 @@ class Run:
 
     @property
     def cache(self) -> Path:
-        """Folder of what neighboring runs share."""
+        """The cache folder shared by neighboring runs."""
         return self.folder.parent / "cache"
 
     def features(self, name: str, preprocessing: Preprocessing | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Features of the training and the held-out images, float32 [N, F], computed once and kept.
+        """Features of the training and the held-out images, float32 [N, F], computed once and cached.
 
         Args:
-            name: of a mask that was trained in this run, or ``frozen`` for the plain backbone.
-            preprocessing: another one than the student's.
+            name: of a mask trained in this run, or ``frozen`` for the plain backbone.
+            preprocessing: to use instead of the student's.
         """
         self._expect(1)
         path = self.folder / name / (f"features-{preprocessing.size}.safetensors" if preprocessing else FEATURES)
@@ -157,7 +157,7 @@ class Run:
         return tensors["train"].numpy(), tensors["test"].numpy()
 
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Features of both sets under dispatcher and experts, float32 [K + 1, N, F] each, computed once and kept."""
+        """Features of both sets under dispatcher and experts, float32 [K + 1, N, F] each, computed once and cached."""
         if not self.recipe.clusters:
             train, test = self.features("dispatcher")
             return train[None], test[None]
@@ -178,7 +178,7 @@ class Run:
         )
 
     def _expect(self, masks: int) -> None:
-        """That features of both sets under so many masks fit into memory, twice: in parts and put together."""
+        """Check that features of both sets under this many masks fit into memory twice: in parts and joined."""
         images = len(self.images) + len(self.held_out)
         expect(2 * 4 * masks * images * self.backbone.features, f"the features of {images} images under {masks} masks")
 
@@ -189,7 +189,7 @@ class Run:
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Training and validation images, int64 each: with labels some are set aside, otherwise none."""
+        """Rows of the training and validation images, int64 each; without labels there are no validation images."""
         if not self.recipe.labels or self.images.labels is None:
             return np.arange(len(self.images)), np.arange(0)
         return split_validation(self.images.labels, self.recipe.seed)
@@ -206,7 +206,7 @@ class Run:
 
     @cached_property
     def views(self) -> list[np.ndarray] | None:
-        """Stored trunk features, where the recipe wants them; shared by all runs that lie side by side."""
+        """Stored trunk features, if the recipe uses them; shared by all runs in the same folder."""
         r, p = self.recipe, self.preprocessing
         if not r.draws:
             return None
@@ -239,7 +239,7 @@ class Run:
         return first
 
     def _stage(self, option: str, name: str) -> int:
-        """A stage from which on there is something to mask."""
+        """The stage of an option; there must be something to mask from there on."""
         first = self.backbone.stage(name)
         if self.backbone.offset(first) == self.backbone.weights.numel():
             raise CascadeError(f"{self.recipe.backbone} has nothing to mask from {name} on: choose an earlier {option}")
@@ -256,12 +256,12 @@ class Run:
 
     @cached_property
     def free(self) -> dict[str, Tensor] | None:
-        """The weights that may be switched off, where not all may."""
+        """The weights that may be switched off; None for all."""
         r = self.recipe
         return None if r.select == "all" else select(self.backbone, self.mask_from, r.select, r.select_share, r.seed)
 
     def masked(self, start: int, below: Mask | None = None) -> MaskedModel:
-        """A fresh model to learn a mask with, from stage ``start`` on, as the recipe says."""
+        """A new model to train a mask with, from stage ``start`` on, according to the recipe."""
         r = self.recipe
         return mask_backbone(
             self.backbone,
@@ -287,14 +287,14 @@ class Run:
 
     @cached_property
     def clusters(self) -> dict[str, Tensor]:
-        """Router, out-of-domain score and the cluster of each training image, as the clusters' stage left them."""
+        """Router, out-of-domain score and the cluster of each training image, from the clusters stage."""
         path = self.folder / CLUSTERS
         if not path.exists():
             raise CascadeError(f"{path} is not there yet: run python -m training.clusters first")
         return load_file(path)
 
     def mask(self, name: str, start: int) -> Mask:
-        """A mask that was trained to its end in this run."""
+        """A fully trained mask of this run."""
         trained = self.trained(name)
         scores, norms, channels = (strip_prefix(trained, f"{kind}.") for kind in ("scores", "norms", "channels"))
         return to_mask(
@@ -302,12 +302,12 @@ class Run:
         )
 
     def trained(self, name: str) -> dict[str, Tensor]:
-        """The tensors that the training of ``name`` ended with."""
+        """The final tensors of the training ``name``."""
         return trained(self.folder / name)
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
-    """The tensors that the training in ``folder`` ended with."""
+    """The final tensors of the training in ``folder``."""
     path = folder / DONE
     if not path.exists():
         raise CascadeError(f"{path} is not there yet: train {folder.name} first")
@@ -315,10 +315,10 @@ def trained(folder: Path) -> dict[str, Tensor]:
 
 
 def split_validation(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to validate with, int64 each; every class with two images or more can be in both."""
+    """Split rows for training and validation, int64 each, stratified; classes of two or more images can be in both."""
     wanted = int(min(max(LEAST_VALIDATION, VALIDATION * len(labels)), MOST_VALIDATION, len(labels) // 5))
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # by class, drawn inside of each
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, shuffled within each
     counts = np.bincount(labels)
     order = order[counts[labels[order]] > 1]
     chosen = order[np.linspace(0, len(order), wanted, endpoint=False).astype(int)] if wanted else order[:0]
@@ -326,7 +326,7 @@ def split_validation(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def begin(folder: Path, recipe: Recipe, watch: Watch) -> Run:
-    """Start a run, or go on with it where the recipe is the same."""
+    """Start a run, or resume it if the recipe is the same."""
     with distributed.first():
         recipe.save(folder)
     run = Run(folder, recipe, watch)
@@ -337,17 +337,17 @@ def begin(folder: Path, recipe: Recipe, watch: Watch) -> Run:
 
 
 def resume(folder: Path, watch: Watch) -> Run:
-    """A run that another stage has begun."""
+    """Open a run that an earlier stage has started."""
     return Run(folder, Recipe.load(folder), watch)
 
 
 def device() -> str:
-    """CUDA where there is a card, each process its own; the only place that training asks."""
+    """CUDA if there is a GPU, one per process; the only place where training chooses a device."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def hash_of(key: Any) -> str:
-    """A short hash of plain types, for the name of a cache file."""
+    """A short hash of plain types, for naming cache files."""
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
@@ -355,12 +355,12 @@ def write_json(path: Path, value: Any) -> None:
     """A file that is whole or not there; of several processes the first one writes it."""
     if distributed.rank():
         return
-    with atomic.file(path, alone=True) as beside:
-        beside.write_text(json.dumps(value, indent=2) + "\n")
+    with atomic.file(path, alone=True) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a stage has left as JSON."""
+    """Read a stage's JSON file."""
     return json.loads(path.read_text())
 
 
@@ -369,5 +369,5 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     if distributed.rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.file(path, alone=True) as beside:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside)
+    with atomic.file(path, alone=True) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)

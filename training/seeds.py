@@ -1,4 +1,4 @@
-"""A cascade of several seeds with all controls: the first seed's masks become the bundle, its card has them all."""
+"""Train a cascade with several seeds and all controls: the first seed gives the bundle, its card has all results."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ STRANGERS = "fashion-mnist"
 
 
 def train(folder: Path, recipe: Recipe, out: Path, watch: Watch) -> None:
-    """All seeds, their mean in one card, and the bundle; goes on where it was stopped."""
+    """Train all seeds, put their means into one card, and write the bundle; resumes if interrupted."""
     runs = [begin(folder / f"seed-{seed}", replace(recipe, seed=seed), watch) for seed in SEEDS]
     steps = recipe.steps + recipe.clusters * recipe.expert_steps
     watch.say(
@@ -41,7 +41,7 @@ def train(folder: Path, recipe: Recipe, out: Path, watch: Watch) -> None:
 
 
 def one(run: Run) -> dict[str, Any]:
-    """Every stage and control of one seed, unless it was evaluated before."""
+    """Run every stage and control of one seed, unless it was already evaluated."""
     done = run.folder / "evaluation.json"
     if not done.exists():
         dispatcher.train(run)
@@ -73,9 +73,9 @@ def combine(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def separation(run: Run, features: Features, limit: int = 2_000) -> dict[str, float]:
-    """AUROC of the out-of-domain score against images of another data set, and of 1 - confidence beside it.
+    """AUROC of the out-of-domain score against images of another data set, and of 1 - confidence.
 
-    The own images are the held-out ones that its percentiles were not taken from.
+    In-domain images are the held-out ones that were not used for its percentiles.
     """
     strangers = dataset.load(STRANGERS, "test", limit)
     other = embed.blocks(run.executor, [run.dispatcher], embed.batches(strangers, run.preprocessing))[0]

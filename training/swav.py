@@ -8,9 +8,9 @@ from torch.nn.functional import log_softmax, normalize
 
 
 class Projector(nn.Module):
-    """The self-supervised head: one linear layer to a small unit sphere, and prototypes on it.
+    """The self-supervised head: a linear layer to a low-dimensional unit sphere, and prototypes on it.
 
-    Both are trained with the mask and then left behind, save that routing by prototypes needs them.
+    Both are trained with the mask and then discarded, unless images are routed by prototypes.
     """
 
     def __init__(self, features: int, projection: int, prototypes: int) -> None:
@@ -24,7 +24,7 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def renormalize(self) -> None:
-        """Put the prototypes back on the sphere; once before every step."""
+        """Project the prototypes back onto the sphere; call it before every step."""
         self.prototypes.copy_(normalize(self.prototypes))
 
 
@@ -39,7 +39,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     Returns:
         float [B, C], rows summing to 1.
     """
-    # The largest score leaves before exp, or small epsilons overflow float32; nothing is so small that a row vanishes.
+    # Subtract the largest score before exp: small epsilons would overflow float32. No row underflows to zero.
     q = ((scores - scores.max()) / epsilon).clamp(min=-80).exp()
     for _ in range(iterations):
         q = q / q.sum(dim=0, keepdim=True) / q.shape[1]
@@ -48,10 +48,10 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 
 def swapped_loss(scores: Sequence[Tensor], codes: Sequence[Tensor], temperature: float) -> Tensor:
-    """Each code (of crops 0, 1, ..) predicted from every other crop's scores; mean cross-entropy.
+    """Mean cross-entropy of predicting each code (of crops 0, 1, ..) from every other crop's scores.
 
     Args:
-        scores: one float [B, C] a crop.
+        scores: one float [B, C] per crop.
         codes: one float [B, C] for each of the first crops.
     """
     losses = [
@@ -64,5 +64,5 @@ def swapped_loss(scores: Sequence[Tensor], codes: Sequence[Tensor], temperature:
 
 
 def push(queue: Tensor, z: Tensor) -> Tensor:
-    """The newest rows in front, the oldest fall out: queues [views, Q, P], z [views, B, P]."""
+    """Push the newest rows to the front of the queues [views, Q, P] and drop the oldest; z is [views, B, P]."""
     return torch.cat([z, queue], dim=1)[:, : queue.shape[1]]

@@ -1,4 +1,4 @@
-"""Features of the teacher of a distillation, computed once for all images and their mirror images, and kept.
+"""The teacher's features for distillation, computed once for all images and their mirror images, and cached.
 
 The teacher is the frozen backbone at a larger input size, or any other timm model.
 """
@@ -69,7 +69,7 @@ def load(run: Run) -> tuple[Backbone, Preprocessing]:
 
 
 def is_same_network(run: Run) -> bool:
-    """Whether student and teacher are the same backbone, so that their features mean the same."""
+    """Whether student and teacher are the same backbone, so that their features are comparable."""
     return not run.recipe.teacher or load(run)[0].fingerprint == run.backbone.fingerprint
 
 

@@ -1,4 +1,4 @@
-"""Thumbnails for a bundle that was made without: the same bundle, and pictures of its neighbor bank's images.
+"""Add thumbnails to a finished bundle: a copy of it with pictures of its neighbor bank's images.
 
 python -m training.thumbnails model_store/photos/1 photos/ --out model_store/photos/2
 """
@@ -19,10 +19,10 @@ from training.export import one_line
 
 
 def illustrated(bundle: Bundle, images: Images) -> Bundle:
-    """The bundle with a picture for each row of its banks.
+    """Add a picture for each row of the bundle's banks.
 
     Args:
-        images: the training images, or more than those.
+        images: the training images, possibly with others.
 
     Raises:
         CascadeError: the bundle has no bank, or one of its images is not among ``images``.

@@ -1,4 +1,4 @@
-"""Arrays that are made once, row by row, and mapped from disk ever after."""
+"""Cached arrays: computed once, row by row, then memory-mapped from disk."""
 
 import fcntl
 import io
@@ -15,13 +15,13 @@ from cascade.cache import sweep, used
 def stored(
     file: Path, shape: tuple[int, ...], dtype: np.dtype, rows: Callable[[int], Iterable[np.ndarray]]
 ) -> np.ndarray:
-    """The array in the .npy ``file``, which is made first if it is not there; others that are unused for long go.
+    """Map the array in the .npy ``file``, and compute it first if it is missing; evict arrays unused for a long time.
 
-    By that name it is complete or not there; an interrupted start leaves a part that the next one continues. Of several
-    processes that want it at a time one makes it, the others wait.
+    The file is written atomically; an interrupted run leaves a partial file that the next one resumes. If several
+    processes need it at the same time, one computes it and the others wait.
 
     Args:
-        rows: given how many rows are done, the rest of them in order.
+        rows: called with the number of finished rows, yields the remaining ones in order.
     """
     used(file)
     if not file.exists():
@@ -33,9 +33,9 @@ def stored(
         np.lib.format.write_array_header_1_0(head, fields)
         header, row = head.getvalue(), dtype.itemsize * math.prod(shape[1:])
         part = file.with_suffix(".part")
-        with open(part, "ab") as out:  # rows in order behind the header: the length says how far it got
+        with open(part, "ab") as out:  # rows in order after the header: the length tells the progress
             fcntl.flock(out, fcntl.LOCK_EX)
-            if file.exists():  # somebody else's, in the meantime
+            if file.exists():  # another process has written it in the meantime
                 part.unlink(missing_ok=True)
                 return stored(file, shape, dtype, rows)
             done = max(0, (out.seek(0, os.SEEK_END) - len(header)) // row)
@@ -46,5 +46,5 @@ def stored(
                 out.write(one.tobytes())
             out.flush()
             os.fsync(out.fileno())
-            part.replace(file)  # before the lock goes, or who waited for it would find neither
+            part.replace(file)  # before the lock is released, or a waiting process would find neither file
     return np.load(file, mmap_mode="r", allow_pickle=False)

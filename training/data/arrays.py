@@ -1,6 +1,6 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST by name, as arrays.
 
-They are kept in $CASCADE_DATA as .npy files, which later runs map from disk. Where these are missing, torchvision reads
+They are stored in $CASCADE_DATA as .npy files, which later runs map from disk. If these are missing, torchvision reads
 its own files in that folder, or downloads them. Groceries (the fruit of the Grocery Store Dataset, arXiv 1901.00711)
 are read from .npy files only.
 """
@@ -61,7 +61,7 @@ CLASSES = {
     ],
 }
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
-TIMEOUT = 20  # seconds without a byte; torchvision sets none and hangs for minutes where packets are dropped
+TIMEOUT = 20  # seconds without a byte; torchvision sets no timeout and hangs for minutes if packets are dropped
 
 
 class SourceError(CascadeError):
@@ -91,19 +91,19 @@ def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def keep(data: Arrays, name: str) -> None:
-    """Write the arrays of data set ``name`` below `root`, all of them or none."""
+    """Write the arrays of data set ``name`` below `root` atomically."""
     folder = root() / name
     try:
         with atomic.folder(folder) as beside:
             for file, array in data.items():
                 np.save(beside / f"{file}.npy", array, allow_pickle=False)
     except OSError:
-        if not folder.is_dir():  # otherwise another process was faster, and its files are as good
+        if not folder.is_dir():  # otherwise another process was faster, and wrote the same files
             raise
 
 
 def torchvision_arrays(name: str, folder: Path, download: bool) -> Arrays:
-    """Both splits, read by torchvision, which checks the MD5 of CIFAR's pickles before it loads them."""
+    """Read both splits with torchvision, which checks the MD5 of CIFAR's pickles before it loads them."""
     from torchvision import datasets
 
     before = socket.getdefaulttimeout()

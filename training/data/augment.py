@@ -1,10 +1,10 @@
 """SwAV's multi-crop augmentation (arXiv 2006.09882) for a whole batch at once, on the batch's device.
 
 Cropping, resizing and flipping one image is linear and separable: `Wy @ image @ Wx.T` with two small matrices
-of triangle-filter weights. So a batch is two batched matrix products, with one antialias rule at every ratio
-of crop to output (torchvision's `resized_crop(antialias=True)` to float accuracy), where grid_sample would
-alias as soon as a crop is larger than the output and would need a pyramid beside it. Blur is a product of the
-same kind.
+of triangle-filter weights. So a batch takes two batched matrix products, with the same antialiasing at every
+ratio of crop to output (torchvision's `resized_crop(antialias=True)` to float accuracy), whereas grid_sample
+aliases as soon as a crop is larger than the output and would also need a pyramid. Blur is a product of the same
+kind.
 
 All randomness is drawn from the given generator, on its device: the same generator state gives the same
 crops, and a CPU generator gives the same random numbers whatever device the batch is on.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How many, side of the output in px, range of the crop's share of the image's area.
+# Number of crops, side of the output in px, range of the crop's share of the image's area.
 Crop = tuple[int, int, tuple[float, float]]
 
 CROPS: tuple[Crop, ...] = ((2, 64, (0.14, 1.0)), (6, 32, (0.05, 0.14)))
@@ -41,8 +41,8 @@ def multi_crop(
     """uint8 [B, 3, S, S] -> for each crop, in the order of `sizes`, normalized float32 [B, 3, side, side].
 
     The blur is in pixels of the output, as in the paper, but scaled with the first crop's side: smaller
-    training images are blurred as much as the paper's would be when shrunk to them. `blur` sets that scale
-    where the crops are made one size at a time.
+    training images are blurred as much as the paper's images shrunk to this size. `blur` sets that scale
+    if the crops are made one size at a time.
     """
     pixels = batch.float().div_(255)
     blur = sizes[0][1] / SIGMA_SIDE if blur is None else blur
@@ -88,28 +88,28 @@ def shift_flip(
 
 
 def _reflect(index: Tensor, side: int) -> Tensor:
-    """Indices beyond 0 and side - 1 reflected, without repeating the border."""
+    """Reflect indices beyond 0 and side - 1, without repeating the border."""
     last = max(1, side - 1)
     return (last - (index % (2 * last) - last).abs()).clamp(max=side - 1)
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std for each channel, in place."""
+    """Compute (x - mean) / std for each channel, in place."""
     shape = (1, 3, 1, 1)
     return x.sub_(x.new_tensor(mean).view(shape)).div_(x.new_tensor(std).view(shape))
 
 
 def random_resized_crop(x: Tensor, side: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """A box of its own for each image, flipped with p 0.5: float [B, 3, S, S] -> [B, 3, side, side]."""
+    """Crop a random box from each image and flip it with p 0.5: float [B, 3, S, S] -> [B, 3, side, side]."""
     box = random_boxes(len(x), x.shape[-1], scale, generator)
     flip = _rand(generator, len(x)) < 0.5
     return resized_crop(x, side, box.to(x.device), flip.to(x.device))
 
 
 def random_boxes(n: int, source: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """int64 [n, 4], top, left, height, width, drawn as torchvision's RandomResizedCrop does from a square.
+    """Boxes int64 [n, 4]: top, left, height, width, drawn from a square like torchvision's RandomResizedCrop.
 
-    Of ten draws the first that fits; if none does, the whole square of side `source`.
+    Each is the first of ten draws that fits; if none does, it is the whole square of side `source`.
     """
     area, log_ratio, top, left = _rand(generator, 4, 10, n)
     area = source**2 * (scale[0] + (scale[1] - scale[0]) * area)
@@ -134,9 +134,9 @@ def _separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _resize_weights(source: int, side: int, start: Tensor, length: Tensor, flip: Tensor) -> Tensor:
-    """float [B, side, source]: what each source pixel gives to each output pixel.
+    """Weight of each source pixel in each output pixel, float [B, side, source].
 
-    A triangle, as wide as two pixels of the coarser of both, cut off at the box.
+    A triangle filter as wide as two pixels of the coarser grid, cut off at the box.
     """
     out = torch.arange(side, device=start.device, dtype=torch.float32)
     out = torch.where(flip[:, None], side - 1 - out, out) + 0.5
@@ -150,9 +150,9 @@ def _resize_weights(source: int, side: int, start: Tensor, length: Tensor, flip:
 
 
 def random_jitter(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Color jitter, in place, with factors of its own for each image (none for one in five).
+    """Apply color jitter in place, with separate factors for each image (none for one in five).
 
-    The order of the four steps is drawn once a call, that is once a crop and batch, not once an image.
+    The order of the four steps is drawn once per call, that is per crop and batch, not per image.
     """
     spread = (2 * _rand(generator, 4, len(x)) - 1) * (_rand(generator, len(x)) < JITTER_P)
     spread = spread.to(x.device)[..., None, None, None]
@@ -163,14 +163,14 @@ def random_jitter(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_gray(x: Tensor, generator: torch.Generator) -> Tensor:
-    """One image in five to gray, in place."""
+    """Convert one image in five to gray, in place."""
     chosen = (_rand(generator, len(x)) < GRAY_P).nonzero()[:, 0].to(x.device)
     x[chosen] = luma(x[chosen]).expand(-1, 3, -1, -1)
     return x
 
 
 def random_blur(x: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """Every other image blurred, in place, with a sigma of its own from `scale` times `SIGMA`."""
+    """Blur every other image in place, with a separate sigma drawn from `scale` times `SIGMA`."""
     sigma = scale * (SIGMA[0] + (SIGMA[1] - SIGMA[0]) * _rand(generator, len(x)))
     chosen = (_rand(generator, len(x)) < BLUR_P).nonzero()[:, 0]
     sigma, chosen = sigma[chosen].to(x.device), chosen.to(x.device)
@@ -179,29 +179,29 @@ def random_blur(x: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from black. The four `adjust_*` are torchvision's for a batch, in place: x is float [B, 3, H, W]
-    in [0, 1], with a factor (or shift) for each image, [B, 1, 1, 1].
+    """Scale away from black. The four `adjust_*` are torchvision's for a batch, in place: x is float [B, 3, H, W]
+    in [0, 1], with one factor (or shift) per image, [B, 1, 1, 1].
     """
     return x.mul_(factor).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from the mean gray of the image."""
+    """Scale away from the mean gray of the image."""
     mean = luma(x.mean((2, 3), keepdim=True))
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from the gray of the pixel."""
+    """Scale away from the gray of the pixel."""
     gray = luma(x).mul_(1 - factor)
     return x.mul_(factor).add_(gray).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` of a full circle; value and saturation (HSV) stay.
+    """Rotate the hue by `shift` of a full circle; value and saturation (HSV) do not change.
 
-    With the hue in sixths of the circle, each channel is a trapezoid of it between the pixel's lowest and
-    highest value.
+    As a function of the hue in sixths of the circle, each channel is a trapezoid between the pixel's lowest
+    and highest value.
     """
     r, g, b = x.unbind(1)
     high, low = x.amax(1), x.amin(1)
@@ -224,7 +224,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each square image with its own sigma, float [B], px; beyond its borders it goes on mirrored."""
+    """Blur each square image with its own sigma, float [B], px; the image is mirrored at its borders."""
     last = x.shape[-1] - 1
     at = torch.arange(2 * last + 2, device=x.device)
     table = torch.exp(-0.5 * (at / sigma[:, None]) ** 2)  # by distance; the last entry serves as "not seen"

@@ -31,7 +31,7 @@ TRAIN = ("train", "training")  # names of split folders, in lower case
 TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")  # the first that exists is used
 LIKE_SPLIT = re.compile(rf"(?:^|[^a-z])(?:{'|'.join((*TRAIN, *TEST))})(?:[^a-z]|$)", re.IGNORECASE)
 NAMES = (*arrays.CLASSES, *published.PLACES)
-NAMED = 20  # broken images that the warning names; `Images.broken` has them all
+NAMED = 20  # broken images named in the warning; `Images.broken` has them all
 
 log = logging.getLogger(__name__)
 
@@ -112,20 +112,20 @@ def load(source: str | Path, split: Split, limit: int | None = None, seed: int =
 
 
 def class_folders(folder: Path) -> Images:
-    """All images of a folder, a class for each of its subfolders, of which one is enough; nothing is held out.
+    """All images of a folder, with one class per subfolder, at least one; nothing is held out.
 
-    Splits are understood as by ``load``, and joined.
+    Splits are recognized as in ``load``, and joined.
 
     Raises:
-        DataError: no such folder, no subfolder with images, or images beside the subfolders.
+        DataError: no such folder, no subfolder with images, or images outside of the subfolders.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: name one with a subfolder of images for each class")
     names, closed = walk(folder)
     depth = 1 if split_folders(folder) else 0
-    beside = [name for name in names if name.count("/") <= depth]
-    if beside or not names:
-        raise DataError(f"put the images in {folder} into a subfolder for each class ({_some(beside) or 'none there'})")
+    loose = [name for name in names if name.count("/") <= depth]
+    if loose or not names:
+        raise DataError(f"put the images in {folder} into a subfolder for each class ({_some(loose) or 'none there'})")
     good, images = _decodable(folder, names, "train", closed)
     found = [name.split("/")[depth] for name in good]
     classes = sorted(set(found))
@@ -134,7 +134,7 @@ def class_folders(folder: Path) -> Images:
 
 
 def evenly(labels: np.ndarray, seed: int) -> np.ndarray:
-    """All rows of labels [N] in an order drawn with ``seed``: the k-th of every class before the (k+1)-th of any."""
+    """Shuffle the rows of labels [N] with ``seed``, balanced: the k-th of every class before the (k+1)-th of any."""
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled = labels[order]
     turn = np.empty(len(order), np.int64)
@@ -184,14 +184,14 @@ def _folder(folder: Path, split: Split) -> Images:
 
 
 def split_folders(folder: Path) -> dict[Split, str]:
-    """The subfolders that are the splits of a folder, by any usual name in any case; empty if it has none.
+    """The subfolders that are a folder's splits, by their usual names in any case; empty if it has none.
 
     Raises:
-        DataError: several subfolders look like splits, but not as one for training and one for testing.
+        DataError: several subfolders look like splits, but not like one for training and one for testing.
     """
     subfolders = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not (similar := [name for name in subfolders if LIKE_SPLIT.search(name)])[1:]:
-        return {}  # one alone may be a class of trains
+        return {}  # a single one may be a class, of trains
     train = [name for name in subfolders if name.lower() in TRAIN]
     tests = [[name for name in subfolders if name.lower() == usual] for usual in TEST]
     test = next((names for names in tests if names), [])
@@ -204,7 +204,7 @@ def split_folders(folder: Path) -> dict[Split, str]:
 
 
 def _classes(folder: Path, names: list[str], depth: int) -> list[str]:
-    """The class folders, sorted; none if there are fewer than two, or images beside them."""
+    """The class folders, sorted; none if there are fewer than two, or images outside of them."""
     classes = sorted({name.split("/")[depth] for name in names if name.count("/") > depth})
     if len(classes) < 2:
         return []
@@ -241,7 +241,7 @@ def _decodable(folder: Path, names: list[str], split: Split, closed: Sequence[st
 
 
 def _text(name: str) -> str:
-    r"""A name that need not be UTF-8 as text that can be written; other bytes become ``\xff``."""
+    r"""A file name as printable UTF-8; other bytes become ``\xff``."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -250,11 +250,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def cache(images: Images, size: int, path: Path | None = None) -> np.ndarray:
-    """Every image decoded once: uint8 [N, 3, size, size], the shorter side resized to `size` (bicubic,
-    antialiased), the longer one cut to its middle.
+    """Decode every image once: uint8 [N, 3, size, size], the shorter side resized to `size` (bicubic,
+    antialiased), the longer one cropped to its center.
 
-    In memory; or, with a `path` such as run/images.npy, mapped from a file beside it whose name has the size and the
-    images' fingerprint. The file is written atomically; an interrupted start is resumed.
+    In memory; or, with a `path` such as run/images.npy, mapped from a file next to it whose name contains the size and
+    the images' fingerprint. The file is written atomically; an interrupted run is resumed.
     """
 
     def square(i: int) -> np.ndarray:
@@ -265,10 +265,10 @@ def cache(images: Images, size: int, path: Path | None = None) -> np.ndarray:
 
 
 def cache_evaluation(images: Images, preprocessing: Preprocessing, path: Path | None = None) -> np.ndarray:
-    """Every image decoded once, as the evaluation transform resizes and crops it: uint8 [N, 3, S, S].
+    """Decode every image once, resized and cropped by the evaluation transform: uint8 [N, 3, S, S].
 
-    ``preprocessing.normalize`` makes the backbone's input of it, equal to ``preprocessing.transform``. Files are named
-    and written as by `cache`.
+    ``preprocessing.normalize`` turns them into the backbone's input, equal to ``preprocessing.transform``. Files are
+    named and written as in `cache`.
     """
     resize = preprocessing.geometry()
 
@@ -293,15 +293,15 @@ def _decoded(images: Images, size: int, view: Callable[[int], np.ndarray], name:
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
-    """Whole batches in an epoch (the rest is dropped), at least one."""
+    """Full batches in an epoch (the rest is dropped), at least one."""
     return max(1, n // batch)
 
 
 def batches(n: int, batch: int, seed: int, start_step: int = 0) -> Iterator[np.ndarray]:
-    """Indices int64 [batch] into n images for step `start_step`, `start_step` + 1 and so on, without end.
+    """Yield indices int64 [batch] into n images for step `start_step`, `start_step` + 1 and so on, forever.
 
-    A step's batch depends on `seed` and the step alone, so that training can resume at any step with the same
-    result. Each epoch is a new permutation. If n < batch, an epoch is one batch that repeats images.
+    A step's batch depends only on `seed` and the step, so training can resume at any step with the same result.
+    Each epoch is a new permutation. If n < batch, an epoch is one batch that repeats images.
     """
     steps = steps_per_epoch(n, batch)
     for epoch in itertools.count(start_step // steps):

@@ -1,8 +1,8 @@
-"""Trunk features of augmented views, computed once and trained on many times.
+"""Cached trunk features of augmented views, computed once and trained on many times.
 
-Where masks begin at a late stage, everything before it is frozen and the same for dispatcher, experts,
-controls and seeds. A step on stored trunk features costs the tail only. The price: each image has ``draws``
-draws of its augmentation instead of a fresh one every time.
+If masks begin at a late stage, everything before it is frozen and the same for dispatcher, experts, controls
+and seeds. A step on stored trunk features only runs the tail. The price is that each image has a fixed number of
+augmentations, ``draws``, instead of a new one every time.
 """
 
 from collections.abc import Iterable
@@ -30,15 +30,15 @@ def store(
     draws: int,
     path: Path,
 ) -> list[np.ndarray]:
-    """Features before ``stage`` of ``draws`` multi-crops of every image.
+    """Compute or map the features before ``stage`` of ``draws`` multi-crops of every image.
 
     Args:
         pixels: uint8 [N, 3, S, S], the training cache.
         crops: (count, side, scale) of the multi-crop's groups.
-        path: name of the files to keep them in; it must stand for all the other arguments.
+        path: name of the cache files; it must identify all the other arguments.
 
     Returns:
-        One array a group, float16 [draws * N, count, C, h, w], mapped from disk; image i of draw d is row
+        One array per group, float16 [draws * N, count, C, h, w], mapped from disk; image i of draw d is row
         ``d * N + i``.
     """
     if len({side for _, side, _ in crops}) < len(crops):
@@ -62,7 +62,7 @@ def _store_group(
     executor.swap(None)
 
     def features(first: int) -> np.ndarray:
-        """Rows ``first`` to the end of its batch; a batch never spans two draws, so that resuming changes nothing."""
+        """Rows from ``first`` to the end of its batch; no batch spans two draws, so resuming changes nothing."""
         begin = first % len(pixels) // BATCH * BATCH
         batch = torch.from_numpy(pixels[begin : begin + BATCH].copy()).to(device)
         p, own = preprocessing, generator(first // len(pixels), begin, side)

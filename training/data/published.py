@@ -48,10 +48,10 @@ PLACES = {
 
 
 def listing(name: str, split: Split) -> Rows:
-    """Files, labels and class names of one split; the classes are the same for both.
+    """Files, labels and class names of one split; both splits have the same classes.
 
     Raises:
-        SourceError: it is not there, or has no split.
+        SourceError: the data set is missing, or has no split.
     """
     place = PLACES[name]
     folder = root() / place.folder
@@ -95,7 +95,7 @@ def _coop(file: Path, images: Path, split: Split) -> Rows:
 
 
 def _sun397(folder: Path, split: Split) -> Rows:
-    """The first of the ten partitions: 50 training and 50 test images a class."""
+    """The first of the ten partitions: 50 training and 50 test images per class."""
     classes = [line.strip()[3:] for line in _lines(folder / "ClassName.txt")]
     names = [
         line.strip().lstrip("/")
@@ -105,7 +105,7 @@ def _sun397(folder: Path, split: Split) -> Rows:
 
 
 def _ucf101(folder: Path, images: Path, split: Split) -> Rows:
-    """The first of the three lists of videos; each video's frame is known by the video's name."""
+    """The first of the three lists of videos; frames are named after their videos."""
     frames = {path.stem: path for path in images.rglob("*.jpg")}
     classes = [line.split()[1] for line in _lines(folder / "classInd.txt")]
     videos = [line.split()[0] for line in _lines(folder / f"{split}list01.txt")]
@@ -114,7 +114,7 @@ def _ucf101(folder: Path, images: Path, split: Split) -> Rows:
 
 
 def _inatloc500(folder: Path, split: Split) -> Rows:
-    """The metadata's table of each split, "path,label"; its "val" is for localization and left out."""
+    """The metadata's table of each split, "path,label"; "val" is for localization and left out."""
     fields = [line.split(",") for line in _lines(folder / "metadata" / "class_names.txt")]
     classes = [next(f for f in line if not f.strip().isdecimal()) for line in fields]
     rows = [line.rpartition(",") for line in _lines(folder / "metadata" / split / "class_labels.txt")]
@@ -138,8 +138,8 @@ def download(name: str) -> None:
     from torchvision import datasets
 
     try:
-        made: Any = getattr(datasets, place.dataset)
-        made(root(), download=True)
+        dataset_class: Any = getattr(datasets, place.dataset)
+        dataset_class(root(), download=True)
     except (OSError, RuntimeError) as error:
         raise SourceError(f"torchvision can't download {name} ({' '.join(str(error).split())[:200]})") from error
 

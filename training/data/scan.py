@@ -1,4 +1,4 @@
-"""Find the images below a folder, and decode each one once to see whether it can be read."""
+"""Find the images below a folder, and decode each one once to check that it can be read."""
 
 import hashlib
 import itertools
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def walk(folder: Path) -> tuple[list[str], list[str]]:
     """Image files at any depth, and subfolders that cannot be listed; both relative to ``folder`` and sorted.
 
-    The rules are those of ``cascade predict``.
+    The rules are the same as for ``cascade predict``.
     """
     paths = [Path(path) for path in images_in(str(folder))]
     closed = [path for path in paths if path.is_dir()]
@@ -43,8 +43,8 @@ def walk(folder: Path) -> tuple[list[str], list[str]]:
 def scan(folder: Path, names: list[str]) -> dict[str, tuple[str, str]]:
     """Decode every file: name -> (digest of the pixels, reason why it is broken); one of the two is empty.
 
-    Results are cached beside the data sets, by each file's size and modification time, so that only the first start
-    of a training decodes the folder.
+    Results are cached next to the data sets, by each file's size and modification time, so that only the first start of
+    a training decodes the folder.
     """
     key = f"{folder.resolve()} {LIMITS} {cascade.__version__}"
     memo_file = root() / "scans" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.json"
@@ -69,7 +69,7 @@ def scan(folder: Path, names: list[str]) -> dict[str, tuple[str, str]]:
 def _stamp(path: Path) -> list[int]:
     try:
         status = path.stat()
-    except OSError:  # e.g. a dangling link; `read` will say so
+    except OSError:  # e.g. a dangling link; `read` reports it
         return []
     return [status.st_size, status.st_mtime_ns]
 
@@ -78,8 +78,8 @@ def _remember(file: Path, memo: dict[str, list]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         sweep(file.parent, "*.json")
-        with atomic.file(file) as beside:
-            beside.write_text(json.dumps(memo))
+        with atomic.file(file) as temporary:
+            temporary.write_text(json.dumps(memo))
     except OSError as error:
         log.warning("cannot write %s (%s): the next start reads every image again", file, error.strerror)
 
@@ -90,7 +90,7 @@ def digest(pixels: np.ndarray) -> str:
 
 
 def threaded(work: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
-    """`work` of every item, in order, with progress; in threads, as Pillow releases the GIL."""
+    """Map `work` over the items in threads, since Pillow releases the GIL; results come in order, with progress."""
     pool = ThreadPoolExecutor(cpu_count())
     try:
         chunks = (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))

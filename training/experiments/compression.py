@@ -33,7 +33,7 @@ Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 
 def codecs() -> dict[str, Codec]:
-    """Compress and decompress of each, at its own default, zstd at 19 as in a bundle's slow form."""
+    """Compress and decompress functions of each codec at its default level, zstd at level 19 as in bundles."""
     try:
         import cramjam
         import lz4.frame  # type: ignore[import-untyped]
@@ -78,7 +78,7 @@ def experiment(lab: Lab) -> list[Table]:
 
 
 def tuned_weights(run: Run) -> bytes:
-    """The same parameters as float32 after full fine-tuning with the same loss, bytes in the flat buffer's order."""
+    """Bytes of the same parameters as float32 after full fine-tuning with the same loss, in the flat buffer's order."""
     model = finetune.train(run)
     first = run.backbone.offset(run.mask_from)
     names = [n for n, (begin, _) in run.backbone.spans.items() if begin >= first]
@@ -86,7 +86,7 @@ def tuned_weights(run: Run) -> bytes:
 
 
 def compare(mask: bytes, weights: bytes) -> dict[str, dict[str, float]]:
-    """By codec: reduction of both, what the mask takes of the weights once both are compressed, decode speed."""
+    """By codec: reduction of mask and weights, their ratio after compression, and decoding speed."""
     out = {"plain": {"mask bytes / weights' %": 100 * len(mask) / len(weights), "mask bits a weight": 1.0}}
     for codec, (compress, decompress) in codecs().items():
         small, large = compress(mask), compress(weights)
@@ -101,7 +101,7 @@ def compare(mask: bytes, weights: bytes) -> dict[str, dict[str, float]]:
 
 
 def deltas(run: Run) -> dict[str, dict[str, float]]:
-    """By codec: an expert's mask alone, and as what differs from the dispatcher's; mean over experts."""
+    """By codec: bits of an expert's mask alone, and as a difference from the dispatcher's; mean over experts."""
     out: dict[str, dict[str, float]] = {"bits that differ": {"as delta": 0.0}}
     for expert in run.experts:
         out["bits that differ"]["as delta"] += masks.difference(run.dispatcher, expert, run.backbone) / len(run.experts)

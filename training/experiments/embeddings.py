@@ -22,7 +22,7 @@ TOP = (1, 2, 3, 5, 10, 20, 50)
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """The planes of the first seed, how well classes part in the embeddings, and the clusters' common classes."""
+    """The planes of the first seed, how well the embeddings separate classes, and the clusters' common classes."""
     apart = Table("Figure 6: silhouette of the classes in the whitened embedding", digits=3)
     common = Table("Figure 7: % of each cluster's training images in its most common classes")
     for name in lab.sets():
@@ -66,7 +66,7 @@ def experiment(lab: Lab) -> list[Table]:
 
 
 def common_classes(classes: np.ndarray, assigned: np.ndarray) -> list[np.ndarray]:
-    """For each cluster the % of its images in its 1, 2, .. most common classes, cumulated."""
+    """For each cluster, the cumulative % of its images in its 1, 2, .. most common classes."""
     counts = [np.bincount(classes[assigned == k], minlength=int(classes.max()) + 1) for k in np.unique(assigned)]
     return [100 * np.cumsum(np.sort(c)[::-1]) / c.sum() for c in counts]
 

@@ -2,8 +2,8 @@
 
 python -m training.experiments.equivalence
 
-Doubling rate and initial score is exact in floating point, too (a factor of two moves exponents alone); shifting score
-and threshold rounds in another place, so that masks may come to differ in some bits.
+Doubling rate and initial score is exact in floating point, too (a factor of two only changes exponents); shifting score
+and threshold rounds differently, so masks may eventually differ in some bits.
 """
 
 import json
@@ -28,8 +28,8 @@ SETTINGS = {  # factors and summands: (lr x, S0 x then +, mu +)
     "scores doubled": (1, 2, 0.0, 0.0),
     "threshold shifted": (1, 1, 0.0, 0.5),
 }
-SAME = 3  # so many of them are equivalent
-WINDOW = 10  # steps that a drawn point is the mean of
+SAME = 3  # the first ones are equivalent
+WINDOW = 10  # steps averaged in one point of the figure
 
 
 def experiment(lab: Lab) -> list[Table]:

@@ -1,4 +1,4 @@
-"""What the experiments share: presets, runs identified by their recipe, and how an embedding is measured.
+"""Shared by the experiments: presets, runs identified by their recipe, and measures of embeddings.
 
     python -m training.experiments.prototypes                                  # --preset small: minutes, two cores
     python -m training.experiments.prototypes --preset paper --price-per-hour 2
@@ -34,7 +34,7 @@ from training.run import Run, begin
 
 Pair = tuple[np.ndarray, np.ndarray]  # features of the training and of the held-out images, float32 [N, F], [M, F]
 SWAV = "swav_800ep_pretrain.pth.tar"
-SEEDS = {"small": 3, "paper": 1}  # the paper ran nearly everything once
+SEEDS = {"small": 3, "paper": 1}  # the paper ran almost everything once
 
 # Real images and a real backbone; masks on the last block only, with cached inputs: minutes on two cores.
 SMALL = Recipe(
@@ -55,7 +55,7 @@ SMALL = Recipe(
     dim=128,
 )
 # Masks on four fifths of the weights, for experiments that need it; fewer and smaller steps. Earlier stages and
-# BatchNorm stay frozen: in so few steps, its statistics alone, at learning rate zero, cost 14 points of k-NN.
+# BatchNorm stay frozen: in so few steps, updating its statistics, at learning rate zero, costs 14 points of k-NN.
 DEEP = {
     "mask_from": "blocks.5",
     "draws": 0,
@@ -67,7 +67,7 @@ DEEP = {
 }
 # The published settings (method.md §1-2); steps follow from epochs and the number of images.
 PAPER = replace(paper("cifar100"), source=f"file:{SWAV}")
-FEWER_EPOCHS = {"inatloc500": 54}  # where the paper takes fewer than elsewhere
+FEWER_EPOCHS = {"inatloc500": 54}  # where the paper uses fewer than elsewhere
 
 
 @dataclass
@@ -75,12 +75,12 @@ class Lab:
     """The working environment of one experiment.
 
     Attributes:
-        folder: results; runs lie below.
+        folder: for results, with the runs below it.
         preset: ``small`` or ``paper``.
-        recipe: what all of its runs have in common.
+        recipe: the common recipe of all runs.
         data: names or folders of the data sets.
-        seeds: each run is made with every one.
-        epochs: steps are that many epochs of the data set; 0: the recipe's steps.
+        seeds: each run is repeated with every seed.
+        epochs: length of a training in epochs of the data set; 0: the recipe's steps.
         notes: what could not be run, and why.
     """
 
@@ -112,9 +112,9 @@ class Lab:
             raise CascadeError(f"none of the data sets is there ({'; '.join(self.notes)})")
 
     def run(self, name: str = "", seed: int = 0, variant: str = "", epochs: float | None = None, **changes: Any) -> Run:
-        """The run on data set ``name`` with these changes to the common recipe; its recipe identifies it.
+        """The run on data set ``name`` with these changes to the common recipe, which identify it.
 
-        ``variant`` names what differs and is no part of a recipe; ``epochs`` in place of the lab's, if that has any.
+        ``variant`` names a difference that is not part of the recipe; ``epochs`` overrides the lab's, if it has any.
         """
         recipe = replace(self.recipe, data=name or self.data[0], seed=seed, **changes)
         if self.epochs:
@@ -126,7 +126,7 @@ class Lab:
         return begin(self.folder / "runs" / f"{name_of(recipe.data)}-{key}", recipe, self.watch)
 
     def trained(self, name: str = "", seed: int = 0, **changes: Any) -> Run:
-        """The same, with its dispatcher mask trained."""
+        """The same, with a trained dispatcher mask."""
         run = self.run(name, seed, **changes)
         dispatcher.train(run)
         return run
@@ -137,11 +137,11 @@ class Lab:
         return self.folder / f"{stem}-{self.preset}{dot}{suffix}"
 
     def columns(self, name: str, values: Mapping[str, float]) -> dict[str, float]:
-        """Columns prefixed with the data set's name."""
+        """Prefix columns with the data set's name."""
         return {f"{name_of(name)} {c}": v for c, v in values.items()}
 
     def baselines(self, table: Table, name: str, run: Run) -> None:
-        """The baselines of every mask: frozen backbone, learning rate zero, and pixels."""
+        """Add the baselines of every mask: frozen backbone, learning rate zero, and pixels."""
         dispatcher.zero_rate(run)
         table.add("frozen backbone", self.columns(name, knn(run, pair(run, None))))
         table.add("learning rate zero", self.columns(name, knn(run, pair(run, run.mask("zero-rate", run.mask_from)))))
@@ -165,7 +165,7 @@ def labels(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def knn(run: Run, features: Pair, *, eigenvalue: bool = False) -> dict[str, float]:
-    """k-NN accuracy in %, plain and whitened; with ``eigenvalue`` also by the wording of the paper's text."""
+    """k-NN accuracy in %, plain and whitened; with ``eigenvalue`` also whitened as the paper's text says."""
     known, truth = labels(run)
     k, dim = run.recipe.neighbors, fusion.dimension(run.recipe, features[0].shape[1], len(features[0]))
     bank, queries = map(torch.from_numpy, features)
@@ -185,14 +185,14 @@ def probe(run: Run, features: Pair, *, plain: bool = True) -> dict[str, float]:
 
 
 def _fused(features: Pair, dim: int, way: str, seed: int) -> tuple[Tensor, Tensor]:
-    # In float32, not folded to half precision as for a bundle: division by eigenvalues leaves its range.
+    # In float32, not folded to half precision as in a bundle: division by eigenvalues exceeds its range.
     mean, basis = fusion.principal(features[0], dim, way, seed)
     bank, queries = (torch.from_numpy((x - mean) @ basis) for x in features)
     return bank, queries
 
 
 def pixels(images: Images, side: int = 8) -> np.ndarray:
-    """The images themselves, shrunk to ``side`` px: the embedding that everything else should beat."""
+    """The images themselves, shrunk to ``side`` px: a baseline that every embedding should beat."""
     return dataset.cache(images, side).reshape(len(images), -1).astype(np.float32) / 255
 
 
@@ -205,8 +205,8 @@ def main(
     """The command of an experiment: options, tables, cost.
 
     Args:
-        small, paper: what this experiment changes in the preset; beside the recipe's fields ``data`` (several),
-            ``seeds`` and ``epochs``.
+        small, paper: this experiment's changes to the preset: fields of the recipe, ``data`` (a list), ``seeds`` and
+            ``epochs``.
     """
 
     def command(

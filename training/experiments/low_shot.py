@@ -1,4 +1,4 @@
-"""Figure 3 of the main paper: 10 to 0.25 % of the labels, masks trained without labels, and with these few.
+"""Figure 3 of the main paper: 10 to 0.25 % of the labels, with masks trained without labels and with these few.
 
 python -m training.experiments.low_shot
 """
@@ -21,7 +21,7 @@ from training.run import Run
 SMALL: dict[str, Any] = {}
 PAPER = {"data": ("cifar100",), "epochs": 150}
 SHARES = (10, 4, 2, 1, 0.5, 0.25)  # % of the labels
-FEWEST = 80  # steps that a training by labels has at least; otherwise as many epochs as with all of them
+FEWEST = 80  # fewest steps of a training with labels; otherwise it has as many epochs as with all labels
 BATCH: dict[str, dict[str, Any]] = {"small": {"batch": 32}, "paper": {}}
 
 

@@ -2,8 +2,8 @@
 
 python -m training.experiments.main
 
-Every method stands there with and without whitening, beside pixels, the control of learning rate zero, and one mask
-that was trained for all the steps of the cascade.
+Every method is listed with and without whitening, next to pixels, the control at learning rate zero, and one mask that
+was trained for all the steps of the cascade.
 """
 
 from training import clusters, dispatcher, evaluate, experts
@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """One table per data set: k-NN plain, whitened and by the paper's wording, linear probe."""
+    """One table per data set: k-NN plain, whitened, and whitened as the paper's text says; linear probe."""
     tables = []
     for name in lab.sets():
         short = name_of(name)

@@ -20,9 +20,9 @@ class Table:
 
     Attributes:
         title: what it shows, and which of the paper's tables it is.
-        cells: row -> column -> one value a seed.
-        published: row -> column -> the paper's value, in the same unit; shown beside ours.
-        digits: behind the point.
+        cells: row -> column -> one value per seed.
+        published: row -> column -> the paper's value, in the same unit; shown next to ours.
+        digits: after the decimal point.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Table:
     digits: int = 1
 
     def add(self, row: str, values: Mapping[str, float]) -> None:
-        """One seed's values of a row, by column."""
+        """Add one seed's values of a row, by column."""
         for column, value in values.items():
             self.cells.setdefault(row, {}).setdefault(column, []).append(float(value))
 

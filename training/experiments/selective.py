@@ -19,7 +19,7 @@ SHARES = {"small": (0.1, 0.5), "paper": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """Accuracy against the number of trainable masks and the their bytes."""
+    """Accuracy against the number of trainable masks and their bytes."""
     tables = []
     for name in lab.sets():
         short = name_of(name)

@@ -20,12 +20,14 @@ MASK: dict[str, dict[str, Any]] = {
     "small": {"labels": True, "optimizer": "adam", "lr": 0.026, "head_lr": 0.02, "head_steps": 0},
     "paper": {"labels": True, "warmup": 40 / 150, "head_lr": 0.15, "head_steps": 0},
 }
-SGD: dict[str, dict[str, Any]] = {  # as the paper trains; it switches more off, and makes worse masks of so few steps
+SGD: dict[
+    str, dict[str, Any]
+] = {  # as in the paper; it switches more weights off, and gives worse masks in so few steps
     "small": MASK["small"] | {"optimizer": "sgd", "lr": 5.0},
     "paper": MASK["paper"],
 }
-HEAD_FIRST = {"small": True, "paper": False}  # mask, and weights, begin with the head that was trained alone
-TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights want other rates than scores
+HEAD_FIRST = {"small": True, "paper": False}  # mask and weights start from the head that was trained alone
+TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights need other rates than scores
     "small": {"optimizer": "sgd", "lr": 0.001, "weight_decay": 1e-6},
     "paper": {"optimizer": "sgd", "lr": 0.15, "weight_decay": 1e-6},
 }
@@ -41,7 +43,7 @@ for title, shares in ACTIVE.items():
 
 
 def experiment(lab: Lab) -> list[Table]:
-    """Accuracy with the trained head, of a probe and of neighbors, and how much is active."""
+    """Accuracy of the trained head, of a probe and of neighbors, and the share of active weights."""
     table = Table("Main tables 1 and 2: masks and full fine-tuning; accuracy in %", published=PUBLISHED)
     for name in lab.sets():
         for seed in lab.seeds:
@@ -75,7 +77,7 @@ def rows(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
 
 
 def accuracy(run: Run, name: str, features: np.ndarray) -> float:
-    """Accuracy in % of the head that the training ``name`` has left, on held-out features [N, F]."""
+    """Accuracy in % of the head from the training ``name``, on held-out features [N, F]."""
     predicted = finetune.logits(run, name, features).argmax(axis=1)
     return 100 * float(np.mean(predicted == labels(run)[1].numpy()))
 
