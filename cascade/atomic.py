@@ -105,7 +105,7 @@ def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
 
 def not_written(path: Path, error: OSError) -> CascadeError:
     """The error for a file that cannot be written."""
-    return CascadeError(f"{path} could not be written ({error}): make room, or name another")
+    return CascadeError(f"{path} could not be written ({error}): free disk space, or choose another path")
 
 
 def sync(path: Path) -> None:

@@ -70,7 +70,7 @@ class BatchingSettings(Settings):
     def __post_init__(self) -> None:
         if self.api_keys is None and not self.no_auth and not is_loopback(self.host):
             raise SettingsError(
-                f"{self.host} is open to others: give --api-keys FILE, or --no-auth to let everybody in"
+                f"{self.host} is open to others: add --api-keys FILE, or --no-auth to give everyone access"
             )
         if self.api_keys is not None and self.no_auth:
             raise SettingsError("--api-keys and --no-auth contradict each other: omit one of them")

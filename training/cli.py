@@ -124,7 +124,7 @@ def start(command: Callable[..., None], arguments: Sequence[str] | None = None, 
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
-        sys.exit(f"error: {error}: make room, or choose folders that can be written to")
+        sys.exit(f"error: {error}: free disk space, or choose writable folders")
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:

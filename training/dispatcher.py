@@ -84,7 +84,7 @@ def objective(run: Run, head: Path | None = None) -> Objective:
         result = Distillation(recipe, preprocessing, teacher.features(run), start)
     else:
         if run.images.labels is None:
-            raise CascadeError(f"{recipe.data} has no class folders: leave --labels out")
+            raise CascadeError(f"{recipe.data} has no class folders: omit --labels")
         labels = run.images.labels.astype(np.int64)
         result = Supervised(recipe, backbone.features, preprocessing, labels, len(run.images.classes), run.rows[0])
     if head:

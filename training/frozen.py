@@ -80,7 +80,7 @@ def check_labels(run: Run) -> None:
     """Warn about class folders that are hard to learn from: rare classes, imbalance, images in several classes."""
     images = run.images
     if images.labels is None:
-        raise CascadeError(f"{run.recipe.data} has no class folders: leave --labels out")
+        raise CascadeError(f"{run.recipe.data} has no class folders: omit --labels")
     counts = np.bincount(images.labels, minlength=len(images.classes))
     rare = [images.classes[i] for i in np.flatnonzero(counts == 1)]
     if rare:

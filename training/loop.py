@@ -115,7 +115,7 @@ def fit(
                 continue
             curve.flush(step)
             if not _finite(model, objective):
-                raise _diverged(f"{name} is not finite any more after step {step}", rate, folder)
+                raise _diverged(f"{name} became NaN or infinite after step {step}", rate, folder)
             if step + 1 < steps and leads:
                 store(folder / CHECKPOINT, model, objective, optimizers, scaler, step + 1)
     finally:

@@ -15,9 +15,9 @@ def expect(needed: int, what: str) -> None:
     Raises:
         CascadeError: not enough memory is available.
     """
-    if needed > (there := available()):
+    if needed > (free := available()):
         raise CascadeError(
-            f"{what} need {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} are there: take fewer images"
+            f"{what} need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available: use fewer images"
         )
 
 

@@ -85,7 +85,7 @@ def train(
     """
     _check_out(out)
     if extensible and not run.recipe.labels:
-        raise CascadeError("--extensible keeps statistics of each class: give --labels, too")
+        raise CascadeError("--extensible keeps statistics of each class: add --labels")
     if defer_to:
         deferral.preprocessing_of(run, defer_to)
     if ray:
@@ -93,7 +93,7 @@ def train(
     ask_again = partial(deferral.fit, run, size=defer_to, lose=lose) if defer_to else None
     if frozen:
         if not run.recipe.labels:
-            raise CascadeError("--frozen fits a head to class folders: give --labels, too")
+            raise CascadeError("--frozen fits a head to class folders: add --labels")
         return _frozen(run, out, thumbnails, extensible, ask_again)
     if minutes:
         fit_to(run, minutes)
@@ -221,7 +221,7 @@ def _seconds_per_step(run: Run) -> float:
 def _check_out(out: Path) -> None:
     """Check that the bundle can be written, before anything is trained."""
     if out.exists():
-        raise CascadeError(f"{out} exists; versions are never overwritten: choose the next number")
+        raise CascadeError(f"{out} exists and versions are never overwritten: choose a new version")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise CascadeError(f"{out} can't be written, {there} does not let you: choose another --out")

@@ -71,13 +71,13 @@ def check() -> None:
     if find_spec("ray") is None:
         raise CascadeError("Ray is not installed: pip install 'cascade-vision[ray]'")
     if distributed.world() > 1:
-        raise CascadeError("--ray starts tasks of its own: leave out torchrun, or --ray")
+        raise CascadeError("--ray starts its own tasks: omit torchrun, or --ray")
 
 
 def _one(where: str, folder: str, k: int) -> None:
     """The task."""
     if not Path(where).is_dir() or not Path(folder).is_dir():
-        raise CascadeError(f"{where} and {folder} must be there on every node: share them, or start from elsewhere")
+        raise CascadeError(f"{where} and {folder} must exist on every node: share them, or start from a shared folder")
     os.chdir(where)  # relative sources are relative to it
     experts.train(resume(Path(folder), Watch(None)), [k])
 
@@ -122,7 +122,7 @@ def _result(ray: Any, task: Any, k: int) -> None:
         cause = getattr(error, "cause", error)
         if isinstance(cause, CascadeError):
             raise CascadeError(str(cause)) from error
-        raise CascadeError(f"expert {k} was not trained ({brief(cause)}): started again it goes on") from error
+        raise CascadeError(f"expert {k} was not trained ({brief(cause)}): start again to resume") from error
 
 
 def command(run: RunFolder = RUN) -> None:

@@ -183,7 +183,7 @@ class Recipe:
             object.__setattr__(self, "bank", 0 if self.labels else 2000)
         for name in ("label_smoothing", "share", "select_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise CascadeError(f"--{name.replace('_', '-')} is a share: give a number from 0 to 1")
+                raise CascadeError(f"--{name.replace('_', '-')} is a share: choose a number from 0 to 1")
         for name in (f.name for f in fields(self) if f.type in (int, float) and f.name not in ("initial", "threshold")):
             if getattr(self, name) < (-1 if name == "steps" else 0):
                 raise CascadeError(f"--{name.replace('_', '-')} can't be negative")
@@ -211,7 +211,7 @@ class Recipe:
         if path.exists() and json.loads(path.read_text()) != json.loads(text):
             if any(each.is_dir() for each in run.iterdir()):
                 raise CascadeError(
-                    f"{run} was begun with other settings; choose another --run folder or delete that one"
+                    f"{run} was started with other settings; choose another --run folder or delete that one"
                 )
             for split in ("train", "test"):  # a run that failed before its first step may change its recipe
                 (run / f"{split}.json").unlink(missing_ok=True)

@@ -99,7 +99,7 @@ class Run:
     def held_out(self) -> Images:
         images = dataset.load(self.recipe.data, "test", self.recipe.test_limit or None, self.recipe.data_seed)
         if len(images) < 2:
-            raise CascadeError(f"{len(images)} test image is too few to calibrate with: there must be two at least")
+            raise CascadeError(f"{len(images)} test image is too few to calibrate with: at least two are needed")
         return self._known("test", images)
 
     def _known(self, split: str, images: Images) -> Images:
@@ -109,7 +109,7 @@ class Run:
         known = read_json(path) if path.exists() else None
         if known and known["fingerprint"] != facts["fingerprint"]:
             raise CascadeError(
-                f"the {split} images of {self.recipe.data} are not those that {self.folder} was begun with:"
+                f"the {split} images of {self.recipe.data} are not those that {self.folder} was started with:"
                 " put them back, or choose another --run folder"
             )
         if known != facts:  # skip if unchanged: experts that train in parallel share this file
@@ -234,7 +234,7 @@ class Run:
         first = self._stage("--expert-from", self.recipe.expert_from) if self.recipe.expert_from else self.mask_from
         if first < self.mask_from:
             raise CascadeError(
-                "--expert-from lies before --mask-from: experts start where the dispatcher does, or later"
+                "--expert-from is before --mask-from: experts must start at the dispatcher's first stage or later"
             )
         return first
 
@@ -290,7 +290,7 @@ class Run:
         """Router, out-of-domain score and the cluster of each training image, from the clusters stage."""
         path = self.folder / CLUSTERS
         if not path.exists():
-            raise CascadeError(f"{path} is not there yet: run python -m training.clusters first")
+            raise CascadeError(f"{path} does not exist yet: run python -m training.clusters first")
         return load_file(path)
 
     def mask(self, name: str, start: int) -> Mask:
@@ -310,7 +310,7 @@ def trained(folder: Path) -> dict[str, Tensor]:
     """The final tensors of the training in ``folder``."""
     path = folder / DONE
     if not path.exists():
-        raise CascadeError(f"{path} is not there yet: train {folder.name} first")
+        raise CascadeError(f"{path} does not exist yet: train {folder.name} first")
     return load_file(path)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from cascade.engine.results import ItemError
 from cascade.engine.tenants import Tenant
 
-OVERLOADED = ItemError("overloaded", "more images wait than can be answered soon: send it again later")
-OVER_RATE = ItemError("over_rate", "more images a second than this tenant may send: send them more slowly")
-OVER_CONCURRENCY = ItemError("over_concurrency", "more requests at a time than this tenant may send: wait for answers")
+OVERLOADED = ItemError("overloaded", "too many images are waiting: send it again later")
+OVER_RATE = ItemError("over_rate", "more images per second than this tenant may send: send them more slowly")
+OVER_CONCURRENCY = ItemError("over_concurrency", "more requests at once than this tenant may send: wait for answers")
 OVER_QUEUE = ItemError("over_queue", "this tenant's share of the queue is full: wait for answers")
 SWEEP = 64
 """Tenants remembered before idle ones are swept for the first time."""

@@ -34,9 +34,9 @@ from cascade.errors import CascadeError
 
 log = logging.getLogger(__name__)
 
-DEADLINE = ItemError("deadline", "the time that this image may wait is over: send it again later, or allow more")
+DEADLINE = ItemError("deadline", "this image waited too long: send it again later, or allow more time")
 STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
-FAILED = ItemError("failed", "the pass with this image failed: the server's log says why")
+FAILED = ItemError("failed", "the pass with this image failed: see the server's log")
 REMEMBERED = 0.2  # weight of the newest pass in the moving average of seconds per image pass
 LOADERS = 4  # on-demand bundles that are loaded at the same time
 PASS_TIMEOUT = 120.0  # seconds after which a pass counts as hung; it takes one or two
@@ -70,7 +70,7 @@ class Batcher:
         decoders: int | None = None,
     ) -> None:
         if min(max_batch, queue) < 1 or min(patience, time_slice) < 0:
-            raise CascadeError("a batcher needs max_batch and queue of 1 at least, and no negative times")
+            raise CascadeError("a batcher needs max_batch and queue of at least 1, and no negative times")
         self.engine, self.max_batch, self.patience, self.queue = engine, max_batch, patience, queue
         self.time_slice = time_slice
         self._decoders = Decoders(decoders or cpu_count(), engine.limits.max_seconds)

@@ -25,7 +25,7 @@ LIKELY = 5  # bundles listed in an answer
 BEYOND = 1e9  # strangeness of a bundle that the caller may not use
 CONTESTED = 0.9  # confidence below which ``top2`` runs the two likeliest bundles
 UNKNOWN_DOMAIN = ItemError(
-    "unknown_domain", "this image fits no bundle that it could be sent to: name the bundle to ask it all the same"
+    "unknown_domain", "this image does not fit any available bundle: name a bundle to use it anyway"
 )
 
 

@@ -77,7 +77,7 @@ class Engine:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
-            raise CascadeError(f"there is no device {device} here: choose cpu, or cuda where there is a GPU") from None
+            raise CascadeError(f"this machine has no device {device}: choose cpu, or cuda if there is a GPU") from None
         limit_threads()
         self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
         self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
@@ -222,10 +222,10 @@ class Engine:
                 ``on_error="raise"`` also a bad image.
         """
         if isinstance(images, str | bytes | bytearray | Path | Image.Image):
-            raise CascadeError("predict takes a list of images: give [image] for one")
+            raise CascadeError("predict takes a list of images: pass [image] for one")
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
         if len(wishes) != len(images):
-            raise CascadeError(f"{len(images)} images but {len(wishes)} options; give one, or one for each")
+            raise CascadeError(f"{len(images)} images but {len(wishes)} options; pass one, or one per image")
         for name in {wish.bundle for wish in wishes}:
             if name is not None and self.is_cold(name):
                 self.find(name)  # here, and not by ``decode``, which may bound the time of an image

@@ -101,7 +101,7 @@ class OnDemandRegistry(Registry):
             with atomic.file(self.recent) as beside:
                 beside.write_text(json.dumps(used))
         except OSError as error:
-            log.warning("the names of recent bundles can't be kept in %s: %s", self.recent, error.strerror)
+            log.warning("the names of recent bundles can't be written to %s: %s", self.recent, error.strerror)
 
     def _visible(self, listed: Mapping[Identity, str]) -> dict[Identity, str]:
         listing: dict[str, dict[Identity, str]] = {}

@@ -220,7 +220,7 @@ class Registry:
                     raise file
                 bundle, digest = file or self.store.read(*identity, memory=self.engine.memory_bytes)
                 if held and digest != held[1]:
-                    raise BundleError("its files are no longer those that are served: give a change the next version")
+                    raise BundleError("its files differ from those being served: publish changes as a new version")
                 if not held:
                     self._add(bundle, replaces)
         except Exception as error:
@@ -281,7 +281,7 @@ class Registry:
     def _is_reachable(self, trouble: str | None) -> None:
         metrics.STORE_UNREACHABLE.set(trouble is not None)
         if trouble and self._trouble is None:
-            log.error("%s; what is loaded is served on", trouble)
+            log.error("%s; loaded bundles are still served", trouble)
         elif self._trouble and trouble is None:
-            log.warning("the store %s is in reach again", self.store.where)
+            log.warning("the store %s is reachable again", self.store.where)
         self._trouble = trouble

@@ -55,7 +55,7 @@ class WeightCache:
             self._entries.move_to_end(key)
             return self._entries[key]
         if size > self.budget:
-            raise CascadeError(f"the budget of {self.budget} bytes is below one mask's weights: give at least {size}")
+            raise CascadeError(f"the budget of {self.budget} bytes is below one mask's weights: allow at least {size}")
         self.count(key, hit=False)
         self._entries[key] = make(self._evict_for(size))
         self._use(size)

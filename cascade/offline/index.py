@@ -128,7 +128,7 @@ def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu"
             about = About(kind, bundle, version, digest, mode, dim, rows, sums)
             (beside / CARD).write_text(json.dumps(asdict(about), indent=1) + "\n")
     except (OSError, RuntimeError) as error:  # FAISS raises the latter where it can't write
-        raise CascadeError(f"{out} could not be written ({error}): make room, or name another folder") from error
+        raise CascadeError(f"{out} could not be written ({error}): free disk space, or name another folder") from error
     return about
 
 

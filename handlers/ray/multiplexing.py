@@ -79,7 +79,7 @@ class ResidentBundles:
         if not self.crowded:
             return
         if self.capacity < 2:
-            raise CascadeError(f"memory for {self.capacity} of the store's bundles: give enough for two at least")
+            raise CascadeError(f"memory for {self.capacity} of the store's bundles: allow enough for at least two")
         store.names = frozenset(loaded)
         registry.reload()
 

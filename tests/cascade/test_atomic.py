@@ -55,7 +55,9 @@ def test_an_error_for_who_named_the_file(tmp_path: Path) -> None:
         raise FULL
 
     for path in (tmp_path / "gone" / "a", tmp_path):
-        with pytest.raises(CascadeError, match=f"^{path} could not be written .*: make room, or name another$"):
+        with pytest.raises(
+            CascadeError, match=f"^{path} could not be written .*: free disk space, or choose another path$"
+        ):
             atomic.write_bytes(path, [b"new"])
     with pytest.raises(CascadeError, match="No space left on device"):
         atomic.write_text(tmp_path / "a", lines())

@@ -270,7 +270,7 @@ def test_what_cannot_start_is_one_line(store: Path, asgi: Asgi, tmp_path: Path) 
         ((tmp_path / "store",), "no bundle could be loaded"),
         ((store, "--api-keys", str(tmp_path / "keys")), "line 1: write BUNDLE"),
         ((store, "--port", str(asgi.address[1])), "choose another address or port"),
-        ((store, "--host", "0.0.0.0"), "give --api-keys FILE, or --no-auth"),
+        ((store, "--host", "0.0.0.0"), "add --api-keys FILE, or --no-auth"),
     )
 
     def said(options: tuple[Path | str, ...]) -> str:

@@ -159,7 +159,7 @@ def test_a_store_that_goes_and_comes(survivor: TorchServe, shelf: Path, photos: 
     lines = [line["message"] for line in said(survivor)[before:]]
     assert len(lines) == 2 * times, "once when it went, once when it came"
     assert all(
-        "is it mounted?" in gone and "in reach again" in back
+        "is it mounted?" in gone and "reachable again" in back
         for gone, back in zip(lines[::2], lines[1::2], strict=True)
     )
 

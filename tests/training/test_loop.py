@@ -333,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(pixels: n
 
 def test_an_update_that_is_not_finite_is_noticed_before_it_is_stored(pixels: np.ndarray, tmp_path: Path) -> None:
     """The first step's loss is finite, its update is not; with a checkpoint after each step none of it is kept."""
-    with pytest.raises(CascadeError, match="not finite any more after step 0: .* lower --lr"):
+    with pytest.raises(CascadeError, match="became NaN or infinite after step 0: .* lower --lr"):
         train(tmp_path, pixels, replace(RECIPE, head_lr=float("inf")), every=1)
     assert not (tmp_path / CHECKPOINT).exists() and not (tmp_path / DONE).exists()
 

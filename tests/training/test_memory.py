@@ -17,5 +17,5 @@ def test_the_smaller_of_machine_and_container_counts(monkeypatch: pytest.MonkeyP
     assert memory.available() == 2_048_000_000
     (tmp_path / "v1").write_text("1000000000\n")
     memory.expect(1_000_000_000, "features")
-    with pytest.raises(CascadeError, match=r"^features need 3.0 GB of memory, 1.0 are there: take fewer images$"):
+    with pytest.raises(CascadeError, match=r"^features need 3.0 GB of memory, 1.0 GB are available: use fewer images$"):
         memory.expect(3_000_000_000, "features")

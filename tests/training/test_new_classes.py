@@ -152,5 +152,5 @@ def test_bundles_without_the_statistics_say_how_to_get_them(cifar_folder: Path, 
     with pytest.raises(CascadeError, match="cascade train --labels --extensible"):
         new_classes.add(plain, cifar_folder, tmp_path / "photos" / "2")
     unlabeled = begin(tmp_path / "other", Recipe(str(cifar_folder)), Watch(None))
-    with pytest.raises(CascadeError, match="--extensible keeps statistics of each class: give --labels"):
+    with pytest.raises(CascadeError, match="--extensible keeps statistics of each class: add --labels"):
         pipeline.train(unlabeled, tmp_path / "photos" / "3", extensible=True)

@@ -395,7 +395,7 @@ def one_test_image(root: Path, cifar: list[Image.Image]) -> Path:
             {"backbone": "test_vit", "size": 160, "mask_from": "-3", "local_crops": 2},
             r"test_vit can't take images of 72 px \(.*\): try another --size, or --local-crops 0",
         ),
-        (enough, {"expert_from": "blocks.1"}, "--expert-from lies before --mask-from"),
+        (enough, {"expert_from": "blocks.1"}, "--expert-from is before --mask-from"),
         (enough, {"expert_from": "conv_head", "draws": 2}, "leave --expert-from out, or --draws"),
         (enough, {"backbone": "resnet-five-hundred"}, "timm knows no model 'resnet-five-hundred'"),
         (enough, {"prototypes": 2, "router": "prototypes"}, "2 prototypes can't form 3 clusters"),
@@ -419,14 +419,14 @@ def test_errors_are_one_line_that_says_what_to_do(
 
 def test_labels_are_asked_for_where_there_are_none(tmp_path: Path, cifar: list[Image.Image]) -> None:
     line = command(enough(tmp_path, cifar), *options_of(tmp_path), "--labels")
-    assert "photos has no class folders: leave --labels out" in line
+    assert "photos has no class folders: omit --labels" in line
 
 
 def test_a_version_that_exists_is_found_before_anything_is_trained(
     once: Path, cifar_folder: Path, tmp_path: Path
 ) -> None:
     line = command(cifar_folder, "--run", tmp_path / "run", "--out", once)
-    assert "exists; versions are never overwritten: choose the next number" in line
+    assert "exists and versions are never overwritten: choose a new version" in line
     assert not (tmp_path / "run" / "dispatcher").exists()
 
 
@@ -438,14 +438,14 @@ def test_folders_that_cannot_be_written_are_found_before_anything_is_trained(
         line = command(
             cifar_folder, "--run", tmp_path / "run", "--out", tmp_path / "a" / "1", place, tmp_path / "file/b"
         )
-        assert "file" in line and ("choose another --out" in line or "choose folders that can be written to" in line)
+        assert "file" in line and ("choose another --out" in line or "choose writable folders" in line)
     assert not (tmp_path / "run" / "dispatcher").exists()
 
 
 def test_another_recipe_in_the_same_folder_is_refused(once: Path, cifar_folder: Path) -> None:
     run, done = once.parents[2] / "run", once.parents[2] / "run" / "dispatcher" / "done.safetensors"
     before = done.read_bytes()
-    with pytest.raises(CascadeError, match="begun with other settings; choose another --run folder"):
+    with pytest.raises(CascadeError, match="started with other settings; choose another --run folder"):
         begin(run, recipe(cifar_folder, router="gmm", lr=0.7), Watch(None))
     assert done.read_bytes() == before
 
@@ -455,7 +455,9 @@ def test_other_images_in_the_same_run_are_refused(tmp_path: Path, cifar: list[Im
     settings = recipe(folder, clusters=0)
     dispatcher.train(begin(tmp_path / "run", settings, Watch(None)))
     cifar[70].save(folder / "another.png")
-    with pytest.raises(CascadeError, match="images of .*photos are not those that .*run was begun with: put them back"):
+    with pytest.raises(
+        CascadeError, match="images of .*photos are not those that .*run was started with: put them back"
+    ):
         train(tmp_path, settings)
     (folder / "another.png").unlink()
     assert read(train(tmp_path, settings)).card.training["images"] == 48
@@ -464,9 +466,9 @@ def test_other_images_in_the_same_run_are_refused(tmp_path: Path, cifar: list[Im
 def test_a_stage_without_the_one_before_says_which(tmp_path: Path, cifar: list[Image.Image]) -> None:
     settings = recipe(enough(tmp_path, cifar), clusters=2)
     run = begin(tmp_path / "run", settings, Watch(None))
-    with pytest.raises(CascadeError, match=r"dispatcher/done.safetensors is not there yet: train dispatcher first"):
+    with pytest.raises(CascadeError, match=r"dispatcher/done.safetensors does not exist yet: train dispatcher first"):
         clusters.fit(run)
-    with pytest.raises(CascadeError, match=r"clusters.safetensors is not there yet: run python -m training.clusters"):
+    with pytest.raises(CascadeError, match=r"clusters.safetensors does not exist yet: run python -m training.clusters"):
         experts.train(run)
     with pytest.raises(CascadeError, match="no run at .*: start it with python -m training.dispatcher"):
         resume(tmp_path / "another", Watch(None))

@@ -96,7 +96,7 @@ def test_a_tasks_error_is_one_line() -> None:
 
     for error, message in (
         (of_a_task(CascadeError("the loss of expert-1 became nan")), "^the loss of expert-1 became nan$"),
-        (of_a_task(OSError("no space")), r"^expert 1 was not trained \(OSError: no space\): started again it goes on$"),
+        (of_a_task(OSError("no space")), r"^expert 1 was not trained \(OSError: no space\): start again to resume$"),
         (ray.exceptions.WorkerCrashedError(), r"^expert 1 was not trained \(WorkerCrashedError: [^\n]*goes on$"),
     ):
         with pytest.raises(CascadeError, match=message):
@@ -104,7 +104,7 @@ def test_a_tasks_error_is_one_line() -> None:
 
 
 def test_what_stops_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CascadeError, match="gone and .* must be there on every node"):
+    with pytest.raises(CascadeError, match="gone and .* must exist on every node"):
         ray_experts._one(str(tmp_path / "gone"), str(tmp_path), 0)
     monkeypatch.setattr(ray_experts, "find_spec", lambda name: name)
     with pytest.raises(CascadeError, match="run python -m training.clusters first"):
@@ -119,5 +119,5 @@ def test_what_stops_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             train(run)
     monkeypatch.setattr(ray_experts, "find_spec", lambda name: name)
     monkeypatch.setattr(distributed, "world", lambda: 2)
-    with pytest.raises(CascadeError, match="leave out torchrun, or --ray"):
+    with pytest.raises(CascadeError, match="omit torchrun, or --ray"):
         ray_experts.train(run)

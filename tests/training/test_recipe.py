@@ -23,7 +23,7 @@ def test_a_run_is_not_gone_on_with_under_another_recipe(tmp_path: Path) -> None:
     Recipe("photos").save(tmp_path)
     (tmp_path / "dispatcher").mkdir()
     before = (tmp_path / "recipe.json").read_bytes()
-    with pytest.raises(CascadeError, match="begun with other settings; choose another --run folder") as told:
+    with pytest.raises(CascadeError, match="started with other settings; choose another --run folder") as told:
         Recipe("photos", lr=0.5).save(tmp_path)
     assert "\n" not in str(told.value) and (tmp_path / "recipe.json").read_bytes() == before
 

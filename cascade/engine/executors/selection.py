@@ -93,7 +93,7 @@ def make(backbone: Backbone, weight_cache: WeightCache, kind: Kind) -> Executor:
 
         return CudaExecutor(backbone, weight_cache, dtype, tf32=kind == "tf32")
     if kind == "tf32":
-        raise CascadeError("TF32 needs a GPU: choose folded, or --device cuda where there is one")
+        raise CascadeError("TF32 needs a GPU: choose folded, or --device cuda if there is one")
     from cascade.engine.executors.folded import FoldedExecutor
 
     return FoldedExecutor(backbone, weight_cache, dtype)

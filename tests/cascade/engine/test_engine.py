@@ -87,7 +87,7 @@ def test_the_latest_version_is_the_greatest_number(pair: tuple[Bundle, Bundle], 
 def test_one_wish_for_all_or_one_each(pair: tuple[Bundle, Bundle], cifar: list[Image.Image]) -> None:
     engine = engine_of(pair[0])
     assert len(good(engine.predict(cifar[:3], Options(bundle="a")))) == 3
-    with pytest.raises(CascadeError, match="3 images but 2 options; give one, or one for each"):
+    with pytest.raises(CascadeError, match="3 images but 2 options; pass one, or one per image"):
         engine.predict(cifar[:3], [Options(), Options()])
     assert engine.predict([]) == [] and engine.predict([], []) == []
 
@@ -96,7 +96,7 @@ def test_one_wish_for_all_or_one_each(pair: tuple[Bundle, Bundle], cifar: list[I
     "one", ["cat.png", Path("cat.png"), b"\x89PNG", Image.new("RGB", (8, 8))], ids=lambda x: type(x).__name__
 )
 def test_one_image_instead_of_a_list(one: Any, pair: tuple[Bundle, Bundle]) -> None:
-    with pytest.raises(CascadeError, match=r"takes a list of images: give \[image\] for one"):
+    with pytest.raises(CascadeError, match=r"takes a list of images: pass \[image\] for one"):
         engine_of(pair[0]).predict(one)
 
 
@@ -110,7 +110,7 @@ def test_what_is_no_kind_of_image(pair: tuple[Bundle, Bundle], cifar: list[Image
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda:0x", "gpu"])
 def test_a_device_that_is_not_there(device: str) -> None:
-    with pytest.raises(CascadeError, match=f"there is no device {device} here: choose cpu"):
+    with pytest.raises(CascadeError, match=f"this machine has no device {device}: choose cpu"):
         Engine(device=device)
 
 

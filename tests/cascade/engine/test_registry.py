@@ -182,7 +182,7 @@ def test_a_version_is_never_overwritten(hand: Bundle, small: Path, cifar: list[I
     write(replace(hand, card=hand.card.model_copy(update={"training": {"other": 1}})), small / "a/1")
     registry.reload()
     (state,) = registry.states()
-    assert state.state == "ready" and "give a change the next version" in (state.reason or "")
+    assert state.state == "ready" and "publish changes as a new version" in (state.reason or "")
     assert gauge("bundle_refused", bundle="a") == 1 and ask(engine, cifar[0]) == "1"
     flip(small / "a/1/masks.safetensors")
     registry.reload()
@@ -489,7 +489,7 @@ def test_a_store_out_of_reach_costs_nothing(
         registry.reload()
     assert ask(engine, cifar[0]) == "1" and states(registry) == {"a/1": "ready"}
     (line,) = lines(caplog)
-    assert "is it mounted?; what is loaded is served on" in line and gauge("store_unreachable") == 1
+    assert "is it mounted?; loaded bundles are still served" in line and gauge("store_unreachable") == 1
     assert registry.trouble
     small.mkdir()  # an empty mount point
     registry.reload()
@@ -499,7 +499,7 @@ def test_a_store_out_of_reach_costs_nothing(
     write(hand, small / "a/2")
     registry.reload()
     (line,) = lines(caplog)
-    assert "in reach again" in line and gauge("store_unreachable") == 0 and registry.trouble is None
+    assert "reachable again" in line and gauge("store_unreachable") == 0 and registry.trouble is None
     assert ask(engine, cifar[0]) == "2"
 
 

@@ -94,7 +94,7 @@ def test_used_never_exceeds_the_budget_and_what_left_is_freed() -> None:
 
 def test_too_small_a_budget_says_what_it_takes() -> None:
     held = WeightCache(99)
-    with pytest.raises(CascadeError, match="the budget of 99 bytes is below one mask's weights: give at least 100"):
+    with pytest.raises(CascadeError, match="the budget of 99 bytes is below one mask's weights: allow at least 100"):
         held.get("a", 100, never)
     assert (held.used, held.misses, held.evictions) == (0, 0, 0)
 

@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_line(engine: Engine, tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(CascadeError, match="No space left on device.*make room"):
+    with pytest.raises(CascadeError, match="No space left on device.*free disk space"):
         predict_files(engine, PHOTOS, tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == ["_job.json", "_units.jsonl"] and workers() == []
 
