@@ -132,7 +132,8 @@ def plot(results: Results, costs: dict[str, dict[str, float]], path: Path) -> No
                 points = [c for c, _ in single], [a for _, a in single]
                 axes.plot(*points, "o:", color=color, label=f"{adapter}, one size")
         axes.set(title=dataset, xlabel=f"cost in passes at {SMALL} px", ylabel="accuracy on test images, %")
-    panels[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    named = {label: h for axes in panels[0] for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, frameon=False, fontsize=8, ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
