@@ -16,6 +16,7 @@ from typing import Any
 from cascade import atomic, metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.store import Identity
+from cascade.engine.engine import number
 from cascade.engine.registry import Registry, State
 from cascade.errors import CascadeError, OutOfMemory
 
@@ -53,7 +54,7 @@ class OnDemandRegistry(Registry):
         names = {state.name for state in known if state.state != "removed"}
         listing = self._listing if name is None else {name: self._listing.get(name, {})}
         stored = [State(*identity, "stored") for n, own in listing.items() if n not in names for identity in own]
-        return sorted([*(s for s in known if s.name in names), *stored], key=lambda s: (s.name, s.version))
+        return sorted([*(s for s in known if s.name in names), *stored], key=lambda s: (s.name, number(s.version)))
 
     def fetch(self, name: str) -> None:
         """Load the bundles of a name, unless they are loaded, refused, or not in the store.
