@@ -99,11 +99,5 @@ def fresh_labels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def far_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are unknown from six spreads on: a random network tells domains apart less well than a trained one."""
-    monkeypatch.setattr("cascade.engine.dispatch.UNKNOWN", 6.0)
-
-
-@pytest.fixture
 def generator() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, normalize
 MAX_WIDTH = 96
 """Wider activations are projected at random to this width, so that a domain takes about 20 KB."""
 SHRINKAGE = 0.05  # of the scatter towards a sphere
-UNKNOWN = 4.0
+UNKNOWN = 6.0
 """Strangeness, in spreads, above which an image no longer belongs to a domain (decision 20)."""
 TEMPERATURES = torch.logspace(-1, 2, 46)
 

@@ -15,8 +15,6 @@ from tests.conftest import sheet
 from tests.helpers.bundles import handmade
 from training import domains
 
-pytestmark = pytest.mark.usefixtures("far_is_unknown")
-
 
 def test_training_gives_a_bundle_its_domain(bundle_path: Path) -> None:
     bundle = read(bundle_path)

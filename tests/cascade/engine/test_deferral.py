@@ -165,7 +165,6 @@ def test_a_removed_bundle_still_answers_second_passes(engine: Engine, cifar: lis
 # --- after dispatch between bundles
 
 
-@pytest.mark.usefixtures("far_is_unknown")
 @pytest.mark.parametrize("how", ["image", "top2", "set"])
 def test_it_works_after_dispatch(pair: Bundle, cifar: list[Image.Image], how: str) -> None:
     engine, clothes = Engine(executor="plain"), sheet("fashion_mnist")

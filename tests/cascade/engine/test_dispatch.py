@@ -20,8 +20,6 @@ from tests.helpers.bundles import handmade, named
 from tests.helpers.domains import with_domain
 from tests.helpers.metrics import now
 
-pytestmark = pytest.mark.usefixtures("far_is_unknown")
-
 STAGE = 2
 
 

@@ -20,8 +20,6 @@ from tests.helpers.bundles import handmade
 from tests.helpers.domains import with_domain
 from tests.helpers.keys import digest
 
-pytestmark = pytest.mark.usefixtures("far_is_unknown")
-
 
 @pytest.fixture(scope="module")
 def batcher() -> Iterator[Batcher]:
