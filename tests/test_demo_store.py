@@ -12,6 +12,8 @@ import cascade
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle, read
 from cascade.model.preprocessing import decode
+from handlers.demo_images import CUSTOMERS, NOBODY, samples
+from handlers.demo_report import Answered
 from tests.conftest import sheet
 from tests.helpers.paths import DATA
 
@@ -98,3 +100,20 @@ def test_labels_on_committed_images(engine: Engine, cifar: list[Image.Image]) ->
     right = np.mean([a.labels[0].name == t for a, t in zip(answers, truth, strict=True)])
     claimed = engine.find("paper").card.accuracy["whitened"]["conditional"]["probe"][0]  # type: ignore[union-attr]
     assert right == pytest.approx(claimed, abs=3 * (claimed * (1 - claimed) / len(truth)) ** 0.5)
+
+
+def test_customers_answer_their_images() -> None:
+    """Without a bundle's name. Groceries and digits are hard: three quarters of the drawn images must be right."""
+    engine = Engine()
+    for path in sorted(STORE.glob("*/1")):
+        engine.add(read(path))
+    asked = [sample for sample in samples(CUSTOMERS) if sample.bundle is None]
+    answers = engine.predict([sample.content for sample in asked], Options())
+    found = [
+        Answered(sample, answer if isinstance(answer, Prediction) else None, (0.0, 0.0))
+        for sample, answer in zip(asked, answers, strict=True)
+    ]
+    owned = [answered for answered in found if answered.sample.customer not in (None, NOBODY)]
+    assert [a.answer.bundle if a.answer else None for a in owned] == [a.sample.customer for a in owned]
+    assert np.mean([answered.right for answered in owned]) >= 0.75
+    assert all(answered.answer is None for answered in found if answered not in owned)

@@ -51,7 +51,7 @@ def compare(run: Run, *, others: bool = False) -> tuple[Candidate, dict[str, Any
         others: also fine-tune every weight, and train LoRA, for the same steps.
     """
     frozen, mask = frozen_head(run), trained_head(run, "dispatcher")
-    chosen = mask if mask.validation > frozen.validation else frozen
+    chosen = mask if mask.beats(frozen) else frozen
     rows = [
         Row(TITLES["frozen"], frozen.validation, frozen.test, compressed(_head(frozen.head))),
         Row(TITLES[run.recipe.adapt], mask.validation, mask.test, compressed(_mask(run) | _head(mask.head))),

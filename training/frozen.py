@@ -25,6 +25,7 @@ class Candidate:
         validation, test: accuracy in [0, 1], the latter NaN without labels.
         calibration_error: expected calibration error on the test images.
         temperature: divisor of the logits.
+        loss: cross-entropy on the validation images, in nats.
     """
 
     name: str
@@ -33,6 +34,19 @@ class Candidate:
     test: float
     calibration_error: float
     temperature: float
+    loss: float = float("nan")
+
+    def beats(self, other: "Candidate") -> bool:
+        """Whether it answers more validation images correctly.
+
+        If as many, which happens where they resemble the training images, more test images; without those, whether it
+        is surer of the right classes.
+        """
+        if self.validation != other.validation:
+            return self.validation > other.validation
+        if self.test != other.test and not np.isnan(self.test + other.test):
+            return self.test > other.test
+        return self.loss < other.loss
 
 
 def frozen_head(run: Run) -> Candidate:
@@ -73,7 +87,8 @@ def candidate(run: Run, name: str, head: Linear, preprocessing: Preprocessing | 
     if truth is not None:
         measured = heads.accuracy(head, test, truth)
         error = heads.calibration_error_of(head, test, truth)
-    return Candidate(name, head, score, measured, error, temperature)
+    loss = heads.loss(head, train[validation], labels[validation]) if len(validation) else float("nan")
+    return Candidate(name, head, score, measured, error, temperature, loss)
 
 
 def check_labels(run: Run) -> None:

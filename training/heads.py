@@ -64,6 +64,11 @@ def accuracy(head: Linear, features: np.ndarray, labels: np.ndarray) -> float:
     return float((logits(head, features).argmax(axis=1) == labels).mean())
 
 
+def loss(head: Linear, features: np.ndarray, labels: np.ndarray) -> float:
+    """Cross-entropy, in nats, of the head on features [N, F] with labels int64 [N]."""
+    return float(cross_entropy(torch.from_numpy(logits(head, features)), torch.from_numpy(labels)))
+
+
 def logits(head: Linear, features: np.ndarray) -> np.ndarray:
     """Features float32 [N, F] to float32 [N, C]."""
     return np.asarray(features @ head.weight.float().numpy().T + head.bias.numpy())

@@ -1,5 +1,6 @@
 """The classifier pipeline: frozen head, trained mask, the better of both; and what class folders are warned of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,16 @@ def test_a_frozen_bundle_is_a_head_and_answers_as_it_was_measured(
     truth = [run.held_out.classes[k] for k in run.held_out.labels]
     right = np.mean([name == wanted for name, wanted in zip(names, truth, strict=True)])
     assert right == pytest.approx(bundle.card.accuracy["accuracy"], abs=0.03)
+
+
+def test_of_equal_validation_accuracies_test_images_decide_or_the_loss(run: Run) -> None:
+    head = frozen.frozen_head(run)
+    tested, untested = replace(head, test=head.test + 0.01, loss=2 * head.loss), replace(head, test=float("nan"))
+    assert tested.beats(head) and not head.beats(tested) and not untested.beats(head)
+    assert replace(untested, loss=head.loss / 2).beats(head)
+    surer = replace(head, loss=head.loss / 2)
+    assert head.loss > 0 and surer.beats(head) and not head.beats(surer) and not head.beats(head)
+    assert not surer.beats(replace(head, validation=head.validation + 0.01))
 
 
 def test_the_mask_is_kept_only_where_it_beats_the_head(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
