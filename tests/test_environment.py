@@ -12,6 +12,8 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = {
     "CASCADE_EXECUTOR": "none",
     "COLUMNS": "20",

@@ -9,6 +9,8 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 PHOTOS = sorted((ROOT / "tests" / "data" / "photos").iterdir())
 COMMANDS = Path(sys.executable).parent  # where `cascade` is

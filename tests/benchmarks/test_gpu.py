@@ -13,6 +13,8 @@ from benchmarks.report import Rows
 from tests.helpers.gpu_on_cpu import stub
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 FIGURES = {
     "swap": {"swap_share_of_bandwidth_gpu", "swap_launches_gpu", "swap_over_copy_gpu"},
     "mixed_distinct": {"mixed_distinct_gpu", "mixed_distinct_by_swaps_gpu"},

@@ -17,6 +17,8 @@ from cascade.client import ClientError
 from cascade.engine.results import Label, Neighbor
 from cascade.open_inference import packed, unpacked
 
+pytestmark = pytest.mark.slow
+
 GOOD = Prediction(
     "birds",
     "2",

@@ -12,6 +12,8 @@ from packaging.utils import canonicalize_name
 from cascade.extras import EXTRAS, ExtraError, library, missing
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 BASE = """
 import importlib.metadata, sys
 sys.modules.update(dict.fromkeys(%r))  # an import of one of them raises ModuleNotFoundError

@@ -240,6 +240,7 @@ def test_a_key_opens_its_bundles_alone(url: str, photos: list[bytes]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")  # it is still checked
+@pytest.mark.soak
 def test_replicas_come_and_go_with_the_load(url: str, roll_out: Callable[..., None], photos: list[bytes]) -> None:
     """From one to two and back by the requests in progress, none of which fails."""
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4}

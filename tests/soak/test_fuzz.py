@@ -31,6 +31,8 @@ from handlers.asgi.open_inference import Refusal, parse
 from tests.helpers.bundles import handmade
 from tests.helpers.photos import BYTES, tar
 
+pytestmark = pytest.mark.slow
+
 SECONDS = [0.5, pytest.param(60, marks=pytest.mark.soak)]
 ALLOWED = (CascadeError, Refusal)
 INTERESTING = (b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\xff", b"-1", b"1e999", b"NaN", b"\n", b"\0" * 64)

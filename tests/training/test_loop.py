@@ -27,6 +27,8 @@ from training.masking import MaskedModel, mask_backbone
 from training.objectives import Batch, SelfSupervised, Supervised
 from training.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(
     "",
     size=32,

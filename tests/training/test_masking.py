@@ -25,6 +25,8 @@ from training.masking import MaskedModel, ThresholdMask, active, mask_backbone, 
 from training.objectives import SelfSupervised
 from training.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [("test_resnet", 64), ("test_efficientnet", 64), ("test_convnext", 64), ("test_vit", 160)]
 
 

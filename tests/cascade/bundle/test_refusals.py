@@ -31,6 +31,8 @@ from tests.helpers.bundle_files import (
 )
 from tests.helpers.bundles import handmade
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_flipped_byte_is_noticed(bundle_path: Path, tmp_path: Path, generator: np.random.Generator) -> None:
     copy = tmp_path / "small" / "1"

@@ -26,6 +26,8 @@ from tests.helpers.deferral import two_sizes
 from tests.helpers.domains import with_domain
 from tests.helpers.metrics import now
 
+pytestmark = pytest.mark.slow
+
 FAST, FULL, BOTH = Options(mode="fast", embedding=True), Options(mode="full"), Options(embedding=True)
 
 

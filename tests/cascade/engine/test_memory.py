@@ -25,6 +25,8 @@ from tests.helpers.answers import answers, embeddings, good, mixture, same
 from tests.helpers.bundles import handmade
 from tests.helpers.engines import EXACT, engine_of, one_mask
 
+pytestmark = pytest.mark.slow
+
 
 class Materialized:
     """Bytes of masked weights that are alive, by their storages: a parameter that still looks at some counts, too."""

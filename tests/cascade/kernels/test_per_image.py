@@ -18,6 +18,8 @@ from cascade.kernels.per_image import (
 from cascade.kernels.weight_layout import PackedMask
 from cascade.model.masks import pack
 
+pytestmark = pytest.mark.slow
+
 PLACE, ROW = 48, 5  # something lies before the layer
 
 

@@ -12,6 +12,8 @@ from cascade.model.folding import Folded
 from tests.helpers.bundles import random_mask
 from tests.helpers.networks import shuffled
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("block", [1, 8, 16])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from cascade.model.backbone import load, wrap
 from cascade.model.pretrained import BackboneError, fit, read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CLIP = "vit_base_patch32_clip_quickgelu_224"
 
 

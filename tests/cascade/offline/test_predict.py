@@ -28,6 +28,8 @@ from tests.helpers.bundles import handmade
 from tests.helpers.paths import ROOT
 from tests.helpers.photos import BAD, PHOTOS
 
+pytestmark = pytest.mark.slow
+
 
 def leftovers(out: Path) -> list[str]:
     return [path.name for path in out.parent.iterdir() if path != out and path.name != "images"]

@@ -13,6 +13,8 @@ import uvicorn
 from handlers.asgi import connection
 from handlers.asgi.connection import Connection
 
+pytestmark = pytest.mark.slow
+
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 seen: list[dict[bytes, bytes]] = []
 

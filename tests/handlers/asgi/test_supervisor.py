@@ -16,6 +16,8 @@ from handlers.asgi import supervisor
 from handlers.asgi.supervisor import ServerError, Supervisor, listen
 from handlers.settings import AsgiSettings
 
+pytestmark = pytest.mark.slow
+
 SERVE = """
 import signal, sys
 from handlers import process
