@@ -25,8 +25,7 @@ from cascade.model.heads import Linear
 from cascade.model.masks import Mask, density, frozen
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Calibration
-from training import heads
-from training.frozen import Candidate, candidate
+from training.frozen import Candidate, fitted_head
 from training.run import Run
 
 TIMED, BATCH = 7, 16  # batches that the cost is measured with, and their images
@@ -181,28 +180,12 @@ def show(measured: dict[str, Any], passes: float) -> Table:
 
 def best(run: Run, names: Sequence[str], preprocessing: Preprocessing) -> Candidate:
     """The classifier of the larger size, under the frozen backbone or a mask: that which validation images prefer."""
-    return max((_candidate(run, name, preprocessing) for name in names), key=lambda found: found.validation)
+    return max((fitted_head(run, name, preprocessing) for name in names), key=lambda found: found.validation)
 
 
 def half(head: Linear) -> Linear:
     """As a bundle stores it: float16 weights."""
     return Linear(head.weight.half(), head.bias)
-
-
-def _candidate(run: Run, name: str, preprocessing: Preprocessing) -> Candidate:
-    """A head on the features of the larger size under the frozen backbone or a mask."""
-    labels = run.images.labels
-    assert labels is not None
-    rows = run.rows[0]
-    features = run.features(name, preprocessing)[0]
-    fitted = heads.fit(
-        features[rows],
-        labels[rows],
-        len(run.images.classes),
-        balanced=run.recipe.class_weights,
-        seed=run.recipe.seed,
-    )
-    return candidate(run, name, fitted.head, preprocessing)
 
 
 def answers(run: Run, small: Candidate, large: Candidate, preprocessing: Preprocessing, split: str) -> Answers | None:

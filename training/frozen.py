@@ -50,11 +50,21 @@ class Candidate:
 
 
 def frozen_head(run: Run) -> Candidate:
-    """Fit logistic regression on the frozen backbone's features, with its penalty chosen by cross-validation."""
+    """The first rung: a head fitted to the frozen backbone's features."""
+    return fitted_head(run, "frozen")
+
+
+def fitted_head(run: Run, name: str, preprocessing: Preprocessing | None = None) -> Candidate:
+    """Fit logistic regression on the features of ``name``, with its penalty chosen by cross-validation.
+
+    Args:
+        name: a mask trained in this run, or ``frozen``.
+        preprocessing: to use instead of the run's.
+    """
     labels = run.images.labels
     assert labels is not None
     rows = run.rows[0]
-    features = run.features("frozen")[0]
+    features = run.features(name, preprocessing)[0]
     fitted = heads.fit(
         features[rows],
         labels[rows],
@@ -62,7 +72,7 @@ def frozen_head(run: Run) -> Candidate:
         balanced=run.recipe.class_weights,
         seed=run.recipe.seed,
     )
-    return candidate(run, "frozen", fitted.head)
+    return candidate(run, name, fitted.head, preprocessing)
 
 
 def trained_head(run: Run, name: str) -> Candidate:

@@ -143,9 +143,8 @@ class Batcher:
                 decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
                 decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
 
-        if self.engine.is_cold(
-            options.bundle
-        ):  # not in a decoder, whose time is bounded; and others should not wait for it
+        # A cold bundle is not loaded in a decoder: its time is bounded, and others should not wait for it.
+        if self.engine.is_cold(options.bundle):
             self._loaders.submit(self.engine.find, options.bundle).add_done_callback(decode)
         else:
             decode()

@@ -55,43 +55,43 @@ class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, client: httpx.AsyncClient) -> None:
         self.client = client
 
-    async def ServerLive(self, request: Message, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def ServerLive(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
         live = (await self.client.get("/v2/health/live")).status_code == 200
         return pb.ServerLiveResponse(live=live)
 
-    async def ServerReady(self, request: Message, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def ServerReady(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
         ready = (await self.client.get("/v2/health/ready")).status_code == 200
         return pb.ServerReadyResponse(ready=ready)
 
-    async def ModelReady(self, request: Any, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def ModelReady(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
         answer = await self.client.get(f"{_path(request)}/ready", headers=_headers(context))
         if answer.status_code not in (200, 404, 503):
             await _check(answer, context)
         return pb.ModelReadyResponse(ready=answer.status_code == 200)
 
-    async def ServerMetadata(self, request: Message, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def ServerMetadata(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
         return await self._ask("GET", "/v2", context, pb.ServerMetadataResponse())
 
-    async def ModelMetadata(self, request: Any, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def ModelMetadata(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
         return await self._ask("GET", _path(request), context, pb.ModelMetadataResponse())
 
-    async def ModelStatistics(self, request: Any, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def ModelStatistics(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
         return await self._ask("GET", f"{_path(request)}/stats", context, pb.ModelStatisticsResponse())
 
-    async def RepositoryIndex(self, request: Any, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def RepositoryIndex(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
         body = json.dumps({"ready": request.ready}).encode()
         return await self._ask("POST", "/v2/repository/index", context, pb.RepositoryIndexResponse(), body, "models")
 
-    async def RepositoryModelLoad(self, request: Any, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def RepositoryModelLoad(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
         path = f"/v2/repository/models/{_quoted(request.model_name)}/load"
         body = json.dumps({"parameters": dict.fromkeys(request.parameters, "")}).encode()
         return await self._ask("POST", path, context, pb.RepositoryModelLoadResponse(), body)
 
-    async def RepositoryModelUnload(self, request: Any, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def RepositoryModelUnload(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
         path = f"/v2/repository/models/{_quoted(request.model_name)}/unload"
         return await self._ask("POST", path, context, pb.RepositoryModelUnloadResponse(), b"{}")
 
-    async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
         try:
             head, tensors = _http_request(request)
         except ValueError as error:
@@ -128,12 +128,12 @@ class Health(health_pb2_grpc.HealthServicer):
     def __init__(self, client: httpx.AsyncClient) -> None:
         self.client = client
 
-    async def Check(self, request: Message, context: grpc.aio.ServicerContext) -> Message:  # noqa: N802
+    async def Check(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
         ready = (await self.client.get("/v2/health/ready")).status_code == 200
         serving = health_pb2.HealthCheckResponse.ServingStatus
         return health_pb2.HealthCheckResponse(status=serving.SERVING if ready else serving.NOT_SERVING)
 
-    async def Watch(self, request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:  # noqa: N802
+    async def Watch(self, request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Message]:
         last = None
         while True:
             status = await self.Check(request, context)
