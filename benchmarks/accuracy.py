@@ -22,8 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cells import unmeasured
 from benchmarks.report import Figure, hardware
-from cascade import atomic
 from cascade.bundle.format import strip_prefix
 from training import dispatcher, embed, evaluate, heads, teacher
 from training.cli import Watch, watching
@@ -31,7 +31,7 @@ from training.comparison import adapter_tensors, compressed
 from training.finetune import features, tune_backbone
 from training.masking import MaskedModel
 from training.recipe import Recipe
-from training.run import Run, begin
+from training.run import Run, begin, write_json
 
 Results = dict[tuple[str, str, str, int], dict[str, Any]]
 
@@ -58,10 +58,6 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.dataset}/{self.row}/{self.backbone}/{self.seed}"
-
-    @property
-    def path(self) -> Path:
-        return RESULTS / f"{self.name.replace('/', '-')}.json"
 
     def recipe(self) -> Recipe:
         labeled = self.row in LABELED
@@ -269,13 +265,9 @@ def main(
         report(load())
         return
     with watching() as watch:
-        for cell in cells(datasets or [*IMAGES], [backbone], seeds):
-            wanted = not only or any(cell.name.startswith(start) for start in only)
-            if wanted and not cell.path.exists():
-                watch.say(cell.name)
-                result = measure(cell, run, watch)
-                with atomic.file(cell.path) as beside:
-                    beside.write_text(json.dumps(result, indent=2) + "\n")
+        for cell, path in unmeasured(cells(datasets or [*IMAGES], [backbone], seeds), RESULTS, only):
+            watch.say(cell.name)
+            write_json(path, measure(cell, run, watch))
     report(load())
 
 

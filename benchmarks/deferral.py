@@ -13,7 +13,6 @@ small size, with the serving executor and batches of 16. Missed goals are report
 not measured.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ import torch
 import typer
 
 from benchmarks.accuracy import BACKBONES, IMAGES, TEST_IMAGES
+from benchmarks.cells import unmeasured
 from benchmarks.deferral_figures import ADAPTERS, BETWEEN, DATASETS, LARGE, LOSE, SMALL, report
 from benchmarks.report import hardware
-from cascade import atomic
 from cascade.engine.executors.selection import choose
 from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
@@ -37,7 +36,7 @@ from training.cli import Watch, watching
 from training.deferral import Answers
 from training.frozen import Candidate, frozen_head, trained_head
 from training.recipe import Recipe
-from training.run import Run, begin
+from training.run import Run, begin, write_json
 
 RESULTS = Path(__file__).parent / "results" / "deferral"
 SHARES = np.linspace(0, 1, 51)  # of images asked again, on the frontier
@@ -182,20 +181,12 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     if not show:
         with watching() as watch:
-            for cell in cells(datasets or [*DATASETS], [backbone], seeds):
-                path = folder / f"{cell.name.replace('/', '-')}.json"
-                wanted = not only or any(cell.name.startswith(start) for start in only)
-                if wanted and not path.exists():
-                    watch.say(cell.name)
-                    save(path, measure(cell, run, limit, watch))
+            for cell, path in unmeasured(cells(datasets or [*DATASETS], [backbone], seeds), folder, only):
+                watch.say(cell.name)
+                write_json(path, measure(cell, run, limit, watch))
         if not (path := folder / f"passes-{backbone}.json").exists():
-            save(path, passes(backbone, [SMALL, *BETWEEN, LARGE]))
+            write_json(path, passes(backbone, [SMALL, *BETWEEN, LARGE]))
     report(folder, Path(__file__).parents[1] / "docs" / "deferral.svg")
-
-
-def save(path: Path, result: dict[str, Any]) -> None:
-    with atomic.file(path) as beside:
-        beside.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

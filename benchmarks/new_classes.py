@@ -74,8 +74,7 @@ def refitted(bundle: Path, train: Images, test: Images) -> float:
     executor = PlainExecutor(backbone, WeightCache(2**34))
 
     def features(images: Images) -> np.ndarray:
-        crop = found.preprocessing.geometry()
-        pixels = np.stack([np.asarray(crop(images.open(i))).transpose(2, 0, 1) for i in range(len(images))])
+        pixels = embed.cropped(map(images.open, range(len(images))), found.preprocessing)
         return embed.blocks(executor, [found.dispatcher], embed.normalized(pixels, found.preprocessing))[0]
 
     assert train.labels is not None and test.labels is not None

@@ -94,7 +94,6 @@ def of_files(executor: PlainExecutor, paths: Sequence[Path], preprocessing: Prep
     if len(paths) < LEAST:
         raise CascadeError(f"{len(paths)} images are too few to tell a domain from others: give {LEAST} or more")
     order = np.random.default_rng(0).permutation(len(paths))[:IMAGES]
-    crop = preprocessing.geometry()
-    pixels = np.stack([np.asarray(crop(read(paths[i]))).transpose(2, 0, 1) for i in order])
+    pixels = embed.cropped((read(paths[i]) for i in order), preprocessing)
     stage = stage_of(executor.backbone)
     return fit(features(executor, pixels, preprocessing, stage)), DomainCard(stage=stage)

@@ -1,10 +1,11 @@
 """Features of whole image sets in evaluation mode, with the runtime's own masks and preprocessing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cascade.engine.executors.plain import PlainExecutor
@@ -15,6 +16,12 @@ from training.data.dataset import Images
 from training.data.scan import threaded
 
 BATCH = 128
+
+
+def cropped(images: Iterable[Image.Image], preprocessing: Preprocessing) -> np.ndarray:
+    """Images as the evaluation transform crops them, uint8 [N, 3, S, S], not kept."""
+    crop = preprocessing.geometry()
+    return np.stack([np.asarray(crop(image)).transpose(2, 0, 1) for image in images])
 
 
 def pixels(images: Images, preprocessing: Preprocessing, path: Path) -> np.ndarray:

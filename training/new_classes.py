@@ -20,7 +20,6 @@ from cascade.model.discriminant import Discriminant
 from cascade.model.heads import Linear
 from training import domains, embed, heads
 from training.data import dataset
-from training.data.dataset import Images
 from training.run import Run, split_validation
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -80,7 +79,7 @@ def add(path: Path, folder: Path, out: Path, weights: Path | None = None) -> Add
     backbone = backbones.load(bundle.card.backbone.name, bundle.card.backbone.source, weights)
     check(bundle, backbone)
     executor = PlainExecutor(backbone, WeightCache(CACHE))
-    pixels = _pixels(images, bundle)
+    pixels = embed.cropped(map(images.open, range(len(images))), bundle.preprocessing)
     features = embed.blocks(executor, [bundle.dispatcher], embed.normalized(pixels, bundle.preprocessing))[0]
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
     train, held_out = split_validation(labels, seed=0)
@@ -156,9 +155,3 @@ def _with_head(
         return replace(changed, banks={}, thumbnails=None)
     thumbnails = None if bundle.thumbnails is None else bundle.thumbnails.take(rows)
     return replace(changed, banks={"dispatcher": bank.take(rows)}, thumbnails=thumbnails)
-
-
-def _pixels(images: Images, bundle: Bundle) -> np.ndarray:
-    """All images, resized and cropped for the bundle's network, uint8 [N, 3, S, S]."""
-    crop = bundle.preprocessing.geometry()
-    return np.stack([np.asarray(crop(images.open(i))).transpose(2, 0, 1) for i in range(len(images))])
