@@ -76,6 +76,11 @@ DISPATCHED = Counter(
     "Images that named no bundle, by the one they were sent to (unknown: none fits).",
     ["bundle"],
 )
+UNKNOWN_KEPT = Counter(
+    "cascade_unknown_kept_total",
+    "Images that fit no bundle, with --keep-unknown: kept, repeated, dropped (too many at a time) or failed.",
+    ["result"],
+)
 DEFERRED = Counter(
     "cascade_deferred_total",
     "Images of a bundle with two input sizes that were deferred to the larger one.",

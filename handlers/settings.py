@@ -91,6 +91,8 @@ class AsgiSettings(BatchingSettings):
         on_demand: of ``cascade.engine.stores.load_store``.
         grpc_port: port for gRPC in addition to HTTP; None for no gRPC.
         index: a folder made by ``cascade index build``, for /v1/search.
+        keep_unknown: a folder in which images that fit no bundle are kept; None: they are not kept.
+        keep_images, keep_bytes: most of them.
         connections: most at the same time; more get 503.
         startup_timeout: seconds until the engine is ready.
         keep_alive: seconds that an idle connection stays open; should exceed that of a load balancer in front.
@@ -99,6 +101,9 @@ class AsgiSettings(BatchingSettings):
     on_demand: bool = False
     grpc_port: int | None = None
     index: Path | None = None
+    keep_unknown: Path | None = None
+    keep_images: int = 2000
+    keep_bytes: int = 2**28
     connections: int = 4096
     startup_timeout: float = 300
     keep_alive: float = 75

@@ -48,6 +48,8 @@ STATUSES: dict[str, int] = {
     "key_not_admin": 403,
     # Management.
     "management_off": 404,
+    "keeping_off": 404,
+    "no_unknown": 404,
     "bad_bundle": 400,
     "load_failed": 400,
     "version_exists": 409,

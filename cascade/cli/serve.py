@@ -96,6 +96,11 @@ def serve(
     ] = None,
     grpc_port: Annotated[int | None, typer.Option(help="asgi: port for gRPC beside HTTP; the extra grpc.")] = None,
     index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,
+    keep_unknown: Annotated[
+        Path | None, typer.Option(help="asgi: folder that keeps images which fit no bundle, for the next one.")
+    ] = None,
+    keep_images: Annotated[int | None, typer.Option(help="asgi: maximum images kept; default: 2000.", min=1)] = None,
+    keep_bytes: Annotated[int | None, typer.Option(help="asgi: maximum bytes kept; default: 256 MiB.", min=1)] = None,
     connections: Annotated[int | None, typer.Option(help="asgi: maximum connections; 503 beyond that.", min=1)] = None,
     keep_alive: Annotated[
         float | None, typer.Option(help="asgi: seconds that an idle connection stays open; default: 75.", min=1)

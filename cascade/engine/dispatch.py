@@ -19,6 +19,7 @@ from cascade.engine.executors import Executor
 from cascade.engine.forward import run_stages
 from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
+from cascade.engine.unknown import UnknownImages
 from cascade.model.domain import UNKNOWN, pooled
 
 LIKELY = 5  # bundles listed in an answer
@@ -30,9 +31,13 @@ UNKNOWN_DOMAIN = ItemError(
 
 
 def dispatch(
-    executors: dict[str, Executor], device: str, items: Sequence[AnyItem]
+    executors: dict[str, Executor], device: str, items: Sequence[AnyItem], keep: UnknownImages | None = None
 ) -> list[tuple[Item, ...] | ItemError]:
-    """The items to run for each item: itself, or for an open item its target (``top2``: up to two), or an error."""
+    """The items to run for each item: itself, or for an open item its target (``top2``: up to two), or an error.
+
+    Args:
+        keep: where images are kept that fit no bundle, not even one that their caller may not use.
+    """
     settled: list[tuple[Item, ...] | ItemError] = [(i,) if isinstance(i, Item) else UNKNOWN_DOMAIN for i in items]
     tables: dict[DispatchTable, list[int]] = {}
     for row, item in enumerate(items):
@@ -40,18 +45,24 @@ def dispatch(
             tables.setdefault(item.table, []).append(row)
     for table, rows in tables.items():
         own = [item for row in rows if isinstance(item := items[row], OpenItem)]
-        for row, result in zip(rows, _dispatch(executors, device, table, own), strict=True):
+        for row, result in zip(rows, _dispatch(executors, device, table, own, keep), strict=True):
             settled[row] = result
     return settled
 
 
 def _dispatch(
-    executors: dict[str, Executor], device: str, table: DispatchTable, items: list[OpenItem]
+    executors: dict[str, Executor],
+    device: str,
+    table: DispatchTable,
+    items: list[OpenItem],
+    keep: UnknownImages | None,
 ) -> list[tuple[Item, ...] | ItemError]:
     """Dispatch open items: one trunk per space, all scores in one matrix [N, B], one transfer."""
     trunks: list[Tensor] = []
     chances: list[Tensor] = []
     strangeness: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    everywhere: list[Tensor] = []
     for n, space in enumerate(table.spaces):
         with metrics.stage("dispatch"):
             executor = executors[space.fingerprint]
@@ -62,6 +73,8 @@ def _dispatch(
             scores = space.domains.scores(features)
             distance = space.domains.distance(features, scores)
             strange, likelihood = space.domains.strangeness(distance), space.domains.likelihood(distance)
+            embeddings.append(features)
+            everywhere.append(strange)
             if any(item.options.among is not None for item in items):
                 forbidden = _forbidden(space, items).to(scores.device)
                 scores, likelihood = (part.masked_fill(forbidden, -BEYOND) for part in (scores, likelihood))
@@ -83,7 +96,28 @@ def _dispatch(
         else:
             metrics.count_dispatch(None)
             settled.append(UNKNOWN_DOMAIN)
+    if keep is not None:
+        _keep(keep, table, items, embeddings, everywhere)
     return settled
+
+
+def _keep(
+    keep: UnknownImages,
+    table: DispatchTable,
+    items: list[OpenItem],
+    embeddings: list[Tensor],
+    strangeness: list[Tensor],
+) -> None:
+    """Offer the images that fit no bundle at all.
+
+    Args:
+        embeddings: in each space, [N, D]. strangeness: for every bundle of each space, [N, B].
+    """
+    nearest, spaces = torch.stack([strange.amin(dim=1) for strange in strangeness], dim=1).min(dim=1)
+    for row, (least, n) in enumerate(zip(nearest.tolist(), spaces.tolist(), strict=True)):
+        file = items[row].file
+        if file is not None and least > UNKNOWN:
+            keep.offer(file, table.spaces[n], embeddings[n][row].cpu().numpy())
 
 
 def _settle(

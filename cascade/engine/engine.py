@@ -31,6 +31,7 @@ from cascade.engine.items import AnyItem, Item, OpenItem
 from cascade.engine.pins import Pin
 from cascade.engine.pixels import Source, crop_of, pixels_of
 from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.unknown import UnknownImages
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
@@ -63,6 +64,7 @@ class Engine:
         pins: by bundle name, the version that answers requests without one; the default is the latest version.
         on_missing: called with the name of a requested bundle that is not loaded, so that it can load it.
         last_used: when each name was last requested, monotonic seconds.
+        unknown: keeps images without a bundle's name that fit no bundle; None: they are not kept.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Engine:
         self.pins: Mapping[str, Pin] = {}
         self.on_missing: Callable[[str], None] | None = None
         self.last_used: dict[str, float] = {}
+        self.unknown: UnknownImages | None = None
         # Replaced, never changed in place, so readers need no lock.
         self._executors: dict[str, Executor] = {}
         self._bundles: dict[str, dict[str, Bundle]] = {}
@@ -272,7 +275,7 @@ class Engine:
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
-            settled = dispatch(self._executors, self.device, items)
+            settled = dispatch(self._executors, self.device, items, self.unknown)
             flat = [item for own in settled if not isinstance(own, ItemError) for item in own]
             passed = forward(self._executors, self.weight_cache, self.device, flat)
         found = iter(passed)
@@ -420,7 +423,8 @@ class Engine:
             if isinstance(pixels, ItemError):
                 return pixels
             of_larger = dict(zip(sizes, pixels[len(spaces) :], strict=True))
-            return OpenItem(table, options, tuple(pixels[: len(spaces)]), of_larger)
+            file = bytes(image) if self.unknown is not None and isinstance(image, bytes | bytearray) else None
+            return OpenItem(table, options, tuple(pixels[: len(spaces)]), of_larger, file)
         bundle = self.find(options.bundle, options.version)
         if isinstance(bundle, ItemError):
             return bundle

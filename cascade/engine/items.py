@@ -86,12 +86,14 @@ class OpenItem:
         options: what the answer should contain.
         pixels: for each space of the table, as in ``Item``.
         larger: for the larger input sizes of the table, if the options may need them.
+        file: the encoded image, if unknown ones are kept.
     """
 
     table: DispatchTable
     options: Options
     pixels: tuple[Tensor, ...]
     larger: Mapping[Preprocessing, Tensor] = field(default_factory=dict)
+    file: bytes | None = None
 
     @property
     def first(self) -> None:

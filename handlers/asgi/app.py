@@ -24,7 +24,7 @@ from cascade.engine.results import DISPATCH_MODES, ItemError, Options
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
-from handlers.asgi import auto, open_inference, overview, repository, search, ui
+from handlers.asgi import auto, open_inference, overview, repository, search, ui, unknown
 from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
@@ -59,7 +59,7 @@ def create_app(
 
     Args:
         index: for /v1/search, which exists only with an index.
-        registry: for /v2/repository, which exists only with a registry.
+        registry: for /v2/repository and /v1/unknown, which exist only with a registry.
         hosts: the Host headers to accept; None for any.
     """
     app = FastAPI(
@@ -68,6 +68,7 @@ def create_app(
     _predictions(app, service)
     if registry is not None:
         repository.add(app, service, registry)
+        unknown.add(app, service)
     auto.add(app, service)
     _protocol(app, service)
     _state(app, service)

@@ -27,6 +27,7 @@ from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.journal import Journal
 from cascade.engine.stores import load_store
+from cascade.engine.unknown import UnknownImages
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident
@@ -127,6 +128,9 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
     )
     with ExitStack() as stack:
         stack.enter_context(listening)
+        if settings.keep_unknown is not None:
+            kept = UnknownImages(settings.keep_unknown, settings.keep_images, settings.keep_bytes, engine.limits)
+            engine.unknown = stack.enter_context(kept)
         batcher = stack.enter_context(
             Batcher(
                 engine,
@@ -171,7 +175,7 @@ def _most_connections(wanted: int, most_files: int) -> int:
 def _settings(options: dict[str, Any]) -> AsgiSettings:
     """Parse the settings that the supervisor passes as JSON."""
     options = {f.name: options[f.name] for f in fields(AsgiSettings)}
-    paths = {name: options[name] and Path(options[name]) for name in ("api_keys", "index")}
+    paths = {name: options[name] and Path(options[name]) for name in ("api_keys", "index", "keep_unknown")}
     return AsgiSettings(**options | paths | {"allowed_hosts": tuple(options["allowed_hosts"])})
 
 

@@ -56,6 +56,7 @@ def test_names_types_and_units() -> None:
         "mask_misses": "counter",
         "mask_evictions": "counter",
         "dispatched": "counter",
+        "unknown_kept": "counter",
         "deferred": "counter",
         "dispatch_confidence": "histogram",
         "routing_confidence": "histogram",
