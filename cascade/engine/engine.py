@@ -28,6 +28,7 @@ from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
 from cascade.engine.items import AnyItem, Item, OpenItem
+from cascade.engine.loaded import Loaded, expect_room, packed_bytes
 from cascade.engine.pins import Pin
 from cascade.engine.pixels import Source, crop_of, pixels_of
 from cascade.engine.results import ItemError, Options, Prediction
@@ -39,7 +40,6 @@ from cascade.model.masks import Mask
 from cascade.model.preprocessing import LIMITS, Limits
 
 DEFAULT_BUDGET = 2**30
-LISTED = 50  # names in a message
 AUTO = "auto"
 """Used instead of a bundle's name: dispatch the image to the bundle that it fits best."""
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Engine:
         self.unknown: UnknownImages | None = None
         # Replaced, never changed in place, so readers need no lock.
         self._executors: dict[str, Executor] = {}
-        self._bundles: dict[str, dict[str, Bundle]] = {}
+        self._loaded = Loaded()
         self._table: tuple[object, Mapping[str, Pin], DispatchTable] | None = None  # for these bundles and pins
         self._leaving: list[tuple[weakref.ref[Bundle], tuple[Mask, ...], str]] = []
         self._lock = threading.Lock()  # of passes, which take turns
@@ -99,22 +99,22 @@ class Engine:
     @property
     def bundles(self) -> list[tuple[str, str]]:
         """(name, version) of every bundle, versions ascending."""
-        return [(name, v) for name, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
+        return [bundle.identity for bundle in self._loaded]
 
     @property
     def loaded(self) -> list[Bundle]:
         """Every bundle, in the order of ``bundles``; looking at one does not count as its use."""
-        return [held[v] for _, held in sorted(self._bundles.items()) for v in sorted(held, key=number)]
+        return [*self._loaded]
 
     @property
     def names(self) -> Collection[str]:
         """Names of the bundles."""
-        return self._bundles.keys()
+        return self._loaded.versions.keys()
 
     @property
     def only(self) -> str | None:
         """The default name for requests without one: the only bundle's, if no others can be loaded."""
-        names = [*self._bundles]
+        names = [*self.names]
         return names[0] if len(names) == 1 and self.on_missing is None else None
 
     @property
@@ -124,7 +124,7 @@ class Engine:
 
     def is_cold(self, name: str | None) -> bool:
         """Whether ``find`` may have to load a bundle of this name first."""
-        return self.on_missing is not None and name not in (None, AUTO) and name not in self._bundles
+        return self.on_missing is not None and name not in (None, AUTO) and name not in self.names
 
     def add(self, bundle: Bundle, warm: bool = False, replaces: Sequence[tuple[str, str]] = ()) -> None:
         """Check a bundle against its backbone, which is loaded on first use, and make the bundle available.
@@ -143,19 +143,19 @@ class Engine:
             CascadeError: it is already loaded.
         """
         with self._changing:
-            here, fingerprint = f"bundle {bundle.name}/{bundle.version}", bundle.card.backbone.fingerprint
-            if bundle.version in self._bundles.get(bundle.name, ()):
-                raise CascadeError(f"{here} is loaded already; give it another version")
+            fingerprint = bundle.card.backbone.fingerprint
+            if bundle.identity in self._loaded:
+                raise CascadeError(f"bundle {bundle.name}/{bundle.version} is loaded already; give it another version")
             if not bundle.digest:  # made in memory; compute it now, because packing reorders the masks
                 bundle = replace(bundle, digest=digest(bundle))
             executor = self._executors.get(fingerprint)
             if executor is None:
-                self._expect(here, bundle, replaces)
+                self._expect(bundle, replaces)
                 executor = self._load(bundle)
             else:
                 check(bundle, executor.backbone)
             bundle = _packed(bundle, executor).to(self.device)
-            self._fit(here, bundle, executor, replaces)
+            self._fit(bundle, executor, replaces)
             stage = bundle.card.domain.stage if bundle.card.domain else 0
             for part in bundle.parts:
                 executor.prepare(part.masks, part.preprocessing.size, stage if part is bundle else 0)
@@ -168,8 +168,7 @@ class Engine:
                 except Exception:
                     self._drop([(part.masks, fingerprint) for part in bundle.parts])
                     raise
-            held = self._bundles.get(bundle.name, {})
-            self._bundles = {**self._bundles, bundle.name: {**held, bundle.version: bundle}}
+            self._loaded = self._loaded.plus(bundle)
             metrics.add_bundle(bundle.name, bundle.version, bundle.card.router.shares if bundle.card.router else ())
             metrics.resident(self.stats())
 
@@ -182,18 +181,15 @@ class Engine:
             CascadeError: there is no such bundle.
         """
         with self._changing:
-            versions = dict(self._bundles.get(name, {}))
-            if version not in versions:
+            if (name, version) not in self._loaded:
                 raise CascadeError(f"bundle {name}/{version} is not loaded; loaded: {self.bundles}")
-            bundle = versions.pop(version)
+            bundle = self._loaded.versions[name][version]
             metrics.remove_bundle(name, version)
             # Items reference their bundle, so it lives as long as one of them waits or is in a pass.
             fingerprint = bundle.card.backbone.fingerprint
-            leaving = [(weakref.ref(part), part.masks, fingerprint) for part in bundle.parts]
+            self._leaving = [*self._leaving, *((weakref.ref(part), part.masks, fingerprint) for part in bundle.parts)]
+            self._loaded = self._loaded.minus(bundle)
             del bundle
-            others = {n: b for n, b in self._bundles.items() if n != name}
-            self._bundles = {**others, name: versions} if versions else others
-            self._leaving = [*self._leaving, *leaving]
             self._table = None
             self.release()
 
@@ -299,7 +295,7 @@ class Engine:
             "backbones": len(self._executors),
             "bundles": len(self.bundles),
             "backbone_bytes": sum(e.bytes() for e in self._executors.values()),
-            "packed_bytes": sum(b.bytes() for held in self._bundles.values() for b in held.values()),
+            "packed_bytes": sum(b.bytes() for b in self._loaded),
             "materialized_bytes": r.used,
             "budget_bytes": r.budget,
             "hits": r.hits,
@@ -318,42 +314,23 @@ class Engine:
         """
         name = self.only if name is None else name
         if name is None:
-            return ItemError("bundle_missing", f"say which bundle; loaded: {self._listed()}")
-        if name not in self._bundles and self.on_missing is not None:
+            return ItemError("bundle_missing", f"say which bundle; loaded: {self._loaded.names()}")
+        if name not in self.names and self.on_missing is not None:
             self.on_missing(name)
-        held = self._bundles.get(name)
-        if held is None:
-            return ItemError("unknown_bundle", f"no such bundle; loaded: {self._listed()}")
-        self.last_used[name] = time.monotonic()
-        return self._choose(name, held, version)
-
-    def _choose(self, name: str, versions_loaded: Mapping[str, Bundle], version: str | None) -> Bundle | ItemError:
-        """Choose one of the versions of a name."""
-        versions = " ".join(sorted(versions_loaded, key=number))
-        if version is None and (pin := self.pins.get(name)) is not None:
-            version = pin.choose(versions_loaded)
-            why = f"pinned to version {pin}, which is not there; loaded: {versions}"
-            return ItemError("unknown_version", why) if version is None else versions_loaded[version]
-        found = versions_loaded[max(versions_loaded, key=number)] if version is None else versions_loaded.get(version)
-        return found or ItemError("unknown_version", f"no such version; loaded: {versions}")
+        loaded = self._loaded
+        if name in loaded.versions:
+            self.last_used[name] = time.monotonic()
+        return loaded.choose(name, version, self.pins.get(name))
 
     def dispatch_table(self) -> DispatchTable | ItemError:
         """The table for images without a bundle's name; rebuilt after the bundles have changed."""
-        bundles, kept = self._bundles, self._table
-        if kept is None or kept[0] is not bundles or kept[1] != self.pins:
-            pins = {name: self.pins[name].main(held) for name, held in bundles.items() if name in self.pins}
-            versions = {name: pins.get(name, max(held, key=number)) for name, held in bundles.items()}
-            serving = [bundles[name][version] for name, version in versions.items() if version is not None]
-            kept = self._table = bundles, dict(self.pins), DispatchTable.of(serving)
+        loaded, kept = self._loaded, self._table
+        if kept is None or kept[0] is not loaded or kept[1] != self.pins:
+            kept = self._table = loaded, dict(self.pins), DispatchTable.of(loaded.serving(self.pins))
         if kept[2].spaces:
             return kept[2]
-        why = f"say which bundle, none has a domain to dispatch by; loaded: {self._listed()}"
+        why = f"say which bundle, none has a domain to dispatch by; loaded: {loaded.names()}"
         return ItemError("bundle_missing", why)
-
-    def _listed(self) -> str:
-        """The names of loaded bundles for a message, abbreviated."""
-        names = sorted(self._bundles)
-        return " ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if names[LISTED:] else "") or "none"
 
     def _load(self, bundle: Bundle) -> Executor:
         """Load or reuse the executor for the bundle's backbone, and check the bundle against it."""
@@ -362,32 +339,27 @@ class Engine:
         check(bundle, backbone)
         return choose(backbone, self.weight_cache, self._kind, bundle.preprocessing.size)
 
-    def _expect(self, here: str, bundle: Bundle, replaces: Sequence[tuple[str, str]]) -> None:
+    def _expect(self, bundle: Bundle, replaces: Sequence[tuple[str, str]]) -> None:
         """Check that a new backbone fits into the remaining memory, before it is built. Raises OutOfMemory."""
-        if self.memory_bytes is None:
-            return
-        needed = max(backbones.size(bundle.card.backbone.name), 4 * bundle.card.backbone.maskable) + bundle.bytes()
-        if (used := self._used(replaces)) + needed > self.memory_bytes:
-            raise OutOfMemory(_no_room(here, needed, used, self.memory_bytes))
+        if self.memory_bytes is not None:
+            card = bundle.card.backbone
+            needed = max(backbones.size(card.name), 4 * card.maskable) + bundle.bytes()
+            expect_room(bundle, needed, self._used(replaces), self.memory_bytes)
 
-    def _used(self, replaces: Sequence[tuple[str, str]] = ()) -> int:
-        """Bytes of backbones and packed bundles, including removed ones that still answer requests."""
-        loaded = [b for versions in self._bundles.values() for b in versions.values() if b.identity not in replaces]
-        leaving = [b for reference, _, _ in self._leaving if (b := reference()) is not None]
-        counted = {id(part) for b in leaving for part in b.parts[1:]}  # with the bundle that they belong to
-        held = (*loaded, *(b for b in leaving if id(b) not in counted))
-        return sum(e.bytes() for e in self._executors.values()) + sum(b.bytes() for b in held)
-
-    def _fit(self, here: str, bundle: Bundle, executor: Executor, replaces: Sequence[tuple[str, str]]) -> None:
+    def _fit(self, bundle: Bundle, executor: Executor, replaces: Sequence[tuple[str, str]]) -> None:
         """Check that the bundle, and its backbone if that is new, fit into memory. Raises OutOfMemory."""
         largest = max(executor.size(mask) for part in bundle.parts for mask in part.masks)
-        if largest > self.weight_cache.budget:
-            raise OutOfMemory(
-                f"{here} needs {largest} bytes for the weights of one mask, but --budget is {self.weight_cache.budget}"
-            )
+        if largest > (budget := self.weight_cache.budget):
+            here = f"bundle {bundle.name}/{bundle.version}"
+            raise OutOfMemory(f"{here} needs {largest} bytes for the weights of one mask, but --budget is {budget}")
         new = bundle.bytes() + (0 if executor in self._executors.values() else executor.bytes())
-        if self.memory_bytes is not None and (used := self._used(replaces)) + new > self.memory_bytes:
-            raise OutOfMemory(_no_room(here, new, used, self.memory_bytes))
+        expect_room(bundle, new, self._used(replaces), self.memory_bytes)
+
+    def _used(self, replaces: Sequence[tuple[str, str]]) -> int:
+        """Bytes of backbones and packed bundles, including removed ones that still answer requests."""
+        leaving = [bundle for reference, _, _ in self._leaving if (bundle := reference()) is not None]
+        executors = sum(executor.bytes() for executor in self._executors.values())
+        return executors + packed_bytes(self._loaded, leaving, replaces)
 
     def _try(self, bundle: Bundle) -> None:
         """Run a first pass before the bundle becomes visible."""
@@ -402,7 +374,7 @@ class Engine:
 
     def _drop(self, gone: list[tuple[tuple[Mask, ...], str]]) -> None:
         """Free the weights of masks, and backbones (by fingerprint) that no bundle uses any more."""
-        used = {b.card.backbone.fingerprint for held in self._bundles.values() for b in held.values()}
+        used = {bundle.card.backbone.fingerprint for bundle in self._loaded}
         used |= {fingerprint for _, _, fingerprint in self._leaving}
         with self._lock:
             for masks, fingerprint in gone:
@@ -413,7 +385,7 @@ class Engine:
         metrics.resident(self.stats())
 
     def _prepare(self, image: Source, options: Options) -> AnyItem | ItemError:
-        if options.bundle == AUTO or (options.bundle is None and self.only is None and self._bundles):
+        if options.bundle == AUTO or (options.bundle is None and self.only is None and self.names):
             table = self.dispatch_table()
             if isinstance(table, ItemError):
                 return table
@@ -467,16 +439,7 @@ def _packed(bundle: Bundle, executor: Executor) -> Bundle:
     return replace(bundle, dispatcher=mask, experts=experts, discriminant=None, larger=larger)
 
 
-def _no_room(here: str, needed: int, used: int, limit: int) -> str:
-    return f"{here} needs {needed} bytes of memory, {used} of {limit} are taken: give more, or remove other bundles"
-
-
 def _raise_first(results: Sequence[object]) -> None:
     for n, result in enumerate(results):
         if isinstance(result, ItemError):
             raise CascadeError(f"image {n}: {result}")
-
-
-def number(version: str) -> tuple[int, str]:
-    """Sort key of a version; numeric versions sort as numbers."""
-    return (int(version) if version.isdecimal() else -1, version)

@@ -16,7 +16,7 @@ from typing import Any
 from cascade import atomic, metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.store import Identity
-from cascade.engine.engine import number
+from cascade.engine.loaded import number
 from cascade.engine.registry import Registry, State
 from cascade.errors import CascadeError, OutOfMemory
 

@@ -17,8 +17,9 @@ from typing import Literal, get_args
 from cascade import metrics
 from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.store import Identity, Store, StoreError
-from cascade.engine.engine import Engine, number
+from cascade.engine.engine import Engine
 from cascade.engine.journal import Journal
+from cascade.engine.loaded import number
 from cascade.engine.pins import parse
 from cascade.errors import CascadeError, OutOfMemory
 

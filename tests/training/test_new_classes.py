@@ -96,7 +96,7 @@ def test_serving_does_not_hold_the_statistics(bundle: Path) -> None:
     kept = read(bundle)
     engine = Engine()
     engine.add(kept)
-    (held,) = engine._bundles["photos"].values()
+    (held,) = engine.loaded
     assert kept.discriminant is not None and held.discriminant is None and held.bytes() < kept.bytes()
 
 
