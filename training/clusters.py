@@ -3,6 +3,8 @@
 python -m training.clusters --run runs/cifar
 """
 
+from typing import Any
+
 import faiss
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from sklearn.preprocessing import normalize
 from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
 from cascade.model.out_of_domain import OutOfDomain
+from cascade.model.reliability import reliability
 from cascade.model.router import Calibration, Centroids, GaussianMixture, Prototypes, Router, log_odds, tensors
 from training import embed
 from training.cli import RUN, RunFolder, stage, start
@@ -45,7 +48,7 @@ def fit(run: Run) -> None:
         assigned = probabilities.argmax(dim=1)
         counts = torch.bincount(assigned, minlength=recipe.clusters)
         _check_sizes(counts.tolist(), run)
-        calibration, error = calibrate(run, router, held_out)
+        calibration, error, measured = calibrate(run, router, held_out)
         stored |= {f"router.{n}": t for n, t in tensors(router).items()} | {"assigned": assigned}
         summary = {
             "kind": router.kind,
@@ -54,6 +57,7 @@ def fit(run: Run) -> None:
             "slope": calibration.slope,
             "intercept": calibration.intercept,
             "calibration_error": round(error, 4),
+            "reliability": measured,
         }
     write_json(run.folder / SUMMARY, summary)
     write_tensors(run.folder / CLUSTERS, stored)  # last: this file marks the stage as done
@@ -124,8 +128,8 @@ def fit_ood(features: np.ndarray, held_out: np.ndarray) -> OutOfDomain:
     return OutOfDomain(mean, basis.half(), variance, noise, quantiles)
 
 
-def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibration, float]:
-    """Fit Platt scaling on every other held-out image, and measure the expected calibration error on the rest.
+def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibration, float, dict[str, Any]]:
+    """Fit Platt scaling on every other held-out image; expected calibration error and reliability are of the rest.
 
     The predicted event is that another view of the image (crop and flip) is routed to the same cluster.
     """
@@ -141,8 +145,9 @@ def calibrate(run: Run, router: Router, held_out: np.ndarray) -> tuple[Calibrati
     else:
         fit = LogisticRegression(C=np.inf).fit(x.numpy()[:, None], y.numpy())
         calibration = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]))
-    confidence = calibration.confidence(probabilities[test_half])
-    return calibration, calibration_error(confidence.numpy(), same[:, test_half].float().mean(dim=0).numpy())
+    confidence = calibration.confidence(probabilities[test_half]).numpy()
+    right = same[:, test_half].float().mean(dim=0).numpy()
+    return calibration, calibration_error(confidence, right), reliability(confidence, right)
 
 
 def _view_agrees(run: Run, router: Router, pixels: torch.Tensor, cluster: torch.Tensor, view: int) -> torch.Tensor:

@@ -23,7 +23,8 @@ from cascade.engine.engine import Engine
 from cascade.engine.results import Options, Prediction
 from cascade.errors import CascadeError
 from cascade.model.heads import Bank, Linear
-from training import comparison, delta, dispatcher, embed, finetune, heads, pipeline, seeds
+from cascade.model.reliability import reliability
+from training import comparison, delta, dispatcher, embed, finetune, heads, maps, pipeline, seeds
 from training.cli import RunFolder, Watch, stage, start
 from training.data.dataset import Images
 from training.recipe import Recipe
@@ -119,7 +120,7 @@ def fine_tuned(run: Run, out: Path, steps: int) -> None:
     engine = Engine(executor="plain")
     engine.add(bundle)
     assert run.held_out.labels is not None
-    answers = predict(engine, run.held_out, np.arange(len(run.held_out)))
+    answers = [*predict(engine, run.held_out, np.arange(len(run.held_out)))]
     right = [a.labels[0].name == classes[label] for a, label in zip(answers, run.held_out.labels, strict=True)]
     score = heads.accuracy(Linear(head["weight"], head["bias"]), found, run.held_out.labels)
     rows = {
@@ -131,7 +132,13 @@ def fine_tuned(run: Run, out: Path, steps: int) -> None:
         },
     }
     run.watch.show(comparison.show({"rows": rows}))
-    facts = {"serves": "delta", "held_out_images": len(run.held_out), "rows": rows}
+    sure = reliability(np.array([answer.labels[0].score for answer in answers]), np.array(right, float))
+    facts = {
+        "serves": "delta",
+        "held_out_images": len(run.held_out),
+        "rows": rows,
+        "reliability": {"labels": sure},
+    }
     card = bundle.card.model_copy(update={"accuracy": facts})
     write(replace(bundle, card=card, **neighbors(run, engine)), out)
 
@@ -148,7 +155,7 @@ def files(run: Run) -> Path:
 
 
 def neighbors(run: Run, engine: Engine) -> dict[str, Any]:
-    """``PICTURES`` training images as a neighbor bank with thumbnails: fields of a bundle whose engine this is."""
+    """``PICTURES`` training images as a neighbor bank, with thumbnails and map: fields of the engine's bundle."""
     images = run.images
     rows = np.sort(np.random.default_rng(run.recipe.seed).permutation(len(images))[:PICTURES])
     embeddings = torch.from_numpy(
@@ -157,7 +164,7 @@ def neighbors(run: Run, engine: Engine) -> dict[str, Any]:
     assert images.labels is not None
     labels = tuple(images.classes[images.labels[i]] for i in rows)
     bank = Bank(normalize(embeddings).half(), tuple(images.names[i] for i in rows), labels)
-    return {"banks": {"dispatcher": bank}, "thumbnails": make(images.open(i) for i in rows)}
+    return {"banks": {"dispatcher": bank}, "thumbnails": make(images.open(i) for i in rows), "map": maps.fit(bank)}
 
 
 def predict(engine: Engine, images: Images, rows: np.ndarray) -> Iterator[Prediction]:

@@ -21,7 +21,7 @@ from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration
-from training import domains, heads, new_classes
+from training import domains, fusion, heads, maps, new_classes
 from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
 from training.deferral import Larger
@@ -58,7 +58,13 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
         banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
         thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
-    return write(bundle, out)
+    mapped = _mapped(bundle, features.assigned[rows] if run.recipe.clusters else None)
+    measured = {"clusters": summary["reliability"]} if "reliability" in summary else {}
+    if bundle.linear and run.held_out.labels is not None:
+        mode = bundle.card.mode
+        embeddings = fusion.embed(fitted[mode][0], features.slots(mode, run.recipe.slots)[1]).numpy()
+        measured["labels"] = heads.reliability_of(bundle.linear[mode], embeddings, run.held_out.labels)
+    return write(_measured(mapped, measured), out)
 
 
 def export_classifier(
@@ -97,7 +103,24 @@ def export_classifier(
         discriminant=new_classes.fit(run, chosen.name) if extensible else None,
         thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
+    measured = {}
+    if run.held_out.labels is not None:
+        measured["labels"] = heads.reliability_of(head, run.features(chosen.name)[1], run.held_out.labels)
+    bundle = _measured(_mapped(bundle), measured)
     return write(bundle if larger is None else larger.attach(bundle), out)
+
+
+def _mapped(bundle: Bundle, assigned: np.ndarray | None = None) -> Bundle:
+    """Add the map; ``assigned`` is the cluster of each row of the bank, int64 [rows]."""
+    if (bank := bundle.banks.get(bundle.card.mode)) is None:
+        return bundle
+    return replace(bundle, map=maps.fit(bank, None if assigned is None else torch.from_numpy(assigned)))
+
+
+def _measured(bundle: Bundle, measured: dict[str, Any]) -> Bundle:
+    """Put the reliability of labels and clusters into the card."""
+    accuracy = bundle.card.accuracy | ({"reliability": measured} if measured else {})
+    return replace(bundle, card=bundle.card.model_copy(update={"accuracy": accuracy}))
 
 
 def _ood(run: Run, name: str) -> OutOfDomain:

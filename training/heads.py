@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from torch.nn.functional import cross_entropy
 
 from cascade.model.heads import Linear
+from cascade.model.reliability import reliability
 
 FOLDS = 3
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -97,9 +99,18 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 def calibration_error_of(head: Linear, features: np.ndarray, labels: np.ndarray) -> float:
     """Calibration error of the head's most likely class on features [N, F]."""
-    scores = torch.from_numpy(logits(head, features)).softmax(dim=1)
-    confidence, answer = scores.max(dim=1)
-    return calibration_error(confidence.numpy(), (answer.numpy() == labels).astype(float))
+    return calibration_error(*_surest(head, features, labels))
+
+
+def reliability_of(head: Linear, features: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Reliability of the head's most likely class on features [N, F] with labels int64 [N]."""
+    return reliability(*_surest(head, features, labels))
+
+
+def _surest(head: Linear, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of the most likely class, and whether it is right, float [N] each."""
+    confidence, answer = torch.from_numpy(logits(head, features)).softmax(dim=1).max(dim=1)
+    return confidence.numpy(), (answer.numpy() == labels).astype(float)
 
 
 def _choose(x: np.ndarray, labels: np.ndarray, weights: str | None, seed: int) -> float:

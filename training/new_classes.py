@@ -152,6 +152,7 @@ def _with_head(
         return changed
     rows = [i for i, label in enumerate(bank.labels) if label in classes]
     if not rows:
-        return replace(changed, banks={}, thumbnails=None)
+        return replace(changed, banks={}, thumbnails=None, map=None)
     thumbnails = None if bundle.thumbnails is None else bundle.thumbnails.take(rows)
-    return replace(changed, banks={"dispatcher": bank.take(rows)}, thumbnails=thumbnails)
+    places = None if bundle.map is None else bundle.map.take(rows)
+    return replace(changed, banks={"dispatcher": bank.take(rows)}, thumbnails=thumbnails, map=places)

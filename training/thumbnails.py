@@ -15,7 +15,7 @@ from cascade.errors import CascadeError
 from training.cli import start
 from training.data import dataset
 from training.data.dataset import Images
-from training.export import one_line
+from training.maps import rows_of
 
 
 def illustrated(bundle: Bundle, images: Images) -> Bundle:
@@ -29,13 +29,8 @@ def illustrated(bundle: Bundle, images: Images) -> Bundle:
     """
     if not bundle.banks:
         raise CascadeError(f"bundle {bundle.name}/{bundle.version} has no neighbor bank: it needs no thumbnails")
-    places = {one_line(name): i for i, name in enumerate(images.names)}
-    names = next(iter(bundle.banks.values())).names
-    if missing := [name for name in names if name not in places]:
-        raise CascadeError(
-            f"{len(missing)} of {len(names)} images are not there, {missing[0]} for one: give the data of its training"
-        )
-    return replace(bundle, thumbnails=make(images.open(places[name]) for name in names))
+    own = rows_of(next(iter(bundle.banks.values())).names, images)
+    return replace(bundle, thumbnails=make(map(own.open, range(len(own)))))
 
 
 def command(

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from cascade.bundle.map import Map
 from cascade.bundle.schema import Card
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.errors import CascadeError
@@ -38,6 +39,7 @@ class Bundle:
         fusions, linear, banks: by mode.
         domain: statistics of its images under the plain backbone; None if images can't be dispatched to it.
         thumbnails: small images of the banks' rows; None without the option.
+        map: places of the banks' rows in the plane, for people; None without a bank, and in older bundles.
         discriminant: statistics for adding classes (``cascade heads add``); None without the option. Not needed for
             serving.
         larger: the same model at a larger input size, with its own mask and head, for images about which this one is
@@ -59,6 +61,7 @@ class Bundle:
     banks: dict[Mode, Bank] = field(default_factory=dict)
     domain: Domain | None = None
     thumbnails: Thumbnails | None = None
+    map: Map | None = None
     discriminant: Discriminant | None = None
     larger: "Bundle | None" = None
     digest: str = ""
@@ -81,7 +84,7 @@ class Bundle:
         return self.name, self.version
 
     def to(self, device: str) -> "Bundle":
-        """The same bundle with its tensors on ``device`` (banks and thumbnails stay on the CPU)."""
+        """The same bundle with its tensors on ``device`` (banks, thumbnails and map stay on the CPU)."""
         return replace(
             self,
             dispatcher=_moved(self.dispatcher, device),
@@ -96,7 +99,7 @@ class Bundle:
 
     def bytes(self) -> int:
         """Resident memory of the whole bundle, without materialized weights."""
-        parts: list[object] = [self.router, self.ood, self.domain, self.thumbnails, self.discriminant]
+        parts: list[object] = [self.router, self.ood, self.domain, self.thumbnails, self.map, self.discriminant]
         parts += [*self.fusions.values(), *self.linear.values()]
         tensors = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]
         sized: list[Mask | Bank] = [*self.masks, *self.banks.values()]

@@ -17,7 +17,7 @@ CARD, SUMS = "cascade.json", "SHA256SUMS"
 FILE_NAME = re.compile(r"[a-z]+(\.[a-z]+)+|SHA256SUMS")
 MAX_BYTES = 2**31  # of one file; a bundle is megabytes
 RESERVED = "auto"
-MAX_FILES = 16  # per bundle; it has at most eleven
+MAX_FILES = 16  # per bundle; it has at most twelve
 CARD_BYTES = 2**22  # of the card, which is parsed as JSON
 NAME = re.compile(r"\w([\w. -]{0,62}[\w.-])?")
 """A bundle's name or version. Both are used in paths, URLs, HTTP headers and metric labels."""

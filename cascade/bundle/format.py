@@ -26,6 +26,7 @@ from cascade.bundle.files import SUMS as SUMS
 from cascade.bundle.files import check_name, digest_of, sums_of
 from cascade.bundle.files import read as read_files
 from cascade.bundle.files import size as files_size
+from cascade.bundle.map import Map
 from cascade.bundle.schema import FORMAT, Card, MaskCard, Versioned
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.bundle.validate import inconsistencies
@@ -258,6 +259,7 @@ def contents(bundle: Bundle, *, compress: bool) -> dict[str, dict[str, Tensor]]:
     )
     parts = {"masks": masks, "router": router | ood, "domain": domain, "fusion": fusion, "heads": heads}
     parts["thumbnails"] = pictures
+    parts["map"] = {} if bundle.map is None else {f"map.{n}": getattr(bundle.map, n) for n in Map.layout}
     discriminant = bundle.discriminant
     parts["discriminant"] = {} if discriminant is None else {n: getattr(discriminant, n) for n in Discriminant.layout}
     larger = {} if bundle.larger is None else contents(bundle.larger, compress=compress)
@@ -272,6 +274,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
     routing = parts.get("router.safetensors", {})
     fusion, heads = parts.get("fusion.safetensors", {}), parts.get("heads.safetensors", {})
     pictures, domain = parts.get("thumbnails.safetensors", {}), parts.get("domain.safetensors", {})
+    places = parts.get("map.safetensors", {})
     router = None
     if card.router is not None:
         kind = next((k for k in KINDS if k.kind == card.router.kind), None)
@@ -298,6 +301,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
         domain=Domain(**strip_prefix(domain, "domain.")) if domain else None,
         thumbnails=Thumbnails(**strip_prefix(pictures, "thumbnails.")) if pictures else None,
+        map=Map(**strip_prefix(places, "map.")) if places else None,
         discriminant=Discriminant(**parts["discriminant.safetensors"]) if "discriminant.safetensors" in parts else None,
         larger=None if larger is None else assemble(larger, of_larger),
     )

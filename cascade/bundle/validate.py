@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cascade.bundle.bundle import Bundle
+from cascade.bundle.map import Map
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.model.discriminant import Discriminant
 from cascade.model.domain import MAX_WIDTH, Domain
@@ -91,8 +92,11 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
         ):
             yield "discriminant: its deviations, ridge and temperature must be above 0, its counts at least 0"
     yield from _larger(bundle)
+    rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
+    if bundle.map is not None:
+        misshapen = [*_misshapen("map", bundle.map, {"rows": rows, "2": 2})]
+        yield from misshapen or (f"map: {what}" for what in bundle.map.inconsistencies(max(1, k)))
     if bundle.thumbnails is not None:
-        rows = next((len(bank.names) for bank in bundle.banks.values()), 0)
         misshapen = [*_misshapen("thumbnails", bundle.thumbnails, {"rows+1": rows + 1})]
         yield from misshapen or (f"thumbnails: {what}" for what in bundle.thumbnails.inconsistencies())
 
@@ -107,7 +111,7 @@ def _larger(bundle: Bundle) -> Iterator[str]:
     yield from (f"larger: {what}" for what in inconsistencies(larger))
     if bundle.card.format == 1 or bundle.experts or larger.experts or larger.larger is not None:
         yield "larger: it needs format 2, and no experts"
-    more = larger.router, larger.ood, larger.domain, larger.thumbnails, larger.discriminant
+    more = larger.router, larger.ood, larger.domain, larger.thumbnails, larger.map, larger.discriminant
     if larger.banks or any(part is not None for part in more):
         yield "larger: it has more than a mask and a head"
     if "dispatcher" not in bundle.linear or "dispatcher" not in larger.linear:
@@ -144,7 +148,7 @@ def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
 
 def _misshapen(
     what: str,
-    part: Router | OutOfDomain | Domain | Fusion | Linear | Bank | Thumbnails | Discriminant | None,
+    part: Router | OutOfDomain | Domain | Fusion | Linear | Bank | Thumbnails | Map | Discriminant | None,
     sizes: dict[str, int],
 ) -> Iterator[str]:
     """Yield tensors that do not match the part's layout; an axis missing in ``sizes`` takes the first length seen."""

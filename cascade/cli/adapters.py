@@ -1,4 +1,4 @@
-"""``cascade import | export``: fine-tuned copies in, plain checkpoints out."""
+"""``cascade import | domain | map | export``: fine-tuned copies in, what a bundle may lack, plain checkpoints out."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -80,6 +80,24 @@ def domain(
     from training.domains import add
 
     typer.echo(f"wrote {add(bundle, images_in(images), out, weights)}")
+
+
+def map_embeddings(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Option(help="Folder to create, <store>/<name>/<version>; must not exist.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images of its training, a folder or data set: also measure how sure the bundle is."),
+    ] = None,
+    weights: Weights = None,
+) -> None:
+    """Add a map of its embeddings for the page at /ui: [bold]cascade map model_store/mine/1 --out model_store/mine/2[/]
+
+    Bundles made by [bold]cascade train[/] already have one.
+    """
+    from training.maps import add
+
+    typer.echo(f"wrote {add(bundle, out, data, weights)}")
 
 
 def export(

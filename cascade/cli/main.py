@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cascade import CascadeError, __version__
-from cascade.cli.adapters import domain, export, import_checkpoint
+from cascade.cli.adapters import domain, export, import_checkpoint, map_embeddings
 from cascade.cli.bundles import inspect, pack, unpack, verify
 from cascade.cli.heads import heads
 from cascade.cli.index import index
@@ -51,6 +51,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 # Only serve reads its options from the environment: --port is CASCADE_SERVE_PORT.
 app.command(context_settings={"auto_envvar_prefix": "CASCADE_SERVE"})(serve)
 app.command("import")(import_checkpoint)
+app.command("map")(map_embeddings)
 for command in (domain, export, predict, inspect, verify, pack, unpack, evaluate, bench):
     app.command()(command)
 app.add_typer(index, name="index")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cascade.bundle import thumbnails
 from cascade.bundle.format import Bundle, BundleError, read
+from cascade.bundle.map import Map
 from cascade.bundle.schema import BackboneCard, Card, MaskCard
 from cascade.model.fusion import Fusion
 from cascade.model.masks import Mask, pack
@@ -22,7 +23,7 @@ from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Calibration
 from tests.helpers.bundles import handmade
 
-PARTS = ("masks", "router", "fusion", "heads", "thumbnails")
+PARTS = ("masks", "router", "fusion", "heads", "thumbnails", "map")
 
 
 FILES = ("cascade.json", "SHA256SUMS", *(f"{part}.safetensors" for part in PARTS))
@@ -30,7 +31,9 @@ FILES = ("cascade.json", "SHA256SUMS", *(f"{part}.safetensors" for part in PARTS
 
 def whole(cifar: list[Image.Image], **changes: Any) -> Bundle:
     """A bundle with every part."""
-    return replace(handmade(cifar, norms=True, **changes), thumbnails=thumbnails.make(cifar[:20]))
+    bundle = handmade(cifar, norms=True, **changes)
+    places = Map(torch.linspace(0, 1, 40).view(20, 2).half(), (torch.arange(20) % 2).to(torch.int16))
+    return replace(bundle, thumbnails=thumbnails.make(cifar[:20]), map=places)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

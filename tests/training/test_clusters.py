@@ -228,7 +228,7 @@ def test_platt_scaling_finds_the_rate_that_there_is(trained: Run, monkeypatch: p
     same = torch.rand(clusters.VIEWS, 60, generator=torch.Generator().manual_seed(0)) < torch.where(p > 0.9, 0.9, 0.5)
     monkeypatch.setattr(clusters, "_view_agrees", lambda run, router, pixels, cluster, view: same[view])
     held_out = np.zeros((60, 4), np.float32)
-    calibration, error = clusters.calibrate(trained, Sure(p), held_out)
+    calibration, error, measured = clusters.calibrate(trained, Sure(p), held_out)
     confidence = calibration.confidence(Sure(p).probabilities(torch.zeros(60, 4)))
     half = same[:, ::2]
     for level in (0.999, 0.6):  # two levels, two parameters: the fit is the observed rate of the half that it saw
@@ -238,12 +238,15 @@ def test_platt_scaling_finds_the_rate_that_there_is(trained: Run, monkeypatch: p
     told = [float(confidence[1::2][p[1::2] == level].mean()) for level in (0.999, 0.6)]
     gaps = [abs(a - b) for a, b in zip(rest, told, strict=True)]
     assert error == pytest.approx(np.average(gaps, weights=[1, 2]), abs=0.01)
+    full = [bin for bin, count in enumerate(measured["counts"]) if count]
+    assert [measured["counts"][bin] for bin in full] == [20, 10], "the unsure ones, then the sure ones"
+    assert [measured["right"][bin] for bin in full] == pytest.approx(rest[::-1], abs=1e-3)
 
 
 @pytest.mark.parametrize("outcome", [True, False])
 def test_one_outcome_only_gives_its_rate(outcome: bool, trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "_view_agrees", lambda *_: torch.full((60,), outcome))
-    calibration, _ = clusters.calibrate(trained, Sure(torch.linspace(0.6, 1, 60)), np.zeros((60, 4), np.float32))
+    calibration, _, _ = clusters.calibrate(trained, Sure(torch.linspace(0.6, 1, 60)), np.zeros((60, 4), np.float32))
     seen = 30 * clusters.VIEWS
     rate = ((seen if outcome else 0) + 1) / (seen + 2)
     confidence = calibration.confidence(torch.tensor([[0.9, 0.1], [0.5, 0.5]]))

@@ -70,6 +70,7 @@ def test_added_classes_are_answered_and_removed_ones_are_not(
     assert less.card.classes == [*before.card.classes[1:], names[1]]
     assert before.banks["dispatcher"].labels[0] and before.card.classes[0] not in less.banks["dispatcher"].labels
     assert isinstance(less.thumbnails, Thumbnails) and len(less.thumbnails) == len(less.banks["dispatcher"].names)
+    assert less.map is not None and len(less.map.points) == len(less.thumbnails)
     engine.add(less)
     (answer,) = engine.predict(files[:1], Options(labels=50))
     assert isinstance(answer, Prediction) and len(answer.labels) == len(less.card.classes)
@@ -107,7 +108,7 @@ def test_a_larger_input_size_knows_only_the_old_classes(bundle: Path, tmp_path: 
     deferral = DeferralCard(threshold=0.5, lose=0.3, share=0.5, preprocessing=preprocessing.to_json(), mask=mask)
     card = before.card.model_copy(update={"deferral": deferral})
     assert (of_larger := card.larger()) is not None
-    parts: dict[str, Any] = dict.fromkeys(("ood", "domain", "thumbnails", "discriminant"))
+    parts: dict[str, Any] = dict.fromkeys(("ood", "domain", "thumbnails", "map", "discriminant"))
     larger = replace(before, card=of_larger, preprocessing=preprocessing, banks={}, **parts)
     path = write(replace(before, card=card, larger=larger), tmp_path / "photos" / "1")
     assert read(path).larger is not None

@@ -219,6 +219,17 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "cut picture": ("thumbnails", lambda t: t["thumbnails.offsets"][1:2].sub_(99), "row 0: the image is truncated"),
     "large picture": ("thumbnails", one_picture(lambda: Image.new("RGB", (129, 8))), "row 0: the image is 129 x 8 pix"),
     "heavy picture": ("thumbnails", one_picture(noise), "the limit is 0.015625"),
+    "map rows": ("map", bump("map.points"), "map: points is float16 [21, 2], should be float16 rows 2"),
+    "map width": (
+        "map",
+        lambda t: t.update({"map.points": t["map.points"].repeat(1, 2)}),
+        "points is float16 [20, 4], should be float16 rows 2",
+    ),
+    "map dtype": ("map", cast("map.clusters", torch.int64), "clusters is int64 [20], should be int16 rows"),
+    "map part": ("map", lambda t: t.pop("map.clusters"), "fit together"),
+    "map place": ("map", lambda t: t["map.points"][3:4].fill_(1.5), "its points are not within 0 to 1"),
+    "map nowhere": ("map", lambda t: t["map.points"][3:4].fill_(float("nan")), "its points are not within 0 to 1"),
+    "map cluster": ("map", lambda t: t["map.clusters"][:1].fill_(2), "its clusters are not within -1 to 1"),
     "bank labels": ("heads", lambda t: t["bank.labels"].fill_(97), "20 names and 1 labels"),
 }
 
