@@ -46,6 +46,9 @@ def test_at_most_12_mb_together() -> None:
 def test_each_has_pictures_and_names_no_machine(path: Path) -> None:
     found = read(path)
     assert found.thumbnails is not None and len(found.thumbnails) >= 100
+    assert found.map is not None and len(found.map.points) == len(found.thumbnails)
+    assert (found.map.clusters >= 0).all() == bool(found.experts)
+    assert ("labels" in found.card.accuracy.get("reliability", {})) == bool(found.linear)
     assert path == PAPER or found.domain is not None  # the paper's cascade is asked by name only
     text = (path / "cascade.json").read_text()
     assert "/root" not in text and "/home" not in text and "/tmp" not in text
