@@ -128,7 +128,10 @@ def start(command: Callable[..., None], arguments: Sequence[str] | None = None, 
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for each recipe field to a command, which gets the recipe as its first argument."""
+    """Add an option for each recipe field to a command, which gets the recipe as its first argument.
+
+    ``DATA`` may be omitted, and is then empty, if the command can find images elsewhere (``from_unknown``).
+    """
 
     @wraps(command)
     def run(**options: Any) -> None:
@@ -136,17 +139,20 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
         command(recipe, **options)
 
     of = {field.name: field for field in fields(Recipe)}
-    parameters = [_parameter(of[name], title, text) for title, texts in ABOUT.items() for name, text in texts.items()]
     own = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
         if parameter.name != "recipe"
     ]
+    optional = any(parameter.name == "from_unknown" for parameter in own)
+    parameters = [
+        _parameter(of[name], title, text, optional) for title, texts in ABOUT.items() for name, text in texts.items()
+    ]
     run.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
     return run
 
 
-def _parameter(field: Field[Any], panel: str, text: str) -> inspect.Parameter:
+def _parameter(field: Field[Any], panel: str, text: str, optional: bool) -> inspect.Parameter:
     """The option for a recipe's field, or the argument ``DATA``."""
     if field.name == "data":
         info: Any = typer.Argument(help=f"{text}: {', '.join(dataset.NAMES)}", metavar="DATA")
@@ -155,7 +161,7 @@ def _parameter(field: Field[Any], panel: str, text: str) -> inspect.Parameter:
         flag = f"--{field.name.replace('_', '-')}"  # alone: typer would add --no-... to a bool
         info = typer.Option(flag, help=text, metavar=metavar, rich_help_panel=f"Recipe: {panel}")
     kind = Literal[tuple(choices)] if (choices := choices_of(field.type)) else field.type
-    default = inspect.Parameter.empty if field.name == "data" else field.default
+    default = field.default if field.name != "data" else "" if optional else inspect.Parameter.empty
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )

@@ -6,6 +6,7 @@
     cascade train photos/ --out model_store/photos/1     # no labels: distilled from a larger input size
     cascade train photos/ --objective swav --clusters 5 --out model_store/photos/1     # the paper's cascade
     cascade train photos/ --clusters 5 --out model_store/photos/1 --ray     # experts in parallel
+    cascade train --from-unknown unknown/ --out model_store/new/1     # images that a server kept, as they fit no bundle
     torchrun --nproc-per-node 4 -m -- training.pipeline photos/ --out model_store/photos/1     # several GPUs
 
 If interrupted at any time, it resumes when started again with the same options.
@@ -36,6 +37,7 @@ from training import (
     experts,
     export,
     ray_experts,
+    unknown,
 )
 from training.cli import stage, start, with_recipe
 from training.cost import Cost
@@ -256,6 +258,10 @@ def command(
     recipe: Recipe,
     out: Annotated[Path, typer.Option(help="Bundle to write: <store>/<name>/<version>.")],
     run: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name>-<version> by default.")] = None,
+    from_unknown: Annotated[
+        Path | None,
+        typer.Option(help="Instead of DATA: the folder of cascade serve --keep-unknown."),
+    ] = None,
     preset: Annotated[
         Literal["paper"] | None,
         typer.Option(help="Start from the published setting.", is_eager=True, callback=_preset),
@@ -281,10 +287,16 @@ def command(
     ] = 0.0,
 ) -> None:
     """Train a cascade."""
+    folder = run or default_run(out)
+    if bool(recipe.data) == (from_unknown is not None):
+        raise CascadeError("name the folder of images, or --from-unknown FOLDER, and not both")
     with stage() as watch:
         with Cost(price_per_hour) as cost:
+            if from_unknown is not None:
+                _check_out(out)
+                recipe = unknown.recipe_of(recipe, from_unknown, out, folder, watch)
             path = train(
-                begin(run or default_run(out), recipe, watch),
+                begin(folder, recipe, watch),
                 out,
                 controls=controls,
                 thumbnails=thumbnails,
