@@ -1,6 +1,7 @@
 """A bundle in memory: everything an adapted backbone needs besides the backbone."""
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TypeVar
 
 from torch import Tensor
@@ -99,6 +100,10 @@ class Bundle:
 
     def bytes(self) -> int:
         """Resident memory of the whole bundle, without materialized weights."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> int:
         parts: list[object] = [self.router, self.ood, self.domain, self.thumbnails, self.map, self.discriminant]
         parts += [*self.fusions.values(), *self.linear.values()]
         tensors = [getattr(p, f.name) for p in parts if p is not None for f in fields(p)]  # type: ignore[arg-type]

@@ -76,23 +76,27 @@ def size(path: Path) -> int:
     return sum((path / name).stat().st_size for name in listed(path))
 
 
-def read(path: Path) -> dict[str, bytes]:
-    """Read every file except ``SHA256SUMS`` and verify its checksum. Raises as ``listed``."""
-    files = {}
-    for name, checksum in listed(path).items():
+def read(path: Path) -> tuple[dict[str, bytes], str]:
+    """Read every file except ``SHA256SUMS`` and verify its checksum; also the bundle's digest. Raises as ``listed``."""
+    files, checksums = {}, listed(path)
+    for name, checksum in checksums.items():
         files[name] = (path / name).read_bytes()
         if hashlib.sha256(files[name]).hexdigest() != checksum:
             raise BundleError(
                 f"{path / name}: its checksum differs from {SUMS}; the file was changed or truncated: copy it again"
             )
-    return files
+    return files, hashlib.sha256(_lines(checksums)).hexdigest()
 
 
 def sums_of(files: Mapping[str, bytes]) -> bytes:
     """The content of ``SHA256SUMS`` for these files."""
-    return "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in sorted(files.items())).encode()
+    return _lines({name: hashlib.sha256(raw).hexdigest() for name, raw in files.items()})
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
     """Digest that identifies a bundle, in hex: the SHA-256 of its ``SHA256SUMS``, so it covers every byte."""
     return hashlib.sha256(sums_of(files)).hexdigest()
+
+
+def _lines(checksums: Mapping[str, str]) -> bytes:
+    return "".join(f"{checksum}  {name}\n" for name, checksum in sorted(checksums.items())).encode()

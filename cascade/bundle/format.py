@@ -66,7 +66,7 @@ def read(
     try:
         if memory is not None and (size := files_size(path)) > memory:
             raise OutOfMemory(f"{path} has {size} bytes, {memory} are allowed: raise the limit")
-        files = read_files(path)
+        files, digest = read_files(path)
     except OSError as error:
         raise BundleError(f"{error.filename or path}: {error.strerror}; copy the whole bundle again") from error
     try:
@@ -81,7 +81,7 @@ def read(
     check_claims(path, card, sum(map(len, files.values())) if packed is None else packed, memory)
     parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
     try:
-        bundle = replace(assemble(card, parts), name=name, version=version, digest=digest_of(files))
+        bundle = replace(assemble(card, parts), name=name, version=version, digest=digest)
     except (CascadeError, KeyError, ValueError, TypeError, zstandard.ZstdError) as error:
         raise BundleError(f"{path}: its parts do not fit together ({error!r}); export the bundle again") from None
     for what in inconsistencies(bundle):
@@ -134,14 +134,14 @@ def check(bundle: Bundle, backbone: backbones.Backbone) -> None:
                 raise BundleError(
                     f"{label}: mask {mask.name}: {backbone.name} has no statistics {name} {list(tensor.shape)}"
                 )
-        trainable = backbone.channels(mask.start)
+        trainable = backbone.channels(mask.start) if mask.channels else {}
         for name, tensor in mask.channels.items():
             if trainable.get(name) != tensor.shape:
                 raise BundleError(
                     f"{label}: mask {mask.name}: from its first stage on {backbone.name} has no parameter {name}"
                     f" {list(tensor.shape)} with a value for each channel"
                 )
-        rows = backbone.rows(mask.start)
+        rows = backbone.rows(mask.start) if mask.deltas else {}
         for name, tensor in mask.deltas.items():
             if list(tensor.shape) != [rows.get(name)]:
                 raise BundleError(

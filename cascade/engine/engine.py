@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -126,7 +127,13 @@ class Engine:
         """Whether ``find`` may have to load a bundle of this name first."""
         return self.on_missing is not None and name not in (None, AUTO) and name not in self.names
 
-    def add(self, bundle: Bundle, warm: bool = False, replaces: Sequence[tuple[str, str]] = ()) -> None:
+    def add(
+        self,
+        bundle: Bundle,
+        warm: bool = False,
+        replaces: Sequence[tuple[str, str]] = (),
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Check a bundle against its backbone, which is loaded on first use, and make the bundle available.
 
         Passes continue meanwhile, also while the executor builds graphs. The bundle becomes visible atomically, once it
@@ -136,6 +143,7 @@ class Engine:
             warm: warm up with a blank image first, in a regular pass.
             replaces: loaded bundles (name, version) that the caller removes right after. Their memory counts as free,
                 so for a moment more than ``memory_bytes`` may be taken.
+            make_room: called while memory is full: frees some, or returns False if it can't.
 
         Raises:
             BackboneError, BundleError: the backbone can't be loaded, or the bundle does not fit it.
@@ -150,12 +158,12 @@ class Engine:
                 bundle = replace(bundle, digest=digest(bundle))
             executor = self._executors.get(fingerprint)
             if executor is None:
-                self._expect(bundle, replaces)
+                _until_it_fits(partial(self._expect, bundle, replaces), make_room)
                 executor = self._load(bundle)
             else:
                 check(bundle, executor.backbone)
             bundle = _packed(bundle, executor).to(self.device)
-            self._fit(bundle, executor, replaces)
+            _until_it_fits(partial(self._fit, bundle, executor, replaces), make_room)
             stage = bundle.card.domain.stage if bundle.card.domain else 0
             for part in bundle.parts:
                 executor.prepare(part.masks, part.preprocessing.size, stage if part is bundle else 0)
@@ -437,6 +445,16 @@ def _packed(bundle: Bundle, executor: Executor) -> Bundle:
     larger = None if bundle.larger is None else _packed(bundle.larger, executor)
     mask = executor.pack(bundle.dispatcher)
     return replace(bundle, dispatcher=mask, experts=experts, discriminant=None, larger=larger)
+
+
+def _until_it_fits(check: Callable[[], None], make_room: Callable[[], bool]) -> None:
+    """Call ``check`` until it no longer raises OutOfMemory, or no room can be made."""
+    while True:
+        try:
+            return check()
+        except OutOfMemory:
+            if not make_room():
+                raise
 
 
 def _raise_first(results: Sequence[object]) -> None:

@@ -18,7 +18,7 @@ from cascade.bundle.bundle import Bundle
 from cascade.bundle.store import Identity
 from cascade.engine.loaded import number
 from cascade.engine.registry import Registry, State
-from cascade.errors import CascadeError, OutOfMemory
+from cascade.errors import CascadeError
 
 LEAVE = 10.0
 """Seconds to wait until the last requests of evicted bundles are answered and their memory is free."""
@@ -45,6 +45,7 @@ class OnDemandRegistry(Registry):
         self.recent = recent
         self._names: frozenset[str] = frozenset(self.engine.pins)  # in memory, or to be
         self._listing: dict[str, dict[Identity, str]] = {}  # all of the store, by name
+        self._listed = 0  # bundles in it
         self._fetching: dict[str, threading.Lock] = {}
         self.engine.on_missing = self.fetch
 
@@ -108,22 +109,23 @@ class OnDemandRegistry(Registry):
         listing: dict[str, dict[Identity, str]] = {}
         for identity, stamp in super()._visible(listed).items():
             listing.setdefault(identity[0], {})[identity] = stamp
-        self._listing = listing
+        self._listing, self._listed = listing, sum(map(len, listing.values()))
         return {i: stamp for name in self._names for i, stamp in listing.get(name, {}).items()}
 
     def _add(self, bundle: Bundle, replaces: Iterable[Identity]) -> None:
         """Add a bundle to the engine; while memory is full, evict the least recently used name."""
         deadline = time.monotonic() + LEAVE
-        while True:
-            try:
-                return self.engine.add(bundle, replaces=[*replaces])
-            except OutOfMemory:
-                if self._evict(bundle.name):
-                    continue
-                if not self.engine.leaving or time.monotonic() > deadline:
-                    raise
-                time.sleep(CHECK)  # until the last requests of an evicted one are answered
-                self.engine.release()
+
+        def make_room() -> bool:
+            if self._evict(bundle.name):
+                return True
+            if not self.engine.leaving or time.monotonic() > deadline:
+                return False
+            time.sleep(CHECK)  # until the last requests of an evicted one are answered
+            self.engine.release()
+            return True
+
+        self.engine.add(bundle, replaces=[*replaces], make_room=make_room)
 
     def _evict(self, besides: str) -> bool:
         """Evict the least recently used name; False if none can be evicted."""
@@ -142,7 +144,7 @@ class OnDemandRegistry(Registry):
     def _count(self) -> None:
         super()._count()
         held = {name for name, _ in self._held}
-        metrics.BUNDLES.labels("stored").set(sum(len(own) for name, own in self._listing.items() if name not in held))
+        metrics.BUNDLES.labels("stored").set(self._listed - sum(len(self._listing.get(name, ())) for name in held))
 
     def _read(self, identity: Identity) -> tuple[Bundle, str] | CascadeError:
         try:

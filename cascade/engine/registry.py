@@ -8,6 +8,7 @@ the store is unreachable, the loaded bundles stay.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -276,8 +277,9 @@ class Registry:
             log.info("bundle %s/%s: %s", name, version, state)
 
     def _count(self) -> None:
+        states = Counter(state.state for state in self._states.values())
         for each in get_args(Kind):
-            metrics.BUNDLES.labels(each).set(sum(s.state == each for s in self._states.values()))
+            metrics.BUNDLES.labels(each).set(states[each])
 
     def _is_reachable(self, trouble: str | None) -> None:
         metrics.STORE_UNREACHABLE.set(trouble is not None)

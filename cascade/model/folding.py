@@ -22,7 +22,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from cascade.errors import CascadeError
-from cascade.model.backbone import Backbone
+from cascade.model.backbone import Backbone, Segment
 from cascade.model.masks import Mask, count_active
 
 PLAIN = (nn.Conv2d, Conv2dSame, nn.Linear)
@@ -108,6 +108,11 @@ class Folded:
                 " can't be folded: use the plain executor"
             )
         self._small = {name: t.double().cpu().numpy() for name, t in _small(backbone, self.units, self.always)}
+        self._modules = dict(backbone.model.named_modules())
+        self._segments: dict[str, list[Segment]] = {}
+        for segment in backbone.segments:
+            self._segments.setdefault(segment.parameter, []).append(segment)
+        self._gains = {unit.module: self._gain(unit) for unit in self.units}
         shared = {id(t): t for t in (*backbone.model.parameters(), *backbone.model.buffers())}
         state = backbone.model.state_dict(keep_vars=True)
         for name in self.loose:  # copies, because masks change them
@@ -128,13 +133,13 @@ class Folded:
 
     def bytes(self) -> int:
         """Memory of the small tensors needed to fold new masks."""
-        return sum(values.nbytes for values in self._small.values())
+        return sum(values.nbytes for values in (*self._small.values(), *self._gains.values()))
 
     def weight(self, unit: Unit) -> Tensor:
         """The folded weight ``W'`` of a unit, float32 [rows, columns]."""
         flat = self.backbone.weights[unit.offset : unit.offset + unit.rows * unit.columns]
         weight = flat.view(unit.rows, unit.columns)
-        return weight * torch.from_numpy(self._gain(unit)).to(weight)[:, None]
+        return weight * torch.from_numpy(self._gains[unit.module]).to(weight)[:, None]
 
     def plain(self, unit: Unit) -> Affine:
         """Scale and shift of a unit without a mask; the scale is 1 unless the backbone switches a channel off."""
@@ -157,16 +162,15 @@ class Folded:
         """Scale and shift of one unit."""
         scale = 1 / state.alphas(unit)
         shift, delta = np.zeros(unit.rows), state.delta(unit)
-        layer = self.backbone.model.get_submodule(unit.module)
-        if getattr(layer, "bias", None) is not None:
+        if getattr(self._modules[unit.module], "bias", None) is not None:
             shift = state(f"{unit.module}.bias")
         if unit.norm is None:
             return Affine(scale, shift, delta)
-        norm = cast(nn.BatchNorm2d, self.backbone.model.get_submodule(unit.norm))
+        norm = cast(nn.BatchNorm2d, self._modules[unit.norm])
         multiplier = self._multiplier(unit, state)
         beta = state(f"{unit.norm}.bias") if norm.affine else 0.0
         shift = (shift - state(f"{unit.norm}.running_mean")) * multiplier + beta
-        return Affine(scale * multiplier / self._gain(unit), shift, delta * multiplier)
+        return Affine(scale * multiplier / self._gains[unit.module], shift, delta * multiplier)
 
     def _gain(self, unit: Unit) -> np.ndarray:
         """The factor folded into each row of the weight, float64 [rows], never zero.
@@ -181,7 +185,7 @@ class Folded:
         """The factor that a unit's BatchNorm applies to each row, float64 [rows]; ones without a BatchNorm."""
         if unit.norm is None:
             return np.ones(unit.rows)
-        norm = cast(nn.BatchNorm2d, self.backbone.model.get_submodule(unit.norm))
+        norm = cast(nn.BatchNorm2d, self._modules[unit.norm])
         gamma = state(f"{unit.norm}.weight") if norm.affine else np.ones(unit.rows)
         return np.asarray(gamma / np.sqrt(state(f"{unit.norm}.running_var") + norm.eps))
 
@@ -190,7 +194,7 @@ class _State:
     """The backbone's small tensors under one mask (None: no mask), float64."""
 
     def __init__(self, folded: Folded, mask: Mask | None = None) -> None:
-        self.backbone, self.small, self.mask = folded.backbone, folded._small, mask
+        self.backbone, self.small, self.segments, self.mask = folded.backbone, folded._small, folded._segments, mask
         backbone = folded.backbone
         self.first = backbone.offset(mask.start) if mask else backbone.weights.numel()
         if mask is None:
@@ -243,8 +247,7 @@ class _State:
         return self._blocks(f"{unit.module}.weight", unit.columns) if unit.offset >= self.first else np.ones(unit.rows)
 
     def _blocks(self, name: str, width: int = 1) -> np.ndarray:
-        blocks = [s for s in self.backbone.segments if s.parameter == name]
-        return np.concatenate([np.full(s.size // width, self.alpha[s.offset]) for s in blocks])
+        return np.concatenate([np.full(s.size // width, self.alpha[s.offset]) for s in self.segments[name]])
 
 
 def _units(backbone: Backbone) -> Iterator[Unit]:

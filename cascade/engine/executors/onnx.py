@@ -56,6 +56,7 @@ class OnnxExecutor(BaseExecutor):
         self.backbone, self.weight_cache = backbone, weight_cache
         folded = Folded(backbone)
         self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
+        self._prepared: set[tuple[int, int, int, int]] = set()
         x = torch.zeros(2, *backbone.config["input_size"], device=backbone.weights.device)
         graph = _graph(folded, x, 0, None)
         self.layout = WeightLayout(folded, graph.orders)
@@ -78,6 +79,9 @@ class OnnxExecutor(BaseExecutor):
         """Create the sessions for a bundle's masks; exporting a graph takes seconds, and passes continue meanwhile."""
         start = masks[0].start
         split = min((mask.start for mask in masks[1:]), default=start)
+        kind = start, split, size, domain
+        if kind in self._prepared:
+            return
         ranges: list[tuple[int, int | None]] = [(0, start)] if start else []
         ranges += [*([(start, split)] if split > start else []), (split, None)]
         if domain:
@@ -91,6 +95,7 @@ class OnnxExecutor(BaseExecutor):
             key = start, stop, entry.shape[1:]
             if key not in self._sessions:
                 self._sessions[key] = _Session(_graph(folded, entry, start, stop), self)
+        self._prepared.add(kind)
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]

@@ -12,9 +12,11 @@ from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle, write
 from cascade.bundle.store import Store
 from cascade.engine.batcher import Batcher
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.on_demand import OnDemandRegistry
 from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
+from cascade.model.masks import Mask
 from tests.helpers.answers import same
 from tests.helpers.bundles import handmade, named
 from tests.helpers.metrics import now
@@ -85,6 +87,23 @@ def test_the_least_recently_used_one_makes_room(store: Path, hand: Bundle, cifar
     registry.reload()
     assert sorted(registry.engine.names) == ["a", "d"], "a look at the store loads nothing else"
     assert {s.name for s in registry.states() if s.state == "stored"} == {"b", "c"}
+
+
+def test_a_full_memory_costs_a_load_no_second_conversion(
+    store: Path, hand: Bundle, cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = opened(store, 1, hand)
+    ask(registry, "a", cifar[0])
+    packed = []
+    pack = PlainExecutor.pack
+
+    def count(executor: PlainExecutor, mask: Mask) -> Mask:
+        packed.append(mask.name)
+        return pack(executor, mask)
+
+    monkeypatch.setattr(PlainExecutor, "pack", count)
+    assert isinstance(ask(registry, "b", cifar[0]), Prediction)
+    assert [*registry.engine.names] == ["b"] and packed == ["dispatcher"]
 
 
 def test_pinned_names_are_loaded_first_and_stay(store: Path, hand: Bundle, cifar: list[Image.Image]) -> None:

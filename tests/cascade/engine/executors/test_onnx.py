@@ -14,6 +14,7 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.weight_layout import BlockOrder
 from cascade.model import backbone as backbones
 from cascade.model.folding import Unit
+from cascade.model.masks import Mask, all_ones
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -73,6 +74,19 @@ def test_what_goes_wrong_inside_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(library("onnxruntime"), "InferenceSession", cut)
     with pytest.raises(OnnxError, match="test_resnet: ONNX Runtime can't optimize it: the model is cut"):
         OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))
+
+
+def test_a_second_bundle_of_the_same_stages_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying the model to see what a graph needs would cost every load more than the rest of it."""
+    network = backbones.load("test_resnet", "random:0")
+    executor = OnnxExecutor(network, WeightCache(2**30))
+    masks = [executor.pack(Mask("dispatcher", 0, all_ones(network.weights.numel())))]
+    executor.prepare(masks, 64)
+    with monkeypatch.context() as patch:
+        patch.setattr("cascade.engine.executors.onnx._probe", None)
+        executor.prepare(masks, 64)
+    executor.prepare(masks, 96)
+    assert {key[2][-1] for key in executor._sessions} >= {64, 96}
 
 
 def test_no_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
