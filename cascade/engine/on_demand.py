@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cascade import atomic, metrics
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.store import Identity
 from cascade.engine.loaded import number
-from cascade.engine.registry import Registry, State
+from cascade.engine.registry import File, Registry, State
 from cascade.errors import CascadeError
 
 LEAVE = 10.0
@@ -146,11 +147,11 @@ class OnDemandRegistry(Registry):
         held = {name for name, _ in self._held}
         metrics.BUNDLES.labels("stored").set(self._listed - sum(len(self._listing.get(name, ())) for name in held))
 
-    def _read(self, identity: Identity) -> tuple[Bundle, str] | CascadeError:
+    def _read(self, identity: Identity) -> File:
         try:
             return self.store.read(*identity, memory=self.engine.memory_bytes)
         except CascadeError as error:
-            return error
+            return partial(type(error), str(error))
 
     def _is_refused(self, own: Mapping[Identity, str]) -> bool:
         """Whether every version was refused recently, with the same files."""

@@ -37,8 +37,9 @@ REMEMBERED = 100
 Kind = Literal["ready", "stored", "loading", "refused", "removed"]
 
 
-File = tuple[Bundle, str] | CascadeError
-"""A bundle and its digest, or the error from reading it."""
+File = tuple[Bundle, str] | Callable[[], CascadeError]
+"""A bundle and its digest, or the error from reading it. A function, because the traceback of an exception that is kept
+would keep the memory of evicted bundles until the next garbage collection."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ class Registry:
             self._set(identity, "loading")
         try:
             with self.journal.loading(identity, stamp):
-                if isinstance(file, CascadeError):
-                    raise file
+                if callable(file):
+                    raise file()
                 bundle, digest = file or self.store.read(*identity, memory=self.engine.memory_bytes)
                 if held and digest != held[1]:
                     raise BundleError("its files differ from those being served: publish changes as a new version")
