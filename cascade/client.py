@@ -72,6 +72,8 @@ class Client:
                 headers[f"X-Cascade-{name}"] = str(value).encode()  # UTF-8: names may be in any script
         if options.dispatch != "image":
             headers["X-Cascade-Dispatch"] = options.dispatch.encode()
+        if options.unknown != "error":
+            headers["X-Cascade-Unknown"] = options.unknown.encode()
         answer = self._ask("POST", self._predict, content=_read(image), headers=headers)
         if not _good(answer):
             return _error(answer)

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cascade.engine.results import DISPATCH_MODES, ItemError, Options, Prediction
+from cascade.engine.results import DISPATCH_MODES, UNKNOWN_CHOICES, ItemError, Options, Prediction
 from cascade.engine.tenants import PRIORITIES
 from handlers.statuses import error_body
 
 PREFIX = "x-cascade-"
-OPTIONS = ("bundle", "version", "mode", "fields", "priority", "dispatch")
+OPTIONS = ("bundle", "version", "mode", "fields", "priority", "dispatch", "unknown")
 BINARY = "application/octet-stream"
 FIELDS = ("labels", "neighbors", "embedding")
 MAX_MEMBERS = 100
@@ -97,8 +97,12 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
     dispatch = next((choice for choice in DISPATCH_MODES if choice == how), None)
     if dispatch is None:
         return ItemError("bad_option", f"option 'dispatch' is one of {', '.join(DISPATCH_MODES)}")
+    how = given.get("unknown") or "error"
+    otherwise = next((choice for choice in UNKNOWN_CHOICES if choice == how), None)
+    if otherwise is None:
+        return ItemError("bad_option", f"option 'unknown' is one of {', '.join(UNKNOWN_CHOICES)}")
     settled = given.get("bundle"), given.get("version"), given.get("mode")
-    return Options(*settled, "embedding" in fields, labels, neighbors, priority, dispatch)
+    return Options(*settled, "embedding" in fields, labels, neighbors, priority, dispatch, unknown=otherwise)
 
 
 def wants_bytes(headers: Mapping[str, str]) -> bool:

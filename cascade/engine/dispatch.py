@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from cascade import metrics
+from cascade.bundle.bundle import Bundle
 from cascade.engine.deferral import item_of, mode_of
 from cascade.engine.dispatch_table import DispatchTable, Space
 from cascade.engine.executors import Executor
 from cascade.engine.forward import run_stages
+from cascade.engine.frozen_answers import frozen_bundle, frozen_item
 from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
 from cascade.engine.unknown import UnknownImages
@@ -87,6 +89,7 @@ def _dispatch(
     distant = torch.cat(strangeness, dim=1).gather(1, best.indices[:, :1])
     probable, columns, far = download([best.values, best.indices, distant])
     settled: list[tuple[Item, ...] | ItemError] = []
+    plains: dict[int, Bundle] = {}
     for row, item in enumerate(items):
         likely = [(int(c), float(p)) for c, p in zip(columns[row], probable[row], strict=True)]
         if item.options.among is not None:  # callers learn nothing about bundles that they may not use
@@ -96,6 +99,12 @@ def _dispatch(
         else:
             metrics.count_dispatch(None)
             settled.append(UNKNOWN_DOMAIN)
+            if item.options.unknown == "embedding":
+                n = table.columns[int(columns[row, 0])][0]
+                space, labels = table.spaces[n], [Label(table.columns[c][1].name, p) for c, p in likely]
+                if n not in plains:
+                    plains[n] = frozen_bundle(space, executors[space.fingerprint], device)
+                settled[-1] = (frozen_item(plains[n], space.stage, item, item.pixels[n], trunks[n][row], labels),)
     if keep is not None:
         _keep(keep, table, items, embeddings, everywhere)
     return settled
@@ -155,7 +164,7 @@ def second_round(options: Options, answers: Sequence[Prediction | ItemError]) ->
 
     There are none if the images are not dispatched as a set.
     """
-    votes = Counter(a.bundle for a in answers if isinstance(a, Prediction) and a.dispatch is not None)
+    votes = Counter(a.bundle for a in answers if isinstance(a, Prediction) and a.dispatch is not None and a.bundle)
     if options.dispatch != "set" or not votes:
         return options, []
     winner = votes.most_common(1)[0][0]

@@ -28,6 +28,7 @@ from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
+from cascade.engine.frozen_answers import completed
 from cascade.engine.items import AnyItem, Item, OpenItem
 from cascade.engine.loaded import Loaded, expect_room, packed_bytes
 from cascade.engine.pins import Pin
@@ -292,7 +293,7 @@ class Engine:
             item, answer = deferral.surest(own, [next(found) for _ in own])
             if item.bundle.ood is not None:
                 metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
-            following = deferral.next_of(item, answer)
+            following = deferral.next_of(item, completed(answer))
             answers.append(following if isinstance(following, Item) else deferral.count(following))
         return answers
 

@@ -12,6 +12,8 @@ from cascade.engine.tenants import Priority
 
 DispatchMode = Literal["image", "top2", "set"]
 InputMode = Literal["fast", "adaptive", "full"]
+Unknown = Literal["error", "embedding"]
+UNKNOWN_CHOICES: tuple[Unknown, ...] = ("error", "embedding")
 INPUT_MODES: tuple[InputMode, ...] = ("fast", "adaptive", "full")
 """Modes of a bundle with two input sizes, see ``cascade.engine.deferral``."""
 DISPATCH_MODES: tuple[DispatchMode, ...] = ("image", "top2", "set")
@@ -34,6 +36,8 @@ class Options:
             bundle; ``top2`` asks two if that is uncertain, and takes the more certain answer; ``set`` sends all images
             of a request to the bundle that most of them fit.
         among: names of the bundles that it may be dispatched to; None for all.
+        unknown: the answer for an image without a bundle's name that fits no bundle: an ``error``, or the ``embedding``
+            of the frozen backbone, with an empty name of the bundle.
     """
 
     bundle: str | None = None
@@ -45,6 +49,7 @@ class Options:
     priority: Priority | None = None
     dispatch: DispatchMode = "image"
     among: frozenset[str] | None = None
+    unknown: Unknown = "error"
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class Prediction:
     """The answer for one image.
 
     Attributes:
-        bundle, version, mode: what produced it.
+        bundle, version, mode: what produced it; bundle and version are empty for the frozen backbone's embedding of an
+            image that fits no bundle.
         cluster: assigned by the router; confidence: calibrated probability of this assignment.
         ood: out-of-domain score in [0, 1].
         masks: the masks that were applied, by name.

@@ -29,7 +29,7 @@ def waited(bundle: str, tenant: Tenant, seconds: float) -> None:
 def answered(tenant: Tenant | None, seconds: float, answer: Prediction | ItemError | None) -> None:
     """Record an image's answer and the time it took; None if the request was cancelled."""
     outcome = "cancelled" if answer is None else "ok" if isinstance(answer, Prediction) else answer.kind
-    if isinstance(answer, Prediction):
+    if isinstance(answer, Prediction) and answer.bundle:
         metrics.BUNDLE_SECONDS.labels(metrics.bundle_label(answer.bundle)).observe(seconds)
     if tenant is not None and tenant.keyed:
         name = tenants(tenant.name)

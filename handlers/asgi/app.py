@@ -20,7 +20,7 @@ from cascade.bundle.format import Bundle
 from cascade.bundle.thumbnails import media_type
 from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import Registry, State
-from cascade.engine.results import DISPATCH_MODES, ItemError, Options
+from cascade.engine.results import DISPATCH_MODES, UNKNOWN_CHOICES, ItemError, Options
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
@@ -114,7 +114,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
     header = {"in": "header", "required": False, "schema": {"type": "string"}}
     options = [
         {"name": f"X-Cascade-{name}", **header}
-        for name in ("Bundle", "Version", "Mode", "Fields", "Priority", "Dispatch")
+        for name in ("Bundle", "Version", "Mode", "Fields", "Priority", "Dispatch", "Unknown")
     ]
     form = {"type": "object", "properties": {"image": JPEG_OR_SO}, "required": ["image"]}
     document = {
@@ -125,6 +125,7 @@ def _predictions(app: FastAPI, service: Service) -> None:
             "fields": {"type": "array", "items": {"enum": ["labels", "neighbors", "embedding"]}},
             "priority": {"enum": [*PRIORITIES]},
             "dispatch": {"enum": [*DISPATCH_MODES]},
+            "unknown": {"enum": [*UNKNOWN_CHOICES]},
             **{name: {"type": "string"} for name in ("bundle", "version", "mode")},
         },
     }

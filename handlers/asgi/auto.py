@@ -50,7 +50,9 @@ def add(app: FastAPI, service: Service) -> None:
         length = request.headers.get(LENGTH_HEADER)
         asked = await asyncio.to_thread(open_inference.parse, body, length, most, AUTO_OUTPUTS)
         embedding, labels = "embedding" in asked.outputs, asked.labels
-        wanted = Options(AUTO, None, asked.mode, embedding, labels, 0, asked.priority, asked.dispatch)
+        wanted = Options(
+            AUTO, None, asked.mode, embedding, labels, 0, asked.priority, asked.dispatch, unknown=asked.unknown
+        )
         options = service.allowed(request, wanted)
         answers = await service.answers(request, asked.images, options)
         request.state.log_fields.update(bundle=AUTO, images=len(answers))

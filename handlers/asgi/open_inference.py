@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
-from cascade.engine.results import DISPATCH_MODES, INPUT_MODES, DispatchMode, ItemError, Prediction
+from cascade.engine.results import DISPATCH_MODES, INPUT_MODES, DispatchMode, ItemError, Prediction, Unknown
 from cascade.engine.tenants import Priority
 from cascade.model.fusion import MODES
 from cascade.open_inference import ALL_OUTPUTS, DEFERRAL_OUTPUTS, LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
@@ -97,6 +97,9 @@ class RequestParameters(BaseModel):
     dispatch: DispatchMode | None = Field(
         default=None, description=f"Of the model auto: one of {', '.join(DISPATCH_MODES)}."
     )
+    unknown: Unknown | None = Field(
+        default=None, description="Of the model auto, for images that fit no bundle: error, or embedding."
+    )
     binary_data_output: bool | None = None
 
 
@@ -125,6 +128,7 @@ class Inference:
     images: list[bytes | Tensor]
     outputs: dict[str, bool]
     dispatch: DispatchMode
+    unknown: Unknown
 
     @property
     def labels(self) -> int:
@@ -166,7 +170,8 @@ def parse(body: bytes, json_length: str | None, most: int, default: Iterable[str
         choices = {o.name: o.parameters.binary_data if o.parameters else None for o in asked.outputs}
         outputs = {name: binary if choice is None else choice for name, choice in choices.items()}
     priority = NUMBERED.get(options.priority) if isinstance(options.priority, int) else options.priority
-    return Inference(asked.id, options.mode, priority, images, outputs, options.dispatch or "image")
+    dispatch, unknown = options.dispatch or "image", options.unknown or "error"
+    return Inference(asked.id, options.mode, priority, images, outputs, dispatch, unknown)
 
 
 def _length(text: str, most: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cascade import CascadeError, Engine, ItemError, Options, Prediction
@@ -15,6 +16,7 @@ from cascade.bundle.format import Bundle
 from cascade.engine import dispatch as module
 from cascade.engine.batcher import Batcher
 from cascade.engine.executors.plain import PlainExecutor
+from cascade.model import backbone as backbones
 from tests.conftest import sheet
 from tests.helpers.bundles import handmade, named
 from tests.helpers.domains import with_domain
@@ -126,6 +128,38 @@ def test_what_fits_nowhere_is_unknown(bundles: list[Bundle], photos: list[Image.
     assert now("dispatched_total", bundle="unknown") == before + 1
     with pytest.raises(CascadeError, match="unknown_domain"):
         engine.predict([photos[205]], on_error="raise")
+
+
+def test_the_frozen_backbones_embedding_of_what_fits_nowhere(
+    bundles: list[Bundle], photos: list[Image.Image], clothes: list[Image.Image]
+) -> None:
+    """In one pass with images that fit."""
+    engine, images = engine_of(bundles[1:]), [photos[205], clothes[205]]
+    options = Options("auto", unknown="embedding")
+    before = now("requests_total", bundle="unknown", cluster="none", outcome="ok")
+    found, known = answered(engine.predict(images, options))
+    assert now("requests_total", bundle="unknown", cluster="none", outcome="ok") == before + 1
+    assert known.bundle == "clothes" and known.labels and known.embedding is None
+    assert (found.bundle, found.version, found.cluster, found.labels, found.masks) == ("", "", -1, (), ())
+    assert (found.confidence, found.ood) == (0.0, 1.0)
+    assert found.dispatch is not None and found.dispatch.confidence == 0.0
+    assert [label.name for label in found.dispatch.likely] == ["clothes"]
+    with torch.inference_mode():
+        pixels = bundles[1].preprocessing.transform()(photos[205])
+        wanted = backbones.load("test_resnet", "random:0").model(pixels[None])[0].numpy()
+    assert found.embedding is not None
+    np.testing.assert_allclose(found.embedding, wanted, atol=1e-4)
+
+    with Batcher(engine) as batcher:
+        again, _ = answered(asyncio.run(batcher.answers(images, options, 30)))
+    assert replace(again, embedding=None) == replace(found, embedding=None)
+    as_set = replace(options, dispatch="set")
+    (alone,) = answered(engine.predict(images[:1], as_set))
+    assert alone.bundle == "", "no bundle has a majority"
+    sent = answered(engine.predict([*images, clothes[206]], as_set))
+    assert [answer.bundle for answer in sent] == ["clothes"] * 3
+    (hidden,) = answered(engine.predict(images[:1], replace(options, among=frozenset())))
+    assert hidden.dispatch is not None and hidden.dispatch.likely == ()
 
 
 def test_a_contested_image_asks_two(engine: Engine, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:

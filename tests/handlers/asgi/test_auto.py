@@ -119,4 +119,23 @@ def test_a_bundle_that_is_loaded_meanwhile_opens_to_no_other_key(
 
 def test_an_unknown_image(ask: Ask, files: dict[str, bytes]) -> None:
     Image.new("RGB", (64, 64), (255, 0, 255)).save(out := BytesIO(), "png")
-    assert error(ask("POST", "/v1/predict", content=out.getvalue())) == (422, "unknown_domain")
+    pink = out.getvalue()
+    assert error(ask("POST", "/v1/predict", content=pink)) == (422, "unknown_domain")
+    wrong = {"X-Cascade-Unknown": "label"}
+    assert error(ask("POST", "/v1/predict", content=pink, headers=wrong)) == (400, "bad_option")
+    asked = {"X-Cascade-Unknown": "embedding"}
+    answer = ask("POST", "/v1/predict", content=pink, headers=asked).raise_for_status().json()
+    assert (answer["bundle"], answer["cluster"], answer["labels"]) == ("", -1, [])
+    assert {label["name"] for label in answer["dispatch"]["likely"]} == {"photos", "clothes"}
+    raw = ask("POST", "/v1/predict", content=pink, headers=asked | {"Accept": "application/octet-stream"})
+    assert raw.headers["x-cascade-bundle"] == "" and len(raw.content) == 4 * len(answer["embedding"])
+
+    parameters, names = {"binary_data_output": True, "unknown": "embedding"}, ("bundle", "error", "embedding")
+    outs = [{"name": name} for name in names]
+    got = outputs(ask("POST", "/v2/models/auto/infer", **binary([pink], parameters=parameters, outputs=outs)))
+    assert (got["bundle"], got["error"], got["embedding"].shape) == ([""], [""], (1, len(answer["embedding"])))
+    both = [pink, files["photos"]]
+    mixed = ask("POST", "/v2/models/auto/infer", **binary(both, parameters=parameters, outputs=outs))
+    assert error(mixed) == (400, "bad_request"), "embeddings of two widths"
+    got = outputs(ask("POST", "/v2/models/auto/infer", **binary(both, parameters=parameters, outputs=outs[:2])))
+    assert got["bundle"] == ["", "photos"]
