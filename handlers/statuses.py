@@ -36,6 +36,8 @@ STATUSES: dict[str, int] = {
     "hung_up": 400,
     "no_bank": 404,
     "no_thumbnail": 404,
+    "unknown_mask": 404,
+    "other_backbone": 409,
     "index_bundle": 409,
     "index_stale": 409,
     # The caller.

@@ -360,7 +360,8 @@ def _timed(waiting: Waiting, answer: Answer | Item) -> Timed:
         identity = answer.bundle, answer.version
     else:
         identity = ("", "") if isinstance(waiting.item, OpenItem) else waiting.item.bundle.identity
-    return Timed(identity, waiting.since, waiting.waits_from, answered=not isinstance(answer, Item))
+    ood = answer.ood if isinstance(answer, Prediction) else 0.0
+    return Timed(identity, waiting.since, waiting.waits_from, answered=not isinstance(answer, Item), ood=ood)
 
 
 def _late(waiting: Waiting) -> bool:

@@ -1,15 +1,17 @@
 """The dispatch table: all bundles with a domain, in matrices that compare an image with all of them at once."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from cascade.bundle.bundle import Bundle
 from cascade.model.domain import Domain, Domains, calibrated_temperature
 from cascade.model.preprocessing import Preprocessing
+from cascade.model.reliability import reliability
 
 MOST_LARGER = 4
 """Larger input sizes that an image without a bundle's name is prepared for; where it is sent to a bundle with another
@@ -33,6 +35,23 @@ class Space:
     bundles: tuple[Bundle, ...]
     domains: Domains
     temperature: float
+
+    def reliability(self, bundle: Bundle, among: Collection[str] | None) -> dict[str, Any] | None:
+        """How often the held-out images of a bundle are dispatched to it, by confidence.
+
+        Args:
+            among: names of the bundles to choose from; None for all.
+
+        Returns:
+            None if there is no other bundle to choose.
+        """
+        allowed = [i for i, other in enumerate(self.bundles) if among is None or other.name in among]
+        if bundle.domain is None or len(allowed) < 2:
+            return None
+        scores = self.domains.scores(bundle.domain.samples.float())[:, allowed]
+        confidence, answer = (scores / self.temperature).softmax(dim=1).max(dim=1)
+        right = answer == allowed.index(self.bundles.index(bundle))
+        return reliability(confidence.cpu().numpy(), right.double().cpu().numpy())
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,18 @@ from cascade.bundle.store import Identity
 
 MOST = 20_000
 """Most versions to remember; the least recently used one is forgotten first (LRU)."""
+UNUSUAL = 0.95
 
 
 @dataclass
 class Times:
-    """Totals of one version. Seconds are summed over images; ``last`` is in seconds since 1970, 0 for never."""
+    """Totals of one version. Seconds are summed over images; ``last`` is in seconds since 1970, 0 for never.
+
+    ``unusual`` counts answers with an out-of-domain score above ``UNUSUAL``: one in twenty without drift.
+    """
 
     images: int = 0
+    unusual: int = 0
     passes: int = 0
     failures: int = 0
     seconds: float = 0.0
@@ -60,12 +65,14 @@ class Timed:
         identity: name and version of its bundle.
         since: when it arrived. waits_from: when it began to wait for this pass.
         answered: whether this pass was its last one.
+        ood: its out-of-domain score; 0 if there is none.
     """
 
     identity: Identity
     since: float
     waits_from: float
     answered: bool = True
+    ood: float = 0.0
 
 
 class Statistics:
@@ -101,6 +108,7 @@ class Statistics:
                     times.failure_seconds += took
                 else:
                     times.images += number
+                    times.unusual += sum(image.ood > UNUSUAL for image in answered)
                     times.seconds += took
                     times.last = time.time()
             while len(self._times) > MOST:

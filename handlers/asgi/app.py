@@ -1,7 +1,6 @@
 """The ASGI application: requests in, one batcher behind them, answers out. docs/http.md describes the API."""
 
 import asyncio
-import re
 from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
@@ -10,28 +9,25 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from cascade import __version__, metrics
 from cascade.bundle.format import Bundle
-from cascade.bundle.thumbnails import media_type
 from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import Registry, State
 from cascade.engine.results import DISPATCH_MODES, UNKNOWN_CHOICES, ItemError, Options
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index import Index
 from cascade.open_inference import LENGTH_HEADER
-from handlers.asgi import auto, open_inference, overview, repository, search, ui, unknown
+from handlers.asgi import auto, inside, open_inference, overview, repository, search, ui, unknown
 from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
 from handlers.requests import NOT_FINITE, OPTIONS, encode, parse, wants_bytes
 
-ROW = re.compile(r"[0-9]{1,9}")
-PICTURE = {"type": "string", "format": "binary"}
 JPEG_OR_SO = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file."}
 ERROR = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
 STATUSES: tuple[int | str, ...] = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 431, 500, 503)
@@ -73,7 +69,8 @@ def create_app(
     _protocol(app, service)
     _state(app, service)
     overview.add(app, service)
-    _pages(app, service)
+    ui.add(app)
+    inside.add(app, service)
     if index is not None:
         search.add(app, service, index, _one_body)
 
@@ -251,54 +248,6 @@ def _state(app: FastAPI, service: Service) -> None:
         if EVERY not in service.opened(request):  # its labels are the names of all bundles
             raise Refusal(FORBIDDEN)
         return Response(await asyncio.to_thread(metrics.scrape), media_type="text/plain; version=0.0.4")
-
-
-def _pages(app: FastAPI, service: Service) -> None:
-    """Pages for people: the UI, the API's documentation, and the map that the UI draws."""
-
-    @app.get("/", include_in_schema=False)
-    @app.get("/ui", include_in_schema=False)
-    async def look() -> Response:
-        return HTMLResponse(ui.page("ui.html"), headers=ui.HEADERS)
-
-    @app.get("/ui/overview.js", include_in_schema=False)
-    async def script() -> Response:
-        return Response(ui.page("overview.js"), headers=ui.HEADERS, media_type="text/javascript")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return HTMLResponse(ui.page("docs.html"), headers=ui.HEADERS)
-
-    async def find_bundle(request: Request, name: str, version: str) -> Bundle:
-        service.check(request, name)
-        bundle = await service.find(name, version)
-        if isinstance(bundle, ItemError):
-            raise Refusal(bundle)
-        return bundle
-
-    @app.get("/v1/map/{bundle}/{version}", summary="The neighbor bank in two dimensions")
-    async def flat_map(request: Request, bundle: str, version: str, mode: str | None = None) -> dict[str, Any]:
-        loaded = await find_bundle(request, bundle, version)
-        wanted = (
-            loaded.card.mode if mode in (None, "fast", "adaptive") else mode
-        )  # whose embeddings come from one network
-        bank = next((bank for name, bank in loaded.banks.items() if name == wanted), None)
-        if bank is None:
-            raise Refusal(ItemError("no_bank", "this bundle has no neighbor bank for that mode"))
-        return await asyncio.to_thread(ui.bank_map, bank) | {"thumbnails": loaded.thumbnails is not None}
-
-    @app.get(
-        "/v1/thumbnails/{bundle}/{version}/{row}",
-        summary="A picture of the neighbor bank",
-        response_class=Response,
-        responses={200: {"content": {kind: {"schema": PICTURE} for kind in ("image/webp", "image/png", "image/jpeg")}}},
-    )
-    async def thumbnail(request: Request, bundle: str, version: str, row: str) -> Response:
-        pictures = (await find_bundle(request, bundle, version)).thumbnails
-        if pictures is None or not ROW.fullmatch(row) or int(row) >= len(pictures):
-            raise Refusal(ItemError("no_thumbnail", "this bundle has no picture of that row of its neighbor bank"))
-        file = pictures[int(row)]
-        return Response(file, headers=ui.HEADERS, media_type=media_type(file))
 
 
 def _versions(states: list[State]) -> dict[str, Any]:

@@ -1,16 +1,10 @@
 "use strict";
-// The overview of all bundles, and the pictures of each as examples to try. Uses what the page's own script defines.
+// The overview of all bundles, and the pictures of each as examples to try.
 const EVERY = 3000;  // milliseconds between two looks while the overview is open
 const SHOWN = 6, EXAMPLES = 4, NAMED = 6;  // pictures on a card, examples of a bundle, classes by name
+const DRIFTS = 0.25, ENOUGH = 100;  // share of unusual images that means drift, of more than so many
 const ILLUSTRATED = 24;  // bundles with pictures: each one is a request
 let before = null, drawn = "", looking = null;
-
-const bytes = n => n < 1e6 ? `${(n / 1e3).toFixed(0)} KB` : `${(n / 1e6).toFixed(1)} MB`;
-const place = ({name, version}) => `${encodeURIComponent(name)}/${encodeURIComponent(version)}`;
-
-async function thumbnail(bundle, row) {
-  return (await call(`v1/thumbnails/${place(bundle)}/${row}`)).blob();
-}
 
 function rows(bundle, count) {  // spread over the bank, which is sorted by the data set's order
   const least = Math.min(count, bundle.pictures);
@@ -25,8 +19,15 @@ function classes({classes, number_of_classes: all}) {
 function now(bundle, seconds) {  // since the last look
   const last = before?.bundles.find(b => b.name === bundle.name && b.version === bundle.version);
   const images = bundle.images - (last?.images ?? bundle.images), took = bundle.seconds - (last?.seconds ?? 0);
-  const so_far = `${bundle.images.toLocaleString("en")} images so far, now `;
+  const so_far = `${bundle.images.toLocaleString("en")} image${bundle.images === 1 ? "" : "s"} so far, now `;
   return so_far + (images > 0 ? `${(images / seconds).toFixed(1)} a second, ${(1000 * took / images).toFixed(0)} ms each` : "idle");
+}
+
+function drift(box, {out_of_domain, unusual, images}) {  // like the alert: deploy/prometheus/alerts.yml
+  const share = images ? unusual / images : 0;
+  box.classList.toggle("drifts", share > DRIFTS && images > ENOUGH);
+  box.textContent = !out_of_domain ? "drift not known: no out-of-domain score" : !images ? "nothing to see drift by yet"
+    : `${unusual.toLocaleString("en")} of them unusual, ${percent(share)}; 5 % are normal`;
 }
 
 function card(bundle, index) {
@@ -40,17 +41,21 @@ function card(bundle, index) {
   const measured = bundle.accuracy && `${percent(value)} of held-out images right${near}`;
   const about = [measured, bytes(bundle.bytes), `${bundle.size} px`, bundle.masks > 1 && `${bundle.masks} masks`,
     !bundle.dispatched && "asked by name only"];
-  const live = element("p"), button = element("button", "Try it");
-  live.className = "live";
-  button.setAttribute("aria-label", `Try ${bundle.name} ${bundle.version}`);
-  button.onclick = () => {
-    const value = JSON.stringify([bundle.name, bundle.version]);
-    if ([...$("bundle").options].some(option => option.value === value)) $("bundle").value = value;
+  const actions = element("div", "", {className: "actions"}), own = JSON.stringify([bundle.name, bundle.version]);
+  const button = (text, label, onclick) => {
+    const made = element("button", text, {className: "action", onclick});
+    made.setAttribute("aria-label", `${label} ${bundle.name} ${bundle.version}`);
+    actions.append(made);
+  };
+  button("Try it", "Try", () => {
+    if ([...$("bundle").options].some(option => option.value === own)) $("bundle").value = own;
     view("try");
     attempt(show);
-  };
+  });
+  button("Look inside", "Look inside", () => { wanted = own; view("inside"); });
   box.append(title, ...(images.length ? [strip] : []), element("p", classes(bundle)),
-    element("p", about.filter(Boolean).join(" · ")), live, button);
+    element("p", about.filter(Boolean).join(" · ")), element("p", "", {className: "live"}),
+    element("p", "", {className: "drift"}), actions);
   return box;
 }
 
@@ -67,7 +72,7 @@ function examples(bundles) {
       strip.append(button);
       thumbnail(bundle, row).then(file => {
         button.append(picture(file, ""));
-        button.onclick = () => choose(file);
+        button.onclick = () => choose([file]);
       }, error => { button.textContent = error.message; });
     }
     return group;
@@ -90,7 +95,11 @@ async function look() {
     $("server").textContent = `${found.bundles.length + found.more} bundles over ${backbones || "no backbone"}: ` +
       `backbone ${bytes(backbone)} once, all bundles ${bytes(packed)}, weights ready to run ${bytes(materialized)}` +
       (found.more ? `; ${found.more} are not shown` : "");
-    found.bundles.forEach((bundle, i) => { $("cards").children[i].querySelector(".live").textContent = now(bundle, seconds); });
+    found.bundles.forEach((bundle, i) => {
+      const box = $("cards").children[i];
+      box.querySelector(".live").textContent = now(bundle, seconds);
+      drift(box.querySelector(".drift"), bundle);
+    });
     $("trouble").textContent = "";
     before = found;
   } catch (error) {
@@ -99,14 +108,5 @@ async function look() {
   if (!$("overview").hidden) looking = setTimeout(look, EVERY);
 }
 
-function view(name) {
-  for (const button of document.querySelectorAll("nav button")) {
-    if (button.dataset.view === name) button.setAttribute("aria-current", "page");
-    else button.removeAttribute("aria-current");
-    $(button.dataset.view).hidden = button.dataset.view !== name;
-  }
-  if (name === "overview") look();
-}
-
-for (const button of document.querySelectorAll("nav button")) button.onclick = () => view(button.dataset.view);
+views.overview = look;
 look();

@@ -47,6 +47,7 @@ def _card(service: Service, bundle: Bundle) -> dict[str, Any]:
         "pictures": 0 if bundle.thumbnails is None else len(bundle.thumbnails),
         "images": times.images,
         "failures": times.failures,
+        "unusual": times.unusual,
         "seconds": times.seconds,
         "last": times.last,
     }

@@ -27,11 +27,11 @@ def engine(bundle_path: Path) -> Engine:
 
 @pytest.fixture(scope="session")
 def store(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two good bundles, `one` and `two` (which has no thumbnails), and one with a flipped byte, `broken`."""
+    """Two good bundles, `one` and `two` (which has neither thumbnails nor map), one with a flipped byte, `broken`."""
     store = tmp_path_factory.mktemp("store")
     for name in ("one", "broken"):
         shutil.copytree(bundle_path, store / name / "1")
-    write(replace(read(bundle_path), thumbnails=None), store / "two" / "1")
+    write(replace(read(bundle_path), thumbnails=None, map=None), store / "two" / "1")
     largest = max((store / "broken" / "1").iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1

@@ -3,18 +3,20 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from cascade import Bundle, Engine, Prediction
+from cascade import Engine, Prediction
 from cascade.bundle.format import read, write
+from handlers.asgi import ui
 from tests.conftest import need
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.deferral import two_sizes
@@ -22,6 +24,7 @@ from tests.helpers.paths import DATA
 from tests.helpers.servers import CLIENT
 
 pytestmark = pytest.mark.e2e
+ARROW_RIGHT = "\ue014"  # as WebDriver writes the key
 PHOTO = DATA / "photos" / "cat-0000.png"
 
 # A file that is dragged in cannot be made from outside of the page.
@@ -55,6 +58,11 @@ LIGHTNESS = """(style => [style.backgroundColor, style.color].map(
 )(getComputedStyle(document.querySelector("#cards section")))"""
 
 
+def percent(share: float) -> str:
+    """As the page writes it."""
+    return f"{100 * share:.{1 if share < 0.1 else 0}f} %"
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     found = [shutil.which("chromium"), shutil.which("chromedriver")]
@@ -80,9 +88,12 @@ class Page:
 
     def until(self, script: str) -> Any:
         """What the script gives, once that is not null, false or empty."""
+        return self.wait(lambda: self.browser.execute_script(f"return {script}"))
+
+    def wait(self, what: Callable[[], Any]) -> Any:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.browser, 60, 0.05).until(lambda browser: browser.execute_script(f"return {script}"))
+        return WebDriverWait(self.browser, 60, 0.05).until(lambda _: what())
 
     def text(self, id: str) -> str:
         return str(self.browser.find_element("id", id).text)
@@ -95,7 +106,11 @@ class Page:
         self.browser.find_element("id", "file").send_keys(str(file))
 
     def select(self, bundle: str) -> None:
-        self.browser.find_element("xpath", f"//select[@id='bundle']/option[contains(., '{bundle}')]").click()
+        self.pick("bundle", bundle)
+
+    def pick(self, id: str, option: str) -> None:
+        """An option of a list, by its text."""
+        self.browser.find_element("xpath", f"//select[@id='{id}']/option[contains(., '{option}')]").click()
 
     def complaints(self) -> list[str]:
         """What the browser has to say of the page (but for answers that are errors)."""
@@ -243,9 +258,16 @@ def test_it_fits_the_screen_and_its_colors(browser: Any, asgi: Asgi, scheme: str
     try:
         page = Page(browser, asgi.base)
         page.until("document.querySelectorAll('#bundle option').length")
+        page.pick("second", "two")
         page.choose(PHOTO)
         page.until("document.body.dataset.shown")
         fits = "document.documentElement.scrollWidth <= innerWidth"
+        assert page.until(fits)
+        page.press("inside")
+        page.until("inside.dataset.shown")
+        assert page.until(fits)
+        page.press("improve")
+        page.until("kept.textContent")
         assert page.until(fits)
         page.press("overview")
         page.until("document.querySelectorAll('#cards section').length")
@@ -259,7 +281,13 @@ def test_it_fits_the_screen_and_its_colors(browser: Any, asgi: Asgi, scheme: str
 
 
 def test_names_are_text_and_nothing_comes_from_elsewhere(browser: Any, asgi: Asgi) -> None:
-    for path, kind in (("/", "html"), ("/ui", "html"), ("/docs", "html"), ("/ui/overview.js", "javascript")):
+    for path, kind in (
+        ("/", "html"),
+        ("/ui", "html"),
+        ("/docs", "html"),
+        ("/ui/style.css", "css"),
+        *((f"/ui/{n}", "javascript") for n in ui.FILES if n.endswith("js")),
+    ):
         answer = CLIENT.get(asgi.base + path)
         assert answer.headers["content-type"].startswith(f"text/{kind}")
         assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -272,19 +300,139 @@ def test_names_are_text_and_nothing_comes_from_elsewhere(browser: Any, asgi: Asg
     assert page.complaints() == []
 
 
-def test_map_is_the_banks(asgi: Asgi, engine: Engine) -> None:
-    bundle = engine.find("small")
-    assert isinstance(bundle, Bundle)
-    bank = bundle.banks["conditional"]
-    got = CLIENT.get(f"{asgi.base}/v1/map/one/1").raise_for_status().json()
-    assert len(got["points"]) == len(got["names"]) == len(bank.names) and got["labels"] == list(bank.labels)
-    centered = bank.embeddings.float() - bank.embeddings.float().mean(0)
-    placed = centered @ torch.tensor(got["axes"]).T
-    assert torch.allclose(placed, torch.tensor(got["points"]), atol=1e-4)
-    spread = torch.linalg.svdvals(centered)[:2]
-    assert torch.allclose(placed.norm(dim=0), spread, rtol=1e-3), "the two widest directions"
-    for path, status in (("none/1", 404), ("one/2", 404), ("one/1?mode=best", 404)):
-        assert CLIENT.get(f"{asgi.base}/v1/map/{path}").status_code == status
+def test_what_masks_switch_off(browser: Any, asgi: Asgi, bundle_path: Path) -> None:
+    """By stage and by layer, alone and against another mask; by the keyboard."""
+    bundle = read(bundle_path)
+    page = Page(browser, asgi.base)
+    page.until("before && before.bundles.length")
+    page.press("overview")
+    browser.find_element("css selector", "[aria-label='Look inside one 1']").send_keys("\n")
+    assert page.until("inside.dataset.shown") == "one"
+    card = bundle.card.masks[0]
+    off = f"switches off {percent(1 - card.density)} of {card.weights:,} weights from blocks.6 on"
+    assert off in page.text("summary")
+    stages = browser.find_elements("css selector", "#layers summary")
+    assert [stage.text.split()[0] for stage in stages] == ["blocks.6", "conv_head"]
+    assert not browser.find_element("css selector", "#layers details > div").is_displayed()
+    stages[0].send_keys("\n")
+    layers = browser.find_element("css selector", "#layers details > div").text
+    assert "0.conv_pw" in layers and "%" in layers
+    page.pick("against", "its expert-1")
+    page.until("layers.dataset.shown.includes('expert-1')")
+    differ = f"they differ in {percent(bundle.card.masks[2].differs_from_dispatcher)} of the weights"
+    assert differ in page.text("summary") and "only one 1, expert-1" in page.text("key-masks")
+    page.pick("against", "two 1")
+    page.until("layers.dataset.shown.includes('two')")
+    assert "they differ in 0.0 %" in page.text("summary"), "it is the same bundle under another name"
+    assert page.complaints() == []
+
+
+def test_map_clusters_and_confidence(browser: Any, asgi: Asgi, bundle_path: Path) -> None:
+    bundle = read(bundle_path)
+    assert bundle.map is not None
+    names, labels = bundle.banks["conditional"].names, bundle.banks["conditional"].labels
+    page = Page(browser, asgi.base)
+    page.until("before && before.bundles.length")
+    page.press("inside")
+    assert page.until("inside.dataset.shown") == "one"
+    assert "100 training images, colored by 10 labels" in browser.find_element("id", "plane").get_attribute(
+        "aria-label"
+    )
+    assert all(name in page.text("colors") for name in bundle.card.classes)
+    drawn = "new Set(plane.getContext('2d').getImageData(0, 0, 1400, 700).data).size"
+    assert page.until(drawn) > 50, "colors on the map"
+    for row in (0, 1):  # from one dot to the next, by the keyboard
+        browser.find_element("id", "plane").send_keys(ARROW_RIGHT)
+        cluster = int(bundle.map.clusters[row])
+        assert page.until(f"spot.textContent.startsWith('{labels[row]}: {names[row]}, cluster {cluster}')")
+        assert page.until("spot.querySelector('img')?.naturalWidth") == 32
+    page.pick("color", "cluster")
+    assert all(f"cluster {k}" in page.text("colors") for k in set(bundle.map.clusters.tolist()))
+    groups = browser.find_elements("css selector", "#groups h3")
+    sizes = [int((bundle.map.clusters == k).sum()) for k in range(3)]
+    assert [g.text for g in groups] == [f"cluster {k}: {n} of 100" for k, n in enumerate(sizes) if n]
+    assert page.until("[...document.querySelectorAll('#groups img')].length") == sum(min(8, n) for n in sizes)
+    sure = page.text("sure")
+    reliability = bundle.card.accuracy["reliability"]
+    assert f"{sum(reliability['labels']['counts'])} images" in sure and "of a cluster" in sure
+    assert "dispatched to it" in sure and "Not measured" not in sure
+    page.pick("looked", "two 1")
+    assert page.until("inside.dataset.shown === 'two'")
+    assert (
+        "was made without a map" in page.text("spot") and len(browser.find_elements("css selector", "#groups h3")) == 10
+    )
+    assert page.complaints() == []
+
+
+def test_two_bundles_side_by_side(browser: Any, asgi: Asgi) -> None:
+    page = Page(browser, asgi.base)
+    page.until("document.querySelectorAll('#bundle option').length")
+    page.pick("bundle", "one 1")
+    page.pick("second", "two 1")
+    page.choose(PHOTO)
+    assert page.until("document.body.dataset.shown") == "one"
+    assert page.text("verdict").startswith("Both say ")
+    one, two = page.text("side-one"), page.text("side-two")
+    assert one.startswith("one 1\n") and two.startswith("two 1\n") and "made by\ntwo 1, conditional" in two
+    assert (
+        browser.find_element("css selector", "#side-two meter")
+        .get_attribute("aria-label")
+        .startswith("more unusual than")
+    )
+    page.pick("second", "nothing")
+    page.until("document.body.dataset.shown && compared.hidden")
+    assert page.complaints() == []
+
+
+def test_several_images_are_chosen_from(browser: Any, asgi: Asgi, indexed: list[Path]) -> None:
+    page = Page(browser, asgi.base)
+    page.until("document.querySelectorAll('#bundle option').length")
+    page.browser.execute_script("bundle.selectedIndex = 1")
+    browser.find_element("id", "file").send_keys("\n".join(map(str, indexed[:3])))
+    page.until("document.body.dataset.shown")
+    first, *_, last = browser.find_elements("css selector", "#batch button")
+    assert page.until("document.querySelectorAll('#batch img').length") == 3
+    assert first.get_attribute("aria-pressed") == "true"
+    page.browser.execute_script("delete document.body.dataset.shown")
+    last.send_keys("\n")
+    assert page.until("document.body.dataset.shown") == "one" and last.get_attribute("aria-pressed") == "true"
+    label = CLIENT.post(
+        f"{asgi.base}/v1/predict", content=indexed[2].read_bytes(), headers={"X-Cascade-Bundle": "one"}
+    ).json()["labels"][0]
+    assert f"{label['name']}\n{label['score']:.2f}" in page.text("labels")
+
+
+def test_strangers_are_shown_to_admins_and_downloaded(browser: Any, asgi: Asgi, store: Path, tmp_path: Path) -> None:
+    """As an archive of a folder, which is what a training reads."""
+    page = Page(browser, asgi.base)
+    page.press("improve")
+    assert page.until("kept.textContent").startswith("Only an admin may see them")
+    lines = (f"* {sha256(key).hexdigest()} {role}\n" for key, role in ((b"mine", ""), (b"admin", "role=admin")))
+    (tmp_path / "keys").write_text("".join(lines))
+    options = ("--api-keys", str(tmp_path / "keys"), "--keep-unknown", str(tmp_path / "unknown"))
+    with serving_asgi(store, *options) as server:
+        refused = 0
+        for seed in range(3):
+            pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(out := BytesIO(), "png")
+            key = {"Authorization": "Bearer mine"}
+            refused += CLIENT.post(f"{server.base}/v1/predict", content=out.getvalue(), headers=key).status_code == 422
+        assert refused == 3, "noise fits no bundle"
+        page = Page(browser, server.base)
+        browser.find_element("id", "key").send_keys("mine\t")
+        page.press("improve")
+        assert "role=admin" in page.until("refused.textContent || kept.textContent")
+        browser.find_element("id", "key").clear()
+        browser.find_element("id", "key").send_keys("admin\t")
+        assert page.until("document.querySelectorAll('#strangers img').length") == 3
+        assert page.text("kept").startswith("3 are kept")
+        browser.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        browser.find_element("id", "download").send_keys("\n")
+        assert "cascade train" in page.until("train.textContent")
+        page.wait((tmp_path / "unknown.tar").exists)
+        with tarfile.open(tmp_path / "unknown.tar") as archive:
+            assert len(archive.getnames()) == 3 and all(name.startswith("unknown/") for name in archive.getnames())
+        assert page.complaints() == []
 
 
 def test_page_with_keys(browser: Any, store: Path, cifar: list[Image.Image], tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """/v1/overview: what is loaded, for those who may use it."""
 
 from hashlib import sha256
+from io import BytesIO
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cascade import Engine
 from handlers.asgi import overview
@@ -27,6 +30,17 @@ def test_every_loaded_bundle_has_a_card(ask: Ask, engine: Engine, files: list[by
     ask("POST", "/v1/predict", content=files[0], headers={"X-Cascade-Bundle": "ships"})
     after = ask("GET", "/v1/overview").json()["bundles"][2]
     assert after["images"] == ships["images"] + 1 and after["seconds"] > ships["seconds"]
+
+
+def test_unusual_images_are_counted(ask: Ask) -> None:
+    """By their out-of-domain score: what drift looks like."""
+    before, rose = ask("GET", "/v1/overview").json()["bundles"][2]["unusual"], 0
+    for seed in range(4):
+        pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(out := BytesIO(), "png")
+        answer = ask("POST", "/v1/predict", content=out.getvalue(), headers={"X-Cascade-Bundle": "ships"}).json()
+        rose += answer["ood"] > 0.95
+    assert rose > 0 and ask("GET", "/v1/overview").json()["bundles"][2]["unusual"] == before + rose
 
 
 def test_only_what_the_key_opens(service: Service) -> None:
