@@ -2,13 +2,17 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cascade.cli.options import Executor, ExecutorKind, Weights
 from cascade.errors import CascadeError
 from cascade.extras import library
+
+if TYPE_CHECKING:
+    from cascade.engine.engine import Engine
+    from cascade.offline.predict import Summary
 
 
 class EmbeddingKind(StrEnum):
@@ -22,7 +26,12 @@ class EmbeddingKind(StrEnum):
 def predict(
     sources: Annotated[list[str], typer.Argument(help="Images, folders, globs, .tar, .parquet, lists (.txt), URLs.")],
     out: Annotated[Path, typer.Option(help="Folder for Parquet files, or a file that ends in .parquet.")],
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("model_store/paper/1"),
+    bundle: Annotated[
+        Path, typer.Option(help="The bundle's folder; auto: each image's own, of all in --model-store.")
+    ] = Path("model_store/paper/1"),
+    model_store: Annotated[
+        str, typer.Option(help="--bundle auto: bundles, <name>/<version>: a folder or a URL.")
+    ] = "model_store",
     mode: Annotated[
         str | None, typer.Option(help="dispatcher, conditional, unconditional; or fast, adaptive, full.")
     ] = None,
@@ -46,10 +55,12 @@ def predict(
 
     [bold]cascade predict 'photos/**/*.jpg' more.tar --out predictions.parquet --report report.html[/]
 
+    [bold]cascade predict photos/ --out predictions --bundle auto --model-store model_store --embedding none[/]
+
     [bold]cascade predict s3://bucket/shards/*.tar urls.txt --out predictions --embedding float32[/]
     """
-    from cascade.engine.engine import load
-    from cascade.engine.results import Options
+    from cascade.engine.engine import Engine, load
+    from cascade.engine.results import AUTO, Options
     from cascade.offline.job import files_of, parts_folder
     from cascade.offline.predict import predict_files
     from cascade.offline.report import check, write
@@ -62,8 +73,14 @@ def predict(
     parts_folder(out)
     if report is not None:
         check(report, out)
-    engine = load(bundle, weights=weights, executor=executor.value)
-    options = Options(mode=mode, labels=labels, neighbors=neighbors)
+    auto = str(bundle) == AUTO
+    if auto and (ray or report is not None):
+        raise CascadeError("--bundle auto writes rows only, in this process: omit --ray and --report")
+    if auto:
+        engine = _with_store(Engine(weights=weights, executor=executor.value), model_store)
+    else:
+        engine = load(bundle, weights=weights, executor=executor.value)
+    options = Options(AUTO if auto else None, mode=mode, labels=labels, neighbors=neighbors)
     settings: dict[str, Any] = {"batch": batch, "threads": threads, "rows": rows, "embedding": embedding.value}
     if ray:
         from handlers.ray.batch_predict import on_ray
@@ -71,6 +88,24 @@ def predict(
         settings |= {"threads": threads or 1, "run": on_ray(bundle, weights, executor.value, workers)}
     with progress("predicting") as advance:
         summary = predict_files(engine, sources, out, options, progress=advance, **settings)
+    _show(summary, out, auto)
+    if report is not None:
+        write(summary, files_of(out), summary.trained, report)
+        typer.echo(f"report in {report}")
+
+
+def _with_store(engine: "Engine", model_store: str) -> "Engine":
+    """The engine with every valid bundle of the store; others are named in warnings."""
+    from cascade.engine.stores import load_store
+
+    for state in load_store(engine, model_store).states():
+        if state.reason:
+            typer.echo(f"warning: without {state.name}/{state.version}: {state.reason}", err=True)
+    return engine
+
+
+def _show(summary: "Summary", out: Path, auto: bool) -> None:
+    """Print the summary of a job."""
     speed = (
         f"{summary.fresh} of them now, {summary.images_per_second:.1f} images a second"
         if summary.fresh
@@ -81,10 +116,9 @@ def predict(
         typer.echo("time: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in summary.shares.items()))
     if summary.deferred is not None:
         typer.echo(f"  {100 * summary.deferred:.1f} % asked again at the larger input size")
-    for cluster, share in summary.clusters.items():
+    for name, share in summary.bundles.items() if auto else ():
+        typer.echo(f"  {100 * share:.1f} % by {name}")
+    for cluster, share in () if auto else summary.clusters.items():
         typer.echo(f"  {100 * share:.1f} % in cluster {cluster}")
     for kind, number in summary.errors.items():
         typer.echo(f"  {number} with error {kind}")
-    if report is not None:
-        write(summary, files_of(out), summary.trained, report)
-        typer.echo(f"report in {report}")

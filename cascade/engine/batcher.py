@@ -22,12 +22,12 @@ from cascade.engine import deferral, tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.dispatch import second_round
-from cascade.engine.engine import AUTO, Engine
+from cascade.engine.engine import Engine
 from cascade.engine.fair_queue import Answer, Promise, Room, Waiting
 from cascade.engine.items import AnyItem, Item, OpenItem, passes
 from cascade.engine.pixels import Source
 from cascade.engine.priorities import PriorityQueue
-from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.results import AUTO, ItemError, Options, Prediction
 from cascade.engine.statistics import Statistics, Timed
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError

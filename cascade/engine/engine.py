@@ -33,7 +33,7 @@ from cascade.engine.items import AnyItem, Item, OpenItem
 from cascade.engine.loaded import Loaded, expect_room, packed_bytes
 from cascade.engine.pins import Pin
 from cascade.engine.pixels import Source, crop_of, pixels_of
-from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.results import AUTO, ItemError, Options, Prediction
 from cascade.engine.unknown import UnknownImages
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError, OutOfMemory
@@ -42,8 +42,6 @@ from cascade.model.masks import Mask
 from cascade.model.preprocessing import LIMITS, Limits
 
 DEFAULT_BUDGET = 2**30
-AUTO = "auto"
-"""Used instead of a bundle's name: dispatch the image to the bundle that it fits best."""
 T = TypeVar("T")
 
 

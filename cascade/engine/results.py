@@ -10,6 +10,8 @@ import numpy as np
 
 from cascade.engine.tenants import Priority
 
+AUTO = "auto"
+"""Used instead of a bundle's name: dispatch the image to the bundle that it fits best."""
 DispatchMode = Literal["image", "top2", "set"]
 InputMode = Literal["fast", "adaptive", "full"]
 Unknown = Literal["error", "embedding"]

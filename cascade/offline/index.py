@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cascade import atomic
-from cascade.engine.results import ItemError, Options
+from cascade.engine.results import AUTO, ItemError, Options
 from cascade.errors import CascadeError
 from cascade.model.heads import faiss
 from cascade.offline.job import writing
@@ -107,6 +107,8 @@ def build(predictions: Path, out: Path, kind: Kind = "flat", device: str = "cpu"
     if len(made_by) != 1:
         raise CascadeError(f"{predictions} has rows of several bundles or modes: index them one by one")
     bundle, version, digest, mode = made_by.pop()
+    if bundle == AUTO:
+        raise CascadeError(f"{predictions} has rows of several bundles, whose embeddings can't be compared")
     field = pq.read_schema(files[0])
     if "embedding" not in field.names or not digest:
         raise CascadeError(f"{predictions} has no embeddings of ours: predict with --embedding float16")

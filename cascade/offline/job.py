@@ -37,8 +37,9 @@ class Job:
     Attributes:
         sources: as ``cascade.offline.sources.plan`` takes them.
         folder: base of relative sources; empty if all are absolute.
-        bundle, version, digest: the digest is ``cascade.bundle.format.digest``.
-        mode: the resolved mode.
+        bundle, version, digest: the digest is ``cascade.bundle.format.digest``. The bundle ``auto`` dispatches each
+            image; it has no version, and the digest is over all bundles.
+        mode: the resolved mode; empty if each bundle uses its own.
         dim: of the embedding.
         embedding: how embeddings are stored, if at all.
         labels, neighbors: maximum numbers.

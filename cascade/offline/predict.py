@@ -4,24 +4,25 @@ Reading, decoding (in a pool), forward passes and writing are a pipeline, in whi
 of the next. Memory is bounded by a few batches. ``table`` does the same for a few images at once.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cascade import metrics
 from cascade.cpus import cpu_count
-from cascade.engine.results import ItemError, Options
+from cascade.engine.results import AUTO, ItemError, Options
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError
 from cascade.offline.files import Held, Load, is_url
 from cascade.offline.job import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
-from cascade.offline.schema import Answer, count, deferred_share, rows_of, schema
+from cascade.offline.schema import Answer, bundle_shares, count, deferred_share, rows_of, schema
 from cascade.offline.sources import ROWS, Unit, read
 from cascade.progress import Advance
 
@@ -69,6 +70,7 @@ class Summary:
         seconds: of this run.
         trained: share of each cluster in training; empty without a router.
         deferred: share of the other images that were deferred to a larger input size; None in other modes.
+        bundles: share of each bundle among the other images, largest first.
         shares: of that time, by stage: ``forward``, ``swap``, and ``decode`` as a share of all decoding threads.
     """
 
@@ -83,6 +85,7 @@ class Summary:
     trained: tuple[float, ...]
     shares: dict[str, float]
     deferred: float | None = None
+    bundles: dict[str, float] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -107,7 +110,7 @@ def predict_files(
     An interrupted job resumes with the units that have no part yet (see ``cascade.offline.job``).
 
     Args:
-        engine: holds the bundle.
+        engine: holds the bundle; or for ``auto`` all of them, and each image is dispatched to one.
         sources: see ``cascade.offline.sources.expand``.
         out: a folder; or a file that ends in ``.parquet``, whose parts are in ``OUT.parts`` until they are joined. An
             older file is replaced at the end. Columns are those of ``cascade.offline.schema.schema``.
@@ -139,11 +142,12 @@ def predict_files(
             "decode": stages["decode"] / available / threads,
         }
         done, deferred = count(parts(folder)), deferred_share(parts(folder))
+        bundles = bundle_shares(parts(folder))
         bundle = engine.find(job.bundle, job.version)
         trained = () if isinstance(bundle, ItemError) or not bundle.card.router else tuple(bundle.card.router.shares)
         if folder != out:
             join(folder, out)
-    return Summary(job.bundle, job.version, job.mode, *done, work.rows, seconds, trained, shares, deferred)
+    return Summary(job.bundle, job.version, job.mode, *done, work.rows, seconds, trained, shares, deferred, bundles)
 
 
 def settle(
@@ -152,33 +156,51 @@ def settle(
     """Make a job, with mode and version resolved.
 
     Raises:
-        CascadeError: an unknown bundle, version or mode.
+        CascadeError: an unknown bundle, version or mode; for ``auto``, no bundle to dispatch to, or embeddings of
+            different widths.
     """
     from cascade.bundle.format import digest
     from cascade.engine.deferral import modes_of
 
-    bundle = engine.find(options.bundle, options.version)
-    if isinstance(bundle, ItemError):
-        raise CascadeError(bundle.message)
-    modes = modes_of(bundle)
-    mode = options.mode or modes[0]
-    if mode not in modes:
-        raise CascadeError(f"{bundle.name}/{bundle.version} has no mode {mode}; it has: {' '.join(modes)}")
+    if options.bundle == AUTO:
+        name, version, mode = AUTO, "", options.mode or ""
+        identity, dim = _dispatching(engine, embedding)
+    else:
+        bundle = engine.find(options.bundle, options.version)
+        if isinstance(bundle, ItemError):
+            raise CascadeError(bundle.message)
+        modes = modes_of(bundle)
+        mode = options.mode or modes[0]
+        if mode not in modes:
+            raise CascadeError(f"{bundle.name}/{bundle.version} has no mode {mode}; it has: {' '.join(modes)}")
+        (name, version), identity, dim = bundle.identity, digest(bundle), bundle.card.dim
     names = tuple(map(str, sources))
     relative = any(not is_url(name) and (not os.path.isabs(name) or name.endswith(".txt")) for name in names)
     return Job(
         sources=names,
         folder=os.getcwd() if relative else "",
-        bundle=bundle.name,
-        version=bundle.version,
-        digest=digest(bundle),
+        bundle=name,
+        version=version,
+        digest=identity,
         mode=mode,
-        dim=bundle.card.dim,
+        dim=dim,
         embedding=embedding,
         labels=options.labels,
         neighbors=options.neighbors,
         rows=rows,
     )
+
+
+def _dispatching(engine: "Engine", embedding: Embedding) -> tuple[str, int]:
+    """The digest over all bundles that images may be dispatched to, and the width of their embeddings."""
+    found = engine.dispatch_table()
+    if isinstance(found, ItemError):
+        raise CascadeError(found.message)
+    bundles = sorted((bundle.name, bundle.version, bundle.digest) for _, bundle in found.columns)
+    widths = {bundle.card.dim for _, bundle in found.columns}
+    if embedding != "none" and len(widths) > 1:
+        raise CascadeError(f"the bundles have embeddings of {len(widths)} widths: add --embedding none")
+    return hashlib.sha256(repr(bundles).encode()).hexdigest(), min(widths)
 
 
 def table(engine: "Engine", job: Job, images: Iterable[tuple[str, Load]]) -> "pa.Table":
@@ -295,4 +317,5 @@ def _ahead(items: Generator[T, None, None], name: str) -> Generator[T, None, Non
 
 
 def _options(job: Job) -> Options:
-    return Options(job.bundle, job.version, job.mode, job.embedding != "none", job.labels, job.neighbors)
+    embedding = job.embedding != "none"
+    return Options(job.bundle, job.version or None, job.mode or None, embedding, job.labels, job.neighbors)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cascade import __version__
-from cascade.engine.results import INPUT_MODES, ItemError, Prediction
+from cascade.engine.results import AUTO, INPUT_MODES, ItemError, Prediction
 from cascade.offline.job import Job
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ Answer = Prediction | ItemError
 
 
 def schema(job: Job) -> "pa.Schema":
-    """The columns in order. In a row with an error, all but ``path``, ``error`` and ``error_kind`` are null."""
+    """The columns in order. In a row with an error, all but ``path``, ``error`` and ``error_kind`` are null.
+
+    For the bundle ``auto``, ``bundle`` and ``bundle_confidence`` tell where an image was sent.
+    """
     import pyarrow as pa
 
     label = pa.struct({"name": pa.string(), "score": pa.float32()})
@@ -38,7 +41,9 @@ def schema(job: Job) -> "pa.Schema":
         "error": pa.string(),
         "error_kind": pa.string(),
     }
-    if job.mode in INPUT_MODES:
+    if job.bundle == AUTO:
+        columns["bundle_confidence"] = pa.float32()
+    if job.mode in INPUT_MODES or job.bundle == AUTO:
         columns |= {"input_size": pa.int32(), "deferred": pa.bool_()}
     if job.embedding != "none":
         number = pa.float16() if job.embedding == "float16" else pa.float32()
@@ -59,7 +64,8 @@ def rows_of(job: Job, keys: Sequence[str], answers: Sequence[Answer]) -> "pa.Tab
             rows.append(row | {"error": _text(answer.message), "error_kind": answer.kind})
         else:
             values = answer.to_json()
-            rows.append(row | values | values.get("deferral", {}))
+            sure = {} if answer.dispatch is None else {"bundle_confidence": answer.dispatch.confidence}
+            rows.append(row | values | values.get("deferral", {}) | sure)
     columns = [
         _embeddings(job, answers)
         if field.name == "embedding"
@@ -76,6 +82,16 @@ def deferred_share(paths: Iterable[Path]) -> float | None:
     tables = [pq.read_table(path, columns=["deferred"]) for path in paths if "deferred" in pq.read_schema(path).names]
     flags = [flag for table in tables for flag in table["deferred"].drop_null().to_pylist()]
     return sum(flags) / len(flags) if flags else None
+
+
+def bundle_shares(paths: Iterable[Path]) -> dict[str, float]:
+    """Share of each bundle among the answers in a job's Parquet files, largest first."""
+    import pyarrow.parquet as pq
+
+    bundles: Counter[str] = Counter()
+    for path in paths:
+        bundles.update(pq.read_table(path, columns=["bundle"])["bundle"].drop_null().to_pylist())
+    return {name: number / bundles.total() for name, number in bundles.most_common()}
 
 
 def count(paths: Iterable[Path]) -> tuple[int, dict[str, int], dict[int, float]]:

@@ -5,8 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from cascade.engine.engine import AUTO
-from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.results import AUTO, ItemError, Options, Prediction
 from cascade.open_inference import AUTO_OUTPUTS, LENGTH_HEADER
 from handlers.asgi import open_inference
 from handlers.asgi.middleware import Refusal

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from cascade.bundle.bundle import Bundle
 from cascade.engine.batcher import STOPPING, Answer, Batcher
-from cascade.engine.engine import AUTO
 from cascade.engine.registry import State
-from cascade.engine.results import ItemError, Options
+from cascade.engine.results import AUTO, ItemError, Options
 from handlers.asgi.keys import EVERY, FORBIDDEN, Caller, Keys
 from handlers.asgi.middleware import LIMITS, Limits, Refusal
 from handlers.requests import COMPRESSED, is_compressed

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cascade import CascadeError, Engine, ItemError, Options
 from cascade.bundle.format import Bundle
-from cascade.engine.engine import AUTO
+from cascade.engine.results import AUTO
 from cascade.engine.unknown import UnknownImages, origin_of, reduced
 from tests.conftest import sheet
 from tests.helpers.bundles import handmade, named
