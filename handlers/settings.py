@@ -22,6 +22,7 @@ class Settings:
         budget_bytes: of materialized masks, per engine; None for the engine's default.
         memory_bytes: of backbones and bundles, per engine; None for no limit.
         threads: of torch, per engine; None for one per CPU.
+        on_demand: of ``cascade.engine.stores.load_store``.
         pins: version by bundle name, for requests without a version.
         poll: seconds between two checks of the store; 0 for never.
         drain_timeout: seconds for the requests in progress to finish, once told to stop.
@@ -39,6 +40,7 @@ class Settings:
     memory_bytes: int | None = None
     device: str = "cpu"
     threads: int | None = None
+    on_demand: bool = False
     pins: dict[str, str] = field(default_factory=dict)
     poll: float = 10
     drain_timeout: float = 8
@@ -88,7 +90,6 @@ class AsgiSettings(BatchingSettings):
     """Settings of the ASGI front end.
 
     Attributes:
-        on_demand: of ``cascade.engine.stores.load_store``.
         grpc_port: port for gRPC in addition to HTTP; None for no gRPC.
         index: a folder made by ``cascade index build``, for /v1/search.
         keep_unknown: a folder in which images that fit no bundle are kept; None: they are not kept.
@@ -98,7 +99,6 @@ class AsgiSettings(BatchingSettings):
         keep_alive: seconds that an idle connection stays open; should exceed that of a load balancer in front.
     """
 
-    on_demand: bool = False
     grpc_port: int | None = None
     index: Path | None = None
     keep_unknown: Path | None = None
@@ -121,14 +121,12 @@ class TorchServeSettings(Settings):
     """Settings of TorchServe, where predictions need a token unless ``no_auth``.
 
     Attributes:
-        on_demand: of ``cascade.engine.stores.load_store``.
         workers: processes with a backbone each.
         startup_timeout: seconds until the workers are ready.
         token_file: where the token for predictions is written; None for a private folder.
     """
 
     log_level: str = "warning"
-    on_demand: bool = False
     workers: int = 1
     startup_timeout: float = 300
     metrics_port: int = 8082

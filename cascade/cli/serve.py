@@ -92,7 +92,7 @@ def serve(
     ] = None,
     on_demand: Annotated[
         bool | None,
-        typer.Option("--on-demand", help="asgi, torchserve: load a bundle on its first request; evict by LRU."),
+        typer.Option("--on-demand", help="Load a bundle on its first request; evict by LRU."),
     ] = None,
     grpc_port: Annotated[int | None, typer.Option(help="asgi: port for gRPC beside HTTP; the extra grpc.")] = None,
     index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,

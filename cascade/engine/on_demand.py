@@ -39,11 +39,14 @@ class OnDemandRegistry(Registry):
         recent: file with recently used names, most recent first; they are prefetched in the background after a restart.
             None: every start is cold.
         options: of ``Registry``.
+
+    Attributes:
+        crowded: whether a bundle has been evicted.
     """
 
     def __init__(self, *args: Any, recent: Path | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.recent = recent
+        self.recent, self.crowded = recent, False
         self._names: frozenset[str] = frozenset(self.engine.pins)  # in memory, or to be
         self._listing: dict[str, dict[Identity, str]] = {}  # all of the store, by name
         self._listed = 0  # bundles in it
@@ -133,6 +136,7 @@ class OnDemandRegistry(Registry):
         names = {name for name, _ in self._held if name != besides and name not in self.engine.pins}
         if not names:
             return False
+        self.crowded = True
         oldest = min(names, key=lambda name: self.engine.last_used.get(name, 0.0))
         self._names -= {oldest}
         for identity in [i for i in self._held if i[0] == oldest]:

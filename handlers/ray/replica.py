@@ -5,7 +5,6 @@ options.
 """
 
 import os
-from collections.abc import MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,17 @@ from ray.serve import Application, Deployment
 
 from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
-from cascade.engine.results import ItemError
+from cascade.engine.on_demand import OnDemandRegistry
 from cascade.engine.stores import load_store
 from cascade.logs import log_to_stderr
 from handlers.asgi.app import create_app
 from handlers.asgi.key_file import Watched
-from handlers.asgi.keys import EVERY
-from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
-from handlers.ray.middleware import App, Receive, Send, bundle_of
-from handlers.ray.multiplexing import ResidentBundles, StoreView
+from handlers.ray.middleware import App
+from handlers.ray.multiplexing import telling
 
 TARGET = 16
 """Requests in progress per replica above which Serve starts another one."""
-Scope = MutableMapping[str, Any]
 
 
 class Settings(BaseModel):
@@ -46,6 +42,7 @@ class Settings(BaseModel):
     patience: float = Field(default=0.05, ge=0)
     queue: PositiveInt = 256
     time_slice: float = Field(default=0.05, ge=0)
+    on_demand: bool = False
     api_keys: str | None = None
     hosts: list[str] | None = None
     pins: dict[str, str] = {}
@@ -69,10 +66,7 @@ class Replica:
             torch.set_num_threads(settings.threads)
         self._keys = None if settings.api_keys is None else Watched(Path(settings.api_keys))
         engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
-        store = StoreView(settings.model_store)
-        registry = load_store(engine, store, settings.pins)
-        bundles = ResidentBundles(registry, store)
-        await bundles.begin()
+        registry = load_store(engine, settings.model_store, settings.pins, on_demand=settings.on_demand)
         batching: dict[str, Any] = {
             "max_batch": settings.max_batch,
             "patience": settings.patience,
@@ -82,8 +76,9 @@ class Replica:
         self._batcher = self._stack.enter_context(Batcher(engine, **batching))
         self._stack.enter_context(registry.watching(settings.poll))
         opened = None if self._keys is None else self._keys.keys
-        self._service = Service(self._batcher, opened, registry=bundles)
-        self._application = application(create_app(self._service, hosts=settings.hosts), self._service, bundles)
+        self._service = Service(self._batcher, opened, registry=registry)
+        guard = create_app(self._service, hosts=settings.hosts)
+        self._application: App = telling(guard, registry) if isinstance(registry, OnDemandRegistry) else guard
 
     def __serve_build_asgi_app__(self) -> App:
         """Called by Serve: the application that it sends requests to."""
@@ -101,28 +96,6 @@ class Replica:
     def __del__(self) -> None:
         """Stop the batcher and the watch over the store. Serve's documented hook for the end of a replica."""
         self._stack.close()
-
-
-def application(guard: Guard, service: Service, bundles: ResidentBundles) -> App:
-    """The ASGI application, which keeps the bundle of a request in memory while it is in progress."""
-
-    async def serve_one(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await guard(scope, receive, send)
-        named = bundle_of(scope, scope["headers"])
-        name = None if named is None else named.decode(errors="replace")
-        async with bundles.using(name if _may(service, scope, name) else None):
-            await guard(scope, receive, send)
-
-    return serve_one
-
-
-def _may(service: Service, scope: Scope, name: str | None) -> bool:
-    """Whether the caller has a key for the bundle: a request without one must not evict other bundles."""
-    if service.keys is None:
-        return True
-    opened = service.keys.allowed(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
-    return not isinstance(opened, ItemError) and not opened.isdisjoint({name, EVERY})
 
 
 DEPLOYMENT: Deployment = serve.deployment(

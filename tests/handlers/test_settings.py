@@ -21,7 +21,7 @@ OURS = {
         "9",
     ],
     "torchserve": ["--metrics-port", "9", "--management-port", "9", "--token-file", "t", "--startup-timeout", "9"],
-    "ray": [],
+    "ray": ["--on-demand"],
 }
 BATCHING = ["--api-keys", "k", "--allowed-host", "a", "--max-batch", "9", "--patience", "1", "--queue", "9"]
 BATCHING += ["--time-slice", "1"]
