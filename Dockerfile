@@ -1,7 +1,7 @@
 # `cascade serve` in a container:
 #
 #     docker build -t cascade .                          for CPU
-#     docker build -t cascade --build-arg DEVICE=gpu .   for CUDA (x86-64); run it with --gpus all
+#     docker build -t cascade --build-arg DEVICE=gpu .   for CUDA (x86-64); run it with --gpus all, serves on the GPU
 #     docker run --rm -p 8080:8080 -v "$PWD/model_store:/app/model_store:ro" -v "$PWD/keys:/etc/cascade/keys:ro" cascade
 #     docker run --rm -p 127.0.0.1:8080:8080 cascade --host 0.0.0.0 --no-auth      for this machine only, without keys
 #
@@ -22,10 +22,11 @@ ARG GPU_BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${CPU_BASE} AS cpu
 
 FROM ${GPU_BASE} AS gpu
-# The distribution's Python, in whatever version it ships.
+# The distribution's Python, in whatever version it ships. Triton compiles its launcher at the first launch of a kernel.
 # hadolint ignore=DL3008
 RUN --mount=type=tmpfs,target=/var/lib/apt/lists \
-    apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv
+    apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv gcc libc6-dev python3-dev
+ENV CASCADE_SERVE_DEVICE=cuda
 
 FROM ${DEVICE}
 ARG DEVICE
@@ -41,7 +42,8 @@ RUN python3 -m venv .venv && \
 COPY . .
 RUN .venv/bin/python -u -m pip install --quiet --no-deps --no-build-isolation --editable .
 
-# The code belongs to root and the server only writes to /tmp, so `docker run --read-only --tmpfs /tmp` works.
+# The code belongs to root and the server only writes to /tmp, so `docker run --read-only --tmpfs /tmp:exec` works; `exec`
+# because Triton, on a GPU, loads the code that it has compiled from there.
 USER 10001:10001
 ENV HOME=/tmp USER=cascade PORT=8080
 EXPOSE 8080

@@ -10,6 +10,8 @@ DEVICE ?= $(firstword $(INSTALLED:.venv/.installed-%=%) cpu)
 INSTALLED := $(wildcard .venv/.installed-*)
 STAMP := .venv/.installed-$(DEVICE)
 LOCK := requirements/$(DEVICE).txt
+# Triton compiles its launcher at the first launch of a kernel.
+COMPILER := $(if $(filter gpu,$(DEVICE)),gcc libc6-dev python3-dev)
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$python && break; done)
 PIP := .venv/bin/python -u -m pip
@@ -23,7 +25,7 @@ help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 system:  ## as root: install what `make env` needs on Debian or Ubuntu
-	apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv
+	apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv $(COMPILER)
 
 env: $(STAMP)  ## .venv with everything in requirements/cpu.txt (DEVICE=gpu: requirements/gpu.txt)
 

@@ -10,35 +10,44 @@ in one process and take turns, round by round. A time covers several runs, from 
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import synthetic
-from benchmarks.report import Figure, Rows, figure, report, single
+from benchmarks.gpu_device import (
+    DEVICE,
+    Figures,
+    Ways,
+    engine_of,
+    executor_of,
+    on_gpu,
+    pictures,
+    ratios,
+    seconds,
+    wait,
+)
+from benchmarks.gpu_features import deferral, dispatch, loading
+from benchmarks.report import Rows, figure, report, single
 from benchmarks.serving.baselines import copy_of
 from benchmarks.serving.cascades import BATCH as FEW
 from benchmarks.serving.cascades import CASES, EXPERTS
 from benchmarks.serving.mixed import BATCH, HELD, uniform, zipf
 from benchmarks.serving.scale import PATIENCE, QUEUED, TENANT
-from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
-from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.executors.selection import Kind
 from cascade.engine.items import Item, stack
-from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 
-DEVICE = "cuda"
 KINDS: dict[str, Kind] = {"float32": "folded", "tf32": "tf32", "bf16": "bf16"}
 BYTES = 1 << 28
 """What a measurement of bandwidth goes through before it returns to a place: five times the cache of an H100."""
@@ -46,79 +55,33 @@ BYTES = 1 << 28
 IMAGES = 2048
 """Images of a round of the measurement scale."""
 
-Figures = dict[str, Figure]
-Ways = dict[str, Callable[[int], object]]
-
-
-def seconds(ways: Ways, rounds: int, runs: int) -> dict[str, list[float]]:
-    """Time of one run of each alternative, one value per round; alternatives take the number of the run."""
-    for run in range(3):
-        for way in ways.values():
-            way(run)
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for nth in range(rounds):
-        for name, way in ways.items():
-            wait()
-            begin = time.perf_counter()
-            for run in range(nth * runs, (nth + 1) * runs):
-                way(run)
-            wait()
-            taken[name].append((time.perf_counter() - begin) / runs)
-    return taken
-
-
-def wait() -> None:
-    """Wait until the GPU is idle."""
-    torch.cuda.synchronize()
-
-
-def ratios(a: Iterable[float], b: Iterable[float]) -> list[float]:
-    return [x / y for x, y in zip(a, b, strict=True)]
-
-
-def executor_of(backbone: Backbone, kind: Kind) -> CudaExecutor:
-    """The backbone in the GPU's executor only."""
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    executor = CudaExecutor(backbone, WeightCache(2**40), dtype, tf32=kind == "tf32")
-    backbone.release()
-    return executor
-
-
-def on_gpu(name: str) -> Backbone:
-    return backbones.load(name, "random:0", device=DEVICE)
-
-
-def pictures(backbone: Backbone, count: int) -> Tensor:
-    """Decoded images in the engine's input format, uint8 [count, 3, H, W], channels last."""
-    noise = (synthetic.noise(backbone, count).clamp(-2, 2) * 63 + 127).to(torch.uint8)
-    return noise.contiguous(memory_format=torch.channels_last)
-
-
-def engine_of(bundles: Iterable[Bundle], budget: int, kind: Kind) -> Engine:
-    engine = Engine(budget, DEVICE, executor=kind)
-    for bundle in bundles:
-        engine.add(bundle)
-    return engine
-
 
 def swap(name: str, kind: Kind, rounds: int, rows: Rows) -> Figures:
-    """One mask's weights, over a copy of as many float32; each run uses buffers that are no longer cached."""
+    """The weights of a mask, and of a 1-bit delta, over a copy of as many float32; buffers are never cached."""
     executor = executor_of(on_gpu(name), kind)
     flat, n = executor.layout, len(executor.layout.pristine)
-    mask = flat.pack(synthetic.mask(synthetic.load(name), "m", 0, 0))
+    backbone = synthetic.load(name)
+    mask = synthetic.mask(backbone, "m", 0, 0)
+    steps = {parameter: torch.full((count,), 0.01).half() for parameter, count in backbone.rows(0).items()}
+    packed = {"swap": executor.pack(mask), "delta": executor.pack(replace(mask, deltas=steps))}
     sets = max(2, -(-BYTES // (8 * n)))
     sources = [flat.pristine, *(flat.pristine.clone() for _ in range(sets - 1))]
     outs = [torch.empty_like(executor.plain) for _ in range(sets)]
     copies = [torch.empty_like(flat.pristine) for _ in range(sets)]
 
-    def fused(run: int) -> None:
+    def fused(run: int, kind: str = "swap") -> None:
         flat.pristine = sources[run % sets]
-        flat.materialize(mask, outs[run % sets])
+        flat.materialize(packed[kind], outs[run % sets])
 
-    ways: Ways = {"swap": fused, "copy": lambda run: copies[run % sets].copy_(sources[run % sets])}
+    ways: Ways = {
+        "swap": fused,
+        "delta": lambda run: fused(run, "delta"),
+        "copy": lambda run: copies[run % sets].copy_(sources[run % sets]),
+    }
     taken = seconds(ways, rounds, 20 * sets)
     width = 4 + executor.dtype.itemsize
-    moved = {"swap": width * n + n // 8 + mask.scales.nbytes, "copy": 8 * n}
+    small = n // 8 + packed["swap"].scales.nbytes
+    moved = {"swap": width * n + small, "delta": width * n + small + packed["delta"].steps.nbytes, "copy": 8 * n}
     for way, each in taken.items():
         rows.add(f"{way}, {moved[way] / 1e6:.1f} MB read and written", figure([1e6 * s for s in each]), "us")
         rows.add(f"{way}, bandwidth", figure([moved[way] / s / 1e9 for s in each]), "GB/s")
@@ -126,9 +89,10 @@ def swap(name: str, kind: Kind, rounds: int, rows: Rows) -> Figures:
         fused(0)
         wait()
     launches = [event for event in seen.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
-    share = [moved["swap"] / a / (moved["copy"] / b) for a, b in zip(taken["swap"], taken["copy"], strict=True)]
+    share = {way: [moved[way] / moved["copy"] * x for x in ratios(taken["copy"], taken[way])] for way in packed}
     return {
-        "swap_share_of_bandwidth_gpu": figure(share, ">= 0.8"),
+        "swap_share_of_bandwidth_gpu": figure(share["swap"], ">= 0.8"),
+        "delta_share_of_bandwidth_gpu": figure(share["delta"]),
         "swap_launches_gpu": single(len(launches), "<= 1"),
         "swap_over_copy_gpu": figure(ratios(taken["swap"], taken["copy"])),
     }
@@ -325,6 +289,9 @@ def main(
         "mixed_uniform": lambda: mixed_uniform(name, kind, rounds, rows),
         "identical": lambda: identical(name, kind, rounds, rows),
         "cascades": lambda: cascades(name, kind, rounds, rows),
+        "loading": lambda: loading(name, kind, rounds, rows),
+        "dispatch": lambda: dispatch(name, kind, rounds, rows),
+        "deferral": lambda: deferral(name, kind, rounds, rows),
         "scale": lambda: scale(name, kind, masks, max(3, rounds // 2), rows),
     }
     wanted = only.split(",") if only else list(measurements)

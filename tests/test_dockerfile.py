@@ -36,8 +36,18 @@ def test_runs_what_make_runs(device: str) -> None:
 
     runs = [re.sub(r"^--mount=\S+ ", "", line).replace("${DEVICE}", device) for line in instructions("RUN")]
     steps = [shlex.join(shlex.split(step)) for line in runs for step in line.split(" && ")]
-    assert len(steps) == 5
-    assert set(steps) <= made
+    ours = [step for step in steps if device == "gpu" or not step.startswith("apt-get")]  # the CPU's base has Python
+    assert len(ours) == (5 if device == "gpu" else 3)
+    assert set(ours) <= made
+    assert device == "cpu" or {"gcc", "libc6-dev", "python3-dev"} <= set(" ".join(ours).split()), "Triton compiles"
+
+
+def test_the_gpu_image_serves_on_the_gpu() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    gpu = text.partition("FROM ${GPU_BASE} AS gpu")[2].partition("\nFROM ")[0]
+    assert "ENV CASCADE_SERVE_DEVICE=cuda" in gpu.splitlines()
+    assert "CASCADE_SERVE_DEVICE" not in text.replace(gpu, "")
+    assert "--device" not in instructions("CMD")[-1], "the command line would win"
 
 
 def test_health_check_is_a_module_that_exists() -> None:

@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cascade import metrics
-from cascade.bundle.bundle import Bundle
 from cascade.engine.deferral import item_of, mode_of
 from cascade.engine.dispatch_table import DispatchTable, Space
 from cascade.engine.executors import Executor
 from cascade.engine.forward import run_stages
 from cascade.engine.frozen_answers import frozen_bundle, frozen_item
-from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels
+from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels, upload
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
 from cascade.engine.unknown import UnknownImages
 from cascade.model.domain import UNKNOWN, pooled
@@ -78,7 +78,7 @@ def _dispatch(
             embeddings.append(features)
             everywhere.append(strange)
             if any(item.options.among is not None for item in items):
-                forbidden = _forbidden(space, items).to(scores.device)
+                forbidden = upload(_forbidden(space, items), device, torch.bool)
                 scores, likelihood = (part.masked_fill(forbidden, -BEYOND) for part in (scores, likelihood))
                 strange = strange.masked_fill(forbidden, BEYOND)
             # p(bundle) = p(space) p(bundle | space); with one space, the first is 1
@@ -87,9 +87,10 @@ def _dispatch(
             strangeness.append(strange)
     best = torch.cat(chances, dim=1).softmax(dim=1).topk(min(LIKELY, len(table.columns)))
     distant = torch.cat(strangeness, dim=1).gather(1, best.indices[:, :1])
-    probable, columns, far = download([best.values, best.indices, distant])
+    nearest, spaces = torch.stack([strange.amin(dim=1) for strange in everywhere], dim=1).min(dim=1)
+    wanted = [best.values, best.indices, distant] + ([nearest, spaces, *embeddings] if keep is not None else [])
+    probable, columns, far, *more = download(wanted)
     settled: list[tuple[Item, ...] | ItemError] = []
-    plains: dict[int, Bundle] = {}
     for row, item in enumerate(items):
         likely = [(int(c), float(p)) for c, p in zip(columns[row], probable[row], strict=True)]
         if item.options.among is not None:  # callers learn nothing about bundles that they may not use
@@ -102,11 +103,11 @@ def _dispatch(
             if item.options.unknown == "embedding":
                 n = table.columns[int(columns[row, 0])][0]
                 space, labels = table.spaces[n], [Label(table.columns[c][1].name, p) for c, p in likely]
-                if n not in plains:
-                    plains[n] = frozen_bundle(space, executors[space.fingerprint], device)
-                settled[-1] = (frozen_item(plains[n], space.stage, item, item.pixels[n], trunks[n][row], labels),)
+                if n not in table.plain:
+                    table.plain[n] = frozen_bundle(space, executors[space.fingerprint], device)
+                settled[-1] = (frozen_item(table.plain[n], space.stage, item, item.pixels[n], trunks[n][row], labels),)
     if keep is not None:
-        _keep(keep, table, items, embeddings, everywhere)
+        _keep(keep, table, items, *more)
     return settled
 
 
@@ -114,19 +115,20 @@ def _keep(
     keep: UnknownImages,
     table: DispatchTable,
     items: list[OpenItem],
-    embeddings: list[Tensor],
-    strangeness: list[Tensor],
+    strangeness: np.ndarray,
+    spaces: np.ndarray,
+    *embeddings: np.ndarray,
 ) -> None:
     """Offer the images that fit no bundle at all.
 
     Args:
-        embeddings: in each space, [N, D]. strangeness: for every bundle of each space, [N, B].
+        strangeness: for the nearest bundle of any space, [N]. spaces: the space of this bundle, [N].
+        embeddings: in each space, [N, D].
     """
-    nearest, spaces = torch.stack([strange.amin(dim=1) for strange in strangeness], dim=1).min(dim=1)
-    for row, (least, n) in enumerate(zip(nearest.tolist(), spaces.tolist(), strict=True)):
+    for row, (least, n) in enumerate(zip(strangeness, spaces.astype(int), strict=True)):
         file = items[row].file
         if file is not None and least > UNKNOWN:
-            keep.offer(file, table.spaces[n], embeddings[n][row].cpu().numpy())
+            keep.offer(file, table.spaces[n], embeddings[n][row])
 
 
 def _settle(
@@ -176,8 +178,8 @@ def second_round(options: Options, answers: Sequence[Prediction | ItemError]) ->
     return replace(options, bundle=winner, dispatch="image"), others
 
 
-def _forbidden(space: Space, items: list[OpenItem]) -> Tensor:
-    """bool [N, B]: bundles that an item may not be sent to."""
+def _forbidden(space: Space, items: list[OpenItem]) -> list[list[bool]]:
+    """[N, B]: whether an item may not be sent to a bundle."""
     allowed = [item.options.among for item in items]
     of = {own: [own is not None and b.name not in own for b in space.bundles] for own in set(allowed)}
-    return torch.tensor([of[own] for own in allowed])
+    return [of[own] for own in allowed]

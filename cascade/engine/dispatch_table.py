@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -60,9 +60,11 @@ class DispatchTable:
 
     Attributes:
         spaces: their concatenated bundles are the columns of the scores.
+        plain: for spaces in which an image fitted no bundle, the frozen backbone as a bundle; made when it is needed.
     """
 
     spaces: tuple[Space, ...]
+    plain: dict[int, Bundle] = field(default_factory=dict)
 
     @cached_property
     def columns(self) -> list[tuple[int, Bundle]]:

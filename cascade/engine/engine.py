@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from cascade.engine import deferral
 from cascade.engine.dispatch import dispatch, second_round
 from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.executors import Executor
+from cascade.engine.executors.precision import DEVICE
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
 from cascade.engine.frozen_answers import completed
@@ -56,6 +58,7 @@ class Engine:
         executor: runs the backbones, see ``cascade.engine.executors``; ``auto`` is the fastest on this machine, unless
             the environment variable CASCADE_EXECUTOR overrides it.
         memory_bytes: for backbones and packed bundles together; None for no limit.
+        max_batch: most images in a pass for which the executors build what they need before the first one.
 
     Raises:
         CascadeError: there is no such device.
@@ -75,6 +78,7 @@ class Engine:
         weights: Path | None = None,
         executor: Kind = "auto",
         memory_bytes: int | None = None,
+        max_batch: int = 32,
     ) -> None:
         try:
             torch.empty(0, device=device)
@@ -82,6 +86,7 @@ class Engine:
             raise CascadeError(f"this machine has no device {device}: choose cpu, or cuda if there is a GPU") from None
         limit_threads()
         self.device, self.limits, self.weights, self.memory_bytes = device, limits, weights, memory_bytes
+        self.max_batch = max_batch
         self._kind: Any = os.environ.get("CASCADE_EXECUTOR", executor) if executor == "auto" else executor
         self.weight_cache = WeightCache(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
         self.pins: Mapping[str, Pin] = {}
@@ -94,6 +99,8 @@ class Engine:
         self._table: tuple[object, Mapping[str, Pin], DispatchTable] | None = None  # for these bundles and pins
         self._leaving: list[tuple[weakref.ref[Bundle], tuple[Mask, ...], str]] = []
         self._lock = threading.Lock()  # of passes, which take turns
+        on_gpu = torch.device(device).type == "cuda"
+        self._gpu: AbstractContextManager[Any] = DEVICE if on_gpu else nullcontext()  # taken after the lock of passes
         self._changing = threading.RLock()  # of what is loaded; taken before the other one
 
     @property
@@ -161,12 +168,11 @@ class Engine:
                 executor = self._load(bundle)
             else:
                 check(bundle, executor.backbone)
-            bundle = _packed(bundle, executor).to(self.device)
+            bundle = _packed(bundle, executor)
+            with self._gpu:
+                bundle = bundle.to(self.device)
             _until_it_fits(partial(self._fit, bundle, executor, replaces), make_room)
-            stage = bundle.card.domain.stage if bundle.card.domain else 0
-            for part in bundle.parts:
-                executor.prepare(part.masks, part.preprocessing.size, stage if part is bundle else 0)
-                self.weight_cache.owners.update(dict.fromkeys(part.masks, bundle.name))
+            _until_it_fits(partial(self._prepare_passes, bundle, executor), make_room)
             self._executors = {**self._executors, fingerprint: executor}
             if warm:
                 try:
@@ -276,7 +282,7 @@ class Engine:
         """
         metrics.BATCH_IMAGES.observe(len(items))
         metrics.QUEUE_DEPTH.inc(len(items))
-        with self._lock, torch.no_grad():
+        with self._lock, self._gpu, torch.no_grad():
             metrics.QUEUE_DEPTH.dec(len(items))
             settled = dispatch(self._executors, self.device, items, self.unknown)
             flat = [item for own in settled if not isinstance(own, ItemError) for item in own]
@@ -368,11 +374,29 @@ class Engine:
         executors = sum(executor.bytes() for executor in self._executors.values())
         return executors + packed_bytes(self._loaded, leaving, replaces)
 
+    def _prepare_passes(self, bundle: Bundle, executor: Executor) -> None:
+        """Let the executor build what the passes of either input size need. Raises OutOfMemory."""
+        stage = bundle.card.domain.stage if bundle.card.domain else 0
+        try:
+            for part in bundle.parts:
+                size, domain = part.preprocessing.size, stage if part is bundle else 0
+                executor.prepare(part.masks, size, domain, self.max_batch)
+        except BaseException as error:
+            with self._lock:
+                for part in bundle.parts:
+                    executor.forget(part.masks)
+            if isinstance(error, torch.OutOfMemoryError):
+                here = f"bundle {bundle.name}/{bundle.version}"
+                raise OutOfMemory(f"{here} does not fit into the memory of {self.device}: remove others") from error
+            raise
+        for part in bundle.parts:
+            self.weight_cache.owners.update(dict.fromkeys(part.masks, bundle.name))
+
     def _try(self, bundle: Bundle) -> None:
         """Run a first pass before the bundle becomes visible."""
         blank = crop_of(bundle.preprocessing)(Image.new("RGB", (bundle.preprocessing.size,) * 2))
         item = Item(bundle, bundle.card.mode, Options(embedding=True, labels=1, neighbors=1), blank)
-        with self._lock, torch.no_grad():
+        with self._lock, self._gpu, torch.no_grad():
             (answer,) = forward(self._executors, self.weight_cache, self.device, [item])
         numbers = [answer.confidence, answer.ood, *(label.score for label in answer.labels)]
         numbers += [neighbor.similarity for neighbor in answer.neighbors]
@@ -386,6 +410,7 @@ class Engine:
         with self._lock:
             for masks, fingerprint in gone:
                 self._executors[fingerprint].swap(None)
+                self._executors[fingerprint].forget(masks)
                 for mask in masks:
                     self.weight_cache.drop(mask)
             self._executors = {f: e for f, e in self._executors.items() if f in used}

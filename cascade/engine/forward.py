@@ -29,7 +29,7 @@ FEW = 4
 """Below this many images per mask, on average, all masks run in one pass, if the executor supports it."""
 
 CHUNK = 32
-"""Images that an executor gets at once. A larger batch only saves swaps, without more memory for activations."""
+"""Images that an executor on a CPU gets at once. A larger batch would only save swaps, and take more memory."""
 
 T = TypeVar("T")
 
@@ -172,7 +172,7 @@ def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 def run_stages(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> Tensor:
     """Run stages of the backbone under the current mask, for any number of images."""
-    if len(x) <= CHUNK:
+    if len(x) <= CHUNK or isinstance(executor, Distinct):  # which splits batches where its graphs end
         return executor.run(x, start, stop)
     return torch.cat([executor.run(part, start, stop) for part in x.split(CHUNK)])
 

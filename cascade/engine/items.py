@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,12 +158,13 @@ def stack_pixels(pixels: Sequence[Tensor], preprocessing: Preprocessing, device:
         images = batch.to(device, non_blocking=True).permute(0, 3, 1, 2)
         return normalize_on_device(images, preprocessing.mean, preprocessing.std)
     floats = [preprocessing.normalize(image.numpy()) if image.dtype == torch.uint8 else image for image in pixels]
-    return torch.stack(floats).to(device)
+    batch = torch.empty((len(floats), *floats[0].shape), pin_memory=_pinned(device))
+    return torch.stack(floats, out=batch).to(device, non_blocking=True)
 
 
-def upload(indices: Sequence[int], device: str) -> Tensor:
-    """Copy indices as int64 [N] to the device, without waiting for it."""
-    return torch.tensor(indices, dtype=torch.int64, pin_memory=_pinned(device)).to(device, non_blocking=True)
+def upload(values: Sequence[Any], device: str | torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Copy numbers, or rows of numbers, to the device, without waiting for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=_pinned(device)).to(device, non_blocking=True)
 
 
 def download(tensors: Sequence[Tensor]) -> list[np.ndarray]:
@@ -177,5 +179,5 @@ def download(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     return [part.reshape(tensor.shape) for part, tensor in zip(np.split(flat, ends[:-1]), tensors, strict=True)]
 
 
-def _pinned(device: str) -> bool:
+def _pinned(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"

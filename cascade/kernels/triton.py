@@ -62,6 +62,19 @@ def masked(bits: Tensor, weights: Tensor, table: Tensor, scales: Tensor, out: Te
         _masked[(len(table),)](bits.view(torch.int16), weights, table, scales, out, TILE=TILE, num_warps=4)
 
 
+def signed(bits: Tensor, weights: Tensor, table: Tensor, scales: Tensor, steps: Tensor, out: Tensor) -> None:
+    """Write ``W * scale + step`` into ``out`` where the bit is set and ``W * scale - step`` elsewhere: a 1-bit delta.
+
+    Args:
+        steps: float32 [rows]; the other arguments are those of ``masked``. In padding, ``out`` is undefined.
+    """
+    if not len(table):
+        return
+    with torch.cuda.device_of(out):
+        words, rows = bits.view(torch.int16), len(scales)
+        _signed[(len(table),)](words, weights, table, scales, steps, rows, out, TILE=TILE, num_warps=4)
+
+
 @triton.jit
 def _masked(bits, weights, table, scales, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = table + tl.program_id(0) * 6  # FIELDS
@@ -80,3 +93,22 @@ def _masked(bits, weights, table, scales, out, TILE: tl.constexpr):  # type: ign
     # Padding has no bit set, so no row beyond the last is read.
     scale = tl.load(scales + row + nth.to(tl.int32) * block + lane % block, mask=active != 0, other=0.0)
     tl.store(out + begin + at, (weight * scale).to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _signed(bits, weights, table, scales, steps, rows, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """See ``_masked``, whose loads these are."""
+    entry = table + tl.program_id(0) * 6  # FIELDS
+    begin = tl.multiple_of(tl.load(entry), 16)
+    size = tl.multiple_of(tl.load(entry + 1), 16) - begin
+    place, row, piece, block = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+    at = tl.arange(0, TILE)
+    lane = at % 16
+    weight = tl.load(weights + begin + at, mask=at < size, other=0.0)
+    active = (tl.load(bits + begin // 16 + at // 16, mask=at < size, other=0).to(tl.int32) >> lane) & 1
+    nth = ((place + at).to(tl.float32) + 0.5) * (1.0 / piece.to(tl.float32))
+    r = row + nth.to(tl.int32) * block + lane % block
+    real = (at < size) & (r < rows)  # padding may lie behind the last row
+    scale, step = tl.load(scales + r, mask=real, other=0.0), tl.load(steps + r, mask=real, other=0.0)
+    value = weight * scale + tl.where(active != 0, step, -step)
+    tl.store(out + begin + at, value.to(out.dtype.element_ty), mask=at < size)

@@ -6,7 +6,7 @@ so that a swap is still one pass over memory: bits and pristine weights in, mask
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -55,6 +55,12 @@ class PackedMask(Mask):
     shifts: Tensor = field(default_factory=lambda: torch.empty(0))
     steps: Tensor = field(default_factory=lambda: torch.empty(0))
     loose: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> "PackedMask":
+        """The same on another device."""
+        loose = {name: t.to(device) for name, t in self.loose.items()}
+        bits, scales, shifts, steps = (t.to(device) for t in (self.bits, self.scales, self.shifts, self.steps))
+        return replace(self, bits=bits, scales=scales, shifts=shifts, steps=steps, loose=loose)
 
     def bytes(self) -> int:
         return sum(t.nbytes for t in (self.bits, self.scales, self.shifts, self.steps, *self.loose.values()))
@@ -113,8 +119,8 @@ class WeightLayout:
         return 4 * int(self.begin[-1] - self.begin[self.first(stage)])
 
     def pack(self, mask: Mask) -> PackedMask:
-        """Convert a mask to this order; the bits in the model's order are not kept."""
-        first, device = self.first(mask.start), self.pristine.device
+        """Convert a mask to this order, on the CPU; the bits in the model's order are not kept."""
+        first = self.first(mask.start)
         scales, shifts, steps = (np.zeros(self.row[-1] - self.row[first], np.float32) for _ in range(3))
         for i, affine in enumerate(self.folded.affines(mask), first):
             rows = slice(self.row[i] - self.row[first], self.row[i] - self.row[first] + len(affine.scale))
@@ -122,11 +128,11 @@ class WeightLayout:
         return PackedMask(
             mask.name,
             mask.start,
-            self._reorder(mask).to(device),
-            scales=torch.from_numpy(scales).to(device),
-            shifts=torch.from_numpy(shifts).to(device),
-            steps=torch.from_numpy(steps if mask.deltas else steps[:0]).to(device),
-            loose={name: t.to(device) for name, t in self.folded.loosened(mask).items()},
+            self._reorder(mask),
+            scales=torch.from_numpy(scales),
+            shifts=torch.from_numpy(shifts),
+            steps=torch.from_numpy(steps if mask.deltas else steps[:0]),
+            loose=self.folded.loosened(mask),
         )
 
     def materialize(self, mask: PackedMask, out: Tensor | None = None) -> Tensor:
@@ -136,13 +142,14 @@ class WeightLayout:
         """
         pristine = self.pristine[self.begin[self.first(mask.start)] :]
         out = torch.empty_like(pristine) if out is None else out
-        if pristine.is_cuda and mask.steps.numel():  # a few passes: deltas have no fused GPU kernel yet
-            return out.copy_(self.materialize_plain(mask))
         if pristine.is_cuda:
             from cascade.kernels import triton
 
-            triton.masked(mask.bits, pristine, self.tiles(mask.start), mask.scales, out)
-            return out
+            if not mask.steps.numel():
+                triton.masked(mask.bits, pristine, self.tiles(mask.start), mask.scales, out)
+                return out
+            triton.signed(mask.bits, pristine, self.tiles(mask.start), mask.scales, mask.steps, out)
+            return out.index_fill_(0, self._padding(mask.start), 0)
         from cascade.kernels import cpu  # importing numba takes a second
 
         begin, end, rows = self._plan(mask.start)

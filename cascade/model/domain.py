@@ -122,7 +122,7 @@ def pooled(x: Tensor) -> Tensor:
     mean = (x.mean(dim=(2, 3)) if x.dim() == 4 else x.mean(dim=1)).float()
     width = mean.shape[1]
     mean = normalize(mean) * width**0.5
-    return mean if width <= MAX_WIDTH else mean @ _projection(width).to(mean.device)
+    return mean if width <= MAX_WIDTH else mean @ _projection(width, mean.device)
 
 
 def calibrated_temperature(scores: Tensor, owner: Tensor) -> float:
@@ -137,7 +137,8 @@ def calibrated_temperature(scores: Tensor, owner: Tensor) -> float:
 
 
 @cache
-def _projection(width: int) -> Tensor:
+def _projection(width: int, device: torch.device) -> Tensor:
     """Orthonormal columns [width, MAX_WIDTH], the same for every bundle."""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(width, MAX_WIDTH, generator=generator)).Q * (width / MAX_WIDTH) ** 0.5
+    columns = torch.linalg.qr(torch.randn(width, MAX_WIDTH, generator=generator)).Q * (width / MAX_WIDTH) ** 0.5
+    return columns.to(device)

@@ -122,7 +122,8 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
     keys = None if settings.api_keys is None else Watched(settings.api_keys)
     ENGINE_RESTARTS.inc(restarts)
     index = None if settings.index is None else read_index(settings.index)
-    engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
+    memory, most = settings.memory_bytes, settings.max_batch
+    engine = Engine(settings.budget_bytes, settings.device, memory_bytes=memory, max_batch=most)
     registry = load_store(
         engine, settings.model_store, settings.pins, journal=Journal(journal), on_demand=settings.on_demand
     )

@@ -65,7 +65,8 @@ class Replica:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._keys = None if settings.api_keys is None else Watched(Path(settings.api_keys))
-        engine = Engine(settings.budget_bytes, settings.device, memory_bytes=settings.memory_bytes)
+        memory, most = settings.memory_bytes, settings.max_batch
+        engine = Engine(settings.budget_bytes, settings.device, memory_bytes=memory, max_batch=most)
         registry = load_store(engine, settings.model_store, settings.pins, on_demand=settings.on_demand)
         batching: dict[str, Any] = {
             "max_batch": settings.max_batch,

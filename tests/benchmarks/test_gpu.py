@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_features
 from benchmarks.report import Rows
 from tests.helpers.gpu_on_cpu import stub
 from tests.helpers.paths import ROOT
@@ -16,7 +16,12 @@ from tests.helpers.paths import ROOT
 pytestmark = pytest.mark.slow
 
 FIGURES = {
-    "swap": {"swap_share_of_bandwidth_gpu", "swap_launches_gpu", "swap_over_copy_gpu"},
+    "swap": {
+        "swap_share_of_bandwidth_gpu",
+        "delta_share_of_bandwidth_gpu",
+        "swap_launches_gpu",
+        "swap_over_copy_gpu",
+    },
     "mixed_distinct": {"mixed_distinct_gpu", "mixed_distinct_by_swaps_gpu"},
     "identical": {"identical_over_unmasked_gpu", "identical_over_unmasked_executor_gpu"},
     "mixed_uniform": {"mixed_uniform_gpu", "mixed_uniform_over_unmasked_gpu"},
@@ -25,6 +30,9 @@ FIGURES = {
         "conditional_passes_all_gpu",
         "unconditional_passes_last_stage_gpu",
     },
+    "loading": {"load_first_seconds_gpu", "load_next_seconds_gpu"},
+    "dispatch": {"named_over_dispatched_gpu"},
+    "deferral": {"adaptive_over_full_gpu", "adaptive_over_fast_gpu"},
 }
 
 
@@ -38,7 +46,8 @@ def once(ways: gpu.Ways, rounds: int, runs: int) -> dict[str, list[float]]:
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_measurement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch.setattr)
-    monkeypatch.setattr(gpu, "seconds", once)
+    for module in (gpu, gpu_features):
+        monkeypatch.setattr(module, "seconds", once)
     figures = getattr(gpu, name)("test_resnet", "folded", 1, Rows(name))
     assert set(figures) == FIGURES[name]
     assert all(figure.value > 0 for key, figure in figures.items() if "launches" not in key)
@@ -76,7 +85,7 @@ def test_the_first_run_ends_in_time() -> None:
         w[1]: int(w[2]) for w in words if len(w) > 2 and w[0] in ("step", "pytests", "measure") and w[2].isdigit()
     }
     assert sum(limits.values()) < 9 * 60
-    default = text.partition("STEPS=${STEPS:-")[2].partition("}")[0].split()
+    default = text.partition("STEPS=${STEPS:-")[2].partition("}")[0].replace("\\", "").split()
     assert set(limits) - {"machine"} == set(default)
 
 

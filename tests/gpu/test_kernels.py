@@ -17,7 +17,7 @@ def test_a_swap_is_one_launch(dtype: torch.dtype, device: str) -> None:
     folded = Folded(backbones.load("resnet18", "random:0", device=device))
     flat = WeightLayout(folded, [shuffled(unit, 1) for unit in folded.units])
     mask = random_mask(backbones.load("resnet18", "random:0"), "m", 0, torch.Generator().manual_seed(0))
-    packed, out = flat.pack(mask), torch.empty_like(flat.pristine, dtype=dtype)
+    packed, out = flat.pack(mask).to(device), torch.empty_like(flat.pristine, dtype=dtype)
     flat.materialize(packed, out)  # compiles, and uploads the table
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:

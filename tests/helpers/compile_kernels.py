@@ -27,6 +27,8 @@ def main() -> None:
     for dtype in ("fp32", "bf16"):
         types = {"bits": "*i16", "weights": "*fp32", "table": "*i32", "scales": "*fp32", "out": f"*{dtype}"}
         found[f"swap, {dtype}"] = ptx(swap._masked, types, "bits weights table scales out", {"TILE": swap.TILE})
+        steps = "bits weights table scales steps out"
+        found[f"delta, {dtype}"] = ptx(swap._signed, {**types, "steps": "*fp32"}, steps, {"TILE": swap.TILE})
         types = {"x": f"*{dtype}", "weights": f"*{dtype}", "table": "*i64", "out": f"*{dtype}"}
         aligned = "x weights table out place rows"
         found[f"depthwise, {dtype}"] = ptx(per_image._depthwise, types, aligned, {"PIXELS": 32, "ROWS": 64})

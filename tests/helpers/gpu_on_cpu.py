@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import typer
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_device, gpu_features
 from cascade.engine import engine
 from cascade.engine.executors import cuda
 from cascade.engine.executors.cuda import CudaExecutor
@@ -23,10 +23,11 @@ def choose(backbone: Backbone, weight_cache: WeightCache, *_: Any) -> CudaExecut
 
 def stub(replace: Callable[[object, str, object], None]) -> None:
     """Put the CPU in place of the GPU; ``replace`` is ``setattr``, or that of a monkeypatch."""
-    replace(gpu, "DEVICE", "cpu")
+    for module in (gpu, gpu_device, gpu_features):
+        replace(module, "DEVICE", "cpu")
     replace(gpu, "BYTES", 1 << 20)
     replace(gpu, "IMAGES", 64)
-    replace(cuda, "PREPARED", 1)
+    replace(cuda, "BUCKETS", (1, *cuda.BUCKETS[3:]))
     replace(engine, "choose", choose)
     for name in ("synchronize", "empty_cache"):
         replace(torch.cuda, name, lambda *_: None)

@@ -33,13 +33,18 @@ class Executor(Protocol):
         """Bytes of the mask's materialized weights."""
         ...
 
-    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Build what a bundle's passes will need, concurrently with other passes.
 
         Args:
             masks: packed, the dispatcher first, then the experts. size: side of the images, pixels.
             domain: stage before which images are dispatched to bundles; 0 for no dispatch.
+            batch: most images in a pass.
         """
+        ...
+
+    def forget(self, masks: Sequence[Mask]) -> None:
+        """Free what ``prepare`` has built for these masks, unless other bundles need it. No pass may run meanwhile."""
         ...
 
     def swap(self, mask: Mask | None) -> None:

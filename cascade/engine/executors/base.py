@@ -34,8 +34,11 @@ class BaseExecutor:
         """Bytes of the mask's materialized weights."""
         return self.layout.size(mask.start)
 
-    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Do nothing: everything is built in the first pass."""
+
+    def forget(self, masks: Sequence[Mask]) -> None:
+        """Do nothing: what was built serves any mask."""
 
     def swap(self, mask: Mask | None) -> None:
         """Apply a packed mask from its first stage on; None: the plain backbone.

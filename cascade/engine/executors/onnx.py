@@ -75,7 +75,7 @@ class OnnxExecutor(BaseExecutor):
             self.place[i] = weights, int(self.layout.begin[i] - self.layout.begin[first])
             self.shift[i] = shifts, int(self.layout.row[i] - self.layout.row[first])
 
-    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Create the sessions for a bundle's masks; exporting a graph takes seconds, and passes continue meanwhile."""
         start = masks[0].start
         split = min((mask.start for mask in masks[1:]), default=start)

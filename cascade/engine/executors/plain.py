@@ -38,8 +38,11 @@ class PlainExecutor:
         channels = {n: t.float().to(device) for n, t in mask.channels.items()}
         return replace(mask, bits=mask.bits.to(device), norms=norms, channels=channels)
 
-    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+    def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Do nothing: the model is ready."""
+
+    def forget(self, masks: Sequence[Mask]) -> None:
+        """Do nothing: nothing was built."""
 
     def bytes(self) -> int:
         """Memory of the resident backbone."""

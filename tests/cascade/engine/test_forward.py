@@ -1,58 +1,20 @@
 """What a pass costs a device beside the backbone: how often the host waits for it, and how much is launched."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine import items
-from cascade.engine.executors import cuda
-from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.items import Item, stack
 from cascade.model.fusion import MODES
-from cascade.model.masks import Mask
 from cascade.model.preprocessing import normalize_on_device
 from tests.helpers.bundles import handmade, named
-
-
-class OnDevice(Tensor):
-    """Counts what would make the host wait for a GPU; everything that is computed from one is one, too."""
-
-    WAITS = (
-        *("cpu", "item", "tolist", "numpy", "nonzero", "masked_select", "unique", "equal", "allclose"),
-        *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__", "__repr__", "__format__"),
-    )
-    waits: ClassVar[list[str]] = []
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs or {})
-        name = func.__name__
-        by_list = name in ("__getitem__", "__setitem__") and isinstance(args[1], list | np.ndarray)
-        if name in cls.WAITS or by_list:
-            cls.waits.append(name)
-        return out.as_subclass(Tensor) if name == "cpu" else out
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that would launch a kernel: all but views and the allocation of memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        allocates = func.overloadpacket.__name__ in ("empty", "empty_like", "empty_strided", "new_empty", "detach")
-        if not func.is_view and not allocates:
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+from tests.helpers.on_device import Calls, Launches, waits
 
 
 def run(engine: Engine, batch: Sequence[Item]) -> list[Prediction]:
@@ -70,32 +32,6 @@ def bundles(cifar: list[Image.Image]) -> list[Bundle]:
     return [cascade, *(named(single, f"single-{i}") for i in range(20))]
 
 
-class Calls:
-    """The parts of the backbone that ran: (start, stop, images, masks), and features that act as a device's."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.runs: list[tuple[int, int | None, int]] = []
-        self.each: list[tuple[int, int | None, int, int]] = []
-        run, run_each = CudaExecutor.run, CudaExecutor.run_each
-
-        def seen(executor: CudaExecutor, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-            self.runs.append((start, stop, len(x)))
-            return run(executor, x.as_subclass(Tensor), start, stop).as_subclass(OnDevice)
-
-        def each(
-            executor: CudaExecutor, x: Tensor, masks: Sequence[Mask], start: int, stop: int | None = None
-        ) -> Tensor:
-            self.each.append((start, stop, len(x), len(set(masks))))
-            return run_each(executor, x.as_subclass(Tensor), masks, start, stop).as_subclass(OnDevice)
-
-        monkeypatch.setattr(cuda, "PREPARED", 1)
-        monkeypatch.setattr(CudaExecutor, "run", seen)
-        monkeypatch.setattr(CudaExecutor, "run_each", each)
-        monkeypatch.setattr(
-            "cascade.engine.engine.choose", lambda backbone, weight_cache, *_: CudaExecutor(backbone, weight_cache)
-        )
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return Calls(monkeypatch)
@@ -106,7 +42,7 @@ def prepared(engine: Engine, images: list[Image.Image], wishes: Sequence[Options
 
 
 def engine_of(bundles: list[Bundle]) -> Engine:
-    engine = Engine()
+    engine = Engine(max_batch=1)  # what is prepared is not of interest here
     for bundle in bundles:
         engine.add(bundle)
     return engine
@@ -117,11 +53,12 @@ def same(a: Prediction, b: Prediction) -> None:
     np.testing.assert_allclose(a.embedding, b.embedding, rtol=1e-3, atol=1e-4)
 
 
-def waits(engine: Engine, batch: list[Item]) -> int:
+def waited(engine: Engine, batch: list[Item]) -> int:
+    """How often the host waits for a device in a pass."""
     run(engine, batch)  # what is read from the device once
-    OnDevice.waits.clear()
-    run(engine, batch)
-    return len(OnDevice.waits)
+    with waits() as seen:
+        run(engine, batch)
+    return len(seen)
 
 
 @pytest.mark.parametrize("mode, expected", [("dispatcher", 1), ("conditional", 2), ("unconditional", 1)])
@@ -130,7 +67,7 @@ def test_how_often_the_host_waits(
 ) -> None:
     """Once for the answers; and for the clusters where they decide which expert runs."""
     engine = engine_of(bundles[:1])
-    assert waits(engine, prepared(engine, cifar, [Options(mode=mode, embedding=True)] * 16)) == expected
+    assert waited(engine, prepared(engine, cifar, [Options(mode=mode, embedding=True)] * 16)) == expected
 
 
 def test_many_masks_make_the_host_wait_no_more(bundles: list[Bundle], cifar: list[Image.Image], calls: Calls) -> None:
@@ -138,7 +75,7 @@ def test_many_masks_make_the_host_wait_no_more(bundles: list[Bundle], cifar: lis
     engine = engine_of(bundles)
     wishes = [Options(bundle=f"single-{i % 20}", embedding=True) for i in range(32)]
     batch = prepared(engine, cifar, wishes)
-    assert waits(engine, batch) == 1
+    assert waited(engine, batch) == 1
     with Launches() as whole:
         run(engine, batch)
     backbone = engine.executor(bundles[0])

@@ -27,10 +27,11 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_the_swap_moves_vectors(code: dict[str, str]) -> None:
     """A table that the compiler can't trust to be aligned would cost four times as many loads."""
     for dtype in ("fp32", "bf16"):
-        text = code[f"swap, {dtype}"]
-        assert text.count("ld.global.v4.b32") == 4, "four vectors of pristine weights a thread"
-        assert text.count("st.global.v4.b32") == (4 if dtype == "fp32" else 2)
-        assert "div.s32" not in text, "no division of integers"
+        for kind in ("swap", "delta"):
+            text = code[f"{kind}, {dtype}"]
+            assert text.count("ld.global.v4.b32") == 4, "four vectors of pristine weights a thread"
+            assert text.count("st.global.v4.b32") == (4 if dtype == "fp32" else 2)
+            assert "div.s32" not in text, "no division of integers"
 
 
 def test_products_run_on_tensor_cores(code: dict[str, str]) -> None:

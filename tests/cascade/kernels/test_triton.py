@@ -9,6 +9,7 @@ from cascade.kernels import triton
 from cascade.kernels.weight_layout import WeightLayout
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
+from tests.helpers.adapters import adapters
 from tests.helpers.bundles import random_mask
 from tests.helpers.networks import shuffled
 
@@ -26,13 +27,30 @@ def test_swap_equals_plain(name: str, block: int, dtype: torch.dtype, device: st
     for start in (0, 2, len(backbone.stages) - 1):
         mask = flat.pack(
             random_mask(backbones.load(name, "random:0"), "m", start, torch.Generator().manual_seed(start), True)
-        )
+        ).to(device)
         pristine = flat.pristine[flat.begin[flat.first(start)] :]
         out = torch.full_like(pristine, torch.nan, dtype=dtype)
         triton.masked(mask.bits, pristine, flat.tiles(start), mask.scales, out)
         rtol = 1e-6 if dtype == torch.float32 else 0.01  # rounded from numbers that may differ in their last bit
         torch.testing.assert_close(out, flat.materialize_plain(mask).to(dtype), rtol=rtol, atol=0)
         assert flat.tiles(start) is flat.tiles(start), "made once"
+
+
+@pytest.mark.parametrize(("block", "dtype"), [(1, torch.bfloat16), (16, torch.float32)], ids=["rows", "blocks"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_swap_of_a_delta_equals_plain(name: str, block: int, dtype: torch.dtype, device: str) -> None:
+    """Padding has bits of zero, which would mean minus; nothing is read behind the last row."""
+    backbone = backbones.load(name, "random:0", device=device)
+    folded = Folded(backbone)
+    flat = WeightLayout(folded, [shuffled(unit, block) for unit in folded.units])
+    for start in (0, 2, len(backbone.stages) - 1):
+        mask = flat.pack(adapters(backbones.load(name, "random:0"), start)["delta"]).to(device)
+        pristine = flat.pristine[flat.begin[flat.first(start)] :]
+        out = torch.full_like(pristine, torch.nan, dtype=dtype)
+        triton.signed(mask.bits, pristine, flat.tiles(start), mask.scales, mask.steps, out)
+        out.index_fill_(0, flat._padding(start), 0)
+        rtol = 1e-5 if dtype == torch.float32 else 0.01
+        torch.testing.assert_close(out, flat.materialize_plain(mask).to(dtype), rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 9, 16, 41, 147, 2047, 2048, 4608, triton.LONGEST])

@@ -39,3 +39,22 @@ def test_all_executors_agree_with_the_reference(backbone: Backbone, kind: Kind) 
                 assert (got - pristine).norm() > 1e-2 * pristine.norm(), f"{name} does something"
     executor.swap(None)
     torch.testing.assert_close(executor.run(x), pristine, rtol=1e-3, atol=1e-4 * float(pristine.abs().max()))
+
+
+def test_one_adapter_of_each_kind_in_a_batch(backbone: Backbone) -> None:
+    """On a GPU: masks and trained channels inside the products; deltas, and what is no layer's, by swaps."""
+    cache = WeightCache(2**30)
+    executor = CudaExecutor(backbone, cache)
+    start = len(backbone.stages) // 2
+    kinds = {name: mask for name, mask in adapters(backbone, start).items() if mask.start == start}
+    x = torch.randn(2 * len(kinds), *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
+    packed = [executor.pack(mask) for mask in kinds.values()]
+    swapped = [mask for mask in packed if mask.loose or mask.steps.numel()]
+    if backbone.name == "test_vit":  # only one changes no layer norm, so it has no company
+        swapped = packed
+    assert len(swapped) in (2, len(packed))
+    got = executor.run_each(executor.run(x, 0, start), packed * 2, start)
+    assert cache.misses == len(swapped)
+    for row, mask in enumerate([*kinds.values()] * 2):
+        want = reference(backbone, mask, x[row : row + 1])[0]
+        assert float((got[row] - want).norm() / want.norm()) < 1e-4, [*kinds][row % len(kinds)]

@@ -1,5 +1,7 @@
 """The executor for GPUs, on a CPU: without kernels, and with graphs that are tapes. On the real device: tests/gpu."""
 
+import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -202,7 +204,6 @@ def test_old_graphs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_prepared_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pass of a bundle that was prepared captures anything; and one beside a pass changes nothing of it."""
-    monkeypatch.setattr(cuda, "PREPARED", 4)
     backbone = calibrated("test_resnet")
     executor = CudaExecutor(backbone, WeightCache(0))
     dispatcher, *experts = (executor.pack(mask) for mask in masks_of(backbone, 1, 3, 3))
@@ -210,7 +211,7 @@ def test_what_is_prepared_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> N
     trunk = executor.run(x, 0, 1)
     executor.swap(dispatcher)
     want = executor.run(trunk, 1, 3)
-    executor.prepare([dispatcher, *experts], 64)
+    executor.prepare([dispatcher, *experts], 64, batch=4)
     graphs = list(executor._graphs)
     assert sorted({key[1:3] for key in graphs}, key=str) == [(0, 1), (1, 3), (3, None)]
     assert executor.run(trunk, 1, 3).equal(want), "the mask in place is still the one in place"
@@ -225,9 +226,54 @@ def test_what_is_prepared_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> N
         if count > 1:
             executor.run_each(trunk, [dispatcher] * (count - 1) + [executor.pack(masks_of(backbone, 1)[0])], 1, 3)
             executor.run_each(middle, experts[:1] * (count - 1) + experts[1:], 3)
-    assert set(executor._graphs) == set(graphs)
+    executor.run(images(backbone, 9), 0, 1)
+    assert set(executor._graphs) == set(graphs), "larger batches are split"
     monkeypatch.setattr(cuda, "Graph", lambda *_: pytest.fail("it was prepared already"))
-    executor.prepare([dispatcher, *experts], 64)
+    executor.prepare([dispatcher, *experts], 64, batch=4)
+
+
+def test_graphs_leave_with_the_last_bundle_that_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others' graphs stay, those that two shapes share among them; and no other graph takes a prepared one's place."""
+    monkeypatch.setattr(cuda, "GRAPHS", 1)
+    backbone = calibrated("test_resnet")
+    executor = CudaExecutor(backbone, WeightCache(0))
+    a, b, late = (executor.pack(mask) for mask in masks_of(backbone, 1, 1, 3))
+    executor.prepare([a], 64, batch=1)
+    first = set(executor._graphs)
+    executor.prepare([b], 64, batch=1)
+    assert set(executor._graphs) == first
+    executor.prepare([late], 64, domain=1, batch=1)
+    for size in (32, 48):
+        executor.run(images(backbone, 1)[:, :, :size, :size])
+    assert len(executor._graphs) == len(first) + 3 + 1, "the trunk up to stage 1 is shared"
+    executor.forget([a])
+    assert first < set(executor._graphs)
+    executor.forget([b, late])
+    assert [key[-1] for key in executor._graphs] == [(3, 48, 48)]
+    executor.prepare([a], 64, batch=1)
+    assert first < set(executor._graphs)
+
+
+def test_passes_run_while_graphs_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One capture at a time, but a pass that waits has its turn before the next one."""
+
+    class Slow(Graph):
+        def __init__(self, *arguments: Any) -> None:
+            time.sleep(0.02)
+            super().__init__(*arguments)
+
+    backbone = calibrated("test_resnet")
+    executor = CudaExecutor(backbone, WeightCache(0))
+    mask, x = executor.pack(masks_of(backbone, 1)[0]), images(backbone, 1)[:, :, :32, :32]
+    executor.run(x)
+    monkeypatch.setattr(cuda, "Graph", Slow)
+    loader = threading.Thread(target=executor.prepare, args=([mask], 32))
+    loader.start()
+    passes = 0
+    while loader.is_alive():
+        executor.run(x)
+        passes += loader.is_alive()
+    assert len(executor._graphs) > 15 and passes > 5
 
 
 def test_wrong_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
