@@ -1,20 +1,18 @@
 """HTML reports and tables of a job's results. A page is one file that loads nothing; its pictures are small JPEGs."""
 
 import base64
-import heapq
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from cascade.atomic import write_bytes, write_text
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError, decode
 from cascade.offline.job import writing
+from cascade.offline.sample import ALIKE as THRESHOLD
+from cascade.offline.sample import PICTURES, Sample, near_duplicates, outliers, project_2d, sample
 from cascade.offline.sources import again
 
 if TYPE_CHECKING:
@@ -22,32 +20,12 @@ if TYPE_CHECKING:
 
     from cascade.offline.predict import Summary
 
-PICTURES, SIDE = 12, 96  # of a cluster; pixels of the longer side
-POINTS = 2000  # of the map
+SIDE = 96  # pixels of the longer side of a picture
 CLUSTERS = 64  # with a contact sheet, the largest ones
 GROUPS = 200  # of duplicates, and outliers, with pictures
-EXAMPLES = 5  # paths of each kind of error
+ALIKE, FAR = 12, 24  # groups of near-duplicates, and outliers, of a job's report
 PLOT = 640  # pixels of the map's side
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#117733", "#332288")
-
-
-@dataclass
-class Sample:
-    """A random draw from a job's rows.
-
-    Attributes:
-        rows: number of all rows. clusters: number of rows of each cluster.
-        paths: up to PICTURES paths of each cluster.
-        examples: the first few paths of each kind of error.
-        points: up to POINTS embeddings, float32 [n, dim]; None if none are stored. of: their path and cluster.
-    """
-
-    rows: int = 0
-    clusters: Counter[int] = field(default_factory=Counter)
-    paths: dict[int, list[str]] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    points: np.ndarray | None = None
-    of: list[tuple[str, int]] = field(default_factory=list)
 
 
 def write(summary: "Summary", predictions: Iterable[Path], trained: Sequence[float], path: Path) -> None:
@@ -65,6 +43,8 @@ def write(summary: "Summary", predictions: Iterable[Path], trained: Sequence[flo
         (k, drawn.clusters[k], summary.clusters.get(k, 0.0), trained[k] if k < len(trained) else None)
         for k in sorted({*drawn.clusters, *range(len(trained))})
     ]
+    alike, far = _alike(drawn), _far(drawn)
+    shown = [*drawn.paths.values(), *(captions for _, captions in alike), far]
     render(
         path,
         "report.html",
@@ -74,12 +54,15 @@ def write(summary: "Summary", predictions: Iterable[Path], trained: Sequence[flo
         errors=[(kind, n, drawn.examples.get(kind, [])) for kind, n in summary.errors.items()],
         points=_points(drawn),
         plot=PLOT,
+        threshold=THRESHOLD,
+        alike=alike,
+        far=far,
         colors={k: COLORS[k % len(COLORS)] for k in sorted(drawn.clusters)},
         sheets=[
             (f"Cluster {k}: {n} images", {name: Path(name).name for name in drawn.paths[k]})
             for k, n in drawn.clusters.most_common(CLUSTERS)
         ],
-        pictures=thumbnails(name for names in drawn.paths.values() for name in names),
+        pictures=thumbnails(dict.fromkeys(name for names in shown for name in names)),
     )
 
 
@@ -106,63 +89,6 @@ def thumbnails(paths: Iterable[str]) -> dict[str, str]:
         picture.save(out := io.BytesIO(), "jpeg", quality=80)
         urls[path] = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
     return urls
-
-
-def sample(predictions: Iterable[Path], seed: int = 0) -> Sample:
-    """Sample uniformly from the rows of Parquet files, in one pass and bounded memory.
-
-    Each row gets a random number, and the rows with the smallest are kept.
-    """
-    import pyarrow.parquet as pq
-
-    random, drawn = np.random.default_rng(seed), Sample()
-    paths: dict[int, list[tuple[float, str]]] = {}
-    points: list[tuple[float, str, int, np.ndarray]] = []
-    for path in predictions:
-        with pq.ParquetFile(path) as file:
-            embedded = "embedding" in file.schema_arrow.names
-            columns = ["path", "cluster", "error_kind", *(["embedding"] if embedded else [])]
-            for batch in file.iter_batches(1024, columns=columns):
-                draws = random.random(batch.num_rows)
-                drawn.rows += batch.num_rows
-                names, kinds = batch.column("path").to_pylist(), batch.column("error_kind").to_pylist()
-                for row, cluster in enumerate(batch.column("cluster").to_pylist()):
-                    if cluster is None:
-                        examples = drawn.examples.setdefault(kinds[row], [])
-                        examples += [names[row]][: EXAMPLES - len(examples)]
-                        continue
-                    drawn.clusters[cluster] += 1
-                    _keep_smallest(paths.setdefault(cluster, []), (draws[row], names[row]), PICTURES)
-                    if embedded and (len(points) < POINTS or draws[row] < -points[0][0]):
-                        vector = np.array(batch.column("embedding")[row].as_py(), np.float32)
-                        _keep_smallest(points, (draws[row], names[row], cluster, vector), POINTS)
-    drawn.paths = {cluster: [row[1] for row in sorted(rows, reverse=True)] for cluster, rows in paths.items()}
-    if points:
-        points.sort(key=lambda point: -point[0])
-        drawn.points = np.stack([vector for *_, vector in points])
-        drawn.of = [(name, cluster) for _, name, cluster, _ in points]
-    return drawn
-
-
-def _keep_smallest(heap: list[Any], row: tuple[Any, ...], most: int) -> None:
-    """Add a row, whose first number is its draw, and drop the one with the largest draw beyond ``most`` rows."""
-    entry = (-row[0], *row[1:])  # heapq keeps the smallest entry, the largest draw, at the front
-    if len(heap) < most:
-        heapq.heappush(heap, entry)
-    else:
-        heapq.heappushpop(heap, entry)
-
-
-def project_2d(points: np.ndarray) -> np.ndarray:
-    """Project L2-normalized embeddings [n, dim] on two principal components: [n, 2], each in [0, 1]."""
-    unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    centered = unit - unit.mean(0)
-    _, axes = np.linalg.eigh(centered.T @ centered)  # in order of ascending variance
-    components = centered @ axes[:, : -min(3, axes.shape[1] + 1) : -1]
-    components = np.pad(components, ((0, 0), (0, 2 - components.shape[1])))
-    span = np.maximum(np.ptp(components, axis=0), 1e-12)
-    scaled: np.ndarray = (components - components.min(0)) / span
-    return scaled
 
 
 def write_table(found: "pa.Table", path: Path) -> None:
@@ -237,3 +163,20 @@ def _points(drawn: Sample) -> list[tuple[float, float, str, int]]:
         return []
     places = PLOT * (0.02 + 0.96 * project_2d(drawn.points))
     return [(x, PLOT - y, path, k) for (x, y), (path, k) in zip(places.tolist(), drawn.of, strict=True)]
+
+
+def _alike(drawn: Sample) -> list[tuple[str, dict[str, str]]]:
+    """The largest groups of near-duplicates in the sample: heading, and captions by path."""
+    if drawn.points is None:
+        return []
+    groups = near_duplicates(drawn.points)[:ALIKE]
+    paths = [[drawn.of[row][0] for row in group] for group in groups]
+    return [(f"{len(own)} images", {path: Path(path).name for path in own[:PICTURES]}) for own in paths]
+
+
+def _far(drawn: Sample) -> dict[str, str]:
+    """Captions of the sample's outliers by path, the farthest first."""
+    if drawn.points is None or len(drawn.points) < 2:
+        return {}
+    named = ((drawn.of[row][0], distance) for row, distance in outliers(drawn.points, FAR))
+    return {path: f"{distance:.3f} {Path(path).name}" for path, distance in named}

@@ -32,7 +32,7 @@ async function download() {  // with the key, which a link could not send
     const link = element("a", "", {href: URL.createObjectURL(file), download: "unknown.tar"});
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-    $("train").textContent = "tar -xf unknown.tar\ncascade train unknown --out model_store/new/1";
+    $("train").textContent = "tar -xf unknown.tar\ncascade train --from-unknown unknown --out model_store/new/1";
     $("train").hidden = false;
   } catch (error) { $("refused").textContent = error.message; }
 }

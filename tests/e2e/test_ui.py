@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,9 @@ from PIL import Image
 
 from cascade import Engine, Prediction
 from cascade.bundle.format import read, write
+from cascade.offline import report
+from cascade.offline.job import files_of
+from cascade.offline.predict import predict_files
 from handlers.asgi import ui
 from tests.conftest import need
 from tests.helpers.asgi_server import Asgi, serving_asgi
@@ -77,6 +81,22 @@ def browser() -> Iterator[Any]:
     driver = webdriver.Chrome(options, webdriver.ChromeService(str(found[1])))
     yield driver
     driver.quit()
+
+
+@contextmanager
+def screen(browser: Any, scheme: str, width: int) -> Iterator[None]:
+    """A light or a dark screen of a certain width in px."""
+    browser.set_window_size(width, 900)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        browser.set_window_size(1180, 900)
 
 
 class Page:
@@ -250,12 +270,7 @@ def test_an_example_is_answered(browser: Any, asgi: Asgi) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1180])
 def test_it_fits_the_screen_and_its_colors(browser: Any, asgi: Asgi, scheme: str, width: int) -> None:
-    browser.set_window_size(width, 900)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    try:
+    with screen(browser, scheme, width):
         page = Page(browser, asgi.base)
         page.until("document.querySelectorAll('#bundle option').length")
         page.pick("second", "two")
@@ -274,10 +289,25 @@ def test_it_fits_the_screen_and_its_colors(browser: Any, asgi: Asgi, scheme: str
         assert page.until(fits)
         back, ink = page.until(LIGHTNESS)
         assert (back > 0.9 and ink < 0.3) if scheme == "light" else (back < 0.2 and ink > 0.8)
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-        browser.set_window_size(1180, 900)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_of_a_batch_job_looks_like_it(
+    browser: Any, engine: Engine, indexed: list[Path], tmp_path: Path, scheme: str
+) -> None:
+    """On a phone, with all its pictures."""
+    (tmp_path / "no.png").write_bytes(b"no image")
+    summary = predict_files(engine, [*indexed, tmp_path / "no.png"], tmp_path / "out", embedding="float16")
+    report.write(summary, files_of(tmp_path / "out"), summary.trained, tmp_path / "report.html")
+    with screen(browser, scheme, 390):
+        browser.get((tmp_path / "report.html").as_uri())
+        back, ink = browser.execute_script("return " + LIGHTNESS.replace("#cards section", "main section"))
+        assert (back > 0.9 and ink < 0.3) if scheme == "light" else (back < 0.2 and ink > 0.8)
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        headings = [heading.text for heading in browser.find_elements("css selector", "h2")]
+        assert {"Clusters", "Errors", "Embedding map", "Near-duplicates", "Outliers"} <= {*headings}
+        shown = "return [...document.images].filter(i => i.complete && i.naturalWidth && i.alt).length"
+        assert browser.execute_script(shown) >= 2 * len(indexed), "in its contact sheet, and as an outlier"
 
 
 def test_names_are_text_and_nothing_comes_from_elsewhere(browser: Any, asgi: Asgi) -> None:

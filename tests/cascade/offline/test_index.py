@@ -22,8 +22,9 @@ from cascade.offline import index as indices
 from cascade.offline.index import Index, Kind, build, duplicates, outliers, read, search, unit
 from cascade.offline.job import files_of
 from cascade.offline.predict import Summary, predict_files
-from cascade.offline.report import project_2d, sample
+from cascade.offline.report import ALIKE, FAR
 from cascade.offline.report import write as write_report
+from cascade.offline.sample import project_2d, sample
 from tests.helpers.bundles import handmade
 
 
@@ -231,7 +232,7 @@ def test_report_of_a_job(predicted: tuple[Path, Summary], tmp_path: Path) -> Non
     assert "not_an_image" in page.text and "bad <b>.png" in page.text
     assert page.tags.count("circle") == 124
     clusters = len(summary.clusters)
-    assert 12 < page.pictures <= 12 * clusters
+    assert 12 + FAR < page.pictures <= 12 * (clusters + ALIKE) + FAR
     for k, share in summary.clusters.items():
         assert f"Cluster {k}: {round(share * 124)} images" in page.text
         assert f"{100 * share:.1f} %" in page.text
@@ -252,7 +253,7 @@ def test_report_by_the_command(bundle: Path, photos: Path, tmp_path: Path) -> No
 
 
 def test_a_sample_is_bounded_and_fair(predicted: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cascade.offline.report.POINTS", 20)
+    monkeypatch.setattr("cascade.offline.sample.POINTS", 20)
     drawn = [sample(files_of(predicted[0]), seed) for seed in range(30)]
     assert all(each.points is not None and each.points.shape == (20, 8) for each in drawn)
     assert all(len(paths) <= 12 for each in drawn for paths in each.paths.values())
