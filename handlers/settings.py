@@ -24,7 +24,7 @@ class Settings:
         threads: of torch, per engine; None for one per CPU.
         on_demand: of ``cascade.engine.stores.load_store``.
         pins: version by bundle name, for requests without a version.
-        poll: seconds between two checks of the store; 0 for never.
+        poll: seconds between two checks of the store, and of the index; 0 for never.
         drain_timeout: seconds for the requests in progress to finish, once told to stop.
         log_level: debug, info (a line per request), warning or error.
 

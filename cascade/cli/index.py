@@ -1,4 +1,4 @@
-"""``cascade index build | search | duplicates | outliers``."""
+"""``cascade index build | add | remove | search | duplicates | outliers``."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cascade.cli.options import Weights
-from cascade.errors import printable
+from cascade.errors import CascadeError, printable
 
 
 class IndexKind(StrEnum):
@@ -25,9 +25,17 @@ class Placed(StrEnum):
     cuda = "cuda"
 
 
-index = typer.Typer(help="Search predicted images: build, search, duplicates, outliers.", no_args_is_help=True)
+index = typer.Typer(
+    help="Search predicted images: build, add, remove, search, duplicates, outliers.", no_args_is_help=True
+)
 IndexPath = Annotated[Path, typer.Argument(help="Folder that cascade index build wrote.")]
 Device = Annotated[Placed, typer.Option(help="Device of FAISS; cuda needs the extra gpu.")]
+Bundle = Annotated[Path, typer.Option(help="The bundle that made the index.")]
+Metadata = Annotated[
+    Path | None, typer.Option(help="More columns for filters and answers: .csv or .parquet with a column path.")
+]
+Where = Annotated[list[str] | None, typer.Option(help="Condition such as price<10; repeat it for several.")]
+BUNDLE = Path("model_store/paper/1")
 Pages = Annotated[Path | None, typer.Option("--html", help="HTML page to write, with the pictures.")]
 
 
@@ -38,21 +46,71 @@ def index_build(
     kind: Annotated[IndexKind, typer.Option(help="flat is exact; ivf and hnsw are faster for many rows.")] = (
         IndexKind.flat
     ),
+    metadata: Metadata = None,
     device: Device = Placed.cpu,
 ) -> None:
     """Index the embeddings: [bold]cascade index build predictions --out photos.index[/]"""
     from cascade.offline.index import build
 
-    about = build(predictions, out, kind.value, device.value)
+    about = build(predictions, out, kind.value, device.value, metadata)
     typer.echo(f"{about.rows} rows in {out}, {about.kind}, {about.dim} numbers each")
+
+
+@index.command("add")
+def index_add(
+    folder: IndexPath,
+    images: Annotated[list[str] | None, typer.Argument(help="Images, as for cascade predict.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Instead of images: output of cascade predict, with embeddings.")
+    ] = None,
+    metadata: Metadata = None,
+    bundle: Bundle = BUNDLE,
+    weights: Weights = None,
+) -> None:
+    """Add images: [bold]cascade index add photos.index new/[/]
+
+    A path that the index already has is replaced. A server with this index uses the new rows within seconds.
+    """
+    from cascade.engine.engine import load
+    from cascade.offline.index import add, add_images
+    from cascade.progress import progress
+
+    if (images is None) == (predictions is None):
+        raise CascadeError("name images, or --predictions, but not both")
+    if predictions is not None:
+        change = add(folder, predictions, metadata)
+    else:
+        engine = load(bundle, weights=weights)
+        with progress("predicting") as advance:
+            change = add_images(folder, engine, images or [], metadata, advance)
+    typer.echo(f"{change.added} rows added, {change.removed} replaced, {change.about.rows} in {folder}")
+
+
+@index.command("remove")
+def index_remove(
+    folder: IndexPath,
+    ids: Annotated[list[int] | None, typer.Argument(help="Ids, as cascade index search shows them.")] = None,
+    where: Where = None,
+) -> None:
+    """Remove images: [bold]cascade index remove photos.index 17 18[/]
+
+    [bold]cascade index remove photos.index --where 'path~holiday/'[/]
+    """
+    from cascade.offline.index import remove
+
+    if (ids is None) == (where is None):
+        raise CascadeError("name ids, or --where, but not both")
+    change = remove(folder, ids or (), where or ())
+    typer.echo(f"{change.removed} rows removed, {change.about.rows} in {folder}")
 
 
 @index.command("search")
 def index_search(
     folder: IndexPath,
     images: Annotated[list[Path], typer.Argument(help="Images to search for.")],
-    bundle: Annotated[Path, typer.Option(help="The bundle that made the index.")] = Path("model_store/paper/1"),
+    bundle: Bundle = BUNDLE,
     k: Annotated[int, typer.Option("-k", help="Results for each image.", min=1)] = 10,
+    where: Where = None,
     device: Device = Placed.cpu,
     weights: Weights = None,
 ) -> None:
@@ -61,16 +119,22 @@ def index_search(
     from cascade.engine.results import ItemError
     from cascade.offline.index import read, search
 
+    if where and device is not Placed.cpu:
+        raise CascadeError("--where searches on the CPU: omit --device")
     found = read(folder, device.value)
+    among = found.matching(where or ())
     failed = False
-    for image, results in zip(images, search(found, load(bundle, weights=weights), images, k), strict=True):
+    answers = search(found, load(bundle, weights=weights), images, k, among)
+    for image, results in zip(images, answers, strict=True):
         if isinstance(results, ItemError):
             typer.echo(f"error: {image}: {results.message}", err=True)
             failed = True
             continue
         typer.echo(str(image))
         for each in results:
-            typer.echo(f"  {each['similarity']:.3f}  {printable(each['path'])}")
+            more = {"label": each["label"]} | each["metadata"]
+            texts = [each["path"], *(f"{name}={value}" for name, value in more.items() if value is not None)]
+            typer.echo(f"  {each['similarity']:.3f}  {each['id']}  {printable('  '.join(texts))}")
     if failed:
         raise typer.Exit(1)
 

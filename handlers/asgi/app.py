@@ -20,7 +20,7 @@ from cascade.engine.batcher import STOPPING
 from cascade.engine.registry import Registry, State
 from cascade.engine.results import DISPATCH_MODES, UNKNOWN_CHOICES, ItemError, Options
 from cascade.engine.tenants import PRIORITIES
-from cascade.offline.index import Index
+from cascade.offline.index.live import LiveIndex
 from cascade.open_inference import LENGTH_HEADER
 from handlers.asgi import auto, inside, open_inference, overview, repository, search, ui, unknown
 from handlers.asgi.keys import EVERY, FORBIDDEN
@@ -47,7 +47,7 @@ ATTEMPTS = 2  # for a request without a version, if its version is removed meanw
 
 def create_app(
     service: Service,
-    index: Index | None = None,
+    index: LiveIndex | None = None,
     hosts: Collection[str] | None = None,
     registry: Registry | None = None,
 ) -> Guard:

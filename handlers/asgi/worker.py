@@ -31,7 +31,7 @@ from cascade.engine.unknown import UnknownImages
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident
-from cascade.offline.index import read as read_index
+from cascade.offline.index.live import LiveIndex
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
 from handlers.asgi.key_file import Watched
@@ -121,7 +121,7 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     keys = None if settings.api_keys is None else Watched(settings.api_keys)
     ENGINE_RESTARTS.inc(restarts)
-    index = None if settings.index is None else read_index(settings.index)
+    index = None if settings.index is None else LiveIndex(settings.index)
     memory, most = settings.memory_bytes, settings.max_batch
     engine = Engine(settings.budget_bytes, settings.device, memory_bytes=memory, max_batch=most)
     registry = load_store(
@@ -143,6 +143,8 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
             )
         )
         stack.enter_context(registry.watching(settings.poll))
+        if index is not None:
+            stack.enter_context(index.watching(settings.poll))
         service = Service(batcher, None if keys is None else keys.keys, registry=registry)
         guard = create_app(service, index, settings.hosts, registry)
         config = uvicorn.Config(

@@ -18,10 +18,11 @@ from PIL import Image
 from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from cascade import Client, Engine, ItemError, Options, Prediction
+from cascade import Client, Engine, ItemError, Options, Prediction, load
 from cascade.bundle.format import write
 from cascade.client import ClientError
 from cascade.engine.results import Deferral
+from cascade.offline.index import add_images, remove
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.deferral import two_sizes
@@ -188,6 +189,23 @@ def test_search(asgi: Asgi, indexed: list[Path]) -> None:
         (photo.read_bytes(), {"k": 1000}, (400, "bad_option")),
     ):
         assert error(CLIENT.post(f"{asgi.base}/v1/search", params=params, content=body)) == want
+
+
+def test_the_server_uses_a_changed_index(
+    asgi: Asgi, store: Path, index: Path, cifar: list[Image.Image], tmp_path: Path
+) -> None:
+    """Without a restart, within seconds."""
+    cifar[50].save(new := tmp_path / "new.png")
+
+    def nearest() -> str:
+        found = CLIENT.post(f"{asgi.base}/v1/search", params={"k": 1}, content=new.read_bytes()).raise_for_status()
+        return str(found.json()["results"][0]["path"])
+
+    assert nearest() != str(new)
+    change = add_images(index, load(store / "one" / "1"), [new])
+    until(lambda: nearest() == str(new), 60)
+    remove(index, [change.about.next_id - 1])
+    until(lambda: nearest() != str(new), 60)
 
 
 def test_keys_over_http(store: Path, photos: list[bytes], cifar: list[Image.Image], tmp_path: Path) -> None:

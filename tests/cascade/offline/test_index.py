@@ -18,8 +18,8 @@ from cascade.engine.engine import Engine
 from cascade.engine.results import ItemError, Options
 from cascade.errors import CascadeError
 from cascade.model.heads import faiss
-from cascade.offline import index as indices
-from cascade.offline.index import Index, Kind, build, duplicates, outliers, read, search, unit
+from cascade.offline.index import Index, Kind, build, duplicates, outliers, read, search
+from cascade.offline.index.memory import unit
 from cascade.offline.job import files_of
 from cascade.offline.predict import Summary, predict_files
 from cascade.offline.report import ALIKE, FAR
@@ -116,10 +116,10 @@ def test_every_kind_finds_what_a_product_finds(predicted: tuple[Path, Summary], 
     assert index.rows["path"].to_pylist() == paths
     if kind == "ivf":
         index.vectors.nprobe = index.vectors.nlist
-    similarities, rows = index.nearest(vectors, 5)
+    similarities, ids = index.nearest(vectors, 5)
     want = np.sort(vectors @ vectors.T)[:, :-6:-1]
     np.testing.assert_allclose(similarities, want, atol=1e-5)
-    np.testing.assert_allclose((vectors[rows] * vectors[:, None]).sum(-1), similarities, atol=1e-5)
+    np.testing.assert_allclose((vectors[index.rows_of(ids)] * vectors[:, None]).sum(-1), similarities, atol=1e-5)
     again = np.concatenate([block for _, block in index.chunks(50)])
     np.testing.assert_allclose(again, vectors, atol=1e-6)
 
@@ -159,13 +159,13 @@ def test_what_can_not_be_indexed(predicted: tuple[Path, Summary], engine: Engine
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("name", [indices.VECTORS, indices.ROWS, indices.CARD])
+@pytest.mark.parametrize("name", ["index-1.faiss", "rows-1.parquet", "index.json"])
 def test_a_damaged_index_is_refused(predicted: tuple[Path, Summary], tmp_path: Path, name: str) -> None:
     build(predicted[0], tmp_path / "index")
     path = tmp_path / "index" / name
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw if name != indices.CARD else raw[:50])
+    path.write_bytes(raw if name != "index.json" else raw[:50])
     with pytest.raises(CascadeError, match="is damaged: build the index again|is no index"):
         read(tmp_path / "index")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import httpx
@@ -15,7 +16,8 @@ from PIL import Image
 from cascade.engine.batcher import Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.results import Options
-from cascade.offline.index import Index, build, read
+from cascade.offline.index import build, remove
+from cascade.offline.index.live import LiveIndex
 from cascade.offline.predict import predict_files
 from handlers.asgi.app import create_app
 from handlers.asgi.keys import Keys
@@ -36,13 +38,15 @@ def engine(cifar: list[Image.Image]) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def index(engine: Engine, cifar: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Index:
+def index(engine: Engine, cifar: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> LiveIndex:
     folder = tmp_path_factory.mktemp("index")
     for i, image in enumerate(cifar[:30]):
         image.save(folder / f"{i:02d}.png")
     predict_files(engine, [folder], folder / "out", Options(bundle="hand"), embedding="float16")
-    build(folder / "out", folder / "index")
-    return read(folder / "index")
+    lines = [f"{folder / f'{i:02d}.png'},{i / 2},2026-01-{i + 1:02d}" for i in range(30)]
+    (folder / "m.csv").write_text("\n".join(["path,price,day", *lines]))
+    build(folder / "out", folder / "index", metadata=folder / "m.csv")
+    return LiveIndex(folder / "index")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def batcher(engine: Engine) -> Iterator[Batcher]:
 
 
 @pytest.fixture
-def guard(batcher: Batcher, index: Index) -> Iterator[Guard]:
+def guard(batcher: Batcher, index: LiveIndex) -> Iterator[Guard]:
     service = Service(batcher, KEYS, Limits(body=100_000))
     yield create_app(service, index)
 
@@ -86,7 +90,38 @@ def test_the_nearest_in_every_wrapping(guard: Guard, cifar: list[Image.Image]) -
         assert len(got["results"]) == 3
         assert Path(got["results"][0]["path"]).name == "07.png"
         assert got["results"][0]["similarity"] == pytest.approx(1, abs=1e-3)
-        assert set(got["results"][0]) == {"path", "similarity", "cluster", "ood"}
+        own = {"id", "path", "cluster", "ood", "label", "similarity", "metadata"}
+        assert set(got["results"][0]) == own and got["results"][0]["id"] == 7
+
+
+def test_conditions_and_metadata(guard: Guard, cifar: list[Image.Image]) -> None:
+    data = png(cifar[7])
+    for where, want in (
+        ("where=price<2", {0, 1, 2, 3}),
+        ("where=price%3E%3D1&where=day<2026-01-05", {2, 3}),
+        ("where=path~/07.", {7}),
+        ("where=price=-1", set()),
+    ):
+        got = ask(guard, path=f"/v1/search?{where}", content=data).raise_for_status().json()["results"]
+        assert {each["id"] for each in got} == want, where
+        assert all(
+            each["metadata"] == {"price": each["id"] / 2, "day": f"2026-01-{each['id'] + 1:02d}"} for each in got
+        )
+    for where in ("price", "color=red", "price=red", "day~1"):
+        answer = ask(guard, path=f"/v1/search?where={where}", content=data)
+        assert (answer.status_code, answer.json()["error"]["kind"]) == (400, "bad_option"), where
+
+
+def test_an_update_is_used_at_once(batcher: Batcher, index: LiveIndex, cifar: list[Image.Image]) -> None:
+    copied = index.folder.parent / "copied"
+    copytree(index.folder, copied)
+    live = LiveIndex(copied)
+    guard = create_app(Service(batcher), live)
+    remove(copied, [7])
+    for want in ("07.png", None):  # before and after the server has looked
+        names = [Path(each["path"]).name for each in ask(guard, content=png(cifar[7])).json()["results"]]
+        assert (names[0] == "07.png") == (want is not None) and len(names) == 10
+        live.refresh()
 
 
 def test_who_may_not(guard: Guard, cifar: list[Image.Image]) -> None:
@@ -109,7 +144,7 @@ def test_bad_requests(guard: Guard) -> None:
         assert (answer.status_code, answer.json()["error"]["kind"]) == (400, "bad_option")
 
 
-def test_a_bundle_that_was_changed(index: Index, cifar: list[Image.Image]) -> None:
+def test_a_bundle_that_was_changed(index: LiveIndex, cifar: list[Image.Image]) -> None:
     engine = Engine()
     engine.add(named(handmade(cifar[:40], seed=1), "other"))
     with Batcher(engine) as batcher:
