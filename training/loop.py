@@ -106,7 +106,7 @@ def fit(
                         curve.warn(name, step, wrong)
             if step + 1 in checked and validate is not None:
                 line["validation"] = score = round(validate(), 6)
-                if leads and score > best_score(folder / BEST):
+                if leads and score >= best_score(folder / BEST):
                     store(folder / BEST, model, objective, {}, scaler, step + 1, score)
             curve.write(line)
             if objective.falls:

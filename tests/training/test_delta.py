@@ -20,7 +20,7 @@ from cascade.model.preprocessing import Preprocessing
 from cascade.model.preprocessing import read as open_image
 from cascade.model.pretrained import BackboneError
 from tests.helpers.adapters import NETWORKS, reference
-from training.delta import compare, fit_deltas, images_in, import_copy
+from training.delta import _batches, compare, fit_deltas, images_in, import_copy
 
 CLASSES = ["cat", "dog", "ship"]
 
@@ -90,7 +90,7 @@ def test_distillation_comes_closer_to_the_copy(cifar_folder: Path, tmp_path: Pat
     state = {n: t for n, t in tuned.items() if n in backbone.model.state_dict()}
     mask, _ = compress(backbone, state)
     view, images = Preprocessing.of(backbone.config, 32), images_in(cifar_folder / "test")
-    fitted = fit_deltas(backbone, mask, state, images_in(cifar_folder / "train"), view, 10)
+    fitted = fit_deltas(backbone, mask, state, _batches(images_in(cifar_folder / "train"), view, 10, 0), 10)
     x = torch.stack([view.transform()(open_image(file)) for file in images[:32]])
     teacher = backbones.load(backbone.name, backbone.source).model
     teacher.load_state_dict(state)
