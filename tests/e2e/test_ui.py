@@ -242,6 +242,13 @@ def test_the_program_beside_the_answer_gives_the_same(browser: Any, asgi: Asgi, 
     assert page.until("document.body.dataset.shown") == "one"
     label = page.text("labels").splitlines()[0]
     browser.find_element("css selector", "#code summary").send_keys("\n")
+    allowed = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": asgi.base}
+    browser.execute_cdp_cmd("Browser.grantPermissions", allowed)
+    for name in ("curl", "python"):
+        browser.find_element("css selector", f"[data-copy={name}]").send_keys("\n")
+        page.until(f"document.querySelector('[data-copy={name}]').textContent === 'Copied'")
+        read_back = "navigator.clipboard.readText().then(arguments[0])"
+        assert browser.execute_async_script(read_back) == page.text(name)
     shutil.copy(PHOTO, tmp_path / "image.jpg")
     curl = ["bash", "-c", page.text("curl").replace("curl", "curl -s --noproxy '*'", 1)]
     python = [sys.executable, "-c", page.text("python")]
