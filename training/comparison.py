@@ -16,6 +16,7 @@ from torch import Tensor
 from cascade.bundle.format import strip_prefix
 from cascade.model import masks
 from cascade.model.heads import Linear
+from cascade.model.masks import Mask
 from training import dispatcher, embed, finetune, heads
 from training.frozen import Candidate, frozen_head, trained_head
 from training.lora import lora_backbone
@@ -43,6 +44,10 @@ class Row:
     test: float
     bytes: int
 
+    def facts(self) -> dict[str, Any]:
+        """For the card."""
+        return {"validation": _share(self.validation), "test": _share(self.test), "bytes": self.bytes}
+
 
 def compare(run: Run, *, others: bool = False) -> tuple[Candidate, dict[str, Any]]:
     """The better of frozen head and trained mask on the validation images, and the facts about both for the card.
@@ -54,7 +59,12 @@ def compare(run: Run, *, others: bool = False) -> tuple[Candidate, dict[str, Any
     chosen = mask if mask.beats(frozen) else frozen
     rows = [
         Row(TITLES["frozen"], frozen.validation, frozen.test, compressed(_head(frozen.head))),
-        Row(TITLES[run.recipe.adapt], mask.validation, mask.test, compressed(_mask(run) | _head(mask.head))),
+        Row(
+            TITLES[run.recipe.adapt],
+            mask.validation,
+            mask.test,
+            compressed(shipped(run, run.dispatcher) | _head(mask.head)),
+        ),
     ]
     rows += [_other(run, name) for name in ("lora", "fine-tuned")] if others else []
     facts: dict[str, Any] = {
@@ -63,7 +73,7 @@ def compare(run: Run, *, others: bool = False) -> tuple[Candidate, dict[str, Any
         "held_out_images": len(run.held_out),
         "temperature": round(chosen.temperature, 4),
         "calibration_error": round(chosen.calibration_error, 4),
-        "rows": {r.title: {"validation": _share(r.validation), "test": _share(r.test), "bytes": r.bytes} for r in rows},
+        "rows": {row.title: row.facts() for row in rows},
     }
     write_json(run.folder / "comparison.json", facts)
     return chosen, facts
@@ -120,8 +130,8 @@ def _head(head: Linear) -> dict[str, Tensor]:
     return {"weight": head.weight.half(), "bias": head.bias.half()}
 
 
-def _mask(run: Run) -> dict[str, Tensor]:
-    mask = run.dispatcher
+def shipped(run: Run, mask: Mask) -> dict[str, Tensor]:
+    """The tensors of a mask to ship."""
     tensors = {} if masks.density(run.backbone, mask) == 1 else {"bits": mask.bits}
     return tensors | mask.norms | mask.channels
 

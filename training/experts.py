@@ -29,7 +29,7 @@ def train(run: Run, only: Sequence[int] = ()) -> None:
         return
     assigned = run.clusters["assigned"].numpy()
     for k in only or range(run.recipe.clusters):
-        train_one(run, k, np.flatnonzero(assigned == k))
+        train_one(run, k, np.intersect1d(np.flatnonzero(assigned == k), run.rows[0]))
 
 
 def train_one(run: Run, k: int, rows: np.ndarray) -> None:
@@ -48,7 +48,7 @@ def train_one(run: Run, k: int, rows: np.ndarray) -> None:
         loss,
         run.pixels,
         recipe,
-        recipe.expert_steps,
+        run.expert_steps,
         run.folder / name,
         rows=rows,
         watch=run.watch,

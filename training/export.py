@@ -21,7 +21,7 @@ from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration
-from training import domains, fusion, heads, maps, new_classes
+from training import domains, fusion, heads, labeled_experts, maps, new_classes
 from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
 from training.deferral import Larger
@@ -36,8 +36,12 @@ THUMBNAILS = "Store small pictures of the neighbors' images in the bundle; every
 
 def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *, thumbnails: bool = False) -> Path:
     """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``)."""
-    fitted = fusions(run, features)
     labels = run.images.labels
+    if run.recipe.labels:
+        fitted, linear, layout = labeled_experts.fusions(run, features), labeled_experts.linear(run, features), "padded"
+    else:
+        fitted, layout = fusions(run, features), run.recipe.slots
+        linear = {} if labels is None else {m: _linear(e, labels, run) for m, (_, e) in fitted.items()}
     masks = (run.dispatcher, *run.experts)
     summary = read_json(run.folder / SUMMARY)
     rows = _bank_rows(run)
@@ -54,7 +58,7 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
         calibration=Calibration(summary["slope"], summary["intercept"]) if summary else Calibration(),
         ood=ood_of(run),
         fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
-        linear={} if labels is None else {m: _linear(e, labels, run) for m, (_, e) in fitted.items()},
+        linear=linear,
         banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
         thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
@@ -62,7 +66,7 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
     measured = {"clusters": summary["reliability"]} if "reliability" in summary else {}
     if bundle.linear and run.held_out.labels is not None:
         mode = bundle.card.mode
-        embeddings = fusion.embed(fitted[mode][0], features.slots(mode, run.recipe.slots)[1]).numpy()
+        embeddings = fusion.embed(fitted[mode][0], features.slots(mode, layout)[1]).numpy()
         measured["labels"] = heads.reliability_of(bundle.linear[mode], embeddings, run.held_out.labels)
     return write(_measured(mapped, measured), out)
 
@@ -147,9 +151,9 @@ def _card(
             )
             for mask in masks
         ],
-        router=RouterCard(**{k: summary[k] for k in RouterCard.model_fields}) if recipe.clusters else None,
+        router=RouterCard(**{k: summary[k] for k in RouterCard.model_fields}) if summary else None,
         domain=where,
-        mode=recipe.mode if recipe.clusters else "dispatcher",
+        mode=recipe.mode if summary else "dispatcher",
         dim=dim,
         classes=run.images.classes if run.images.labels is not None else [],
         training={

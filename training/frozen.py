@@ -6,6 +6,7 @@ It takes seconds on stored features and costs nothing to serve. A mask is kept o
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
@@ -78,7 +79,7 @@ def fitted_head(run: Run, name: str, preprocessing: Preprocessing | None = None)
 def trained_head(run: Run, name: str) -> Candidate:
     """The head that was trained with a mask."""
     own = strip_prefix(run.trained(name), "objective.")
-    return candidate(run, name, Linear(own["weight"], own["bias"]))
+    return candidate(run, name, Linear(own["weight"], own.get("bias", torch.zeros(len(own["weight"])))))
 
 
 def candidate(run: Run, name: str, head: Linear, preprocessing: Preprocessing | None = None) -> Candidate:
@@ -87,9 +88,13 @@ def candidate(run: Run, name: str, head: Linear, preprocessing: Preprocessing | 
     Args:
         preprocessing: to use instead of the run's.
     """
+    return candidate_of(run, name, head, *run.features(name, preprocessing))
+
+
+def candidate_of(run: Run, name: str, head: Linear, train: np.ndarray, test: np.ndarray) -> Candidate:
+    """The same for features float32 [N, F] of the training and the test images."""
     labels, truth = run.images.labels, run.held_out.labels
     assert labels is not None
-    train, test = run.features(name, preprocessing)
     validation = run.rows[1]
     head, temperature = heads.calibrated(head, train[validation], labels[validation])
     score = heads.accuracy(head, train[validation], labels[validation]) if len(validation) else float("nan")

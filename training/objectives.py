@@ -221,10 +221,10 @@ class Supervised:
         self.recipe, self.preprocessing = recipe, preprocessing
         self.labels = torch.from_numpy(labels)
         classes = classes or int(labels.max()) + 1
-        self.module = nn.Linear(features, classes)
+        self.module = nn.Linear(features, classes, bias=not recipe.clusters)  # a fusion has room for one bias only
         if recipe.head_steps:
-            nn.init.zeros_(self.module.weight)
-            nn.init.zeros_(self.module.bias)
+            for parameter in self.module.parameters():
+                nn.init.zeros_(parameter)
         known = self.labels if rows is None else self.labels[rows]
         counts = torch.bincount(known, minlength=classes).float().clamp(min=1)
         self.weights = len(known) / (classes * counts) if recipe.class_weights else None

@@ -2,6 +2,7 @@
 
     cascade train photos/ --labels --out model_store/photos/1     # class folders: a mask with a head
     cascade train photos/ --labels --size 64 --defer-to 128 --out model_store/photos/1     # unsure: asked again, larger
+    cascade train photos/ --labels --clusters 5 --out model_store/photos/1     # experts with labels, if they pay
     cascade train photos/ --labels --frozen --out model_store/photos/1     # the head alone, in seconds
     cascade train photos/ --out model_store/photos/1     # no labels: distilled from a larger input size
     cascade train photos/ --objective swav --clusters 5 --out model_store/photos/1     # the paper's cascade
@@ -36,6 +37,7 @@ from training import (
     evaluate,
     experts,
     export,
+    labeled_experts,
     ray_experts,
     unknown,
 )
@@ -100,6 +102,10 @@ def train(
     if minutes:
         fit_to(run, minutes)
     budget(run, controls)
+    if run.recipe.kind == "labels" and run.recipe.clusters:
+        if extensible or compare or defer_to or ray:
+            raise CascadeError("--labels --clusters trains experts: omit --extensible, --compare, --defer-to and --ray")
+        return _labeled_experts(run, out, thumbnails)
     if run.recipe.kind == "labels":
         return _labeled(run, out, compare, thumbnails, extensible, ask_again)
     if run.recipe.kind == "distill":
@@ -133,6 +139,20 @@ def _labeled(
     larger = ask_again(chosen, ["frozen", "dispatcher"]) if ask_again else None
     options: dict[str, Any] = {"thumbnails": thumbnails, "extensible": extensible, "larger": larger}
     return export.export_classifier(run, chosen, facts, out, **options)
+
+
+def _labeled_experts(run: Run, out: Path, thumbnails: bool) -> Path:
+    """Train experts with labels and their control, and write the best of both and the frozen head as a bundle."""
+    check_labels(run)
+    labeled_experts.train(run)
+    if distributed.rank():
+        return out
+    chosen, facts = labeled_experts.compare(run)
+    run.watch.show(comparison.show(facts))
+    run.watch.say(labeled_experts.verdict(facts))
+    if chosen.name == labeled_experts.EXPERTS:
+        return export.export(run, evaluate.collect(run), facts, out, thumbnails=thumbnails)
+    return export.export_classifier(run, chosen, facts, out, thumbnails=thumbnails)
 
 
 def _distilled(run: Run, out: Path, controls: bool, thumbnails: bool) -> Path:
@@ -182,7 +202,8 @@ def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -
 def budget(run: Run, controls: bool) -> None:
     """Print what will be trained, on what and for how long; impossible settings fail here, before the first step."""
     r = run.recipe
-    parts = {"dispatcher" if r.clusters else "mask": run.steps, f"{r.clusters} experts": r.clusters * r.expert_steps}
+    name = "mask" if not r.clusters else "one mask" if r.labels else "dispatcher"
+    parts = {name: run.steps, f"{r.clusters} experts": run.expert_steps * r.clusters if r.clusters else 0}
     if controls:
         parts["equal-steps control"] = run.steps + r.clusters * r.expert_steps
     listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)

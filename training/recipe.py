@@ -31,7 +31,7 @@ ABOUT: dict[str, dict[str, str]] = {
         "mask_from": "First masked stage, by name or number; later ones are cheaper.",
         "expert_from": "First masked stage of the experts; empty: the same as --mask-from.",
         "mask_to": "First stage after the masked ones; empty: all stages to the end are masked.",
-        "labels": "Learn one mask from class folders, by cross-entropy, without clusters.",
+        "labels": "Learn from class folders, by cross-entropy: one mask, or with --clusters an expert for each.",
         "objective": "Objective without labels: distill (the features of a teacher) or swav (the paper); auto: swav"
         " with --clusters, else distill.",
         "adapt": "What is trained: mask (bits; the paper), channels (scales and shifts) or both; auto: mask with swav,"
@@ -46,7 +46,7 @@ ABOUT: dict[str, dict[str, str]] = {
     },
     "steps": {
         "steps": "Steps of the dispatcher; -1: from the number of images.",
-        "expert_steps": "Steps of each expert.",
+        "expert_steps": "Steps of each expert; with --labels, the experts share --steps.",
         "batch": "Images in a step, over all processes.",
         "accumulate": "Parts of a batch that run one after the other, to save memory.",
         "draws": "Augmentations of each image whose trunk features are stored and reused; 0: a new one each time.",
@@ -171,9 +171,9 @@ class Recipe:
         if not self.source:
             lite0 = self.backbone == "tf_efficientnet_lite0"
             object.__setattr__(self, "source", LITE0 if lite0 else "timm")
-        if self.labels:
-            object.__setattr__(self, "clusters", 0)
-        elif self.clusters and self.objective == "distill":
+        if self.labels and self.router == "prototypes":  # there are none
+            object.__setattr__(self, "router", "centroid")
+        if not self.labels and self.clusters and self.objective == "distill":
             raise CascadeError("--clusters needs --objective swav: distillation trains one mask without a router")
         if self.objective == "auto":
             object.__setattr__(self, "objective", "swav" if self.clusters else "distill")

@@ -204,6 +204,11 @@ class Run:
         by_size = round(STEPS[self.recipe.kind] * (len(self.images) / STEPS_IMAGES) ** 0.5)
         return min(MOST_STEPS, max(LEAST_STEPS, by_size))
 
+    @property
+    def expert_steps(self) -> int:
+        """Steps of each expert: the recipe's; with labels, the experts share those of one mask."""
+        return max(1, self.steps // self.recipe.clusters) if self.recipe.labels else self.recipe.expert_steps
+
     @cached_property
     def views(self) -> list[np.ndarray] | None:
         """Stored trunk features, if the recipe uses them; shared by all runs in the same folder."""

@@ -26,6 +26,7 @@ from cascade.model import masks
 from cascade.model.fusion import MODES
 from training import clusters, dispatcher, evaluate, experts, export, fusion, pipeline
 from training.cli import Watch, start
+from training.frozen import Candidate
 from training.masking import MaskedModel
 from training.objectives import SelfSupervised
 from training.recipe import Recipe
@@ -205,7 +206,7 @@ def test_controls(cifar_folder: Path, tmp_path: Path) -> None:
 def test_a_supervised_mask_has_a_head_and_no_experts(
     cifar_folder: Path, tmp_path: Path, cifar: list[Image.Image]
 ) -> None:
-    out = train(tmp_path, recipe(cifar_folder, labels=True, lr=0.2, steps=20, clusters=3))
+    out = train(tmp_path, recipe(cifar_folder, labels=True, lr=0.2, steps=20, clusters=0))
     bundle = read(out)
     assert bundle.experts == () and bundle.router is None and set(bundle.fusions) == {"dispatcher"}
     assert bundle.card.mode == "dispatcher" and len(bundle.card.classes) == 10
@@ -215,6 +216,45 @@ def test_a_supervised_mask_has_a_head_and_no_experts(
     curve = [json.loads(line)["loss"] for line in (tmp_path / "run/dispatcher/curve.jsonl").read_text().splitlines()]
     assert curve[0] == pytest.approx(np.log(10), abs=0.3) and np.mean(curve[-5:]) < np.mean(curve[:5])
     assert 0 < bundle.card.masks[0].density < 1, "no bit has flipped"
+
+
+@pytest.mark.parametrize("better", ["experts", "equal-steps"])
+def test_experts_with_labels_each_have_a_head(
+    cifar_folder: Path, tmp_path: Path, cifar: list[Image.Image], better: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are served if they beat one mask of the same steps, which the table shows beside them."""
+    monkeypatch.setattr(Candidate, "beats", lambda self, other: self.name == better)
+    ear = Ear()
+    options = {"labels": True, "adapt": "both", "lr": 0.2, "steps": 12, "clusters": 2, "bank": 0}
+    run = begin(tmp_path / "run", recipe(cifar_folder, **options), ear)
+    out = pipeline.train(run, tmp_path / "store" / "cifar" / "1")
+    bundle = read(out)
+    facts = bundle.card.accuracy
+    assert [*facts["rows"]] == ["frozen backbone, linear head", "one mask for all clusters", "an expert per cluster"]
+    assert facts["steps"] == {"experts": 12, "each": 6} and facts["serves"] == better
+    assert any("experts against one mask for the same 12 steps" in line for line in ear.said)
+    for name, steps in (("expert-0", 6), ("expert-1", 6), ("equal-steps", 12)):
+        assert len((tmp_path / "run" / name / "curve.jsonl").read_text().splitlines()) <= steps
+    if better != "experts":
+        assert bundle.experts == () and bundle.router is None and bundle.card.mode == "dispatcher"
+        assert all(a.labels for a in predict(bundle, cifar[:5]))
+        return
+    assert len(bundle.experts) == 2 and bundle.card.mode == "conditional" and bundle.card.dim == 10
+    rows = run.rows[1]
+    images = [run.images.open(i) for i in rows]
+    answers = predict(bundle, images)
+    assert {a.masks for a in answers} <= {("dispatcher", "expert-0"), ("dispatcher", "expert-1")}
+    assert [a.cluster for a in answers] == run.clusters["assigned"][rows].tolist()
+    blocks = run.blocks()[0][:, rows]
+    for i, a in enumerate(answers):
+        head = strip_prefix(run.trained(f"expert-{a.cluster}"), "objective.")
+        assert "bias" not in head
+        wanted = int((head["weight"].numpy() @ blocks[a.cluster + 1, i]).argmax())
+        assert a.labels[0].name == bundle.card.classes[wanted], "the label of the image's own expert"
+    assert run.images.labels is not None
+    truth = [run.images.classes[label] for label in run.images.labels[rows]]
+    right = np.mean([a.labels[0].name == label for a, label in zip(answers, truth, strict=True)])
+    assert facts["rows"]["an expert per cluster"]["validation"] == pytest.approx(right, abs=1e-3)
 
 
 def test_an_unlabeled_single_mask_has_neighbors_and_no_head(tmp_path: Path, cifar: list[Image.Image]) -> None:
@@ -239,7 +279,7 @@ def once(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_same_inputs_same_bytes_wherever_they_lie(once: Path, cifar_folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(cifar_folder, tmp_path / "elsewhere" / cifar_folder.name)
     again = train(tmp_path, recipe(moved, router="gmm"))
-    assert content(again) == content(once) and len(content(once)) == 7
+    assert content(again) == content(once) and len(content(once)) == 8
 
 
 def module(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:

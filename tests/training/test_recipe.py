@@ -69,9 +69,9 @@ def test_numbers_that_make_no_sense(wrong: dict[str, Any]) -> None:
         Recipe("photos", **wrong)
 
 
-def test_a_supervised_mask_has_no_clusters() -> None:
-    assert Recipe("photos", labels=True, clusters=5).clusters == 0
-    assert Recipe("photos", clusters=5).clusters == 5
+def test_experts_with_labels_have_no_prototypes_to_be_routed_by() -> None:
+    assert Recipe("photos", labels=True, clusters=5).router == "centroid"
+    assert Recipe("photos", clusters=5).router == "prototypes"
 
 
 def test_without_labels_it_is_distilled_unless_clusters_or_swav_are_wanted() -> None:
