@@ -23,7 +23,7 @@ from training.lora import lora_backbone
 from training.masking import MaskedModel
 from training.run import Run, write_json
 
-FULL_LR, LORA_LR = 0.001, 0.003
+LORA_LR = 0.003
 TITLES = {
     "frozen": "frozen backbone, linear head",
     "mask": "mask",
@@ -143,7 +143,7 @@ def _other(run: Run, name: str) -> Row:
         if name == "lora"
         else finetune.tune_backbone(run.backbone, run.mask_from, train_norms=False)
     )
-    dispatcher.train(run, name, model=model, lr=LORA_LR if name == "lora" else FULL_LR)
+    dispatcher.train(run, name, model=model, lr=LORA_LR if name == "lora" else finetune.LR)
     own = strip_prefix(run.trained(name), "objective.")
     head = Linear(own["weight"], own["bias"])
     labels, truth = run.images.labels, run.held_out.labels

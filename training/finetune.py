@@ -20,6 +20,8 @@ from training.masking import Amp, MaskedModel, write
 from training.recipe import Recipe
 from training.run import Run, begin
 
+LR = 0.001
+
 
 class TunedModel(MaskedModel):
     """A copy of a backbone in which all parameters from stage ``start`` on are trained."""
@@ -55,8 +57,13 @@ def train(
     rows: np.ndarray | None = None,
     head: Path | None = None,
 ) -> TunedModel:
-    """Fine-tune like ``dispatcher.train``, and return the model after the last step."""
+    """Fine-tune like ``dispatcher.train``, and return the model after the last step.
+
+    Args:
+        lr: overrides the recipe's; 0.001 if there is none.
+    """
     recipe = run.recipe
+    lr = recipe.lr or LR if lr is None else lr
     model = tune_backbone(run.backbone, run.mask_from, train_norms=recipe.train_norms, amp=recipe.amp)
     dispatcher.train(run, name, model=model, steps=steps, lr=lr, rows=rows, head=head)
     return model

@@ -22,7 +22,7 @@ from training.curve import CURVE, Curve, problems
 from training.data.dataset import batches
 from training.masking import MaskedModel
 from training.objectives import PIECE, Batch, Objective
-from training.optimizers import make_optimizers, schedule, set_rates
+from training.optimizers import make_optimizers, schedule, score_rate, set_rates
 from training.recipe import Recipe
 
 Part = tuple[Tensor, np.ndarray, int]
@@ -56,7 +56,7 @@ def fit(
     Args:
         name: of the mask, for messages.
         pixels: uint8 [N, 3, S, S], the training images.
-        lr: overrides the recipe's (0 for the control).
+        lr: overrides ``score_rate`` (0 for the control).
         rows: the images to train on; default: all.
         every: steps between checkpoints.
         validate: scores the current model on validation images; the best of a few checkpoints is kept.
@@ -65,7 +65,7 @@ def fit(
         CascadeError: the loss rises from the start, or becomes NaN or infinite.
     """
     rows = np.arange(len(pixels)) if rows is None else rows
-    rate = recipe.lr if lr is None else lr
+    rate = score_rate(recipe, steps) if lr is None else lr
     device = next(model.model.parameters()).device
     optimizers = make_optimizers(model, objective, recipe, rate)
     rates = {kind: o.param_groups[0]["initial_lr"] for kind, o in optimizers.items()}

@@ -11,6 +11,7 @@ from training.objectives import Objective
 from training.recipe import Recipe
 
 WEIGHTS_WARMUP = 100  # steps
+LR, MOST_LR, TRAVEL = 0.02, 0.1, 30.0
 
 
 class RmsSGD(torch.optim.SGD):
@@ -32,6 +33,17 @@ def schedule(progress: float, warmup: float = 0.0) -> float:
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + cos(pi * (progress - warmup) / (1 - warmup))) if warmup < 1 else 1.0
+
+
+def score_rate(recipe: Recipe, steps: int) -> float:
+    """Learning rate of the scores for a training of ``steps`` steps: the recipe's if it has one.
+
+    Adam moves a score by at most its rate in a step, so rate times steps is how far scores can travel. With labels this
+    is kept: in a few hundred steps with 0.02 hardly any score would reach the threshold.
+    """
+    if recipe.lr:
+        return recipe.lr
+    return max(LR, min(MOST_LR, TRAVEL / max(1, steps))) if recipe.kind == "labels" else LR
 
 
 def make_optimizers(

@@ -1,0 +1,18 @@
+"""Learning rates: scores travel as far in a short training as in a long one."""
+
+from pytest import approx
+
+from training.optimizers import score_rate
+from training.recipe import Recipe
+
+
+def test_a_short_training_with_labels_has_a_higher_rate() -> None:
+    recipe = Recipe("photos", labels=True)
+    assert [score_rate(recipe, steps) for steps in (0, 100, 300, 600, 1500, 9000)] == approx(
+        [0.1, 0.1, 0.1, 0.05, 0.02, 0.02]
+    )
+
+
+def test_an_explicit_rate_is_kept_and_so_is_that_without_labels() -> None:
+    assert score_rate(Recipe("photos", labels=True, lr=0.3), 300) == 0.3
+    assert {score_rate(Recipe("photos", objective=kind), 300) for kind in ("distill", "swav")} == {0.02}
