@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from io import BytesIO
@@ -23,6 +23,7 @@ from cascade.offline.predict import predict_files
 from handlers.asgi import ui
 from tests.conftest import need
 from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.browser import Page, chromium, has_chromium
 from tests.helpers.deferral import two_sizes
 from tests.helpers.paths import DATA
 from tests.helpers.servers import CLIENT
@@ -69,18 +70,9 @@ def percent(share: float) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    found = [shutil.which("chromium"), shutil.which("chromedriver")]
-    need(all(found), "no Chromium here: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(found[0])
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1180,900", "--no-proxy-server"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(found[1])))
-    yield driver
-    driver.quit()
+    need(has_chromium(), "no Chromium here: apt-get install chromium chromium-driver")
+    with chromium() as driver:
+        yield driver
 
 
 @contextmanager
@@ -97,45 +89,6 @@ def screen(browser: Any, scheme: str, width: int) -> Iterator[None]:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
         browser.set_window_size(1180, 900)
-
-
-class Page:
-    """The page in the browser; waits for what it asks."""
-
-    def __init__(self, browser: Any, base: str) -> None:
-        self.browser = browser
-        browser.get(f"{base}/ui")
-
-    def until(self, script: str) -> Any:
-        """What the script gives, once that is not null, false or empty."""
-        return self.wait(lambda: self.browser.execute_script(f"return {script}"))
-
-    def wait(self, what: Callable[[], Any]) -> Any:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.browser, 60, 0.05).until(lambda _: what())
-
-    def text(self, id: str) -> str:
-        return str(self.browser.find_element("id", id).text)
-
-    def press(self, view: str) -> None:
-        """By the keyboard."""
-        self.browser.find_element("css selector", f"[data-view={view}]").send_keys("\n")
-
-    def choose(self, file: Path) -> None:
-        self.browser.find_element("id", "file").send_keys(str(file))
-
-    def select(self, bundle: str) -> None:
-        self.pick("bundle", bundle)
-
-    def pick(self, id: str, option: str) -> None:
-        """An option of a list, by its text."""
-        self.browser.find_element("xpath", f"//select[@id='{id}']/option[contains(., '{option}')]").click()
-
-    def complaints(self) -> list[str]:
-        """What the browser has to say of the page (but for answers that are errors)."""
-        log = [entry["message"] for entry in self.browser.get_log("browser")]
-        return [message for message in log if "Failed to load resource" not in message]
 
 
 def test_an_image_is_shown_with_its_answer(

@@ -101,6 +101,7 @@ def watched(
     server: Callable[["subprocess.Popen[str]", Path], Server],
     env: Mapping[str, str] = {},
     place: str = "/tmp",
+    cwd: Path = ROOT,
 ) -> Iterator[Server]:
     """Run a server until the block ends; then nothing of it may be left, neither process nor file.
 
@@ -108,7 +109,7 @@ def watched(
         command: its arguments after ``python``, given its folder.
         server: describes the process, which may not be ready yet, and its folder.
         env: more for its environment: the executor that most people will have, nothing but the system on its path.
-        place: where its folder is made, a short path.
+        place: where its folder is made, a short path. cwd: where the command is typed.
     """
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir=place))  # short: sockets lie in it
     own = {"CASCADE_EXECUTOR": EXECUTOR, "TMPDIR": str(folder), "PATH": "/usr/bin:/bin"}
@@ -118,7 +119,7 @@ def watched(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **own, **env},
         )
     running = server(process, folder)
