@@ -1,6 +1,7 @@
 """The engine on a GPU, end to end, against models on the CPU that are built for each mask."""
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.executors.selection import Kind
 from cascade.model.fusion import MODES
 from tests.helpers.answers import answers, embeddings, good, mixture, same
-from tests.helpers.bundles import handmade
+from tests.helpers.bundles import handmade, named
+from tests.helpers.deferral import two_sizes
+from tests.helpers.domains import with_domain
 from tests.helpers.reference import SHAPES, Reference
 
 
@@ -72,16 +75,57 @@ def test_how_often_the_host_waits(cifar: list[Image.Image], device: str, mode: s
     """As PyTorch itself counts it."""
     ours = engine(device, handmade(cifar[:40], mask_from=2, expert_from=3, experts=3))
     batch = [ours.prepare(image, Options(mode=mode, embedding=True)) for image in cifar[:16]]
-    ours.run(batch)  # type: ignore[arg-type]
+    found = waits(lambda: ours.run(batch))  # type: ignore[arg-type]
+    assert len(found) == expected, found
+
+
+def waits(run: Callable[[], object]) -> list[str]:
+    """What makes the host wait, in the second of two runs."""
+    run()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            ours.run(batch)  # type: ignore[arg-type]
+            run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
-    assert len(waits) == expected, waits
+    return [text for warning in seen if "synchroniz" in (text := str(warning.message))]
+
+
+def test_two_input_sizes_and_dispatch(cifar: list[Image.Image], device: str) -> None:
+    """As on a CPU; nothing is captured in a pass, and dispatch makes the host wait once more."""
+    pair = with_domain(two_sizes(cifar[:20], threshold=1.0, name="a", mask_from=2), cifar[:200])
+    other = with_domain(handmade(cifar[:20], name="b", experts=0, size=32, seed=1), cifar[200:])
+    plain, ours = Engine(executor="plain"), engine(device, pair, other)
+    for bundle in (pair, other):
+        plain.add(bundle)
+    executor = ours.executor(pair)
+    assert isinstance(executor, CudaExecutor)
+    graphs = set(executor._graphs)
+    for wish in (Options("a"), Options("a", mode="fast"), Options("a", mode="full"), Options("auto")):
+        for got, want in zip(ours.predict(cifar[40:60], wish), plain.predict(cifar[40:60], wish), strict=True):
+            assert got.ok == want.ok
+            if got.ok and want.ok:
+                assert (got.bundle, got.deferral) == (want.bundle, want.deferral)
+                np.testing.assert_allclose(got.labels[0].score, want.labels[0].score, atol=1e-3)
+    assert set(executor._graphs) == graphs
+    batch = [ours.prepare(image, Options("auto")) for image in cifar[40:56]]
+    assert len(waits(lambda: ours.run_pass(batch))) == 2  # type: ignore[arg-type]
+
+
+def test_graphs_leave_with_the_last_bundle(cifar: list[Image.Image], device: str) -> None:
+    """And what captures the next ones finds a memory pool that PyTorch still takes."""
+    bundle = handmade(cifar[:40], experts=0)
+    ours = engine(device, bundle, named(bundle, "other"), handmade(cifar[:40], name="small", experts=0, size=32))
+    executor = ours.executor(bundle)
+    assert isinstance(executor, CudaExecutor)
+    for name in ("hand", "other"):
+        assert any(key[-1] == (3, 64, 64) for key in executor._needed())
+        ours.remove(name, "1")
+    assert not any(key[-1] == (3, 64, 64) for key in executor._needed())
+    ours.remove("small", "1")
+    ours.add(bundle)
+    good(ours.predict(cifar[:5]))
 
 
 def test_adding_a_bundle_captures_all_that_it_needs(cifar: list[Image.Image], device: str) -> None:

@@ -14,6 +14,7 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.weight_layout import PackedMask
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
+from tests.helpers import adapters
 from tests.helpers.networks import NETWORKS, calibrated, features, images, masks_of
 
 
@@ -72,6 +73,24 @@ def test_a_mask_for_each_image(backbone: Backbone, start: int, device: str) -> N
         close(executor.run_each(x.to(device), [packed[mask] for mask in order], stage), torch.cat(want))
     turned = executor.run_each(x.flip(0).to(device), [packed[mask] for mask in order[::-1]], stage).flip(0)
     close(turned, torch.cat(want))
+
+
+@pytest.mark.parametrize("name", adapters.NETWORKS)
+def test_adapters_of_every_kind(name: str, device: str) -> None:
+    """Channels and 1-bit deltas, one after another, and all of them in one batch."""
+    backbone = backbones.load(name, "random:0")
+    executor = CudaExecutor(moved(backbone, device), WeightCache(0))
+    start = len(backbone.stages) // 2
+    kinds = {kind: mask for kind, mask in adapters.adapters(backbone, start).items() if mask.start == start}
+    x = torch.randn(len(kinds), *backbone.config["input_size"], generator=torch.Generator().manual_seed(1))
+    trunk = executor.run(x.to(device), 0, start)
+    packed = [executor.pack(mask) for mask in kinds.values()]
+    together = executor.run_each(trunk, packed, start).cpu()
+    for row, (kind, mask) in enumerate(zip(kinds, packed, strict=True)):
+        want = adapters.reference(backbone, kinds[kind], x[row : row + 1])[0]
+        executor.swap(mask)
+        for got in (executor.run(trunk[row : row + 1], start).cpu()[0], together[row]):
+            assert float((got - want).norm() / want.norm()) < 1e-3, kind
 
 
 def test_bfloat16(device: str) -> None:

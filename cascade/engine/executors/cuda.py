@@ -46,7 +46,7 @@ class Prepared:
     """
 
     dispatchers: set[PackedMask] = field(default_factory=set)
-    keys: set[Hashable] = field(default_factory=set)
+    keys: set[tuple[Any, ...]] = field(default_factory=set)
 
 
 class CudaExecutor(FoldedExecutor):
@@ -146,7 +146,7 @@ class CudaExecutor(FoldedExecutor):
 
     def forget(self, masks: Sequence[Mask]) -> None:
         """Free the graphs that only bundles with these masks needed."""
-        gone: set[Hashable] = set()
+        gone: set[tuple[Any, ...]] = set()
         for shape, prepared in [*self._prepared.items()]:
             if prepared.dispatchers and prepared.dispatchers <= set(masks):
                 del self._prepared[shape]
@@ -256,7 +256,7 @@ class CudaExecutor(FoldedExecutor):
             self._graphs.move_to_end(key)
             return self._graphs[key](x, *others)
 
-    def _needed(self) -> set[Hashable]:
+    def _needed(self) -> set[tuple[Any, ...]]:
         """Keys of the graphs that bundles have prepared."""
         return set().union(*(prepared.keys for prepared in self._prepared.values()))
 

@@ -245,7 +245,7 @@ def test_graphs_leave_with_the_last_bundle_that_needs_them(monkeypatch: pytest.M
     executor.prepare([late], 64, domain=1, batch=1)
     for size in (32, 48):
         executor.run(images(backbone, 1)[:, :, :size, :size])
-    assert len(executor._graphs) == len(first) + 3 + 1, "the trunk up to stage 1 is shared"
+    assert len(executor._graphs) == len(first) + 5 + 1, "the trunk up to stage 1 is shared"
     executor.forget([a])
     assert first < set(executor._graphs)
     executor.forget([b, late])
