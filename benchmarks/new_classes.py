@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.table import Table
 
-from benchmarks.domains import BACKBONE, SIZE, SOURCE
+from benchmarks.domain_sets import BACKBONE, SIZE, SOURCE
 from benchmarks.report import Figure, report, single
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import read

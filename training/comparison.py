@@ -66,7 +66,7 @@ def compare(run: Run, *, others: bool = False) -> tuple[Candidate, dict[str, Any
             compressed(shipped(run, run.dispatcher) | _head(mask.head)),
         ),
     ]
-    rows += [_other(run, name) for name in ("lora", "fine-tuned")] if others else []
+    rows += [other(run, name) for name in ("lora", "fine-tuned")] if others else []
     facts: dict[str, Any] = {
         "serves": "frozen" if chosen is frozen else run.recipe.adapt,
         "validation_images": len(run.rows[1]),
@@ -136,7 +136,7 @@ def shipped(run: Run, mask: Mask) -> dict[str, Tensor]:
     return tensors | mask.norms | mask.channels
 
 
-def _other(run: Run, name: str) -> Row:
+def other(run: Run, name: str) -> Row:
     """Full fine-tuning or LoRA: the same images, steps and head, without a mask."""
     model = (
         lora_backbone(run.backbone, run.mask_from)
