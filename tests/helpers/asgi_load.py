@@ -16,12 +16,14 @@ class Load:
     """Clients in threads that ask one image after the other until told to stop.
 
     Attributes:
+        key: an API key; None for none.
         answers: (when sent, seconds, status or 0 for a broken connection).
     """
 
     url: str
     photos: list[bytes]
     bundles: tuple[str, ...] = ("one", "two")
+    key: str | None = None
     answers: list[tuple[float, float, int]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     _done: threading.Event = field(default_factory=threading.Event)
@@ -52,6 +54,7 @@ class Load:
     def _client(self, number: int) -> None:
         bundle = self.bundles[number % len(self.bundles)]
         headers = {"Content-Type": "image/png", "X-Cascade-Bundle": bundle}
+        headers |= {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         with httpx.Client(trust_env=False, timeout=120, verify=NO_TLS) as http:
             while not self._done.is_set():
                 start = time.monotonic()
