@@ -119,11 +119,14 @@ class OnDemandRegistry(Registry):
     def _add(self, bundle: Bundle, replaces: Iterable[Identity]) -> None:
         """Add a bundle to the engine; while memory is full, evict the least recently used name."""
         deadline = time.monotonic() + LEAVE
+        left = True  # whether a removed bundle may have been in memory when the engine looked
 
         def make_room() -> bool:
+            nonlocal left
             if self._evict(bundle.name):
                 return True
-            if not self.engine.leaving or time.monotonic() > deadline:
+            before, left = left, self.engine.leaving
+            if not (before or left) or time.monotonic() > deadline:
                 return False
             time.sleep(CHECK)  # until the last requests of an evicted one are answered
             self.engine.release()

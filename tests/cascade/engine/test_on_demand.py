@@ -129,6 +129,24 @@ def test_a_bundle_in_use_is_waited_for(store: Path, hand: Bundle, cifar: list[Im
     assert isinstance(first, Prediction) and isinstance(answers[0], Prediction)
 
 
+def test_a_bundle_that_leaves_right_after_the_check_has_left(
+    store: Path, hand: Bundle, cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = opened(store, 1, hand)
+    held = [registry.engine.prepare(cifar[0], Options("a"))]
+    fit = registry.engine._fit
+
+    def check(*arguments: Any) -> None:
+        try:
+            fit(*arguments)
+        finally:
+            if registry.engine.leaving:
+                held.clear()
+
+    monkeypatch.setattr(registry.engine, "_fit", check)
+    assert isinstance(ask(registry, "b", cifar[0]), Prediction) and not held
+
+
 def test_refused_bundles_evict_nobody_and_are_read_once(
     store: Path, hand: Bundle, cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
