@@ -16,6 +16,7 @@ EXTRAS = {
     "matplotlib": "paper",
     "onnx": "cpu",
     "onnxruntime": "cpu",
+    "opentelemetry": "otel",
     "pyarrow": "offline",
     "ray": "ray",
     "sklearn": "train",

@@ -16,9 +16,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Self
 
-from cascade import metrics
+from cascade import metrics, tracing
 from cascade.cpus import cpu_count
-from cascade.engine import deferral, tenant_metrics
+from cascade.engine import deferral, pass_spans, tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.dispatch import second_round
@@ -31,6 +31,7 @@ from cascade.engine.results import AUTO, ItemError, Options, Prediction
 from cascade.engine.statistics import Statistics, Timed
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
+from cascade.tracing import Trace
 
 log = logging.getLogger(__name__)
 
@@ -137,15 +138,21 @@ class Batcher:
             return [_answered(admitted, options.bundle, tenant) for _ in images]
         futures: list[Promise] = [Promise() for _ in images]
         self._follow(futures, admitted, since)
+        cold = self.engine.is_cold(options.bundle)
+        trace = tracing.begin(cold)
+
+        def load(name: str) -> None:
+            with tracing.span("load", trace, bundle=name):
+                self.engine.find(name)
 
         def decode(*_: object) -> None:
             for image, future in zip(images, futures, strict=True):
-                decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future))
-                decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future))
+                decoded = self._decoders.submit(partial(self._decode, image, options, deadline, future, trace))
+                decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future, trace))
 
         # A cold bundle is not loaded in a decoder: its time is bounded, and others should not wait for it.
-        if self.engine.is_cold(options.bundle):
-            self._loaders.submit(self.engine.find, options.bundle).add_done_callback(decode)
+        if cold and options.bundle is not None:
+            self._loaders.submit(load, options.bundle).add_done_callback(decode)
         else:
             decode()
         return futures
@@ -159,7 +166,7 @@ class Batcher:
             admitted = self._enter(tenant, item.name, 1, since)
             if isinstance(admitted, Tenant):
                 self._follow([future], admitted, since)
-                self._add(Waiting(item, admitted, future, since, deadline))
+                self._add(Waiting(item, admitted, future, since, deadline, trace=tracing.begin(cold=False)))
                 return future
         return _answered(admitted, item.name, tenant)
 
@@ -234,13 +241,15 @@ class Batcher:
         for future in futures:
             future.add_done_callback(done)
 
-    def _decode(self, image: Source, options: Options, deadline: float, future: Promise) -> AnyItem | ItemError | None:
+    def _decode(
+        self, image: Source, options: Options, deadline: float, future: Promise, trace: Trace | None
+    ) -> AnyItem | ItemError | None:
         """Decode in a decoder thread; None if the request has been cancelled."""
         if future.cancelled():
             return None
         if time.monotonic() >= deadline:
             return _counted(DEADLINE, options.bundle)
-        with metrics.stage("decode"):
+        with metrics.stage("decode"), tracing.span("decode", trace):
             return self.engine.prepare(image, options)
 
     def _queue(
@@ -250,6 +259,7 @@ class Batcher:
         since: float,
         deadline: float,
         future: Promise,
+        trace: Trace | None,
         decoded: "Future[AnyItem | ItemError | None]",
     ) -> None:
         """Queue a decoded image for its pass, or answer it with its error."""
@@ -262,7 +272,7 @@ class Batcher:
             self._decoding -= 1
             self._changed.notify_all()
             if isinstance(item, Item | OpenItem) and not future.cancelled():
-                self._add(Waiting(item, tenant, future, since, deadline))
+                self._add(Waiting(item, tenant, future, since, deadline, trace=trace))
                 return
             self._admission.leave(tenant)
         if not future.set_running_or_notify_cancel():
@@ -303,12 +313,16 @@ class Batcher:
         answers: list[tuple[Waiting, Answer | Item]]
         failed = False
         try:
-            answers = [*zip(batch, self.engine.run_pass([waiting.item for waiting in batch]), strict=True)]
+            with tracing.parts() as parts:
+                answers = [*zip(batch, self.engine.run_pass([waiting.item for waiting in batch]), strict=True)]
         except Exception:
             log.exception("a pass over %d images failed", len(batch))
             answers = [(waiting, _failed(FAILED, waiting.item.name)) for waiting in batch]
             failed = True
-        self.statistics.count([_timed(*pair) for pair in answers], self._begun, failed)
+        timed = [_timed(*pair) for pair in answers]
+        self.statistics.count(timed, self._begun, failed)
+        identities = [each.identity for each in timed]
+        pass_spans.record([*zip(batch, identities, strict=True)], self._begun, time.monotonic(), parts)
         seconds = (time.monotonic() - self._begun) / _cost(batch)
         with self._changed:
             self._running = 0
@@ -317,7 +331,7 @@ class Batcher:
             for waiting, item in following if self._drains else ():
                 waiting.future.first = item.first
                 self._admission.reenter(waiting.tenant)
-                self._add(replace(waiting, item=item, queued=time.monotonic()))
+                self._add(replace(waiting, item=item, queued=time.monotonic(), added=time.monotonic()))
         for waiting, item in () if self._drains else following:
             _refuse(replace(waiting, item=item), STOPPING)
         for waiting, answer in answers:

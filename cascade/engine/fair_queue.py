@@ -7,6 +7,7 @@ than ``TURN``, and a swapped-in mask serves several images. A tenant whose queue
 the least served one, since idle time earns no credit, and is next: a tenant that sends little waits for one pass.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from cascade.engine.engine import Engine
 from cascade.engine.items import AnyItem, Item, OpenItem, group_key, passes, trunk
 from cascade.engine.results import ItemError, Prediction
 from cascade.engine.tenants import Tenant
+from cascade.tracing import Trace
 
 Answer = Prediction | ItemError
 TURN = 4.0
@@ -45,6 +47,7 @@ class Waiting:
 
     Attributes:
         since: when it arrived. queued: when it began to wait for its second pass; None for the first one.
+        added: when it was added to the queue, decoded. trace: of its request; None if traces are off.
     """
 
     item: AnyItem
@@ -53,6 +56,8 @@ class Waiting:
     since: float
     deadline: float
     queued: float | None = None
+    added: float = field(default_factory=time.monotonic)
+    trace: Trace | None = None
 
     @property
     def waits_from(self) -> float:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cascade import metrics
+from cascade import metrics, tracing
 from cascade.bundle.format import Bundle
 from cascade.engine.executors import Distinct, Executor
 from cascade.engine.finish import Group, Tail, finish
@@ -179,7 +179,7 @@ def run_stages(executor: Executor, x: Tensor, start: int, stop: int | None = Non
 
 def _swap(executor: Executor, mask: Mask, following: Mask | None) -> None:
     """Swap in a mask, and prefetch the weights of the following one."""
-    with metrics.stage("swap"):
+    with metrics.stage("swap"), tracing.part("swap"):
         executor.swap(mask)
     if following is not None:
         executor.prefetch(following)

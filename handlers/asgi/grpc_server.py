@@ -176,7 +176,7 @@ async def serving(app: App, host: str, port: int, limits: Limits, grace: float) 
 def _headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
     """The metadata of a call as headers, without those that gRPC itself sends."""
     pairs = context.invocation_metadata() or ()
-    wanted = ("authorization", "x-request-id")
+    wanted = ("authorization", "x-request-id", "traceparent", "tracestate")
     return {key: value for key, value in pairs if isinstance(value, str) and key in wanted}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from cascade import tracing
 from cascade.engine.batcher import STOPPING
 from cascade.engine.results import ItemError
 from handlers.asgi.metrics import HTTP_IN_PROGRESS, HTTP_SECONDS
@@ -74,6 +75,20 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
+        if scope["path"].startswith(QUIET):
+            return await self._answer(scope, headers, receive, send, None)
+        with tracing.request(scope["method"], headers) as span:
+            await self._answer(scope, headers, receive, send, span)
+
+    async def _answer(
+        self,
+        scope: MutableMapping[str, Any],
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        send: Send,
+        span: Any,
+    ) -> None:
+        """Answer one request. ``span``: of it; None without one."""
         given = headers.get(b"x-request-id", b"")
         request_id = given if ID.fullmatch(given) else uuid4().hex.encode()
         fields: dict[str, Any] = {"request_id": request_id.decode()}
@@ -112,7 +127,20 @@ class Guard:
             HTTP_SECONDS.labels(route, str(status)).observe(seconds)
             fields |= {"method": scope["method"], "path": scope["path"][:200], "status": status}
             fields |= {"ms": round(1000 * seconds, 1), "bytes": body.size}
+            if span is not None:
+                _describe(span, route, fields)
             log.log(_level(status, polled), "request", extra={"fields": fields})
+
+
+def _describe(span: Any, route: str, fields: Mapping[str, Any]) -> None:
+    """Put what the log says of a request on its span."""
+    span.update_name(f"{fields['method']} {route}")
+    span.set_attributes({"http.request.method": fields["method"], "http.route": route, "url.path": fields["path"]})
+    span.set_attribute("http.response.status_code", fields["status"])
+    if fields["status"] >= 500 or not fields["status"]:
+        tracing.fail(span)
+    ours = ("bundle", "version", "images", "tenant", "error", "request_id")
+    span.set_attributes({f"cascade.{name}": fields[name] for name in ours if name in fields})
 
 
 def host_of(headers: Mapping[bytes, bytes]) -> str:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from cascade import tracing
 from cascade.bundle.bundle import Bundle
 from cascade.engine.batcher import STOPPING, Answer, Batcher
 from cascade.engine.registry import State
@@ -91,7 +92,8 @@ class Service:
     async def find(self, name: str, version: str | None = None) -> Bundle | ItemError:
         """``Engine.find``; an on-demand bundle is loaded in a thread."""
         if self.engine.is_cold(name):
-            return await asyncio.to_thread(self.engine.find, name, version)
+            with tracing.loading(name):
+                return await asyncio.to_thread(self.engine.find, name, version)
         return self.engine.find(name, version)
 
     def states(self, request: Request, name: str | None = None) -> dict[str, list[State]]:

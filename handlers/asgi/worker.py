@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from cascade import tracing
 from cascade.cpus import cpu_count
 from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
@@ -119,6 +120,8 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
     log.info("%d CPU threads", threads)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    if tracing.start():
+        log.info("traces go to the OTLP endpoint of the environment")
     keys = None if settings.api_keys is None else Watched(settings.api_keys)
     ENGINE_RESTARTS.inc(restarts)
     index = None if settings.index is None else LiveIndex(settings.index)
@@ -128,6 +131,7 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
         engine, settings.model_store, settings.pins, journal=Journal(journal), on_demand=settings.on_demand
     )
     with ExitStack() as stack:
+        stack.callback(tracing.stop)
         stack.enter_context(listening)
         if settings.keep_unknown is not None:
             kept = UnknownImages(settings.keep_unknown, settings.keep_images, settings.keep_bytes, engine.limits)

@@ -1,9 +1,7 @@
 """gRPC by unmodified clients: Triton's, and a health probe; the same answers, keys and limits as over HTTP."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,33 +27,10 @@ from handlers.asgi.service import Service
 from tests.helpers.answers import embeddings
 from tests.helpers.asgi_app import LIMITS, expected
 from tests.helpers.bundles import handmade, named
+from tests.helpers.grpc_app import serving
 from tests.helpers.keys import digest
 
 ADMIN, CUSTOMER = ({"authorization": f"Bearer {key}"} for key in ("admin", "customer"))
-
-
-@contextmanager
-def serving(guard: Guard, port: int = 0) -> Iterator[str]:
-    """Serve in a thread with a loop of its own; yields the address."""
-    ports: list[int] = []
-    started, loop = threading.Event(), asyncio.new_event_loop()
-    end = asyncio.Event()
-
-    async def serve() -> None:
-        async with grpc_server.serving(guard, "127.0.0.1", port, LIMITS, 1) as bound:
-            ports.append(bound)
-            started.set()
-            await end.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield f"127.0.0.1:{ports[0]}"
-    finally:
-        loop.call_soon_threadsafe(end.set)
-        thread.join(30)
-        loop.close()
 
 
 @pytest.fixture(scope="module")

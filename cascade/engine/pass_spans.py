@@ -1,0 +1,35 @@
+"""Spans of a pass, in the trace of each request that has images in it: ``queue``, ``pass``, and ``swap`` inside it."""
+
+from collections.abc import Sequence
+
+from cascade import tracing
+from cascade.engine.fair_queue import Waiting
+from cascade.tracing import Part, Trace
+
+
+def record(
+    images: Sequence[tuple[Waiting, tuple[str, str]]], begun: float, ended: float, parts: Sequence[Part]
+) -> None:
+    """Record a pass that is over.
+
+    Args:
+        images: each image with its bundle and version.
+        begun, ended: monotonic seconds. parts: of the pass.
+    """
+    traces: dict[int, tuple[Trace, list[tuple[str, str]]]] = {}
+    for waiting, identity in images:
+        if waiting.trace is not None:
+            tracing.record(Part("queue", waiting.added, begun), waiting.trace)
+            traces.setdefault(id(waiting.trace), (waiting.trace, []))[1].append(identity)
+    for trace, own in traces.values():
+        bundles, versions = zip(*sorted(set(own)), strict=True)
+        attributes = {
+            "bundle": ",".join(bundles),
+            "version": ",".join(versions),
+            "images": len(own),
+            "batch_images": len(images),
+            "cold_load": trace.cold,
+        }
+        whole = tracing.record(Part("pass", begun, ended, attributes), trace)
+        for part in parts:
+            tracing.record(part, trace, whole)
