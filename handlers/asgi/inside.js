@@ -68,7 +68,7 @@ async function masks(signal) {
   $("layers").dataset.shown = `${$("which").value} ${$("against").value}`;
 }
 
-function summary({delta, layers, stages, masks}, other, sum, share) {
+function summary({delta, other_delta, layers, stages, masks}, other, sum, share) {
   const mask = masks.find(({name}) => name === $("which").value), verb = delta ? "lowers" : "switches off";
   if (!layers.length) return mask.start >= stages.length ? "No mask: the plain backbone with a head of its own." : "The two masks cover no stage in common.";
   const all = sum(layers, "weights"), from = mask.start ? ` from ${stages[mask.start]} on` : "";
@@ -77,6 +77,7 @@ function summary({delta, layers, stages, masks}, other, sum, share) {
       : `It switches off ${percent(share(layers, "off"))} of ${all.toLocaleString("en")} weights${from}.`;
   if (!other) return `${first} Bars show the share of each stage; open one for its layers.`;
   const [a, b, both] = ["off", "other_off", "both_off"].map(key => sum(layers, key)), either = a + b - both;
+  if (delta !== other_delta) return `${first} The other one ${other_delta ? "is a 1-bit delta and lowers" : "switches off"} ${percent(b / all)}: their bits mean different things.`;
   return `${first} The other one ${verb} ${percent(b / all)}; they differ in ${percent((either - both) / all)} of the weights, ` +
     `and ${percent(either ? both / either : 1)} of what either ${verb} is the same.`;
 }

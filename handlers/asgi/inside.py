@@ -80,6 +80,7 @@ def add(app: FastAPI, service: Service) -> None:
             "stages": mine.card.backbone.stages,
             "masks": [each.model_dump() for each in mine.card.masks],
             "delta": mask_layers.is_delta(pair[0]),
+            "other_delta": pair[1] is not None and mask_layers.is_delta(pair[1]),
             "layers": [asdict(layer) for layer in found],
         }
         return JSONResponse(about, headers=HEADERS)

@@ -8,11 +8,12 @@ import torch
 from cascade.engine.executors.folded import FoldedExecutor
 from cascade.engine.executors.onnx import OnnxExecutor
 from cascade.engine.executors.plain import PlainExecutor
-from cascade.engine.mask_layers import layers
+from cascade.engine.mask_layers import is_delta, layers
 from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
 from cascade.model.masks import all_ones, frozen, unpack
+from tests.helpers.adapters import adapters
 from tests.helpers.bundles import random_mask
 
 
@@ -54,3 +55,10 @@ def test_masks_that_switch_nothing_off(backbone: Backbone) -> None:
     ones = replace(ones, bits=all_ones(backbone.weights.numel()))
     assert {layer.off for layer in layers(executor, executor.pack(ones))} == {0}
     assert layers(executor, executor.pack(ones), nothing) == []
+
+
+@pytest.mark.parametrize("kind", [PlainExecutor, FoldedExecutor])
+def test_a_delta_is_known_after_it_was_packed(backbone: Backbone, kind: type[PlainExecutor]) -> None:
+    executor = kind(backbones.load("test_efficientnet", "random:0"), WeightCache(2**30))
+    for mask in adapters(backbone, 2).values():
+        assert is_delta(executor.pack(mask)) == bool(mask.deltas)

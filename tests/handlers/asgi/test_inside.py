@@ -75,6 +75,7 @@ def test_masks_layer_by_layer(ask: Ask, engine: Engine) -> None:
     assert {layer["stage"] for layer in found["layers"]} == set(range(1, len(card.backbone.stages)))
     other = ask("GET", "/v1/masks/photos/1/dispatcher?other=photos&other_version=1&other_mask=expert-1").json()
     assert {layer["stage"] for layer in other["layers"]} == set(range(3, len(card.backbone.stages)))
+    assert other["delta"] is False and other["other_delta"] is False
     either = sum(layer["off"] + layer["other_off"] - layer["both_off"] for layer in other["layers"])
     both, covered = (sum(layer[name] for layer in other["layers"]) for name in ("both_off", "weights"))
     assert (either - both) / covered == pytest.approx(card.masks[2].differs_from_dispatcher, abs=1e-3)
