@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 DEVICE = threading.RLock()
-"""Held around every use of a GPU by an executor: PyTorch's precision switches belong to the process, and while a CUDA
-graph is captured, no other thread may capture, free or synchronize (pytorch#63269)."""
+"""Held by every pass on a GPU, and around every other use of one by an executor: PyTorch's precision switches belong to
+the process, and while a CUDA graph is captured, no other thread may capture, free or synchronize (pytorch#63269)."""
 
 
 @contextlib.contextmanager
