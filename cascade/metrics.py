@@ -22,7 +22,7 @@ from cascade.metrics_files import (
 
 # isort: split
 
-from cascade.metrics_names import BusiestNames
+from cascade.metrics_names import OTHER, BusiestNames
 
 # isort: split
 
@@ -63,6 +63,7 @@ BUNDLE_QUEUE_SECONDS = Histogram(
     "cascade_bundle_queue_seconds", "Time from an image's arrival to its pass.", ["bundle"], buckets=SECONDS
 )
 BUNDLE_MASKS = Counter("cascade_bundle_masks_total", "Needed masks of a bundle: hit or miss.", ["bundle", "result"])
+BUNDLE_COLD_LOADS = Counter("cascade_bundle_cold_loads_total", "Loads of a bundle on demand.", ["bundle"])
 DROPPED = Counter(
     "cascade_dropped_total",
     "Images that got no pass: overloaded, deadline, cancelled, stopping, or over a limit of their tenant.",
@@ -149,6 +150,7 @@ _bundle_metrics = (
     BUNDLE_SECONDS,
     BUNDLE_QUEUE_SECONDS,
     BUNDLE_MASKS,
+    BUNDLE_COLD_LOADS,
     DEFERRED,
 )
 bundle_label = BusiestNames("bundle", _bundle_metrics, MOST_NAMES)
@@ -207,6 +209,12 @@ def count_answer(bundle: str | None, cluster: int | None, outcome: str = "ok", *
             if label == bundle:
                 CLUSTER_SHARE_SHIFT.labels(bundle, version).set(shift)
     REQUESTS.labels(label, "none" if cluster is None else str(cluster), outcome).inc()
+
+
+def count_cold_load(bundle: str) -> None:
+    """Count a bundle that was loaded on demand."""
+    BUNDLE_LOADS.inc()
+    BUNDLE_COLD_LOADS.labels(bundle if bundle_label.has_own(bundle) else OTHER).inc()
 
 
 def count_mask(bundle: str | None, hit: bool) -> None:

@@ -77,7 +77,7 @@ class OnDemandRegistry(Registry):
                 own = {i: stamp for i, stamp in self._listing.get(name, {}).items() if i in files}
                 self._names |= {name}  # also if refused, so that each look at the store can retry it
                 self._load(own, files)
-                metrics.BUNDLE_LOADS.inc()
+                metrics.count_cold_load(name)
         self._fetching.pop(name, None)
 
     def load(self, name: str) -> list[State]:

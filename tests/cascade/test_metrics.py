@@ -71,6 +71,7 @@ def test_names_types_and_units() -> None:
         "bundle_refused": "gauge",
         "bundles": "gauge",
         "bundle_loads": "counter",
+        "bundle_cold_loads": "counter",
         "bundle_evictions": "counter",
         "store_unreachable": "gauge",
         "reloads": "counter",

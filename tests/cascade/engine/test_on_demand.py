@@ -61,10 +61,11 @@ def test_a_bundle_is_loaded_when_it_is_named(store: Path, hand: Bundle, cifar: l
     whole = Engine(executor="plain")
     whole.add(named(hand, "b"))
     (wanted,) = whole.predict(cifar[:1])
-    loads = now("bundle_loads_total")
+    loads, of_b = now("bundle_loads_total"), now("bundle_cold_loads_total", bundle="b")
     for _ in range(2):
         same(ask(registry, "b", cifar[0]), wanted)
     assert [*registry.engine.names] == ["b"] and now("bundle_loads_total") == loads + 1
+    assert now("bundle_cold_loads_total", bundle="b") == of_b + 1
     assert [(s.name, s.state) for s in registry.states()] == [(n, "ready" if n == "b" else "stored") for n in NAMES]
     assert now("bundles", state="stored") == 3
 
