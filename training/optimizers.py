@@ -11,7 +11,7 @@ from training.objectives import Objective
 from training.recipe import Recipe
 
 WEIGHTS_WARMUP = 100  # steps
-LR, MOST_LR, TRAVEL = 0.02, 0.1, 30.0
+LR, MOST_LR, TRAVEL = 0.02, 0.05, 30.0
 
 
 class RmsSGD(torch.optim.SGD):

@@ -51,7 +51,7 @@ ABOUT: dict[str, dict[str, str]] = {
         "accumulate": "Parts of a batch that run one after the other, to save memory.",
         "draws": "Augmentations of each image whose trunk features are stored and reused; 0: a new one each time.",
         "optimizer": "Optimizer of the scores; rms-sgd divides each tensor's gradient by its root mean square.",
-        "lr": "Learning rate of the scores; 0: 0.02, and with labels more in short trainings, at most 0.1.",
+        "lr": "Learning rate of the scores; 0: 0.02, and with labels more in short trainings, at most 0.05.",
         "channel_lr": "Learning rate of scales and shifts (Adam).",
         "head_lr": "Learning rate of the head and of SwAV's prototypes; 0: 0.001 (AdamW), with swav 0.15 (SGD).",
         "warmup": "Share of the steps in which learning rates rise; then they decay along a cosine.",

@@ -9,7 +9,7 @@ from training.recipe import Recipe
 def test_a_short_training_with_labels_has_a_higher_rate() -> None:
     recipe = Recipe("photos", labels=True)
     assert [score_rate(recipe, steps) for steps in (0, 100, 300, 600, 1000, 1500, 9000)] == approx(
-        [0.1, 0.1, 0.1, 0.05, 0.03, 0.02, 0.02]
+        [0.05, 0.05, 0.05, 0.05, 0.03, 0.02, 0.02]
     )
 
 
