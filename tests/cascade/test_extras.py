@@ -35,7 +35,9 @@ COMMANDS = {
 
 def base(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a program as after ``pip install cascade-vision``, without any extra."""
-    code = BASE % sorted(EXTRAS.keys() - {"torchserve"}) + program
+    # FastAPI needs OpenTelemetry's interface, so the extra adds only what implements it.
+    blocked = EXTRAS.keys() - {"torchserve", "opentelemetry"} | {"opentelemetry.sdk", "opentelemetry.exporter"}
+    code = BASE % sorted(blocked) + program
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 

@@ -68,7 +68,7 @@ def test_every_number_is_an_option(name: str) -> None:
     got = parsed("photos", *arguments)
     assert getattr(got, name) == expected != value
     follow = {  # what an option decides beside itself
-        "labels": {"clusters", "bank"},
+        "labels": {"clusters", "bank", "router"},
         "backbone": {"source"},
         "clusters": {"objective", "adapt"},
         "objective": {"adapt"},

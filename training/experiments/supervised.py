@@ -17,8 +17,8 @@ from training.run import Run
 SMALL = DEEP | {"seeds": 2}
 PAPER = {"data": ("cifar10", "cifar100", "dtd", "eurosat"), "epochs": 150}
 MASK: dict[str, dict[str, Any]] = {
-    "small": {"labels": True, "optimizer": "adam", "lr": 0.026, "head_lr": 0.02, "head_steps": 0},
-    "paper": {"labels": True, "warmup": 40 / 150, "head_lr": 0.15, "head_steps": 0},
+    "small": {"labels": True, "clusters": 0, "optimizer": "adam", "lr": 0.026, "head_lr": 0.02, "head_steps": 0},
+    "paper": {"labels": True, "clusters": 0, "warmup": 40 / 150, "head_lr": 0.15, "head_steps": 0},
 }
 SGD: dict[
     str, dict[str, Any]

@@ -11,7 +11,7 @@ from cascade import Engine
 from cascade.engine.batcher import Batcher
 from handlers.asgi.app import create_app
 from handlers.asgi.service import Service
-from tests.helpers.asgi_app import LIMITS, Ask, binary, client, error, outputs
+from tests.helpers.asgi_app import LIMITS, Ask, binary, client, outputs
 from tests.helpers.deferral import two_sizes
 
 SIZES = ["input_size", "deferred"]
@@ -59,6 +59,5 @@ def by_name(answer: httpx.Response) -> dict[str, Any]:
 
 
 def test_the_map_is_of_the_size_that_has_a_bank(ask: Ask) -> None:
-    for mode in ("adaptive", "fast", "dispatcher"):
-        assert len(ask("GET", f"/v1/map/pair/1?mode={mode}").raise_for_status().json()["points"]) == 20
-    assert error(ask("GET", "/v1/map/pair/1?mode=full")) == (404, "no_bank")
+    answer = ask("GET", "/v1/map/pair/1").raise_for_status().json()
+    assert len(answer["names"]) == 20 and answer["points"] == []  # the map itself was not computed for this bundle
