@@ -9,20 +9,18 @@ interleaved; the first one is a warm-up.
 """
 
 import asyncio
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import httpx
 import numpy as np
 import typer
 
 from benchmarks.report import Rows, figure, report
+from benchmarks.subprocesses import serving
 from benchmarks.synthetic import executor_name, load, single
 from cascade.bundle.format import write
 from cascade.model.preprocessing import Preprocessing
@@ -33,24 +31,6 @@ CONCURRENCY = 32
 BUNDLE = "pixels"
 Ask = Callable[[np.ndarray], Awaitable[np.ndarray]]
 """Send pixels float32 [1, 3, H, W]; returns the embedding float32 [1, D]."""
-
-
-@contextmanager
-def serving(store: Path) -> Iterator[tuple[str, str]]:
-    """Start the server by its command; yields host and port of HTTP, and those of gRPC."""
-    (port,) = claim_ports((LOOPBACK, 0))
-    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--port", "0", "--grpc-port", str(port)]
-    command += ["--model-store", str(store), "--log-level", "warning"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        try:
-            if not line.startswith("ready"):
-                raise SystemExit("the server does not start: see the error above")
-            url = httpx.URL(line.split()[-1])
-            yield f"{url.host}:{url.port}", f"{LOOPBACK}:{port}"
-        finally:
-            process.terminate()
 
 
 @asynccontextmanager
@@ -117,7 +97,9 @@ def main(
     images = np.random.default_rng(0).standard_normal((16, 3, side, side)).astype(np.float32)
     with TemporaryDirectory(prefix="cascade-grpc-") as folder:
         write(single(network, BUNDLE, 0), Path(folder, BUNDLE, "1"))
-        with serving(Path(folder)) as (http, rpc):
+        (port,) = claim_ports((LOOPBACK, 0))
+        with serving(Path(folder), "--grpc-port", str(port), "--log-level", "warning") as url:
+            http, rpc = f"{url.host}:{url.port}", f"{LOOPBACK}:{port}"
             rates = asyncio.run(measured(http, rpc, images, requests, rounds))
     rows = Rows(f"{backbone}, {CONCURRENCY} at a time, pixels as tensors")
     for name, values in rates.items():

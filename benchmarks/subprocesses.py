@@ -4,13 +4,17 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import torch
@@ -139,3 +143,18 @@ def _serve(pipe: Connection, build: Build, arguments: tuple[Any, ...]) -> None:
         raise
     finally:
         pipe.close()
+
+
+@contextmanager
+def serving(store: Path, *options: str) -> Iterator[httpx.URL]:
+    """Start the server by its command on a free port; yields the URL for requests."""
+    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--port", "0", "--model-store", str(store), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            if not line.startswith("ready"):
+                raise SystemExit("the server does not start: see the error above")
+            yield httpx.URL(line.split()[-1])
+        finally:
+            process.terminate()

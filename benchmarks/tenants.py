@@ -18,8 +18,6 @@ jain             Jain's index of these tenants' throughput, although some have t
 import asyncio
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +35,7 @@ from rich.table import Table
 
 from benchmarks.images import jpegs
 from benchmarks.report import Figure, figure, report
+from benchmarks.subprocesses import serving
 from benchmarks.synthetic import executor_name, single
 from cascade.bundle.format import read, write
 from cascade.model import backbone as backbones
@@ -181,22 +180,6 @@ def jain(values: list[int]) -> float:
 
 
 @contextmanager
-def serving(store: Path, keys: Path, *options: str) -> Iterator[httpx.URL]:
-    """Start the server by its command; yields the URL for requests."""
-    command = [sys.executable, "-m", "cascade.cli.main", "serve", "--port", "0", "--log-level", "error"]
-    command += ["--model-store", str(store), "--api-keys", str(keys), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        try:
-            if not line.startswith("ready"):
-                raise SystemExit("the server does not start: see the error above")
-            yield httpx.URL(line.split()[-1])
-        finally:
-            process.terminate()
-
-
-@contextmanager
 def servers(backbone: str, tenants: int) -> Iterator[tuple[Server, Server]]:
     """The fair server, and the one in order of arrival."""
     with TemporaryDirectory(prefix="cascade-tenants-") as folder, ExitStack() as stack:
@@ -208,8 +191,10 @@ def servers(backbone: str, tenants: int) -> Iterator[tuple[Server, Server]]:
         images = jpegs(read(bundle).preprocessing.size)
         lines = [f"tenant-{i} {digest(f'key-{i}')} name=tenant-{i}" for i in range(tenants)]
         keys.write_text("\n".join([*lines, f"* {digest('shared')} name=shared"]))
-        fair = stack.enter_context(serving(store, keys))
-        arrival = stack.enter_context(serving(store, keys, "--patience", "0", "--time-slice", "60", "--queue", "512"))
+        common = ("--api-keys", str(keys), "--log-level", "error")
+        fair = stack.enter_context(serving(store, *common))
+        in_order = ("--patience", "0", "--time-slice", "60", "--queue", "512")
+        arrival = stack.enter_context(serving(store, *common, *in_order))
         yield Server(fair, images), Server(arrival, images, shared=True)
 
 

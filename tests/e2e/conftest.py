@@ -67,6 +67,14 @@ def server(store: Path, one_mask: int) -> Iterator[TorchServe]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def shelf(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of their own for a module's tests that change it."""
+    root = tmp_path_factory.mktemp("shelf") / "store"
+    shutil.copytree(store / "one" / "1", root / "one" / "1")
+    return root
+
+
 @pytest.fixture(scope="session")
 def indexed() -> list[Path]:
     """What the ASGI server's index is over."""

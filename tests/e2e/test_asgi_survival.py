@@ -114,14 +114,6 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
 
 
 @pytest.fixture(scope="module")
-def shelf(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of their own for the tests that change it."""
-    root = tmp_path_factory.mktemp("shelf") / "store"
-    shutil.copytree(store / "one" / "1", root / "one" / "1")
-    return root
-
-
-@pytest.fixture(scope="module")
 def shelved(shelf: Path, clock: Clock) -> Iterator[Asgi]:
     """A server that follows it."""
     env = {**clock.environment, **NO_FILES}

@@ -28,14 +28,6 @@ KEYS = f"* {digest('the-admin')} role=admin\n* {digest('calm')} name=calm\n* {di
 
 
 @pytest.fixture(scope="module")
-def shelf(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that the tests change."""
-    root = tmp_path_factory.mktemp("shelf") / "store"
-    shutil.copytree(store / "one" / "1", root / "one" / "1")
-    return root
-
-
-@pytest.fixture(scope="module")
 def tiny(cifar: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a few files and kilobytes."""
     return write(handmade(cifar[:20], experts=0, mask_from=3), tmp_path_factory.mktemp("tiny") / "tiny" / "1")
