@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 import yaml
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Metric
 from typer.testing import CliRunner
 
 import cascade.engine.tenant_metrics  # noqa: F401  adds its metrics to the registry
@@ -21,11 +21,14 @@ DEPLOYMENT = ROOT / "docs" / "deployment.md"
 DOCS = ROOT / "docs" / "observability.md"
 
 
-def known() -> set[str]:
-    """Every sample name that our metrics can have."""
+def samples(family: Metric) -> set[str]:
+    """Every sample name that a metric can have."""
     suffixes = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
-    families = [f for f in REGISTRY.collect() if f.name.startswith("cascade_")]
-    return {f.name + suffix for f in families for suffix in suffixes[f.type]}
+    return {family.name + suffix for suffix in suffixes[family.type]}
+
+
+def known() -> set[str]:
+    return {name for f in REGISTRY.collect() if f.name.startswith("cascade_") for name in samples(f)}
 
 
 def named(text: str) -> set[str]:
@@ -49,6 +52,12 @@ def test_every_alert_is_tested() -> None:
 def test_only_metrics_that_there_are() -> None:
     for text in ((PROMETHEUS / "alerts.yml").read_text(), "\n".join(expressions())):
         assert named(text) and named(text) <= known(), named(text) - known()
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    shown = named((DEPLOY / "grafana" / "cascade.json").read_text())
+    hidden = [f.name for f in REGISTRY.collect() if f.name.startswith("cascade_") and not samples(f) & shown]
+    assert hidden == []
 
 
 def test_panels_have_their_own_place_and_number() -> None:
