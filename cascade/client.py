@@ -5,6 +5,7 @@ with cascade.Client("http://127.0.0.1:8080") as client:
 """
 
 import json
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,16 +40,30 @@ class Client:
         timeout: seconds for one request.
         patience: seconds to retry while the server is overloaded or down, or the key's limit is reached; a request may
             be sent twice.
+        ca: PEM file of the authorities that may have signed the server's certificate (a self-signed one is its own);
+            None for those that everybody trusts.
+
+    Raises:
+        ClientError: ``ca`` cannot be read.
     """
 
-    def __init__(self, url: str, *, key: str | None = None, timeout: float = 60, patience: float = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        timeout: float = 60,
+        patience: float = 0,
+        ca: str | Path | None = None,
+    ) -> None:
         address = httpx.URL(url)
         self._predict = address.path if address.path != "/" else "/v1/predict"
         self.patience = patience
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         proxied = address.host not in LOOPBACK
         root = address.copy_with(path="/")
-        self._http = httpx.Client(base_url=root, headers=headers, timeout=timeout, trust_env=proxied)
+        trusted = True if ca is None else _trusted(ca)
+        self._http = httpx.Client(base_url=root, headers=headers, timeout=timeout, trust_env=proxied, verify=trusted)
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +159,14 @@ class Client:
                     raise ClientError(f"{self._http.base_url} does not answer ({e!r}): is the server running?") from e
             time.sleep(min(pause, LONGEST_PAUSE, max(0.0, end - time.monotonic())))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _trusted(ca: str | Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as e:  # that of OpenSSL is one, too
+        why = e.strerror or e
+        raise ClientError(f"{ca} is no file of certificates ({why}): pass the authority's certificate, as PEM") from e
 
 
 def _read(image: Image) -> bytes:

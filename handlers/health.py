@@ -2,7 +2,8 @@
 
     python -m handlers.health     asks port 8080, or that of PORT or CASCADE_SERVE_PORT, which serve reads, too
 
-TorchServe counts as ready when its worker does: /ping says Healthy long before that, and while the worker crashes.
+It asks by HTTPS if CASCADE_SERVE_TLS_CERT is set. TorchServe counts as ready when its worker does: /ping says Healthy
+long before that, and while the worker crashes.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Literal
 
 import httpx
 
@@ -18,18 +20,22 @@ from handlers.torchserve import tokens
 PORT, MANAGEMENT_PORT = 8080, 8081
 
 
-def not_ready_reason(port: int = PORT, management_port: int = MANAGEMENT_PORT) -> str | None:
+def not_ready_reason(
+    port: int = PORT, management_port: int = MANAGEMENT_PORT, scheme: Literal["http", "https"] = "http"
+) -> str | None:
     """Why the server is not ready, or None.
 
     Args:
         port: of the predictions. management_port: of TorchServe; the ASGI front end has none.
+        scheme: of the ASGI front end.
     """
-    with httpx.Client(trust_env=False, timeout=4) as client:
+    # The certificate is for another name than 127.0.0.1, and nothing secret is sent.
+    with httpx.Client(trust_env=False, timeout=4, verify=False) as client:
         try:
             try:
                 models = client.get(f"http://127.0.0.1:{management_port}/models/cascade", headers=_key())
             except httpx.ConnectError:
-                ready = client.get(f"http://127.0.0.1:{port}/v2/health/ready")
+                ready = client.get(f"{scheme}://127.0.0.1:{port}/v2/health/ready")
                 return None if ready.status_code == 200 else f"ASGI front end: {ready.text[:200]}"
             workers = [worker["status"] for worker in models.raise_for_status().json()[0]["workers"]]
         except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
@@ -51,4 +57,5 @@ def port_of(environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(not_ready_reason(port_of(os.environ)))
+    secure = os.environ.get("CASCADE_SERVE_TLS_CERT")
+    sys.exit(not_ready_reason(port_of(os.environ), scheme="https" if secure else "http"))

@@ -1,11 +1,15 @@
 """The settings of ``cascade serve``: shared ones, and those of each front end."""
 
+import re
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from cascade.errors import CascadeError
+
+ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
+"""As browsers send it: in lower case, without a path; ``*`` and ``null`` would let any page in."""
 
 
 class SettingsError(CascadeError):
@@ -23,6 +27,8 @@ class Settings:
         memory_bytes: of backbones and bundles, per engine; None for no limit.
         threads: of torch, per engine; None for one per CPU.
         on_demand: of ``cascade.engine.stores.load_store``.
+        keep_unknown: a folder in which images that fit no bundle are kept; None: they are not kept.
+        keep_images, keep_bytes: most of them.
         pins: version by bundle name, for requests without a version.
         poll: seconds between two checks of the store, and of the index; 0 for never.
         drain_timeout: seconds for the requests in progress to finish, once told to stop.
@@ -41,6 +47,9 @@ class Settings:
     device: str = "cpu"
     threads: int | None = None
     on_demand: bool = False
+    keep_unknown: Path | None = None
+    keep_images: int = 2000
+    keep_bytes: int = 2**28
     pins: dict[str, str] = field(default_factory=dict)
     poll: float = 10
     drain_timeout: float = 8
@@ -59,11 +68,13 @@ class BatchingSettings(Settings):
         api_keys: a file for ``handlers.asgi.key_file.read``.
         allowed_hosts: Host headers to accept besides the names of loopback. Without keys on loopback all others are
             refused, since a web page can give its own name the address 127.0.0.1 (DNS rebinding).
+        cors_origins: of the web pages that may read the answers, like ``https://app.example``.
         max_batch, patience, queue, time_slice: of ``cascade.engine.batcher.Batcher``.
     """
 
     api_keys: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     max_batch: int = 32
     patience: float = 0.05
     queue: int = 256
@@ -76,6 +87,9 @@ class BatchingSettings(Settings):
             )
         if self.api_keys is not None and self.no_auth:
             raise SettingsError("--api-keys and --no-auth contradict each other: omit one of them")
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise SettingsError(f"{origin!r} is no origin for --cors-origin: write it like https://app.example")
 
     @property
     def hosts(self) -> frozenset[str] | None:
@@ -92,8 +106,7 @@ class AsgiSettings(BatchingSettings):
     Attributes:
         grpc_port: port for gRPC in addition to HTTP; None for no gRPC.
         index: a folder made by ``cascade index build``, for /v1/search.
-        keep_unknown: a folder in which images that fit no bundle are kept; None: they are not kept.
-        keep_images, keep_bytes: most of them.
+        tls_cert, tls_key: PEM files of the certificate chain and its key; both, or neither for plain HTTP.
         connections: most at the same time; more get 503.
         startup_timeout: seconds until the engine is ready.
         keep_alive: seconds that an idle connection stays open; should exceed that of a load balancer in front.
@@ -101,12 +114,16 @@ class AsgiSettings(BatchingSettings):
 
     grpc_port: int | None = None
     index: Path | None = None
-    keep_unknown: Path | None = None
-    keep_images: int = 2000
-    keep_bytes: int = 2**28
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     connections: int = 4096
     startup_timeout: float = 300
     keep_alive: float = 75
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("TLS needs both --tls-cert and --tls-key")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,10 +97,15 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="asgi: port for gRPC beside HTTP; the extra grpc.")] = None,
     index: Annotated[Path | None, typer.Option(help="asgi: index for POST /v1/search.")] = None,
     keep_unknown: Annotated[
-        Path | None, typer.Option(help="asgi: folder that keeps images which fit no bundle, for the next one.")
+        Path | None, typer.Option(help="Folder that keeps images which fit no bundle, for the next one.")
     ] = None,
-    keep_images: Annotated[int | None, typer.Option(help="asgi: maximum images kept; default: 2000.", min=1)] = None,
-    keep_bytes: Annotated[int | None, typer.Option(help="asgi: maximum bytes kept; default: 256 MiB.", min=1)] = None,
+    keep_images: Annotated[int | None, typer.Option(help="Maximum images kept; default: 2000.", min=1)] = None,
+    keep_bytes: Annotated[int | None, typer.Option(help="Maximum bytes kept; default: 256 MiB.", min=1)] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="asgi: PEM file of the certificate chain, for TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="asgi: PEM file of its private key, not encrypted.")] = None,
+    cors_origins: Annotated[
+        list[str] | None, typer.Option("--cors-origin", help="asgi, ray: origin of web pages that may read answers.")
+    ] = None,
     connections: Annotated[int | None, typer.Option(help="asgi: maximum connections; 503 beyond that.", min=1)] = None,
     keep_alive: Annotated[
         float | None, typer.Option(help="asgi: seconds that an idle connection stays open; default: 75.", min=1)
@@ -157,8 +162,8 @@ def _settings(context: typer.Context, frontend: Frontend, settings: Any) -> Any:
         values[name] = context.params[name]
     if "log_level" in values:
         values["log_level"] = values["log_level"].value
-    if "allowed_hosts" in values:
-        values["allowed_hosts"] = tuple(values["allowed_hosts"])
+    for name in {"allowed_hosts", "cors_origins"} & values.keys():
+        values[name] = tuple(values[name])
     if "pin" in values:
         from cascade.engine.pins import pinned
 

@@ -321,8 +321,9 @@ class Batcher:
             failed = True
         timed = [_timed(*pair) for pair in answers]
         self.statistics.count(timed, self._begun, failed)
-        identities = [each.identity for each in timed]
-        pass_spans.record([*zip(batch, identities, strict=True)], self._begun, time.monotonic(), parts)
+        pass_spans.record_queue(batch, self._begun)
+        passed = [(waiting.trace, each.identity) for waiting, each in zip(batch, timed, strict=True)]
+        pass_spans.record_pass(passed, self._begun, time.monotonic(), parts)
         seconds = (time.monotonic() - self._begun) / _cost(batch)
         with self._changed:
             self._running = 0

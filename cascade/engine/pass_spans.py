@@ -3,24 +3,31 @@
 from collections.abc import Sequence
 
 from cascade import tracing
+from cascade.bundle.store import Identity
 from cascade.engine.fair_queue import Waiting
 from cascade.tracing import Part, Trace
 
 
-def record(
-    images: Sequence[tuple[Waiting, tuple[str, str]]], begun: float, ended: float, parts: Sequence[Part]
+def record_queue(batch: Sequence[Waiting], begun: float) -> None:
+    """Record how long images waited for a pass. ``begun``: when it began, monotonic seconds."""
+    for waiting in batch:
+        if waiting.trace is not None:
+            tracing.record(Part("queue", waiting.added, begun), waiting.trace)
+
+
+def record_pass(
+    images: Sequence[tuple[Trace | None, Identity]], begun: float, ended: float, parts: Sequence[Part]
 ) -> None:
     """Record a pass that is over.
 
     Args:
-        images: each image with its bundle and version.
+        images: the trace of each image, and its bundle and version.
         begun, ended: monotonic seconds. parts: of the pass.
     """
-    traces: dict[int, tuple[Trace, list[tuple[str, str]]]] = {}
-    for waiting, identity in images:
-        if waiting.trace is not None:
-            tracing.record(Part("queue", waiting.added, begun), waiting.trace)
-            traces.setdefault(id(waiting.trace), (waiting.trace, []))[1].append(identity)
+    traces: dict[int, tuple[Trace, list[Identity]]] = {}
+    for trace, identity in images:
+        if trace is not None:
+            traces.setdefault(id(trace), (trace, []))[1].append(identity)
     for trace, own in traces.values():
         bundles, versions = zip(*sorted(set(own)), strict=True)
         attributes = {

@@ -30,6 +30,13 @@ class Pin:
         """The loaded version with the largest weight."""
         return max((v for v in self.weights if v in loaded), key=self.weights.__getitem__, default=None)
 
+    @property
+    def text(self) -> str:
+        """The inverse of ``parse``."""
+        if len(self.weights) == 1:
+            return next(iter(self.weights))
+        return ",".join(f"{version}:{weight:g}" for version, weight in self.weights.items())
+
     def __str__(self) -> str:
         return " or ".join(self.weights)
 

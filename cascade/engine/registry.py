@@ -84,7 +84,8 @@ class Registry:
         self, engine: Engine, store: Store, pins: Mapping[str, str] | None = None, journal: Journal | None = None
     ) -> None:
         self.engine, self.store, self.journal = engine, store, journal or Journal()
-        engine.pins = {name: parse(text) for name, text in (pins or {}).items()}
+        texts = {**(pins or {}), **self.journal.pins}
+        engine.pins = {name: parse(text) for name, text in texts.items() if text is not None}
         self._held: dict[Identity, tuple[str, str]] = {}  # (stamp, digest) of what is served
         self._bad: dict[Identity, _Bad] = {}
         self._states: dict[Identity, State] = {}  # replaced, never changed: readers need no lock
@@ -112,6 +113,21 @@ class Registry:
         """Remove a name, although it is in the store, until ``load`` or the end of the process."""
         self._unloaded |= {name}
         self.reload()
+
+    def pin(self, name: str, text: str | None) -> None:
+        """Pin a name, until the server ends; None removes its pin.
+
+        Raises:
+            CascadeError: this is no pin, or the store does not have its versions.
+        """
+        pin = None if text is None else parse(text)
+        versions = {state.version for state in self.states(name) if state.state != "removed"}
+        if pin and (missing := pin.weights.keys() - versions):
+            raise CascadeError(f"the store has no version {', '.join(sorted(missing))} of this bundle")
+        with self._changing:
+            others = {n: p for n, p in self.engine.pins.items() if n != name}
+            self.engine.pins = {**others, name: pin} if pin else others
+            self.journal.pin(name, text)
 
     def load(self, name: str) -> list[State]:
         """Check the bundles of a name again, including refused and unloaded ones, and return their states."""

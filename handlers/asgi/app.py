@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from cascade import __version__, metrics
@@ -22,7 +23,7 @@ from cascade.engine.results import DISPATCH_MODES, UNKNOWN_CHOICES, ItemError, O
 from cascade.engine.tenants import PRIORITIES
 from cascade.offline.index.live import LiveIndex
 from cascade.open_inference import LENGTH_HEADER
-from handlers.asgi import auto, inside, open_inference, overview, repository, search, ui, unknown
+from handlers.asgi import auto, inside, open_inference, overview, pins, repository, search, ui, unknown
 from handlers.asgi.keys import EVERY, FORBIDDEN
 from handlers.asgi.middleware import FAILED, Guard, Refusal
 from handlers.asgi.service import Service
@@ -43,6 +44,7 @@ V2_QUERY = ItemError(
 )
 BAD_FORM = ItemError("bad_request", "send one image per request: a form has exactly one part, the file")
 ATTEMPTS = 2  # for a request without a version, if its version is removed meanwhile
+CORS_METHODS = ("GET", "POST", "PUT", "DELETE")
 
 
 def create_app(
@@ -50,13 +52,15 @@ def create_app(
     index: LiveIndex | None = None,
     hosts: Collection[str] | None = None,
     registry: Registry | None = None,
+    origins: Collection[str] = (),
 ) -> Guard:
     """The ASGI application over a service.
 
     Args:
         index: for /v1/search, which exists only with an index.
-        registry: for /v2/repository and /v1/unknown, which exist only with a registry.
+        registry: for /v2/repository, which exists only with a registry.
         hosts: the Host headers to accept; None for any.
+        origins: of the web pages that may read the answers (CORS).
     """
     app = FastAPI(
         title="Cascade", version=__version__, redoc_url=None, docs_url=None, responses=ERRORS, redirect_slashes=False
@@ -64,7 +68,8 @@ def create_app(
     _predictions(app, service)
     if registry is not None:
         repository.add(app, service, registry)
-        unknown.add(app, service)
+        pins.add(app, service, registry)
+    unknown.add(app, service)
     auto.add(app, service)
     _protocol(app, service)
     _state(app, service)
@@ -103,7 +108,10 @@ def create_app(
         return document
 
     app.openapi = described  # type: ignore[method-assign]
-    return Guard(app, service.limits, hosts)
+    if not origins:
+        return Guard(app, service.limits, hosts)
+    cors = CORSMiddleware(app, origins, CORS_METHODS, allow_headers=["*"], expose_headers=["*"])
+    return Guard(cors, service.limits, hosts)
 
 
 def _predictions(app: FastAPI, service: Service) -> None:

@@ -24,6 +24,8 @@ from tritonclient.grpc import service_pb2_grpc
 from cascade.errors import CascadeError
 from cascade.open_inference import LENGTH_HEADER, packed
 from handlers.asgi.middleware import App, Limits
+from handlers.asgi.tls import Certificate
+from handlers.asgi.watched import Watched
 
 log = logging.getLogger("cascade.grpc")
 FRAME = 2**20  # bytes of a message around its tensors
@@ -144,12 +146,15 @@ class Health(health_pb2_grpc.HealthServicer):
 
 
 @asynccontextmanager
-async def serving(app: App, host: str, port: int, limits: Limits, grace: float) -> AsyncIterator[int]:
+async def serving(
+    app: App, host: str, port: int, limits: Limits, grace: float, certificate: Watched[Certificate] | None = None
+) -> AsyncIterator[int]:
     """Serve the application by gRPC until the block ends; yields the port.
 
     Args:
         host: an address. port: 0 for any free one.
         grace: seconds for calls in progress at the end.
+        certificate: for TLS.
 
     Raises:
         CascadeError: the address is taken.
@@ -162,7 +167,10 @@ async def serving(app: App, host: str, port: int, limits: Limits, grace: float) 
         health_pb2_grpc.add_HealthServicer_to_server(Health(client), server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = server.add_insecure_port(address)
+            if certificate is None:
+                bound = server.add_insecure_port(address)
+            else:
+                bound = server.add_secure_port(address, _credentials(certificate))
         except RuntimeError:
             raise CascadeError(f"cannot listen on {address} for gRPC: choose another --grpc-port") from None
         await server.start()
@@ -171,6 +179,16 @@ async def serving(app: App, host: str, port: int, limits: Limits, grace: float) 
             yield bound
         finally:
             await server.stop(grace)
+
+
+def _credentials(certificate: Watched[Certificate]) -> grpc.ServerCredentials:
+    """For TLS; each new connection gets the current certificate."""
+
+    def current() -> grpc.ServerCertificateConfiguration:
+        value = certificate.value
+        return grpc.ssl_server_certificate_configuration([(value.key, value.chain)])
+
+    return grpc.dynamic_ssl_server_credentials(current(), current)
 
 
 def _headers(context: grpc.aio.ServicerContext) -> dict[str, str]:

@@ -5,7 +5,6 @@
 A tenant is a name, and may have several keys; its limits may be on any of their lines.
 """
 
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from cascade.engine.tenants import PRIORITIES, Tenant
 from cascade.errors import CascadeError
 from handlers.asgi.keys import EVERY, Keys, nameless
 
-log = logging.getLogger(__name__)
 LINE = re.compile(r"(\S+)\s+([0-9a-fA-F]{64})((?:\s+[a-z]+=\S+)*)")
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 WEIGHTS = (0.1, 10.0)
@@ -149,37 +147,3 @@ def read(path: Path) -> Keys:
         return reader.keys()
     except _LineError as error:
         raise CascadeError(f"{path}: {error}") from None
-
-
-class Watched:
-    """The keys of a file, reloaded when it changes.
-
-    If the changed file is invalid, an error is logged and the old keys stay valid, so that an incomplete file locks
-    nobody out.
-
-    Raises:
-        CascadeError: as ``read``, at the first reading.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stamp = self._look()
-        self.keys = read(path)
-
-    def refresh(self) -> Keys:
-        """The current keys of the file."""
-        if (stamp := self._look()) != self._stamp:
-            self._stamp = stamp
-            try:
-                self.keys = read(self.path)
-                log.warning("the API keys were read again: %d lines", len(self.keys.pairs))
-            except CascadeError as error:
-                log.error("%s; the old keys stay valid", error)
-        return self.keys
-
-    def _look(self) -> tuple[int, int, int] | None:
-        try:
-            stat = self.path.stat()
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size

@@ -14,6 +14,7 @@ from uuid import uuid4
 from cascade import tracing
 from cascade.engine.batcher import STOPPING
 from cascade.engine.results import ItemError
+from handlers import spans
 from handlers.asgi.metrics import HTTP_IN_PROGRESS, HTTP_SECONDS
 from handlers.statuses import error_body, status_of
 
@@ -128,19 +129,8 @@ class Guard:
             fields |= {"method": scope["method"], "path": scope["path"][:200], "status": status}
             fields |= {"ms": round(1000 * seconds, 1), "bytes": body.size}
             if span is not None:
-                _describe(span, route, fields)
+                spans.describe(span, route, fields)
             log.log(_level(status, polled), "request", extra={"fields": fields})
-
-
-def _describe(span: Any, route: str, fields: Mapping[str, Any]) -> None:
-    """Put what the log says of a request on its span."""
-    span.update_name(f"{fields['method']} {route}")
-    span.set_attributes({"http.request.method": fields["method"], "http.route": route, "url.path": fields["path"]})
-    span.set_attribute("http.response.status_code", fields["status"])
-    if fields["status"] >= 500 or not fields["status"]:
-        tracing.fail(span)
-    ours = ("bundle", "version", "images", "tenant", "error", "request_id")
-    span.set_attributes({f"cascade.{name}": fields[name] for name in ours if name in fields})
 
 
 def host_of(headers: Mapping[bytes, bytes]) -> str:

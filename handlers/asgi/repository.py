@@ -35,13 +35,13 @@ def add(app: FastAPI, service: Service, registry: Registry) -> None:
     @app.post("/v2/repository/index", summary="Every bundle of the store and its state")
     async def index(request: Request) -> list[dict[str, str]]:
         service.administer(request)
-        asked = _json(await request.body())
+        asked = small_json(await request.body())
         return [_entry(s, registry) for s in registry.states() if STATES[s.state] == "READY" or not asked.get("ready")]
 
     @app.post("/v2/repository/models/{model}/load", summary="Load a bundle, or try again")
     async def load(request: Request, model: str) -> Response:
         service.administer(request)
-        if _json(await request.body()).get("parameters"):
+        if small_json(await request.body()).get("parameters"):
             raise Refusal(PARAMETERS)
         log.warning("load %s: asked for by %s", model, request.state.tenant.name)
         states = await asyncio.to_thread(registry.load, model)
@@ -101,7 +101,7 @@ def _entry(state: State, registry: Registry) -> dict[str, str]:
     return {"name": state.name, "version": state.version, "state": STATES[state.state], "reason": reason}
 
 
-def _json(body: bytes) -> dict[str, Any]:
+def small_json(body: bytes) -> dict[str, Any]:
     """Parse a small JSON object; an empty body is an empty object."""
     try:
         found = json.loads(body) if body and len(body) < 2**16 else {} if not body else None

@@ -39,7 +39,8 @@ class Supervisor:
     def __init__(self, listening: socket.socket, settings: AsgiSettings) -> None:
         self.listening, self.settings = listening, settings
         host, port = listening.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if settings.tls_cert is None else "https"
+        self.url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         self.stopping = False
         self.starts = 0
         self.was_ready = False

@@ -33,12 +33,14 @@ from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident
 from cascade.offline.index.live import LiveIndex
+from handlers.asgi import key_file, tls
 from handlers.asgi.app import create_app
 from handlers.asgi.connection import Connection
-from handlers.asgi.key_file import Watched
+from handlers.asgi.keys import Keys
 from handlers.asgi.metrics import ENGINE_RESTARTS
 from handlers.asgi.middleware import Guard
 from handlers.asgi.service import Service
+from handlers.asgi.watched import Watched
 from handlers.settings import AsgiSettings
 
 TICKS = 10  # of uvicorn, per second
@@ -53,6 +55,7 @@ class Server(uvicorn.Server):
     Args:
         heartbeat: descriptor of a pipe that gets one byte per second, the first one when the server is ready.
         grpc: context manager that serves gRPC while its block runs.
+        certificate: for TLS; None for plain HTTP. most: connections at the same time, with TLS.
     """
 
     def __init__(
@@ -62,12 +65,15 @@ class Server(uvicorn.Server):
         guard: Guard,
         drain_timeout: float,
         heartbeat: int,
-        keys: Watched | None = None,
+        keys: Watched[Keys] | None = None,
         grpc: AbstractAsyncContextManager[int] | None = None,
+        certificate: Watched[tls.Certificate] | None = None,
+        most: int = 0,
     ) -> None:
         super().__init__(config)
         self.grpc, self.stack = grpc, AsyncExitStack()
         self.service, self.guard, self.keys = service, guard, keys
+        self.certificate, self.most = certificate, most
         self.drain_timeout, self.heartbeat = drain_timeout, heartbeat
         self.end = float("inf")
         self.memory = Resident()
@@ -78,7 +84,11 @@ class Server(uvicorn.Server):
             self.end = time.monotonic() + self.drain_timeout
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup(sockets if self.certificate is None else [])
+        if self.certificate is not None:
+            for listening in sockets or ():
+                accepting = tls.accepting(self, listening, self.certificate, self.most)
+                await self.stack.enter_async_context(accepting)
         if self.grpc is not None:
             await self.stack.enter_async_context(self.grpc)
         self._beat()
@@ -100,6 +110,8 @@ class Server(uvicorn.Server):
                     connection.check_reader()
             if self.keys is not None:
                 self.service.keys = await asyncio.to_thread(self.keys.refresh)
+            if self.certificate is not None:
+                await asyncio.to_thread(self.certificate.refresh)
         if counter % (2 * TICKS) == 0 and self.guard.requests == 0:
             await asyncio.to_thread(self.memory.give_back)
         return await super().on_tick(counter) or drained or dead
@@ -122,11 +134,14 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     if tracing.start():
         log.info("traces go to the OTLP endpoint of the environment")
-    keys = None if settings.api_keys is None else Watched(settings.api_keys)
+    keys = None if settings.api_keys is None else Watched(key_file.read, settings.api_keys)
+    certificate = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        certificate = Watched(tls.read, settings.tls_cert, settings.tls_key)
     ENGINE_RESTARTS.inc(restarts)
     index = None if settings.index is None else LiveIndex(settings.index)
-    memory, most = settings.memory_bytes, settings.max_batch
-    engine = Engine(settings.budget_bytes, settings.device, memory_bytes=memory, max_batch=most)
+    memory, batch = settings.memory_bytes, settings.max_batch
+    engine = Engine(settings.budget_bytes, settings.device, memory_bytes=memory, max_batch=batch)
     registry = load_store(
         engine, settings.model_store, settings.pins, journal=Journal(journal), on_demand=settings.on_demand
     )
@@ -149,11 +164,12 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
         stack.enter_context(registry.watching(settings.poll))
         if index is not None:
             stack.enter_context(index.watching(settings.poll))
-        service = Service(batcher, None if keys is None else keys.keys, registry=registry)
-        guard = create_app(service, index, settings.hosts, registry)
+        service = Service(batcher, None if keys is None else keys.value, registry=registry)
+        guard = create_app(service, index, settings.hosts, registry, settings.cors_origins)
+        most = _most_connections(settings.connections, most_files)
         config = uvicorn.Config(
             guard,
-            http=partial(Connection, most=_most_connections(settings.connections, most_files)),  # type: ignore[arg-type]
+            http=partial(Connection, most=most),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -167,8 +183,9 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
         if settings.grpc_port is not None:
             from handlers.asgi import grpc_server
 
-            grpc = grpc_server.serving(guard, settings.host, settings.grpc_port, guard.limits, GRACE)
-        Server(config, service, guard, settings.drain_timeout, heartbeat, keys, grpc).run([listening])
+            grpc = grpc_server.serving(guard, settings.host, settings.grpc_port, guard.limits, GRACE, certificate)
+        drain = settings.drain_timeout
+        Server(config, service, guard, drain, heartbeat, keys, grpc, certificate, most).run([listening])
 
 
 def _most_connections(wanted: int, most_files: int) -> int:
@@ -182,8 +199,11 @@ def _most_connections(wanted: int, most_files: int) -> int:
 def _settings(options: dict[str, Any]) -> AsgiSettings:
     """Parse the settings that the supervisor passes as JSON."""
     options = {f.name: options[f.name] for f in fields(AsgiSettings)}
-    paths = {name: options[name] and Path(options[name]) for name in ("api_keys", "index", "keep_unknown")}
-    return AsgiSettings(**options | paths | {"allowed_hosts": tuple(options["allowed_hosts"])})
+    for name in ("api_keys", "index", "keep_unknown", "tls_cert", "tls_key"):
+        options[name] = options[name] and Path(options[name])
+    for name in ("allowed_hosts", "cors_origins"):
+        options[name] = tuple(options[name])
+    return AsgiSettings(**options)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ray import serve
 from ray.serve import Application, Deployment
 
+from cascade import tracing
 from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.on_demand import OnDemandRegistry
 from cascade.engine.stores import load_store
+from cascade.engine.unknown import UnknownImages
 from cascade.logs import log_to_stderr
+from handlers.asgi import key_file
 from handlers.asgi.app import create_app
-from handlers.asgi.key_file import Watched
 from handlers.asgi.service import Service
+from handlers.asgi.watched import Watched
 from handlers.ray.middleware import App
 from handlers.ray.multiplexing import telling
 
@@ -43,8 +46,12 @@ class Settings(BaseModel):
     queue: PositiveInt = 256
     time_slice: float = Field(default=0.05, ge=0)
     on_demand: bool = False
+    keep_unknown: str | None = None
+    keep_images: PositiveInt = 2000
+    keep_bytes: PositiveInt = 2**28
     api_keys: str | None = None
     hosts: list[str] | None = None
+    cors_origins: list[str] = []
     pins: dict[str, str] = {}
     poll: float = Field(default=10, ge=0)
     log_level: str = "info"
@@ -64,10 +71,15 @@ class Replica:
         log_to_stderr(settings.log_level)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self._keys = None if settings.api_keys is None else Watched(Path(settings.api_keys))
+        if tracing.start():
+            self._stack.callback(tracing.stop)
+        self._keys = None if settings.api_keys is None else Watched(key_file.read, Path(settings.api_keys))
         memory, most = settings.memory_bytes, settings.max_batch
         engine = Engine(settings.budget_bytes, settings.device, memory_bytes=memory, max_batch=most)
         registry = load_store(engine, settings.model_store, settings.pins, on_demand=settings.on_demand)
+        if settings.keep_unknown is not None:
+            kept = UnknownImages(Path(settings.keep_unknown), settings.keep_images, settings.keep_bytes, engine.limits)
+            engine.unknown = self._stack.enter_context(kept)
         batching: dict[str, Any] = {
             "max_batch": settings.max_batch,
             "patience": settings.patience,
@@ -76,9 +88,9 @@ class Replica:
         }
         self._batcher = self._stack.enter_context(Batcher(engine, **batching))
         self._stack.enter_context(registry.watching(settings.poll))
-        opened = None if self._keys is None else self._keys.keys
+        opened = None if self._keys is None else self._keys.value
         self._service = Service(self._batcher, opened, registry=registry)
-        guard = create_app(self._service, hosts=settings.hosts)
+        guard = create_app(self._service, hosts=settings.hosts, origins=settings.cors_origins)
         self._application: App = telling(guard, registry) if isinstance(registry, OnDemandRegistry) else guard
 
     def __serve_build_asgi_app__(self) -> App:

@@ -36,6 +36,7 @@ def serving(
     drain_timeout: float = 8,
     pins: Mapping[str, str] | None = None,
     hosts: Collection[str] | None = None,
+    keep_unknown: Path | None = None,
     **settings: Any,
 ) -> Iterator[str]:
     """Serve until the block ends, then drain the requests in progress; yields the URL.
@@ -44,6 +45,7 @@ def serving(
         replicas: the most; their number follows the requests in progress. least: the fewest.
         drain_timeout: seconds for the requests in progress to finish.
         hosts: Host headers to accept; None for any.
+        keep_unknown: a folder in which images that fit no bundle are kept, the same on every machine.
         settings: the other fields of ``handlers.ray.replica.Settings``.
 
     Raises:
@@ -61,7 +63,9 @@ def serving(
         store = str(model_store) if "://" in str(model_store) else str(Path(model_store).resolve())
         keys = None if api_keys is None else str(api_keys.resolve())
         names = None if hosts is None else sorted(hosts)
-        chosen = Settings(model_store=store, api_keys=keys, pins=dict(pins or {}), hosts=names, **settings)
+        unknown = None if keep_unknown is None else str(keep_unknown.resolve())
+        settings |= {"api_keys": keys, "pins": dict(pins or {}), "hosts": names, "keep_unknown": unknown}
+        chosen = Settings(model_store=store, **settings)
         environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}  # not for Ray's own processes
         if "CASCADE_EXECUTOR" in os.environ:
             environment["CASCADE_EXECUTOR"] = os.environ["CASCADE_EXECUTOR"]

@@ -73,6 +73,8 @@ class Server:
         poll: seconds between two checks of the store; 0 for never.
         memory_bytes: of backbones and packed bundles, per worker; None for no limit.
         on_demand: load a bundle when it is first requested.
+        keep_unknown: a folder in which images that fit no bundle are kept; None: they are not kept.
+        keep_images, keep_bytes: most of them.
         log_level: of the workers; info has a line per request.
 
     Attributes:
@@ -104,6 +106,9 @@ class Server:
         memory_bytes: int | None = None,
         log_level: str = "warning",
         on_demand: bool = False,
+        keep_unknown: Path | None = None,
+        keep_images: int = 2000,
+        keep_bytes: int = 2**28,
     ) -> None:
         if log_level not in LOG_LEVELS:
             raise ServerError(f"unknown log level {log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
@@ -122,6 +127,9 @@ class Server:
             "pins": json.dumps(dict(pins or {})),
             "poll": poll,
             "on_demand": json.dumps(on_demand),
+            "keep_unknown": json.dumps(keep_unknown and str(keep_unknown.resolve())),
+            "keep_images": keep_images,
+            "keep_bytes": keep_bytes,
             "log_level": log_level,
             "device": device,
             "threads": self.threads,

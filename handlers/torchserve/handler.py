@@ -9,7 +9,7 @@ import fcntl
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
@@ -17,19 +17,23 @@ from typing import Any
 
 import torch
 
-from cascade import metrics
+from cascade import metrics, tracing
 from cascade.engine.decoders import Decoders
 from cascade.engine.engine import Engine
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.stores import load_store
+from cascade.engine.unknown import UnknownImages
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Resident
-from handlers import requests
+from cascade.tracing import Trace
+from handlers import requests, spans
 from handlers.statuses import status_of
 from handlers.torchserve import failures
+from handlers.torchserve import spans as batch_spans
 
 log = logging.getLogger("cascade.torchserve")
+PATH = "/predictions/cascade"
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
 
@@ -58,6 +62,8 @@ class CascadeHandler:
         on_demand = settings["on_demand"]
         registry = load_store(self.engine, settings["model_store"], settings["pins"], on_demand=on_demand)
         log_to_stderr(settings["log_level"])  # Java logs each line of stderr as a warning, which log4j2.xml passes on
+        if tracing.start():
+            log.info("traces go to the OTLP endpoint of the environment")
         if metrics.TROUBLE:
             log.error(metrics.TROUBLE)
         if registry.trouble:
@@ -69,23 +75,42 @@ class CascadeHandler:
         # TorchServe sends the next batch after this one is answered, so decoding can use all cores.
         self.decoders = Decoders(settings["threads"], self.engine.limits.max_seconds)
         resources.callback(self.decoders.close)
+        if settings["keep_unknown"] is not None:
+            folder, most, size = (settings[name] for name in ("keep_unknown", "keep_images", "keep_bytes"))
+            kept = UnknownImages(Path(folder), most, size, self.engine.limits)
+            self.engine.unknown = resources.enter_context(kept)
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
         self.memory = Resident()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """Answer each request of a batch, in order, and set its status; a bad request never raises."""
-        begin = time.perf_counter()
         headers = [context.get_all_request_header(i) for i in range(len(data))]
+        with batch_spans.opened([_plain(own) for own in headers]) as traced:
+            bodies = self._handle(data, headers, traced, context)
+        self.memory.give_back()
+        return bodies
+
+    def _handle(
+        self,
+        data: list[dict[str, Any]],
+        headers: list[Any],
+        traced: list[tuple[Any, Trace | None]],
+        context: Any,
+    ) -> list[str | bytes]:
+        """``handle`` inside the spans of the requests."""
+        begin = time.perf_counter()
         try:
             gate = self.gate.open()
         except FileNotFoundError:  # removed by the entrypoint, which is draining: refuse new work
             answers: list[Any] = [STOPPING] * len(data)
+            tracing.stop()  # this process will be killed
         else:
             with gate:
                 fcntl.flock(gate, fcntl.LOCK_SH)
-                answers = self.predict([_parse(*request) for request in zip(data, headers, strict=True)])
-        bodies = []
+                parsed = [_parse(*request) for request in zip(data, headers, strict=True)]
+                answers = self.predict(parsed, [trace for _, trace in traced])
+        bodies: list[str | bytes] = []
         for i, answer in enumerate(answers):
             try:
                 body, kind, named = requests.encode(answer, requests.wants_bytes(_plain(headers[i])))
@@ -99,15 +124,20 @@ class CascadeHandler:
             if isinstance(answer, ItemError):
                 status = status_of(answer)
                 context.set_response_status(status, HTTPStatus(status).phrase, i)
-            _log(context.get_request_id(i), headers[i], answer, batch=len(data), seconds=time.perf_counter() - begin)
-        self.memory.give_back()
+            seconds = time.perf_counter() - begin
+            fields = _log(context.get_request_id(i), headers[i], answer, batch=len(data), seconds=seconds)
+            if traced[i][0] is not None:
+                spans.describe(traced[i][0], PATH, fields | {"method": "POST", "path": PATH})
         return bodies
 
-    def predict(self, requests: list[tuple[bytes, Options] | ItemError]) -> list[Any]:
+    def predict(
+        self, requests: list[tuple[bytes, Options] | ItemError], traces: Sequence[Trace | None]
+    ) -> list[Prediction | ItemError]:
         """Predict the valid requests in one engine call; the errors of the others keep their places."""
-        readable = [request for request in requests if not isinstance(request, ItemError)]
-        images, wishes = [image for image, _ in readable], [wish for _, wish in readable]
-        answers = iter(self.engine.predict(images, wishes, self.decoders.map) if readable else ())
+        readable = [(r, t) for r, t in zip(requests, traces, strict=True) if not isinstance(r, ItemError)]
+        images, wishes = [image for (image, _), _ in readable], [wish for (_, wish), _ in readable]
+        own = [trace for _, trace in readable]
+        answers = iter(batch_spans.predict(self.engine, self.decoders, images, wishes, own) if readable else ())
         return [request if isinstance(request, ItemError) else next(answers) for request in requests]
 
 
@@ -133,8 +163,13 @@ def _plain(headers: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if isinstance(value, str)}
 
 
-def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction | ItemError, **batch: float) -> None:
-    """Log one line per request: at level info, or error if the fault is ours. TorchServe answers with the same id."""
+def _log(
+    request_id: str | None, headers: Mapping[str, Any], answer: Prediction | ItemError, **batch: float
+) -> dict[str, Any]:
+    """Log one line per request, and return its fields. Its level is info, or error if the fault is ours.
+
+    TorchServe answers with the same id.
+    """
     fields: dict[str, Any] = {"request_id": request_id}
     theirs = next((str(value) for name, value in headers.items() if name.lower() == "x-request-id"), "")
     if REQUEST_ID.fullmatch(theirs):
@@ -145,3 +180,4 @@ def _log(request_id: str | None, headers: Mapping[str, Any], answer: Prediction 
         fields |= {"status": 200, "bundle": answer.bundle, "version": answer.version, "cluster": answer.cluster}
     fields |= {"batch": batch["batch"], "ms": round(1000 * batch["seconds"], 1)}
     log.log(logging.ERROR if fields["status"] == 500 else logging.INFO, "request", extra={"fields": fields})
+    return fields

@@ -1,6 +1,7 @@
 """The client against a server that behaves badly (tests/e2e has the real ones)."""
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from cascade import Client, ItemError, Options, Prediction
 from cascade.client import ClientError
 from cascade.engine.results import Label, Neighbor
 from cascade.open_inference import packed, unpacked
+from tests.helpers import certificates
 
 pytestmark = pytest.mark.slow
 
@@ -75,8 +77,11 @@ class Handler(BaseHTTPRequestHandler):
 def serve() -> Iterator[Serve]:
     started: list[tuple[Server, threading.Thread]] = []
 
-    def start(*answers: Answer) -> Server:
+    def start(*answers: Answer, tls: ssl.SSLContext | None = None) -> Server:
         server = Server(list(answers))
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+            server.url = server.url.replace("http:", "https:")
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         started.append((server, thread))
@@ -124,6 +129,20 @@ def test_loopback_is_not_asked_for_through_a_proxy(serve: Serve, monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     with Client(serve(OK).url) as client:
         assert isinstance(client.predict(b"x"), Prediction)
+
+
+def test_a_server_with_a_certificate_of_its_own(serve: Serve, tmp_path: Path) -> None:
+    cert, key = certificates.make(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    server = serve(OK, tls=context)
+    with Client(server.url, ca=cert) as client:
+        assert same(client.predict(b"content"), GOOD)
+    with Client(server.url) as client, pytest.raises(ClientError, match="CERTIFICATE_VERIFY_FAILED"):
+        client.predict(b"content")
+    for wrong in (tmp_path / "nothing", key):
+        with pytest.raises(ClientError, match="pass the authority's certificate"):
+            Client(server.url, ca=wrong)
 
 
 def test_path_of_the_url_is_where_images_go(serve: Serve) -> None:

@@ -14,6 +14,7 @@ from cascade.engine.engine import Engine
 from cascade.offline.index import build
 from cascade.offline.predict import predict_files
 from tests.helpers.asgi_server import Asgi, serving_asgi
+from tests.helpers.otlp import Collector, receiving
 from tests.helpers.paths import DATA
 from tests.helpers.servers import EXECUTOR
 from tests.helpers.torchserve_server import TorchServe, serving
@@ -59,10 +60,17 @@ def photos(indexed: list[Path]) -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def server(store: Path, one_mask: int) -> Iterator[TorchServe]:
-    """One server for the session, with room for a single materialized mask."""
+def collector() -> Iterator[Collector]:
+    """What the session's TorchServe exports."""
+    with receiving() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def server(store: Path, one_mask: int, collector: Collector) -> Iterator[TorchServe]:
+    """One server for the session, with room for a single materialized mask, and traces."""
     start = time.perf_counter()
-    with serving(store, budget_bytes=one_mask) as running:
+    with serving(store, budget_bytes=one_mask, env=collector.environment) as running:
         print(f"TorchServe was ready after {time.perf_counter() - start:.1f} s")
         yield running
 

@@ -26,6 +26,7 @@ from cascade.engine.results import ItemError, Prediction
 from handlers.ray.serve import NAME, QUIET, serving
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
 from tests.conftest import need
+from tests.helpers.otlp import CALLER, TRACEPARENT, Collector, receiving
 from tests.helpers.paths import ROOT
 from tests.helpers.servers import EXECUTOR
 from tests.helpers.torments import settled
@@ -49,12 +50,21 @@ def many(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(many: Path) -> Iterator[str]:
+def traces() -> Iterator[Collector]:
+    """What the replicas export."""
+    with receiving() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def url(many: Path, traces: Collector) -> Iterator[str]:
     """Two replicas with all bundles."""
     need(find_spec("ray"), "Ray is not installed")
     (port,) = claim_ports((LOOPBACK, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CASCADE_EXECUTOR", EXECUTOR)
+        for name, value in traces.environment.items():
+            patch.setenv(name, value)
         patch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")  # ten otherwise
         with serving(many, port=port, replicas=3, least=2, log_level="warning", poll=0, threads=1) as url:
             yield url
@@ -129,6 +139,15 @@ def test_limits_and_errors_are_those_of_the_application(url: str, photos: list[b
         assert (large.status_code, large.json()["error"]["kind"]) == (413, "body_too_large")
         assert len(large.headers.get_list("x-request-id")) == 1
         assert client.get("/v2/health/ready").status_code == 200
+
+
+def test_a_request_is_in_the_trace_of_its_caller(url: str, traces: Collector, photos: list[bytes]) -> None:
+    headers = {"X-Cascade-Bundle": "a", "traceparent": TRACEPARENT}
+    httpx.post(f"{url}/v1/predict", content=photos[0], headers=headers, trust_env=False).raise_for_status()
+    assert settled(lambda: "POST /v1/predict" in traces.spans(), 30)
+    spans = traces.spans()
+    assert {"decode", "queue", "pass", "swap"} <= spans.keys()
+    assert spans["POST /v1/predict"].parent_span_id.hex() == CALLER
 
 
 def test_metrics_are_those_of_all_replicas(url: str) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,6 +13,7 @@ import pytest
 
 from handlers import health
 from handlers.torchserve.entrypoint import LOOPBACK, claim_ports
+from tests.helpers import certificates
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -32,14 +35,22 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
+@contextmanager
+def serving(context: ssl.SSLContext | None = None) -> Iterator[int]:
     with HTTPServer((LOOPBACK, 0), Answers) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server.server_port
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with serving() as port:
+        yield port
 
 
 @pytest.fixture
@@ -73,6 +84,15 @@ def test_asgi_is_ready_when_it_says_so(port: int, closed: int, monkeypatch: pyte
     assert health.not_ready_reason(port, closed) is None
     monkeypatch.setattr(Answers, "status", "stopping")
     assert health.not_ready_reason(port, closed) == 'ASGI front end: {"ready": false}'
+
+
+def test_asgi_with_tls(closed: int, tmp_path: Path) -> None:
+    """Its certificate is for another name, of an authority that this machine need not trust."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificates.make(tmp_path))
+    with serving(context) as port:
+        assert health.not_ready_reason(port, closed, "https") is None
+        assert health.not_ready_reason(port, closed) is not None
 
 
 def test_nobody_is_there(closed: int) -> None:

@@ -19,12 +19,17 @@ OURS = {
         "9",
         "--startup-timeout",
         "9",
+        "--tls-cert",
+        "c",
+        "--tls-key",
+        "k",
     ],
     "torchserve": ["--metrics-port", "9", "--management-port", "9", "--token-file", "t", "--startup-timeout", "9"],
     "ray": ["--on-demand"],
 }
 BATCHING = ["--api-keys", "k", "--allowed-host", "a", "--max-batch", "9", "--patience", "1", "--queue", "9"]
-BATCHING += ["--time-slice", "1"]
+BATCHING += ["--time-slice", "1", "--cors-origin", "https://a.example", "--cors-origin", "http://localhost:3000"]
+KEEPING = ["--keep-unknown", "u", "--keep-images", "9", "--keep-bytes", "10"]
 
 
 def run(*arguments: str) -> Result:
@@ -47,7 +52,7 @@ def test_asgi_is_the_default(started: list[Any]) -> None:
     assert run().exit_code == 0
     assert started == [AsgiSettings()]
     given = ["--port", "9", "--budget", "5", "--memory", "6", "--threads", "2", "--drain", "3", "--log-level", "error"]
-    assert run(*given, *OURS["asgi"], *BATCHING, "--pin", "a@2").exit_code == 0
+    assert run(*given, *OURS["asgi"], *BATCHING, *KEEPING, "--pin", "a@2").exit_code == 0
     assert started[1] == AsgiSettings(
         port=9,
         budget_bytes=5,
@@ -60,7 +65,13 @@ def test_asgi_is_the_default(started: list[Any]) -> None:
         connections=9,
         keep_alive=9,
         startup_timeout=9,
+        keep_unknown=Path("u"),
+        keep_images=9,
+        keep_bytes=10,
+        tls_cert=Path("c"),
+        tls_key=Path("k"),
         allowed_hosts=("a",),
+        cors_origins=("https://a.example", "http://localhost:3000"),
         api_keys=Path("k"),
         max_batch=9,
         patience=1,
@@ -70,8 +81,9 @@ def test_asgi_is_the_default(started: list[Any]) -> None:
 
 
 def test_torchserve_gets_its_own_options(started: list[Any]) -> None:
-    assert run("--frontend", "torchserve", *OURS["torchserve"], "--workers", "2").exit_code == 0
+    assert run("--frontend", "torchserve", *OURS["torchserve"], *KEEPING, "--workers", "2").exit_code == 0
     (options,) = started
+    assert (options["keep_unknown"], options["keep_images"], options["keep_bytes"]) == (Path("u"), 9, 10)
     assert (options["auth"], options["workers"], options["start_timeout"], options["metrics_port"]) == (True, 2, 9, 9)
     assert run("--frontend", "torchserve", "--no-auth").exit_code == 0
     assert started[1]["auth"] is False
@@ -82,8 +94,9 @@ def test_torchserve_gets_its_own_options(started: list[Any]) -> None:
     [
         *[("asgi", option) for option in ("--metrics-port=1", "--management-port=1", "--token-file=t", "--workers=2")],
         *[("ray", option) for option in ("--metrics-port=1", "--token-file=t", "--index=i", "--connections=9")],
-        ("ray", "--startup-timeout=9"),
+        *[("ray", option) for option in ("--startup-timeout=9", "--tls-cert=c")],
         *[("torchserve", option) for option in ("--api-keys=k", "--queue=1", "--index=i", "--allowed-host=a")],
+        *[("torchserve", option) for option in ("--tls-cert=c", "--cors-origin=https://a.example")],
     ],
 )
 def test_an_option_of_another_front_end_is_an_error(started: list[Any], frontend: str, option: str) -> None:
@@ -112,6 +125,20 @@ def test_hosts(settings: type[AsgiSettings]) -> None:
     assert settings(allowed_hosts=("Box.example",)).hosts == {"localhost", "127.0.0.1", "::1", "box.example"}
     assert settings(api_keys=Path("keys")).hosts is None
     assert settings(host="0.0.0.0", no_auth=True).hosts is None
+
+
+def test_tls_needs_both_files() -> None:
+    for files in ({"tls_cert": Path("c")}, {"tls_key": Path("k")}):
+        with pytest.raises(SettingsError, match="both --tls-cert and --tls-key"):
+            AsgiSettings(**files)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [AsgiSettings, RaySettings])
+def test_origins(settings: type[AsgiSettings]) -> None:
+    settings(cors_origins=("https://app.example", "http://localhost:3000", "http://[::1]:8000"))
+    for wrong in ("*", "null", "app.example", "https://app.example/", "https://App.example", "https://*.example", ""):
+        with pytest.raises(SettingsError, match="is no origin"):
+            settings(cors_origins=(wrong,))
 
 
 def test_torchserve_has_tokens_everywhere() -> None:

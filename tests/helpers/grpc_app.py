@@ -7,18 +7,20 @@ from contextlib import contextmanager
 
 from handlers.asgi import grpc_server
 from handlers.asgi.middleware import Guard
+from handlers.asgi.tls import Certificate
+from handlers.asgi.watched import Watched
 from tests.helpers.asgi_app import LIMITS
 
 
 @contextmanager
-def serving(guard: Guard, port: int = 0) -> Iterator[str]:
+def serving(guard: Guard, port: int = 0, certificate: Watched[Certificate] | None = None) -> Iterator[str]:
     """Serve in a thread with a loop of its own; yields the address."""
     ports: list[int] = []
     started, loop = threading.Event(), asyncio.new_event_loop()
     end = asyncio.Event()
 
     async def serve() -> None:
-        async with grpc_server.serving(guard, "127.0.0.1", port, LIMITS, 1) as bound:
+        async with grpc_server.serving(guard, "127.0.0.1", port, LIMITS, 1, certificate) as bound:
             ports.append(bound)
             started.set()
             await end.wait()

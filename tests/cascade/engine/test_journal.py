@@ -50,6 +50,15 @@ def test_an_end_without_death_clears_it(file: int) -> None:
     assert Journal(file).deaths(BAD, "stamp") == 0
 
 
+def test_pins_are_kept(file: int) -> None:
+    journal = Journal(file)
+    journal.pin("paper", "1:95,2:5")
+    journal.pin("demo", None)
+    die(file)
+    assert Journal(file).pins == {"paper": "1:95,2:5", "demo": None} and Journal().pins == {}
+    assert Journal(file).deaths(BAD, "stamp") == 1
+
+
 def test_what_a_dying_process_wrote_in_part_is_nothing(file: int) -> None:
     os.pwrite(file, b'{"a', 0)
     assert Journal(file).deaths(BAD, "stamp") == 0
@@ -62,7 +71,7 @@ def test_the_next_process_leaves_the_bundle_out_and_names_it(
     for name in ("bad", "good"):
         write(handmade(cifar[:20], name=name, experts=0, size=32), tmp_path / name / "1")
     stamp = Store(tmp_path).look()[BAD]
-    os.pwrite(file, json.dumps({json.dumps([*BAD, stamp]): deaths}).encode(), 0)
+    os.pwrite(file, json.dumps({"deaths": {json.dumps([*BAD, stamp]): deaths}, "pins": {}}).encode(), 0)
     monkeypatch.setattr(registry, "RETRY", 0.0)
     known = load_store(Engine(), tmp_path, journal=Journal(file))
     bad, good = known.states()

@@ -17,6 +17,8 @@ def test_a_pin_is_a_version_or_several_with_weights() -> None:
     assert parse("3") == Pin({"3": 1.0}) and str(parse("3")) == "3"
     assert parse("1:95,2:5") == Pin({"1": 95.0, "2": 5.0}) == parse(" 1:95, 2:5")
     assert parse("1:95,2:5").main({"1", "2"}) == "1" and parse("1:95,2:5").main({"2"}) == "2"
+    for text in ("3", "1:95,2:5", "1:0.5,b:2"):
+        assert parse(text).text == text
     for wrong in ("", " ", "1,2", "1:0,2:5", "1:-1,2:5", "1:95,1:5", ":5", "1:x", "1:nan,2:5", "1:inf,2:5"):
         with pytest.raises(CascadeError, match="versions and weights, like 1:95,2:5"):
             parse(wrong)

@@ -22,6 +22,7 @@ from cascade.bundle.format import Bundle, write
 from cascade.bundle.store import Identity
 from cascade.engine import registry as registries
 from cascade.engine.items import Item
+from cascade.engine.journal import Journal
 from cascade.engine.pins import pinned
 from cascade.engine.registry import Registry, State
 from cascade.engine.stores import load_store
@@ -314,6 +315,31 @@ def test_latest_pinned_and_back(
     write(hand, small / "a/10")
     registry.reload()
     assert states(registry)["a/10"] == "ready"
+
+
+def test_pinned_while_serving(hand: Bundle, small: Path) -> None:
+    for version in ("1", "2"):
+        write(hand, small / "b" / version)
+    engine, journal = Engine(), Journal()
+    registry = load_store(engine, small, pinned(["b@1"]), journal=journal)
+
+    def answering() -> str:
+        found = engine.find("b")
+        return found.kind if isinstance(found, ItemError) else found.version
+
+    assert answering() == "1"
+    registry.pin("b", "2")
+    assert answering() == "2"
+    assert load_store(other := Engine(), small, pinned(["b@1"]), journal=journal) and other.pins == engine.pins
+    registry.pin("b", None)
+    assert answering() == "2" and not engine.pins, "the latest"
+    assert load_store(other := Engine(), small, pinned(["b@1"]), journal=journal) and not other.pins
+    for text, message in (("9", "has no version 9"), ("1:9,7:1", "has no version 7"), ("1:x", "can't pin")):
+        with pytest.raises(CascadeError, match=message):
+            registry.pin("b", text)
+    with pytest.raises(CascadeError, match="has no version 1"):
+        registry.pin("nothing", "1")
+    assert not engine.pins and answering() == "2"
 
 
 @pytest.mark.parametrize("text", ["demo", "@3", "demo@", ""])

@@ -2,72 +2,15 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
-from functools import partial
-from typing import Any
 
 import pytest
-import uvicorn
 
 from handlers.asgi import connection
-from handlers.asgi.connection import Connection
+from tests.helpers.connections import answer, seen, serving
 
 pytestmark = pytest.mark.slow
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
-seen: list[dict[bytes, bytes]] = []
-
-
-async def application(scope: Any, receive: Any, send: Any) -> None:
-    seen.append(dict(scope["headers"]))
-    body = b"x" * 100_000 if scope["path"] == "/large" else b"ok"
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
-    await send({"type": "http.response.body", "body": body})
-
-
-@asynccontextmanager
-async def serving(most: int = 100, keep_alive: float = 60) -> AsyncIterator[tuple[str, int]]:
-    config = uvicorn.Config(
-        application,
-        http=partial(Connection, most=most),  # type: ignore[arg-type]
-        lifespan="off",
-        log_config=None,
-        timeout_keep_alive=keep_alive,  # type: ignore[arg-type]
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    server.capture_signals = nullcontext  # type: ignore[method-assign,assignment]
-    listening = socket.create_server(("127.0.0.1", 0))
-    task = asyncio.create_task(server.serve([listening]))
-    while not server.started:
-        await asyncio.sleep(0.01)
-
-    async def watch() -> None:
-        while True:
-            for each in [*server.server_state.connections]:
-                each.check_reader()  # type: ignore[union-attr]
-            await asyncio.sleep(0.05)
-
-    watching = asyncio.create_task(watch())
-    try:
-        yield listening.getsockname()
-    finally:
-        watching.cancel()
-        server.should_exit = True
-        await task
-
-
-async def answer(address: tuple[str, int], *parts: bytes) -> bytes:
-    """All that comes until the server closes the connection."""
-    reader, writer = await asyncio.open_connection(*address)
-    for part in parts:
-        writer.write(part)
-        await asyncio.sleep(0.2)
-    try:
-        return await asyncio.wait_for(reader.read(), 20)
-    finally:
-        writer.close()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import pytest
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
 from handlers.asgi import key_file as keys
-from handlers.asgi.key_file import Watched
 from handlers.asgi.keys import MISSING, UNKNOWN, Caller, Keys
 from tests.helpers.keys import digest
 
@@ -111,27 +110,6 @@ def test_files_that_make_no_sense(tmp_path: Path, text: str, message: str) -> No
     with pytest.raises(CascadeError, match=message) as e:
         keys.read(path)
     assert "secret" not in str(e.value), "what stands there may be a key"
-
-
-def test_a_file_that_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "keys"
-    path.write_text(f"birds {digest('one')}\n")
-    watched = Watched(path)
-    assert watched.refresh().allowed("Bearer one") == {"birds"} and not caplog.records
-    path.write_text(f"ships {digest('two')}  # in another hand\n")
-    assert watched.refresh().allowed("Bearer one") == UNKNOWN
-    assert watched.keys.allowed("Bearer two") == {"ships"}
-    for change in (lambda: path.write_text("birds secret\n"), path.unlink):
-        caplog.clear()
-        change()
-        assert [watched.refresh().allowed("Bearer two") for _ in range(3)] == [{"ships"}] * 3
-        (record,) = caplog.records
-        assert record.levelname == "ERROR" and "the old keys stay valid" in record.message
-        assert "secret" not in record.message
-    path.write_text(f"birds {digest('three')}\n")
-    assert watched.refresh().allowed("Bearer three") == {"birds"}
-    with pytest.raises(CascadeError):
-        Watched(tmp_path / "nothing")
 
 
 def test_missing_file(tmp_path: Path) -> None:

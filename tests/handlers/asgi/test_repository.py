@@ -134,6 +134,7 @@ def test_it_is_closed_to_others_and_off_without_an_admin(managed: Managed, packe
         ("POST", "/v2/repository/models/birds/load"),
         ("POST", "/v2/repository/models/birds/unload"),
         ("PUT", "/v2/repository/models/birds/versions/3"),
+        *[(method, "/v2/repository/models/birds/pin") for method in ("GET", "PUT", "DELETE")],
     ]
     for method, path in calls:
         assert managed.call(method, path, CUSTOMER, packed).status_code == 403
@@ -145,6 +146,25 @@ def test_it_is_closed_to_others_and_off_without_an_admin(managed: Managed, packe
             assert (answer.status_code, answer.json()["error"].partition(":")[0]) == (404, "management_off")
     assert {s.state for s in managed.registry.states()} == {"ready"}
     assert not (managed.folder / "birds" / "3").exists()
+
+
+def test_pins(managed: Managed, caplog: pytest.LogCaptureFixture) -> None:
+    path = "/v2/repository/models/birds/pin"
+
+    def versions() -> set[str]:
+        return {managed.service.engine.find("birds").version for _ in range(200)}  # type: ignore[union-attr]
+
+    assert managed.call("GET", path).json() == {"name": "birds", "pin": None} and versions() == {"2"}
+    answer = managed.call("PUT", path, content=b'{"pin": "1:50,2:50"}')
+    assert answer.json() == {"name": "birds", "pin": "1:50,2:50"} == managed.call("GET", path).json()
+    assert versions() == {"1", "2"} and "pin birds to 1:50,2:50: asked for by key-" in caplog.text
+    assert managed.call("PUT", path, content=b'{"pin": "1"}').status_code == 200 and versions() == {"1"}
+    for wrong in (b"", b'{"pin": 1}', b'{"pin": "9"}', b'{"pin": "1:x"}', b"[]"):
+        answer = managed.call("PUT", path, content=wrong)
+        assert answer.status_code == 400 and answer.json()["error"].startswith("bad_request")
+    assert versions() == {"1"}
+    assert managed.call("DELETE", path).json() == {"name": "birds", "pin": None} and versions() == {"2"}
+    assert managed.call("PUT", path.replace("birds", "cats"), content=b'{"pin": "1"}').status_code == 404
 
 
 def test_upload(managed: Managed, packed: bytes) -> None:

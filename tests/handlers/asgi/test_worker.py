@@ -13,11 +13,12 @@ import uvicorn
 from cascade import Engine
 from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.malloc_trim import resident
-from handlers.asgi import worker
+from handlers.asgi import key_file, tls, worker
 from handlers.asgi.app import create_app
-from handlers.asgi.key_file import Watched
 from handlers.asgi.service import Service
+from handlers.asgi.watched import Watched
 from handlers.asgi.worker import Server
+from tests.helpers import certificates
 from tests.helpers.keys import digest
 
 
@@ -69,7 +70,7 @@ def test_ends_when_a_pass_hangs(server: Server, monkeypatch: pytest.MonkeyPatch)
 def test_keys_are_looked_at_every_second(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"* {digest('old')}")
-    server.keys = Watched(path)
+    server.keys = Watched(key_file.read, path)
     path.write_text(f"birds {digest('new')}")
     leaves(server)
     assert server.service.keys is None, "not at every tick"
@@ -93,3 +94,12 @@ def test_memory_of_large_images_is_given_back(server: Server) -> None:
     asyncio.run(server.on_tick(20))
     assert resident() < begin + 50 * 2**20
     libc.free(blocks[-1])
+
+
+def test_a_renewed_certificate_is_used(server: Server, tmp_path: Path) -> None:
+    cert, key = certificates.make(tmp_path)
+    server.certificate = Watched(tls.read, cert, key)
+    first = server.certificate.value
+    certificates.make(tmp_path)
+    asyncio.run(server.on_tick(10))
+    assert server.certificate.value.chain == cert.read_bytes() != first.chain

@@ -55,7 +55,16 @@ def test_log_level_that_is_none(store: Path) -> None:
 
 
 def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> None:
-    server = Server(store, host="0.0.0.0", workers=2, budget_bytes=10**8, threads=1, pins={"demo": "3"})
+    server = Server(
+        store,
+        host="0.0.0.0",
+        workers=2,
+        budget_bytes=10**8,
+        threads=1,
+        pins={"demo": "3"},
+        keep_unknown=tmp_path / "unknown",
+        keep_images=9,
+    )
     server.folder = tmp_path
     server._fill_folder()
     lines = (tmp_path / "config.properties").read_text().splitlines()
@@ -76,6 +85,9 @@ def test_configuration_is_filled_in_and_closed(store: Path, tmp_path: Path) -> N
         "pins": {"demo": "3"},
         "poll": 10.0,
         "on_demand": False,
+        "keep_unknown": str(tmp_path / "unknown"),
+        "keep_images": 9,
+        "keep_bytes": 2**28,
         "log_level": "warning",
         "device": "cpu",
         "threads": 1,

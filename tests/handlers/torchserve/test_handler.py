@@ -6,23 +6,33 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ts.context import Context, RequestProcessor
 from ts.utils.util import list_classes_from_module
 
+from cascade import tracing
+from cascade.bundle.format import write
 from cascade.engine.decoders import Decoders
 from cascade.engine.results import ItemError, Options, Prediction
+from cascade.engine.unknown import NAME
 from cascade.logs import JsonLines
 from cascade.malloc_trim import Resident
 from handlers.statuses import status_of
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
 from handlers.torchserve.handler import _parse as parse
+from tests.conftest import sheet
+from tests.helpers.bundles import handmade, named
+from tests.helpers.domains import with_domain
 from tests.helpers.paths import DATA
 
 PHOTO = (DATA / "photos" / "cat-0000.png").read_bytes()
@@ -308,3 +318,71 @@ def test_the_gate_is_locked_while_the_engine_works(served: CascadeHandler) -> No
         leave.set()
         worker.join(60)
         fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_each_request_is_in_the_trace_of_its_caller(served: CascadeHandler) -> None:
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing.use(provider)
+    callers = [f"{number:032x}" for number in (1, 2, 3)]
+    headers = [{"TraceParent": f"00-{caller}-{'1' * 16}-01"} for caller in callers]
+    data, context = batch((PHOTO, headers[0]), (b"bad", headers[1]), (PHOTO, headers[2] | {"X-Cascade-Color": "red"}))
+    context.request_ids = {i: f"id-{i}" for i in range(3)}
+    try:
+        served.handle(data, context)
+        served.gate.unlink()
+        served.handle(*batch((PHOTO, headers[0])))
+        assert tracing.begin(cold=False) is None, "all are exported, since the process will be killed"
+    finally:
+        tracing.use(None)
+    spans: dict[str, dict[str, Any]] = {caller: {} for caller in callers}
+    for span in exporter.get_finished_spans():
+        assert span.context is not None
+        spans.get(f"{span.context.trace_id:032x}", {})[span.name] = span
+    request = spans[callers[0]]["POST /predictions/cascade"]
+    assert request.parent.span_id == int("1" * 16, 16)
+    about = {name: request.attributes[f"cascade.{name}"] for name in ("bundle", "version", "request_id")}
+    assert about == {"bundle": "demo", "version": "1", "request_id": "id-0"}
+    assert request.attributes["http.response.status_code"] == 200
+    assert spans[callers[0]].keys() == {"POST /predictions/cascade", "decode", "pass"}
+    assert spans[callers[0]]["pass"].attributes["cascade.batch_images"] == 2
+    assert spans[callers[1]]["POST /predictions/cascade"].attributes["cascade.error"] == "not_an_image"
+    assert spans[callers[2]].keys() == {"POST /predictions/cascade"}, "it never reached the engine"
+
+
+@pytest.mark.slow
+def test_images_that_fit_no_bundle_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = sheet("fashion_mnist")
+    bundle = with_domain(handmade(images[:20], name="clothes", experts=0, size=64), images[:200])
+    for name in ("clothes", "others"):
+        write(named(bundle, name), tmp_path / "store" / name / "1")
+    closing: list[Any] = []
+    monkeypatch.setattr(handler, "log_to_stderr", lambda level: None)
+    monkeypatch.setattr(handler.atexit, "register", closing.append)
+    settings: dict[str, Any] = {
+        "model_store": str(tmp_path / "store"),
+        "budget_bytes": None,
+        "memory_bytes": None,
+        "pins": {},
+        "poll": 0,
+        "on_demand": False,
+        "keep_unknown": str(tmp_path / "unknown"),
+        "keep_images": 2,
+        "keep_bytes": 2**20,
+        "log_level": "error",
+        "device": "cpu",
+        "threads": 1,
+        "gate": str(tmp_path / "gate"),
+        "failures": str(tmp_path / "failures"),
+    }
+    (tmp_path / "gate").touch()
+    served = CascadeHandler()
+    served.initialize(SimpleNamespace(model_yaml_config={"cascade": settings}))
+    refused = 0
+    for photo in sheet("cifar10")[200:210]:
+        photo.save(out := BytesIO(), "png")
+        (text,) = served.handle(*batch((out.getvalue(), {})))
+        refused += "unknown_domain" in str(text)
+    closing[0]()
+    kept = [path for path in (tmp_path / "unknown").iterdir() if NAME.fullmatch(path.name)]
+    assert refused > 2 and len(kept) == 2, "no more than --keep-images"
