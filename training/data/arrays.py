@@ -2,7 +2,7 @@
 
 They are stored in $CASCADE_DATA as .npy files, which later runs map from disk. If these are missing, torchvision reads
 its own files in that folder, or downloads them. Groceries (the fruit of the Grocery Store Dataset, arXiv 1901.00711)
-are read from .npy files only.
+and solar cells (ELPV, doi 10.1016/j.solener.2019.02.067) are read from .npy files only.
 """
 
 import os
@@ -59,6 +59,7 @@ CLASSES = {
         "Satsumas",
         "Watermelon",
     ],
+    "solar-cells": ["mono functional", "mono defective", "poly functional", "poly defective"],
 }
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
 TIMEOUT = 20  # seconds without a byte; torchvision sets no timeout and hangs for minutes if packets are dropped
@@ -78,7 +79,8 @@ def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of one split, mapped from disk.
 
     Returns:
-        uint8 [N, 32, 32, 3], [N, 28, 28] (Fashion-MNIST, digits) or [N, 128, 128, 3] (groceries), and int64 [N].
+        uint8 [N, 32, 32, 3], [N, 28, 28] (Fashion-MNIST, digits), [N, 128, 128, 3] (groceries)
+        or [N, 128, 128] (solar cells), and int64 [N].
 
     Raises:
         SourceError: the data set is not on disk and torchvision cannot download it.
