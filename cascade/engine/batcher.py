@@ -380,9 +380,11 @@ def _timed(waiting: Waiting, answer: Answer | Item) -> Timed:
 
 
 def _late(waiting: Waiting) -> bool:
-    """Whether an image gets no further pass: its deadline has passed, or its second pass was cancelled."""
-    given_up = waiting.item.first is not None and waiting.future.given_up
-    return given_up or waiting.deadline <= time.monotonic()
+    """Whether an image gets no further pass: its deadline has passed, or its client has given up.
+
+    Cancelled images are removed at once, so that they neither keep places in the queue nor count as passes received.
+    """
+    return waiting.future.given_up or waiting.deadline <= time.monotonic()
 
 
 def _cost(batch: Sequence[Waiting]) -> int:

@@ -314,6 +314,23 @@ def test_a_burst_leaves_room_for_others(held: Held, cifar: list[Image.Image]) ->
         order(held, batcher, [first, *others, *(f for f in burst if f not in answered)])
 
 
+def test_a_cancelled_burst_leaves_the_queue_and_costs_no_turn(held: Held, cifar: list[Image.Image]) -> None:
+    loud, quiet = Tenant("loud"), Tenant("quiet")
+    with Batcher(held, queue=16, max_batch=1, patience=0) as batcher:
+        first = busy(batcher, cifar[0])
+        burst = [batcher.submit(cifar[0], Options("a"), tenant=loud) for _ in range(8)]
+        wait_for(lambda: batcher._waiting.images == 8)
+        others = [batcher.submit(cifar[0], Options("b"), tenant=quiet) for _ in range(4)]
+        assert all(future.cancel() for future in burst)
+        held.go.release()
+        assert held.entered.acquire(timeout=30)  # the next pass has begun
+        again = [batcher.submit(cifar[0], Options("a"), tenant=loud) for _ in range(4)]
+        assert not any(future.done() for future in again), "its places are free again"
+        wait_for(lambda: batcher._waiting.images == 7)
+        passes = order(held, batcher, [first, *others, *again])
+        assert passes.index("a") <= 2, "images that were not answered are not charged"
+
+
 def test_a_lone_bundle_has_the_whole_queue(whole: Bundle, cifar: list[Image.Image]) -> None:
     engine = Held()
     engine.add(named(whole, "c"))
