@@ -1,4 +1,4 @@
-"""Give a bundle its map: t-SNE of the neighbor bank's embeddings (van der Maaten & Hinton 2008).
+"""Give a bundle its map: t-SNE of the neighbor bank's embeddings.
 
 ``add`` also measures how sure the bundle is, if it gets the images of its training.
 """
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from cascade.bundle.bundle import Bundle
@@ -25,16 +23,13 @@ from cascade.engine.results import Options, Prediction
 from cascade.errors import CascadeError
 from cascade.model.heads import Bank
 from cascade.model.reliability import reliability
+from cascade.tsne import FEWEST, places
 from training import embed
 from training.clusters import VIEW_SCALE, VIEWS
 from training.data import dataset
 from training.data.augment import crop_flip
 from training.data.dataset import Images
 
-PERPLEXITY = 30.0
-PLACED = 2000  # most rows that t-SNE places; the others lie among the nearest of those
-NEAREST = 3
-FEWEST = 8  # rows, for a map
 HELD_OUT = 2000  # most images to measure by
 BATCH = 128
 
@@ -50,20 +45,6 @@ def fit(bank: Bank, assigned: Tensor | None = None) -> Map | None:
         return None
     own = torch.full((rows,), NO_CLUSTER) if assigned is None else assigned
     return Map(torch.from_numpy(places(bank.embeddings.float().numpy())).half(), own.to(torch.int16))
-
-
-def places(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Places float32 [N, 2] in [0, 1] of L2-normalized embeddings [N, dim]; the same for the same embeddings."""
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:PLACED])
-    tsne = TSNE(perplexity=min(PERPLEXITY, (len(chosen) - 1) / 3), init="pca", random_state=seed, n_jobs=1)
-    with threadpool_limits(1):
-        placed = tsne.fit_transform(embeddings[chosen])
-        similarity = embeddings @ embeddings[chosen].T
-    nearest = np.argsort(-similarity, axis=1)[:, :NEAREST]
-    points = placed[nearest].mean(axis=1)
-    points[chosen] = placed
-    low, high = points.min(axis=0), points.max(axis=0)
-    return np.asarray((points - low) / np.maximum(high - low, 1e-12), np.float32)
 
 
 def add(path: Path, out: Path, data: str | None = None, weights: Path | None = None) -> Path:

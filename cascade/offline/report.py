@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cascade.atomic import write_bytes, write_text
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import ImageError, decode
 from cascade.offline.job import writing
 from cascade.offline.sample import ALIKE as THRESHOLD
-from cascade.offline.sample import PICTURES, Sample, near_duplicates, outliers, project_2d, sample
+from cascade.offline.sample import PICTURES, Sample, near_duplicates, outliers, sample
 from cascade.offline.sources import again
+from cascade.tsne import FEWEST, places
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,6 +28,7 @@ CLUSTERS = 64  # with a contact sheet, the largest ones
 GROUPS = 200  # of duplicates, and outliers, with pictures
 ALIKE, FAR = 12, 24  # groups of near-duplicates, and outliers, of a job's report
 PLOT = 640  # pixels of the map's side
+MAPPED = 1000  # rows that t-SNE places in it, for a short report after a long job
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#117733", "#332288")
 
 
@@ -53,6 +57,7 @@ def write(summary: "Summary", predictions: Iterable[Path], trained: Sequence[flo
         clusters=clusters,
         errors=[(kind, n, drawn.examples.get(kind, [])) for kind, n in summary.errors.items()],
         points=_points(drawn),
+        sampled=len(drawn.of),
         plot=PLOT,
         threshold=THRESHOLD,
         alike=alike,
@@ -158,11 +163,12 @@ def check(path: Path, out: Path) -> None:
 
 
 def _points(drawn: Sample) -> list[tuple[float, float, str, int]]:
-    """The dots of the map: x and y in pixels, path, cluster."""
-    if drawn.points is None or len(drawn.points) < 2:
+    """The dots of the map: x and y in pixels, path, cluster; none where there are too few images."""
+    if drawn.points is None or len(drawn.points) < FEWEST:
         return []
-    places = PLOT * (0.02 + 0.96 * project_2d(drawn.points))
-    return [(x, PLOT - y, path, k) for (x, y), (path, k) in zip(places.tolist(), drawn.of, strict=True)]
+    unit = drawn.points / np.maximum(np.linalg.norm(drawn.points, axis=1, keepdims=True), 1e-12)
+    dots = PLOT * (0.02 + 0.96 * places(unit, MAPPED))
+    return [(x, PLOT - y, path, k) for (x, y), (path, k) in zip(dots.tolist(), drawn.of, strict=True)]
 
 
 def _alike(drawn: Sample) -> list[tuple[str, dict[str, str]]]:

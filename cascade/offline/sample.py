@@ -80,18 +80,6 @@ def _keep_smallest(heap: list[Any], row: tuple[Any, ...], most: int) -> None:
         heapq.heappushpop(heap, entry)
 
 
-def project_2d(points: np.ndarray) -> np.ndarray:
-    """Project L2-normalized embeddings [n, dim] on two principal components: [n, 2], each in [0, 1]."""
-    unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    centered = unit - unit.mean(0)
-    _, axes = np.linalg.eigh(centered.T @ centered)  # in order of ascending variance
-    components = centered @ axes[:, : -min(3, axes.shape[1] + 1) : -1]
-    components = np.pad(components, ((0, 0), (0, 2 - components.shape[1])))
-    span = np.maximum(np.ptp(components, axis=0), 1e-12)
-    scaled: np.ndarray = (components - components.min(0)) / span
-    return scaled
-
-
 def near_duplicates(points: np.ndarray, threshold: float = ALIKE) -> list[np.ndarray]:
     """Groups of rows that are linked by a cosine similarity of at least ``threshold``, the largest first.
 

@@ -1,4 +1,4 @@
-"""The map of a bundle: similar images are close, it comes with training, and it can be added later."""
+"""The map of a bundle: it comes with training, and can be added later."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,32 +17,13 @@ from cascade.cli.main import app
 from cascade.errors import CascadeError
 from cascade.model.heads import Bank
 from cascade.model.preprocessing import read as read_image
+from cascade.tsne import FEWEST
 from training import maps
 
 
-def groups(rows: int, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of three groups that are far from one another, and the group of each."""
-    generator = np.random.default_rng(0)
-    owner = np.arange(rows) % 3
-    points = 4 * np.eye(dim)[owner] + generator.normal(size=(rows, dim)) / 2
-    return normalize(torch.from_numpy(points)).float().numpy(), owner
-
-
-@pytest.mark.parametrize("placed", [maps.PLACED, 40])
-def test_groups_stay_together(placed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where most rows are placed by their neighbors alone."""
-    monkeypatch.setattr(maps, "PLACED", placed)
-    embeddings, owner = groups(150)
-    points = maps.places(embeddings)
-    assert points.shape == (150, 2) and points.min() == 0 and points.max() == 1
-    nearest = np.linalg.norm(points[:, None] - points, axis=2) + np.eye(150)
-    assert (owner[nearest.argmin(axis=1)] == owner).mean() > 0.95
-    assert np.array_equal(points, maps.places(embeddings)), "the same for the same embeddings"
-
-
 def test_few_rows_have_no_map() -> None:
-    embeddings = torch.from_numpy(groups(maps.FEWEST)[0]).half()
-    names = tuple(map(str, range(maps.FEWEST)))
+    embeddings = normalize(torch.randn(FEWEST, 16, generator=torch.Generator().manual_seed(0))).half()
+    names = tuple(map(str, range(FEWEST)))
     found = maps.fit(Bank(embeddings, names))
     assert found is not None and found.points.isfinite().all() and (found.clusters == NO_CLUSTER).all()
     assert maps.fit(Bank(embeddings[:-1], names[:-1])) is None

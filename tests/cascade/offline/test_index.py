@@ -24,7 +24,7 @@ from cascade.offline.job import files_of
 from cascade.offline.predict import Summary, predict_files
 from cascade.offline.report import ALIKE, FAR
 from cascade.offline.report import write as write_report
-from cascade.offline.sample import project_2d, sample
+from cascade.offline.sample import sample
 from tests.helpers.bundles import handmade
 
 
@@ -259,12 +259,3 @@ def test_a_sample_is_bounded_and_fair(predicted: tuple[Path, Summary], monkeypat
     assert all(len(paths) <= 12 for each in drawn for paths in each.paths.values())
     seen = {path for each in drawn for path, _ in each.of}
     assert len(seen) > 110  # of 124: nobody is left out by his place
-
-
-def test_the_map_is_the_first_two_components(generator: np.random.Generator) -> None:
-    points = generator.normal(size=(50, 1)) * [[3, 0, 0, 0]] + generator.normal(size=(50, 1)) * [[0, 1, 0, 0]]
-    points = unit(points + [[0, 0, 5, 0]])
-    places = project_2d(points)
-    assert places.min() == 0 and places.max() == 1
-    assert abs(np.corrcoef(places[:, 0], points[:, 0])[0, 1]) > 0.99
-    assert project_2d(np.ones((2, 1))).shape == (2, 2)

@@ -61,6 +61,16 @@ def test_a_page_escapes_names(tmp_path: Path) -> None:
     assert page.count("<circle") == 49
 
 
+@pytest.mark.parametrize(("rows", "dots"), [(9, 8), (8, 0)])
+def test_few_images_have_no_map_but_outliers(tmp_path: Path, rows: int, dots: int) -> None:
+    """One of the rows is an error."""
+    summary = Summary("one", "1", "dispatcher", rows, {}, {0: 1.0}, rows, 2.0, (0.5, 0.5), {"forward": 0.25})
+    report.write(summary, [predictions(tmp_path / "p.parquet", rows)], summary.trained, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<circle") == dots and ("Embedding map" in page) == bool(dots)
+    assert f"Of {rows - 1} random images" in page and "<h2>Outliers</h2>" in page
+
+
 def test_near_duplicates_and_outliers_of_a_sample() -> None:
     generator = np.random.default_rng(0)
     points = generator.normal(size=(60, 8)).astype(np.float32) + [6, 0, 0, 0, 0, 0, 0, 0]
