@@ -151,12 +151,13 @@ _bundle_metrics = (
     BUNDLE_QUEUE_SECONDS,
     BUNDLE_MASKS,
     BUNDLE_COLD_LOADS,
+    DISPATCHED,
     DEFERRED,
 )
 bundle_label = BusiestNames("bundle", _bundle_metrics, MOST_NAMES)
 
 _serving: dict[tuple[str, str], _Shares] = {}
-_refused: set[str] = set()
+_refused: dict[str, bool] = {}
 _lock = threading.Lock()
 
 
@@ -184,11 +185,15 @@ def remove_bundle(bundle: str, version: str) -> None:
 def refused(bundle: str, still: bool = True) -> None:
     """Record that a version of a bundle in the store was refused; not ``still``: none is refused any more.
 
-    ``bundle`` comes from the store, never from a client.
+    ``bundle`` comes from the store, never from a client. After the first hundred, all others are one: ``other``.
     """
-    if still or bundle in _refused:
+    if not still and bundle not in _refused:
+        return
+    _refused[bundle] = still
+    if bundle in [*_refused][:MOST_NAMES]:
         BUNDLE_REFUSED.labels(bundle).set(still)
-        _refused.add(bundle)
+    else:
+        BUNDLE_REFUSED.labels(OTHER).set(any([*_refused.values()][MOST_NAMES:]))
 
 
 def count_answer(bundle: str | None, cluster: int | None, outcome: str = "ok", *, version: str | None = None) -> None:
@@ -228,7 +233,7 @@ def count_mask(bundle: str | None, hit: bool) -> None:
 
 def count_dispatch(bundle: str | None, confidence: float = 0.0) -> None:
     """Count one dispatched image. bundle: where it was sent; None: it fits none."""
-    DISPATCHED.labels("unknown" if bundle is None else bundle).inc()
+    DISPATCHED.labels("unknown" if bundle is None else bundle_label(bundle)).inc()
     if bundle is not None:
         DISPATCH_CONFIDENCE.observe(confidence)
 
@@ -236,6 +241,11 @@ def count_dispatch(bundle: str | None, confidence: float = 0.0) -> None:
 def count_deferral(bundle: str, deferred: bool) -> None:
     """Count one image of a bundle with two input sizes; the series exists from the first image on, for ratios."""
     DEFERRED.labels(bundle_label(bundle)).inc(deferred)
+
+
+def observe_ood(bundle: str, score: float) -> None:
+    """Record the out-of-domain score of an answer."""
+    OOD_SCORE.labels(bundle_label(bundle)).observe(score)
 
 
 def stage(name: str) -> AbstractContextManager[object]:

@@ -296,7 +296,7 @@ class Engine:
                 continue
             item, answer = deferral.surest(own, [next(found) for _ in own])
             if item.bundle.ood is not None:
-                metrics.OOD_SCORE.labels(answer.bundle).observe(answer.ood)
+                metrics.observe_ood(answer.bundle, answer.ood)
             following = deferral.next_of(item, completed(answer))
             answers.append(following if isinstance(following, Item) else deferral.count(following))
         return answers

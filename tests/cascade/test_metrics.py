@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cascade import metrics
 from cascade.errors import CascadeError
+from cascade.metrics_names import OTHER, BusiestNames
 from tests.helpers.metrics import Values, now, parsed, value
 
 ROOT = Path(metrics.__file__).parents[1]
@@ -108,6 +109,24 @@ def test_labels_stay_bounded_whatever_clients_send() -> None:
     text = metrics.scrape()
     assert len(parsed(text)) == before and b"passwd" not in text
     assert now("requests_total", bundle="unknown", cluster="none", outcome="unknown_bundle") >= 500
+
+
+def test_labels_stay_bounded_whatever_the_store_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ten times as many bundles as there may be names."""
+    monkeypatch.setattr(metrics, "_refused", {})
+    monkeypatch.setattr(metrics, "bundle_label", BusiestNames("bundle", metrics._bundle_metrics, metrics.MOST_NAMES))
+    names = [f"many-{i}" for i in range(10 * metrics.MOST_NAMES)]
+    for name in names:
+        metrics.count_dispatch(name)
+        metrics.observe_ood(name, 0.5)
+        metrics.refused(name)
+    for metric in (metrics.DISPATCHED, metrics.OOD_SCORE, metrics.BUNDLE_REFUSED):
+        labels = {sample.labels["bundle"] for family in metric.collect() for sample in family.samples}
+        assert len(labels & {*names}) <= metrics.MOST_NAMES and OTHER in labels
+    assert now("bundle_refused", bundle=names[0]) == now("bundle_refused", bundle=OTHER) == 1
+    for name in names[metrics.MOST_NAMES :]:
+        metrics.refused(name, still=False)
+    assert now("bundle_refused", bundle=names[0]) == 1 and now("bundle_refused", bundle=OTHER) == 0
 
 
 @pytest.mark.parametrize("name", metrics.STAGES)
