@@ -146,7 +146,7 @@ def serve(
     else:
         from handlers.ray.serve import serve as serve_ray
 
-        options = chosen.options("no_auth", "workers", "allowed_hosts")
+        options = chosen.options("workers", "allowed_hosts")
         serve_ray(**options, replicas=chosen.workers, hosts=chosen.hosts)
 
 

@@ -7,10 +7,10 @@ options.
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from ray import serve
 from ray.serve import Application, Deployment
 
@@ -33,7 +33,10 @@ TARGET = 16
 
 
 class Settings(BaseModel):
-    """Settings of the replicas: the options of ``cascade serve``, and the Host headers to accept (None for any)."""
+    """Settings of the replicas: the options of ``cascade serve``, and the Host headers to accept (None for any).
+
+    They don't know the address that Serve's proxies listen on, so access without keys must be chosen.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model_store: str = "model_store"
@@ -50,11 +53,18 @@ class Settings(BaseModel):
     keep_images: PositiveInt = 2000
     keep_bytes: PositiveInt = 2**28
     api_keys: str | None = None
+    no_auth: bool = False
     hosts: list[str] | None = None
     cors_origins: list[str] = []
     pins: dict[str, str] = {}
     poll: float = Field(default=10, ge=0)
     log_level: str = "info"
+
+    @model_validator(mode="after")
+    def _check_access(self) -> Self:
+        if self.api_keys is None and self.hosts is None and not self.no_auth:
+            raise ValueError("set api_keys; or hosts, for loopback; or no_auth: true, to give everyone access")
+        return self
 
 
 class Replica:

@@ -66,7 +66,8 @@ def url(many: Path, traces: Collector) -> Iterator[str]:
         for name, value in traces.environment.items():
             patch.setenv(name, value)
         patch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")  # ten otherwise
-        with serving(many, port=port, replicas=3, least=2, log_level="warning", poll=0, threads=1) as url:
+        options: dict[str, Any] = {"log_level": "warning", "poll": 0, "threads": 1, "no_auth": True}
+        with serving(many, port=port, replicas=3, least=2, **options) as url:
             yield url
     assert not replicas()
 

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from cascade import tracing
 from cascade.bundle.format import write
@@ -52,3 +53,13 @@ def test_settings_reach_the_application(tmp_path: Path, monkeypatch: pytest.Monk
     made._stack.close()
     kept = [path for path in (tmp_path / "unknown").iterdir() if NAME.fullmatch(path.name)]
     assert kept and ask("GET", "/v1/unknown", headers=ADMIN).json()["count"] == len(kept)
+
+
+def test_access_without_keys_is_chosen() -> None:
+    need(find_spec("ray"), "Ray is not installed")
+    from handlers.ray.replica import Settings
+
+    with pytest.raises(ValidationError, match="set api_keys; or hosts, for loopback; or no_auth"):
+        Settings()
+    for chosen in ({"api_keys": "keys"}, {"hosts": ["localhost"]}, {"no_auth": True}):
+        Settings(**chosen)
