@@ -14,6 +14,7 @@ from benchmarks.accuracy import BACKBONES
 from cascade.bundle.format import Bundle, read
 from cascade.engine.executors import Executor
 from cascade.model.domain import pooled
+from cascade.model.preprocessing import Preprocessing
 from training import pipeline
 from training.cli import Watch
 from training.data import arrays
@@ -134,9 +135,9 @@ def export_domain(name: str, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def activations(executor: Executor, bundle: Bundle, images: Sequence[Image.Image], stop: int) -> Tensor:
+def activations(executor: Executor, preprocessing: Preprocessing, images: Sequence[Image.Image], stop: int) -> Tensor:
     """Of the plain backbone: pooled activations before stage ``stop``, float32 [N, D]."""
     executor.swap(None)
-    transform = bundle.preprocessing.transform()
+    transform = preprocessing.transform()
     parts = [torch.stack([transform(x) for x in images[i : i + BATCH]]) for i in range(0, len(images), BATCH)]
     return torch.cat([pooled(executor.run(x, 0, stop)) for x in parts])

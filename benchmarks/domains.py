@@ -114,11 +114,10 @@ def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = 
 def unknown(engine: Engine, sets: dict[str, HeldOut]) -> Shares:
     """AUROC of detecting each domain's images as unknown if its own bundle is missing."""
     space, executor = the_space(engine)
-    found = {n: activations(executor, space.bundles[0], own.images, space.stage) for n, own in sets.items()}
+    found = {n: activations(executor, space.preprocessing, own.images, space.stage) for n, own in sets.items()}
     aurocs = {}
     for left_out in sets:
-        rest = [b for b in space.bundles if b.name != left_out]
-        known = Domains.of([b.domain for b in rest if b.domain is not None])
+        known = Domains.of([target.domain for target in space.targets if target.name != left_out])
         strange, foreign = [], []
         for name, x in found.items():
             scores = known.scores(x)
@@ -155,7 +154,7 @@ def costs(engine: Engine, controls: Engine, sets: dict[str, HeldOut]) -> dict[st
     mixed = [(name, own.images[i]) for i in range(BATCH) for name, own in sets.items() if i < len(own.images)][:BATCH]
     space, executor = the_space(engine)
     x = torch.randn(BATCH, 3, SIZE, SIZE)
-    domains = Domains.of([_jittered(space.bundles[i % len(space.bundles)].domain, i) for i in range(MANY)])
+    domains = Domains.of([_jittered(space.targets[i % len(space.targets)].domain, i) for i in range(MANY)])
     pooled = torch.randn(BATCH, len(domains.metric))
 
     def plain() -> None:
@@ -193,7 +192,7 @@ def the_space(engine: Engine) -> tuple[Space, Executor]:
     table = engine.dispatch_table()
     assert isinstance(table, DispatchTable)
     (space,) = table.spaces
-    return space, engine.executor(space.bundles[0])
+    return space, engine.executor(engine.loaded[0])
 
 
 def _jittered(domain: Domain | None, seed: int) -> Domain:

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from typing import Annotated
 from unittest.mock import patch
 
 import numpy as np
+import torch
 import typer
 from PIL import Image
 from rich.progress import track
@@ -29,12 +31,16 @@ from rich.progress import track
 from benchmarks import synthetic
 from benchmarks.images import sheet
 from benchmarks.report import Figure, Rows, figure, report
+from benchmarks.report import single as once
 from cascade import Engine, Options, Prediction
-from cascade.bundle.format import write
+from cascade.bundle.format import Bundle, write
+from cascade.bundle.schema import DomainCard
 from cascade.bundle.store import Store
 from cascade.engine.items import Item
 from cascade.engine.on_demand import OnDemandRegistry
 from cascade.model.backbone import Backbone
+from cascade.model.domain import MAX_WIDTH
+from training import domains
 
 FEW = 10
 ZIPF = 1.1
@@ -71,17 +77,36 @@ def ask(registry: OnDemandRegistry, names: Iterable[int], image: Image.Image) ->
     return time.perf_counter() - begun
 
 
+def with_domain(bundle: Bundle) -> Bundle:
+    """The bundle with a domain of random numbers, of the usual size."""
+    stage = len(bundle.card.backbone.stages) // 2
+    card = bundle.card.model_copy(update={"domain": DomainCard(stage=stage), "format": 2})
+    features = torch.randn(400, MAX_WIDTH, generator=torch.Generator().manual_seed(0))
+    return replace(bundle, card=card, domain=domains.fit(features))
+
+
 def start(stores: dict[int, Path], budget: int, image: Image.Image, rounds: int) -> dict[int, list[float]]:
-    """Seconds from nothing to the first answer, by the number of bundles in the store."""
+    """Seconds from nothing to the first answer, by the number of bundles, whose domains are read in the background."""
     seconds: dict[int, list[float]] = {count: [] for count in stores}
     for nth in track(range(rounds + 1), "start"):
         for count, store in stores.items():
             begun = time.perf_counter()
             registry = opened(store, budget)
-            ask(registry, [nth % FEW], image)
+            with registry.watching(3600):
+                ask(registry, [nth % FEW], image)
+                took = time.perf_counter() - begun
             if nth:  # the first one warms the caches of this process
-                seconds[count].append(time.perf_counter() - begun)
+                seconds[count].append(took)
     return seconds
+
+
+def learn(store: Path, budget: int) -> tuple[float, int]:
+    """Seconds until every bundle of the store is a target of dispatch, half of them idle, and bytes of the domains."""
+    registry = opened(store, budget)
+    begun = time.perf_counter()
+    registry.learn()
+    assert registry.engine.known is not None
+    return time.perf_counter() - begun, registry.engine.known.bytes
 
 
 def cold(store: Path, budget: int, image: Image.Image, rounds: int, images: int) -> list[float]:
@@ -166,15 +191,17 @@ def main(
     image = sheet("cifar10")[0]
     with TemporaryDirectory(prefix="cascade-on-demand-") as name:
         folder = Path(name)
-        first = write(synthetic.single(network, "first", 0), folder / "first" / "1")
+        first = write(with_domain(synthetic.single(network, "first", 0)), folder / "first" / "1")
         stores = {count: links(first, folder / f"store-{count}", count) for count in (FEW, many)}
         seconds = start(stores, budget, image, rounds)
         ratios = {images: cold(stores[many], budget, image, 2 * rounds, images) for images in (1, BATCH)}
+        learned, size = learn(stores[many], budget)
         shutil.rmtree(folder / f"store-{many}")
         throughput = thrash(links(first, folder / "traffic", traffic), budget, image, room, requests, rounds)
     rows = Rows(f"{backbone}, one mask a bundle")
     for count, values in seconds.items():
         rows.add(f"first answer, {count:,} bundles in the store", figure(values), "s")
+    rows.add(f"domains of {many:,} bundles, in the background", once(learned), "s", size)
     figures: dict[str, Figure] = {
         "start_10000" if many == 10_000 else f"start_{many}": figure(
             [large / small for small, large in zip(seconds[FEW], seconds[many], strict=True)], "<= 1.5"
@@ -182,6 +209,8 @@ def main(
         "cold_over_warm_bundle": figure(ratios[1], "<= 2.5"),
         "cold_over_warm_bundle_batch": figure(ratios[BATCH], "<= 1.5"),
         "thrash": figure(throughput, ">= 0.8"),
+        "domains_seconds": once(learned),
+        "domains_bytes": once(size),
         "worst_stall": figure(stall(network, budget, image, rounds), "<= 2"),
     }
     report(f"on-demand-{backbone}", figures, rows.table, executor=synthetic.executor_name(backbone))

@@ -61,6 +61,7 @@ STATUSES: dict[str, int] = {
     "deadline": 503,
     "stopping": 503,
     "away": 503,
+    "bundle_unavailable": 503,
     "failed": 500,
     "not_finite": 500,
 }

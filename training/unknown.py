@@ -17,7 +17,7 @@ import torch
 from cascade import atomic
 from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.store import Store
-from cascade.engine.dispatch_table import DispatchTable
+from cascade.engine.dispatch_table import DispatchTable, Target
 from cascade.engine.loaded import number
 from cascade.engine.unknown import Origin, origin_of
 from cascade.errors import CascadeError
@@ -110,7 +110,7 @@ def _settings(origin: Origin | None) -> str:
 def _fitting(store: Path, images: Sequence[tuple[str, Origin]]) -> dict[str, str]:
     """The images that fit a bundle of the store, each with the nearest one, by their kept embeddings."""
     found: dict[str, str] = {}
-    for space in DispatchTable.of(_latest(store)).spaces if images else ():
+    for space in DispatchTable.of(map(Target.of, _latest(store))).spaces if images else ():
         mine = [
             (name, origin.embedding)
             for name, origin in images
@@ -125,7 +125,7 @@ def _fitting(store: Path, images: Sequence[tuple[str, Origin]]) -> dict[str, str
         least, nearest = space.domains.strangeness(distance).min(dim=1)
         for (name, _), strange, column in zip(mine, least.tolist(), nearest.tolist(), strict=True):
             if strange <= UNKNOWN:
-                found[name] = space.bundles[column].name
+                found[name] = space.targets[column].name
     return found
 
 

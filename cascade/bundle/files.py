@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from cascade.bundle.bundle import BundleError
@@ -76,10 +76,16 @@ def size(path: Path) -> int:
     return sum((path / name).stat().st_size for name in listed(path))
 
 
-def read(path: Path) -> tuple[dict[str, bytes], str]:
-    """Read every file except ``SHA256SUMS`` and verify its checksum; also the bundle's digest. Raises as ``listed``."""
+def read(path: Path, only: Collection[str] | None = None) -> tuple[dict[str, bytes], str]:
+    """Read every file except ``SHA256SUMS`` and verify its checksum; also the bundle's digest. Raises as ``listed``.
+
+    Args:
+        only: the files to read; None for all.
+    """
     files, checksums = {}, listed(path)
     for name, checksum in checksums.items():
+        if only is not None and name not in only:
+            continue
         files[name] = (path / name).read_bytes()
         if hashlib.sha256(files[name]).hexdigest() != checksum:
             raise BundleError(

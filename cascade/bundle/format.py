@@ -29,7 +29,7 @@ from cascade.bundle.files import size as files_size
 from cascade.bundle.map import Map
 from cascade.bundle.schema import FORMAT, Card, MaskCard, Versioned
 from cascade.bundle.thumbnails import Thumbnails
-from cascade.bundle.validate import inconsistencies
+from cascade.bundle.validate import domain_inconsistencies, inconsistencies, preprocessing_inconsistencies
 from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
 from cascade.model.discriminant import Discriminant
@@ -42,6 +42,7 @@ from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import KINDS, Calibration, tensors
 
 ALWAYS, RATIO = 2**28, 100
+DOMAIN = "domain.safetensors"
 LARGER = "larger."
 """Prefix of the files of the larger input size."""
 
@@ -69,15 +70,7 @@ def read(
         files, digest = read_files(path)
     except OSError as error:
         raise BundleError(f"{error.filename or path}: {error.strerror}; copy the whole bundle again") from error
-    try:
-        if not 1 <= (number := Versioned.model_validate_json(files[CARD]).format) <= FORMAT:
-            advice = "rebuild the bundle or update Cascade"
-            raise BundleError(f"{path / CARD}: format {number}, this version reads 1 to {FORMAT}; {advice}")
-        card = Card.model_validate_json(files[CARD])
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = f"{path / CARD}: {'.'.join(map(str, first['loc']))}"
-        raise BundleError(f"{where}: {first['msg']}; this is not a bundle of format 1 to {FORMAT}") from None
+    card = _card(path, files[CARD])
     check_claims(path, card, sum(map(len, files.values())) if packed is None else packed, memory)
     parts = {n: _tensors(path / n, raw) for n, raw in files.items() if n != CARD}
     try:
@@ -87,6 +80,41 @@ def read(
     for what in inconsistencies(bundle):
         raise BundleError(f"{path}: {what}; export the bundle again")
     return bundle
+
+
+def read_domain(path: Path) -> tuple[Card, Domain | None]:
+    """Read the card and the domain of a bundle, a few dozen kilobytes, and verify these two files; ``read`` checks all.
+
+    Raises:
+        BundleError: names the bad file and the reason.
+    """
+    try:
+        check_name(path)
+        files, _ = read_files(path, (CARD, DOMAIN))
+    except OSError as error:
+        raise BundleError(f"{error.filename or path}: {error.strerror}; copy the whole bundle again") from error
+    card = _card(path, files[CARD])
+    try:
+        stored = strip_prefix(_tensors(path / DOMAIN, files[DOMAIN]), "domain.") if DOMAIN in files else {}
+        domain = Domain(**stored) if stored else None
+        preprocessing = Preprocessing.from_json(card.preprocessing)
+    except (CascadeError, TypeError) as error:
+        raise BundleError(f"{path}: its parts do not fit together ({error!r}); export the bundle again") from None
+    for what in (*preprocessing_inconsistencies(preprocessing), *domain_inconsistencies(card, domain)):
+        raise BundleError(f"{path}: {what}; export the bundle again")
+    return card, domain
+
+
+def _card(path: Path, raw: bytes) -> Card:
+    try:
+        if not 1 <= (number := Versioned.model_validate_json(raw).format) <= FORMAT:
+            advice = "rebuild the bundle or update Cascade"
+            raise BundleError(f"{path / CARD}: format {number}, this version reads 1 to {FORMAT}; {advice}")
+        return Card.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{path / CARD}: {'.'.join(map(str, first['loc']))}"
+        raise BundleError(f"{where}: {first['msg']}; this is not a bundle of format 1 to {FORMAT}") from None
 
 
 def check_claims(path: Path, card: Card, size: int, memory: int | None) -> None:
@@ -273,7 +301,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
     masks = [_mask(parts.get("masks.safetensors", {}), m, card.format) for m in card.masks]
     routing = parts.get("router.safetensors", {})
     fusion, heads = parts.get("fusion.safetensors", {}), parts.get("heads.safetensors", {})
-    pictures, domain = parts.get("thumbnails.safetensors", {}), parts.get("domain.safetensors", {})
+    pictures, domain = parts.get("thumbnails.safetensors", {}), parts.get(DOMAIN, {})
     places = parts.get("map.safetensors", {})
     router = None
     if card.router is not None:

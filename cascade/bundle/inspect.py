@@ -102,21 +102,24 @@ def percent(share: float | list[float]) -> str:
     return f"{100 * share:.1f}"
 
 
-def headline(bundle: Bundle) -> tuple[str, float] | None:
+def headline(card: Card, labels: bool) -> tuple[str, float] | None:
     """The one accuracy in [0, 1] that says most of a bundle, on held-out images, and of what it is.
 
     None where the card has none, or some other trainer's own.
+
+    Args:
+        labels: whether the bundle has a head.
     """
-    found = bundle.card.accuracy
+    found = card.accuracy
     try:
         if "rows" in found:  # the head of the frozen backbone or the copy before, then what was trained
             first, second = list(found["rows"].values())[:2]
             return "labels", float((first if found["serves"] == "frozen" else second)["test"])
         if "whitened" in found:
-            scores = found["whitened"][bundle.card.mode]
-            score = scores["probe"] if bundle.linear else scores["knn"]
+            scores = found["whitened"][card.mode]
+            score = scores["probe"] if labels else scores["knn"]
             value = float(score[0] if isinstance(score, list) else score)
-            return "labels" if bundle.linear else "nearest neighbors", value
+            return "labels" if labels else "nearest neighbors", value
         return ("labels", float(found["accuracy"])) if "accuracy" in found else None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

@@ -23,10 +23,12 @@ from fsspec.implementations.local import LocalFileSystem
 from cascade.atomic import sync
 from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.files import CARD, MAX_BYTES, MAX_FILES, NAME, SUMS, check_name
-from cascade.bundle.format import read
+from cascade.bundle.format import read, read_domain
 from cascade.bundle.location import is_url
+from cascade.bundle.schema import Card
 from cascade.cache import cache_folder, sweep, used
 from cascade.errors import CascadeError, brief
+from cascade.model.domain import Domain
 
 T = TypeVar("T")
 Identity = tuple[str, str]
@@ -127,6 +129,15 @@ class Store:
             except BundleError as error:
                 log.warning("a local copy is damaged and will be downloaded again: %s", error)
         return self._copy(files, there, copy, memory)
+
+    def read_domain(self, name: str, version: str) -> tuple[Card, Domain | None] | None:
+        """The card and the domain of a bundle; None for one of a remote store that was never downloaded.
+
+        Raises:
+            BundleError: they are invalid, or can't be read.
+        """
+        folder = (self.folder or self.cache or Path()) / name / version
+        return read_domain(folder) if self.folder is not None or folder.is_dir() else None
 
     def public(self, text: str) -> str:
         """Redact a text about this store's bundles for clients: bundle and file names stay, the paths to them go."""

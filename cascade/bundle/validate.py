@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cascade.bundle.bundle import Bundle
 from cascade.bundle.map import Map
+from cascade.bundle.schema import Card
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.model.discriminant import Discriminant
 from cascade.model.domain import MAX_WIDTH, Domain
@@ -26,7 +28,7 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
     """Yield inconsistencies between a bundle's parts; ``cascade.bundle.format.check`` compares it with its backbone."""
     card, k = bundle.card, len(bundle.experts)
     yield from _not_finite(bundle)
-    yield from _preprocessing(bundle.preprocessing)
+    yield from preprocessing_inconsistencies(bundle.preprocessing)
     names = ["dispatcher", *(f"expert-{i}" for i in range(k))]
     if [m.name for m in bundle.masks] != names:
         yield f"its masks should be {' '.join(names)}"
@@ -54,19 +56,7 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
         int(r.clusters) != k or not set(r.cluster.tolist()) <= {*range(k)}
     ):
         yield "router: its prototypes need one cluster per expert"
-    if (bundle.domain is None) != (card.domain is None):
-        yield "a domain needs its stage in the card, and a stage needs a domain"
-    if bundle.domain is not None and card.domain is not None:
-        yield from _misshapen("domain", bundle.domain, sizes)
-        width = bundle.domain.prototypes.shape[-1]
-        if card.format == 1 or not 0 < len(bundle.domain.prototypes) <= MAX_PROTOTYPES:
-            yield f"domain: it needs format 2, and 1 to {MAX_PROTOTYPES} prototypes"
-        if not 0 < width <= MAX_WIDTH or len(bundle.domain.scatter) != width * (width + 1) // 2:
-            yield f"domain: its scatter is not a triangle of {width} columns, or has more than {MAX_WIDTH}"
-        if not 2 <= len(bundle.domain.samples) <= MAX_PROTOTYPES:
-            yield f"domain: it has {len(bundle.domain.samples)} samples, not 2 to {MAX_PROTOTYPES}"
-        if card.domain.stage >= len(card.backbone.stages):
-            yield "domain: it was fitted after the last stage"
+    yield from domain_inconsistencies(card, bundle.domain)
     if bundle.ood is not None and len(bundle.ood.quantiles) < 2:
         yield "ood: it needs two or more quantiles"
     slots = {"dispatcher": {1}, "conditional": {2, k + 1}, "unconditional": {k + 1}}
@@ -101,6 +91,25 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
         yield from misshapen or (f"thumbnails: {what}" for what in bundle.thumbnails.inconsistencies())
 
 
+def domain_inconsistencies(card: Card, domain: Domain | None) -> Iterator[str]:
+    """Yield inconsistencies between a domain and the card of its bundle."""
+    if (domain is None) != (card.domain is None):
+        yield "a domain needs its stage in the card, and a stage needs a domain"
+    if domain is None or card.domain is None:
+        return
+    misshapen = [*_misshapen("domain", domain, {})]
+    yield from misshapen or _not_all_finite("domain", domain)
+    width = domain.prototypes.shape[-1]
+    if card.format == 1 or not 0 < len(domain.prototypes) <= MAX_PROTOTYPES:
+        yield f"domain: it needs format 2, and 1 to {MAX_PROTOTYPES} prototypes"
+    if not 0 < width <= MAX_WIDTH or len(domain.scatter) != width * (width + 1) // 2:
+        yield f"domain: its scatter is not a triangle of {width} columns, or has more than {MAX_WIDTH}"
+    if not 2 <= len(domain.samples) <= MAX_PROTOTYPES:
+        yield f"domain: it has {len(domain.samples)} samples, not 2 to {MAX_PROTOTYPES}"
+    if card.domain.stage >= len(card.backbone.stages):
+        yield "domain: it was fitted after the last stage"
+
+
 def _larger(bundle: Bundle) -> Iterator[str]:
     """Yield inconsistencies of the larger input size."""
     larger = bundle.larger
@@ -122,20 +131,25 @@ def _larger(bundle: Bundle) -> Iterator[str]:
 
 def _not_finite(bundle: Bundle) -> Iterator[str]:
     """Yield parts with NaN or infinity, which would make answers NaN or infinite."""
-    names = ("router", "ood", "domain", "discriminant")
+    names = ("router", "ood", "discriminant")
     parts: dict[str, object] = {name: getattr(bundle, name) for name in names}
     parts |= {m.name: m for m in bundle.masks}
     for group in ("fusions", "linear", "banks"):
         parts |= {f"{group} {mode}": part for mode, part in getattr(bundle, group).items()}
     for what, part in parts.items():
-        values = [getattr(part, f.name) for f in fields(part)] if part is not None else []  # type: ignore[arg-type]
-        tensors = [t for v in values for t in (v.values() if isinstance(v, dict) else [v]) if isinstance(t, Tensor)]
-        flat = [torch.cat([t.flatten() for t in tensors if t.dtype == d]) for d in {t.dtype for t in tensors}]
-        if not all(t.isfinite().all() for t in flat):  # together: a mask has a hundred small tensors
-            yield f"{what}: not all of its numbers are finite"
+        yield from _not_all_finite(what, part)
 
 
-def _preprocessing(preprocessing: Preprocessing) -> Iterator[str]:
+def _not_all_finite(what: str, part: Any) -> Iterator[str]:
+    values = [getattr(part, f.name) for f in fields(part)] if part is not None else []
+    tensors = [t for v in values for t in (v.values() if isinstance(v, dict) else [v]) if isinstance(t, Tensor)]
+    kinds = {t.dtype for t in tensors if t.is_floating_point()}  # bits are finite
+    flat = [torch.cat([t.flatten() for t in tensors if t.dtype == kind]) for kind in kinds]
+    if not all(t.isfinite().all() for t in flat):  # together: a mask has a hundred small tensors
+        yield f"{what}: not all of its numbers are finite"
+
+
+def preprocessing_inconsistencies(preprocessing: Preprocessing) -> Iterator[str]:
     """Yield sizes that would make a small image take gigabytes."""
     if not 1 <= preprocessing.size <= MAX_SIZE:
         yield f"preprocessing: size {preprocessing.size} is not within 1 to {MAX_SIZE} pixels"

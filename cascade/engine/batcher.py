@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -22,9 +22,9 @@ from cascade.engine import deferral, pass_spans, tenant_metrics
 from cascade.engine.admission import Admission
 from cascade.engine.decoders import Decoders, outcome
 from cascade.engine.dispatch import second_round
-from cascade.engine.engine import Engine
+from cascade.engine.engine import LOADERS, Engine
 from cascade.engine.fair_queue import Answer, Promise, Room, Waiting
-from cascade.engine.items import AnyItem, Item, OpenItem, passes
+from cascade.engine.items import AnyItem, ColdItem, Item, OpenItem, PassAnswer, passes
 from cascade.engine.pixels import Source
 from cascade.engine.priorities import PriorityQueue
 from cascade.engine.results import AUTO, ItemError, Options, Prediction
@@ -39,7 +39,6 @@ DEADLINE = ItemError("deadline", "this image waited too long: send it again late
 STOPPING = ItemError("stopping", "the server is stopping: send the request again, to another replica")
 FAILED = ItemError("failed", "the pass with this image failed: see the server's log")
 REMEMBERED = 0.2  # weight of the newest pass in the moving average of seconds per image pass
-LOADERS = 4  # on-demand bundles that are loaded at the same time
 PASS_TIMEOUT = 120.0  # seconds after which a pass counts as hung; it takes one or two
 
 
@@ -141,9 +140,9 @@ class Batcher:
         cold = self.engine.is_cold(options.bundle)
         trace = tracing.begin(cold)
 
-        def load(name: str) -> None:
-            with tracing.span("load", trace, bundle=name):
-                self.engine.find(name)
+        def load() -> None:
+            with tracing.span("load", trace, bundle=options.bundle or AUTO):
+                self.engine.fetch(options.bundle)
 
         def decode(*_: object) -> None:
             for image, future in zip(images, futures, strict=True):
@@ -151,8 +150,8 @@ class Batcher:
                 decoded.add_done_callback(partial(self._queue, options, admitted, since, deadline, future, trace))
 
         # A cold bundle is not loaded in a decoder: its time is bounded, and others should not wait for it.
-        if cold and options.bundle is not None:
-            self._loaders.submit(load, options.bundle).add_done_callback(decode)
+        if cold:
+            self._loaders.submit(load).add_done_callback(decode)
         else:
             decode()
         return futures
@@ -292,13 +291,7 @@ class Batcher:
                     self._changed.wait_for(lambda: self._waiting.images or (self._closed and not self._decoding))
                     if not self._waiting.images:
                         return
-                    late = self._remove(_late)
-                    batch = self._take()
-                    self._begun, self._running = time.monotonic(), _cost(batch)
-                for waiting in late:
-                    _refuse(waiting, DEADLINE)
-                if batch:
-                    self._run(batch)
+                self._step()  # its images do not stay in this thread: an evicted bundle lives as long as they do
         finally:  # no future may wait for a dead thread
             with self._changed:
                 self._closed = True
@@ -308,9 +301,19 @@ class Batcher:
             self._loaders.shutdown(wait=False, cancel_futures=True)
             self._decoders.close()
 
+    def _step(self) -> None:
+        with self._changed:
+            late = self._remove(_late)
+            batch = self._take()
+            self._begun, self._running = time.monotonic(), _cost(batch)
+        for waiting in late:
+            _refuse(waiting, DEADLINE)
+        if batch:
+            self._run(batch)
+
     def _run(self, batch: list[Waiting]) -> None:
         """Run one pass; then every future has its answer, or its image waits for a second pass."""
-        answers: list[tuple[Waiting, Answer | Item]]
+        answers: list[tuple[Waiting, PassAnswer]]
         failed = False
         try:
             with tracing.parts() as parts:
@@ -335,9 +338,48 @@ class Batcher:
                 self._add(replace(waiting, item=item, queued=time.monotonic(), added=time.monotonic()))
         for waiting, item in () if self._drains else following:
             _refuse(replace(waiting, item=item), STOPPING)
+        cold: dict[Hashable, list[tuple[Waiting, ColdItem]]] = {}
         for waiting, answer in answers:
-            if not isinstance(answer, Item):
+            if isinstance(answer, ColdItem):
+                cold.setdefault(answer.target.identity, []).append((waiting, answer))
+            elif not isinstance(answer, Item):
                 waiting.future.set_result(answer)
+        for images in cold.values():
+            if self._drains:
+                self._load(images)
+            else:
+                for waiting, _ in images:
+                    _refuse(waiting, STOPPING)
+
+    def _load(self, images: list[tuple[Waiting, ColdItem]]) -> None:
+        """Load the bundle that images were dispatched to, and queue them for it, or answer them with its error."""
+        with self._changed:
+            self._decoding += len(images)
+            for waiting, _ in images:
+                self._admission.reenter(waiting.tenant)
+
+        def load() -> list[Item | ItemError]:
+            with tracing.span("load", images[0][0].trace, bundle=images[0][1].target.name):
+                return [self.engine.warm(cold) for _, cold in images]
+
+        def loaded(job: "Future[list[Item | ItemError]]") -> None:
+            try:
+                items = job.result()
+            except Exception:  # a bug, or the batcher has failed
+                log.exception("a bundle could not be loaded")
+                items = [_failed(FAILED, None)] * len(images)
+            now = time.monotonic()
+            for (waiting, _), item in zip(images, items, strict=True):
+                with self._changed:
+                    self._decoding -= 1
+                    self._changed.notify_all()
+                    if isinstance(item, Item):
+                        self._add(replace(waiting, item=item, queued=now, added=now))
+                        continue
+                    self._admission.leave(waiting.tenant)
+                waiting.future.set_result(item)
+
+        self._loaders.submit(load).add_done_callback(loaded)
 
     def _take(self) -> list[Waiting]:
         """Take the images of the next pass out of the queue."""
@@ -358,25 +400,28 @@ class Batcher:
         """Count an image out of the queue. Returns False if it was cancelled; from now on it can't be."""
         self._admission.leave(waiting.tenant)
         metrics.QUEUE_DEPTH.dec()
-        wanted = waiting.item.first is not None or waiting.future.set_running_or_notify_cancel()
+        wanted = waiting.queued is not None or waiting.future.set_running_or_notify_cancel()
         if not wanted:
             metrics.DROPPED.labels("cancelled").inc()
         return wanted
 
 
-def _timed(waiting: Waiting, answer: Answer | Item) -> Timed:
+def _timed(waiting: Waiting, answer: PassAnswer) -> Timed:
     """The statistics entry of an image: its bundle by name and version, or empty strings if it fits none.
 
     An answer that is an item means that another pass follows.
     """
     if isinstance(answer, Item):
         identity = answer.bundle.identity
+    elif isinstance(answer, ColdItem):
+        identity = answer.target.identity
     elif isinstance(answer, Prediction):
         identity = answer.bundle, answer.version
     else:
         identity = ("", "") if isinstance(waiting.item, OpenItem) else waiting.item.bundle.identity
     ood = answer.ood if isinstance(answer, Prediction) else 0.0
-    return Timed(identity, waiting.since, waiting.waits_from, answered=not isinstance(answer, Item), ood=ood)
+    answered = not isinstance(answer, Item | ColdItem)
+    return Timed(identity, waiting.since, waiting.waits_from, answered, ood=ood)
 
 
 def _late(waiting: Waiting) -> bool:

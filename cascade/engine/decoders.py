@@ -105,6 +105,7 @@ class Decoders:
                 job.future.set_result(result)
             else:
                 job.future.set_exception(error)
+            del job, result, error  # else this thread keeps the image's bundle, evicted or not, until its next job
 
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_SECONDS):

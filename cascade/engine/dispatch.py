@@ -2,28 +2,33 @@
 
 An open item carries pixels for every space of domains. The plain backbone runs up to the stage where the domains were
 fitted, its pooled activations are compared with all prototypes, and the item of the best bundle is made. It continues
-from these activations unless its bundle's mask begins earlier; then the trunk runs again.
+from these activations unless its bundle's mask begins earlier; then the trunk runs again. If the bundle is not in
+memory, the pass answers with a ``ColdItem``: the bundle is loaded between two passes.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cascade import metrics
+from cascade.bundle.bundle import Bundle
 from cascade.engine.deferral import item_of, mode_of
-from cascade.engine.dispatch_table import DispatchTable, Space
+from cascade.engine.dispatch_table import DispatchTable, Space, Target
 from cascade.engine.executors import Executor
 from cascade.engine.forward import run_stages
 from cascade.engine.frozen_answers import frozen_bundle, frozen_item
-from cascade.engine.items import AnyItem, Entry, Item, OpenItem, download, stack_pixels, upload
+from cascade.engine.items import AnyItem, ColdItem, Entry, Item, OpenItem, download, stack_pixels, upload
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
 from cascade.engine.unknown import UnknownImages
 from cascade.model.domain import UNKNOWN, pooled
 
+Find = Callable[[Target], Bundle | None]
+Settled = tuple[Item, ...] | ColdItem | ItemError
 LIKELY = 5  # bundles listed in an answer
 BEYOND = 1e9  # strangeness of a bundle that the caller may not use
 CONTESTED = 0.9  # confidence below which ``top2`` runs the two likeliest bundles
@@ -31,23 +36,34 @@ UNKNOWN_DOMAIN = ItemError(
     "unknown_domain", "this image does not fit any available bundle: name a bundle to use it anyway"
 )
 
+EVICTED = ItemError("bundle_unavailable", "the backbone has just left memory: send the request again", 1.0)
+
 
 def dispatch(
-    executors: dict[str, Executor], device: str, items: Sequence[AnyItem], keep: UnknownImages | None = None
-) -> list[tuple[Item, ...] | ItemError]:
+    executors: dict[str, Executor],
+    device: str,
+    items: Sequence[AnyItem],
+    loaded: Find,
+    keep: UnknownImages | None = None,
+) -> list[Settled]:
     """The items to run for each item: itself, or for an open item its target (``top2``: up to two), or an error.
 
     Args:
+        loaded: the bundle of a target if it is in memory.
         keep: where images are kept that fit no bundle, not even one that their caller may not use.
     """
-    settled: list[tuple[Item, ...] | ItemError] = [(i,) if isinstance(i, Item) else UNKNOWN_DOMAIN for i in items]
+    settled: list[Settled] = [(i,) if isinstance(i, Item) else UNKNOWN_DOMAIN for i in items]
     tables: dict[DispatchTable, list[int]] = {}
     for row, item in enumerate(items):
         if isinstance(item, OpenItem):
             tables.setdefault(item.table, []).append(row)
     for table, rows in tables.items():
         own = [item for row in rows if isinstance(item := items[row], OpenItem)]
-        for row, result in zip(rows, _dispatch(executors, device, table, own, keep), strict=True):
+        if all(space.fingerprint in executors for space in table.spaces):
+            results = _dispatch(executors, device, table, own, loaded, keep)
+        else:
+            results = [EVICTED] * len(own)
+        for row, result in zip(rows, results, strict=True):
             settled[row] = result
     return settled
 
@@ -57,8 +73,9 @@ def _dispatch(
     device: str,
     table: DispatchTable,
     items: list[OpenItem],
+    loaded: Find,
     keep: UnknownImages | None,
-) -> list[tuple[Item, ...] | ItemError]:
+) -> list[Settled]:
     """Dispatch open items: one trunk per space, all scores in one matrix [N, B], one transfer."""
     trunks: list[Tensor] = []
     chances: list[Tensor] = []
@@ -90,13 +107,13 @@ def _dispatch(
     nearest, spaces = torch.stack([strange.amin(dim=1) for strange in everywhere], dim=1).min(dim=1)
     wanted = [best.values, best.indices, distant] + ([nearest, spaces, *embeddings] if keep is not None else [])
     probable, columns, far, *more = download(wanted)
-    settled: list[tuple[Item, ...] | ItemError] = []
+    settled: list[Settled] = []
     for row, item in enumerate(items):
         likely = [(int(c), float(p)) for c, p in zip(columns[row], probable[row], strict=True)]
         if item.options.among is not None:  # callers learn nothing about bundles that they may not use
             likely = [(c, p) for c, p in likely if table.columns[c][1].name in item.options.among]
         if likely and far[row, 0] <= UNKNOWN:
-            settled.append(_settle(table, item, likely, [x[row] for x in trunks]))
+            settled.append(_settle(table, item, likely, [x[row] for x in trunks], loaded))
         else:
             metrics.count_dispatch(None)
             settled.append(UNKNOWN_DOMAIN)
@@ -132,9 +149,9 @@ def _keep(
 
 
 def _settle(
-    table: DispatchTable, item: OpenItem, likely: list[tuple[int, float]], trunks: list[Tensor]
-) -> tuple[Item, ...] | ItemError:
-    """Make the item of the likeliest bundle, and of the second one if ``top2`` needs it.
+    table: DispatchTable, item: OpenItem, likely: list[tuple[int, float]], trunks: list[Tensor], loaded: Find
+) -> Settled:
+    """Make the item of the likeliest bundle, and of the second one if ``top2`` needs it and it is in memory.
 
     Args:
         likely: columns of scores and their probabilities, best first.
@@ -145,20 +162,33 @@ def _settle(
     count = 2 if item.options.dispatch == "top2" and likely_labels[0].score < CONTESTED else 1
     settled: list[Item] = []
     for column, chance in likely[:count]:
-        n, bundle = table.columns[column]
-        stage = table.spaces[n].stage
-        mode = mode_of(bundle, item.options)
-        if isinstance(mode, ItemError):
-            return mode
-        reused = bundle.dispatcher.start >= stage > 0
-        reason = Dispatch(chance, likely_labels, 0 if reused else stage)
-        entry = Entry(stage, trunks[n]) if reused else None
-        larger = None if bundle.larger is None else item.larger.get(bundle.larger.preprocessing)
-        own = item_of(bundle, mode, item.options, item.pixels[n], larger, entry, reason)
+        n, target = table.columns[column]
+        bundle, reason = loaded(target), Dispatch(chance, likely_labels, 0)
+        if bundle is None and settled:
+            break
+        if bundle is None:  # the activations are copied, because those of the whole batch should not stay
+            return ColdItem(target, partial(_item, item, n, table.spaces[n].stage, trunks[n].clone(), reason))
+        own = _item(item, n, table.spaces[n].stage, trunks[n], reason, bundle)
         if isinstance(own, ItemError):
             return own
         settled.append(own)
     return tuple(settled)
+
+
+def _item(open_item: OpenItem, n: int, stage: int, x: Tensor, reason: Dispatch, bundle: Bundle) -> Item | ItemError:
+    """Make the item of a dispatched image.
+
+    Args:
+        n: index of the space. stage: of the dispatch. x: the image's activations before this stage.
+    """
+    mode = mode_of(bundle, open_item.options)
+    if isinstance(mode, ItemError):
+        return mode
+    reused = bundle.dispatcher.start >= stage > 0
+    larger = None if bundle.larger is None else open_item.larger.get(bundle.larger.preprocessing)
+    entry = Entry(stage, x) if reused else None
+    reason = replace(reason, repeated_stages=0 if reused else stage)
+    return item_of(bundle, mode, open_item.options, open_item.pixels[n], larger, entry, reason)
 
 
 def second_round(options: Options, answers: Sequence[Prediction | ItemError]) -> tuple[Options, list[int]]:
@@ -181,5 +211,5 @@ def second_round(options: Options, answers: Sequence[Prediction | ItemError]) ->
 def _forbidden(space: Space, items: list[OpenItem]) -> list[list[bool]]:
     """[N, B]: whether an item may not be sent to a bundle."""
     allowed = [item.options.among for item in items]
-    of = {own: [own is not None and b.name not in own for b in space.bundles] for own in set(allowed)}
+    of = {own: [own is not None and target.name not in own for target in space.targets] for own in set(allowed)}
     return [of[own] for own in allowed]

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,18 +21,18 @@ import torch
 from PIL import Image
 
 from cascade import metrics
-from cascade.bundle.bundle import Bundle
+from cascade.bundle.bundle import Bundle, BundleError
 from cascade.bundle.format import check, digest, read
 from cascade.cpus import limit_threads
 from cascade.engine import deferral
 from cascade.engine.dispatch import dispatch, second_round
-from cascade.engine.dispatch_table import DispatchTable
+from cascade.engine.dispatch_table import DispatchTable, Target
 from cascade.engine.executors import Executor
 from cascade.engine.executors.precision import DEVICE
 from cascade.engine.executors.selection import Kind, choose
 from cascade.engine.forward import forward
 from cascade.engine.frozen_answers import completed
-from cascade.engine.items import AnyItem, Item, OpenItem
+from cascade.engine.items import AnyItem, ColdItem, Item, OpenItem, PassAnswer
 from cascade.engine.loaded import Loaded, expect_room, packed_bytes
 from cascade.engine.pins import Pin
 from cascade.engine.pixels import Source, crop_of, pixels_of
@@ -44,6 +45,9 @@ from cascade.model.masks import Mask
 from cascade.model.preprocessing import LIMITS, Limits
 
 DEFAULT_BUDGET = 2**30
+LOADERS = 4  # on-demand bundles that are loaded at the same time
+ATTEMPTS = 3  # bundles that are tried for their backbone
+IDLE = 10.0  # seconds without a pass after which nobody waits for one
 T = TypeVar("T")
 
 
@@ -66,6 +70,8 @@ class Engine:
     Attributes:
         pins: by bundle name, the version that answers requests without one; the default is the latest version.
         on_missing: called with the name of a requested bundle that is not loaded, so that it can load it.
+        explain: called with the error for a bundle that is still missing, its name and version, for a better one.
+        known: the bundles that images may be dispatched to, in memory or not; None: those in memory.
         last_used: when each name was last requested, monotonic seconds.
         unknown: keeps images without a bundle's name that fit no bundle; None: they are not kept.
     """
@@ -91,14 +97,18 @@ class Engine:
         self.weight_cache = WeightCache(DEFAULT_BUDGET if budget_bytes is None else budget_bytes)
         self.pins: Mapping[str, Pin] = {}
         self.on_missing: Callable[[str], None] | None = None
+        self.explain: Callable[[ItemError, str, str | None], ItemError] = lambda error, name, version: error
+        self.known: DispatchTable | None = None
         self.last_used: dict[str, float] = {}
         self.unknown: UnknownImages | None = None
         # Replaced, never changed in place, so readers need no lock.
         self._executors: dict[str, Executor] = {}
         self._loaded = Loaded()
-        self._table: tuple[object, Mapping[str, Pin], DispatchTable] | None = None  # for these bundles and pins
+        self._table: tuple[object, object, DispatchTable] | None = None  # of these bundles, with these pins
+        self._part: tuple[object, object, DispatchTable] | None = None  # of ``known``, for these executors
         self._leaving: list[tuple[weakref.ref[Bundle], tuple[Mask, ...], str]] = []
         self._lock = threading.Lock()  # of passes, which take turns
+        self._last_pass = -math.inf  # when it began, monotonic
         on_gpu = torch.device(device).type == "cuda"
         self._gpu: AbstractContextManager[Any] = DEVICE if on_gpu else nullcontext()  # taken after the lock of passes
         self._changing = threading.RLock()  # of what is loaded; taken before the other one
@@ -130,8 +140,26 @@ class Engine:
         return any(reference() is not None for reference, _, _ in self._leaving)
 
     def is_cold(self, name: str | None) -> bool:
-        """Whether ``find`` may have to load a bundle of this name first."""
-        return self.on_missing is not None and name not in (None, AUTO) and name not in self.names
+        """Whether ``fetch`` may have to load a bundle first, for a request of this name, or of None."""
+        if self.on_missing is None:
+            return False
+        if name in (None, AUTO):
+            spaces = self.known.spaces if self.known is not None else ()
+            return bool(spaces) and not any(space.fingerprint in self._executors for space in spaces)
+        return name not in self.names
+
+    def fetch(self, name: str | None) -> None:
+        """Load the bundle that a request names. If it names none, load one, so that there is a backbone to dispatch by.
+
+        For other backbones, images are dispatched while bundles of theirs are in memory.
+        """
+        if name not in (None, AUTO):
+            self.find(name)
+        elif self.known is not None and self.on_missing is not None and self.is_cold(name):
+            largest = max(self.known.spaces, key=lambda space: len(space.targets))
+            for target in largest.targets[:ATTEMPTS]:
+                if self.is_cold(name):
+                    self.on_missing(target.name)
 
     def add(
         self,
@@ -156,6 +184,7 @@ class Engine:
             OutOfMemory: it does not fit into ``memory_bytes``, or one of its masks into the budget.
             CascadeError: it is already loaded.
         """
+        self.export(bundle)
         with self._changing:
             fingerprint = bundle.card.backbone.fingerprint
             if bundle.identity in self._loaded:
@@ -184,6 +213,21 @@ class Engine:
             self._loaded = self._loaded.plus(bundle)
             metrics.add_bundle(bundle.name, bundle.version, bundle.card.router.shares if bundle.card.router else ())
             metrics.resident(self.stats())
+
+    def export(self, bundle: Bundle) -> None:
+        """Export the graphs that a bundle needs, in another process, if passes are running that would wait for it.
+
+        ``add`` does this, too; called before, it takes no lock that other loads need.
+
+        Raises:
+            BundleError: the bundle does not fit its backbone.
+        """
+        executor = self._executors.get(bundle.card.backbone.fingerprint)
+        if executor is None or time.monotonic() - self._last_pass > IDLE:
+            return
+        check(bundle, executor.backbone)
+        for part in bundle.parts:
+            executor.export(part.masks, part.preprocessing.size, _dispatch_stage(bundle, part))
 
     def remove(self, name: str, version: str) -> None:
         """Remove a bundle: new requests no longer find it, requests in flight are still answered.
@@ -238,9 +282,10 @@ class Engine:
         wishes = [options] * len(images) if isinstance(options, Options) else list(options)
         if len(wishes) != len(images):
             raise CascadeError(f"{len(images)} images but {len(wishes)} options; pass one, or one per image")
-        for name in {wish.bundle for wish in wishes}:
-            if name is not None and self.is_cold(name):
-                self.find(name)  # here, and not by ``decode``, which may bound the time of an image
+        cold = {wish.bundle for wish in wishes if self.is_cold(wish.bundle)}
+        if cold:  # loaded here, and not by ``decode``, which may bound the time of an image
+            with ThreadPoolExecutor(min(len(cold), LOADERS)) as loaders:
+                [*loaders.map(self.fetch, cold)]
         with metrics.stage("decode"):
             prepared = [*decode(self.prepare, images, wishes)]
         if on_error == "raise":
@@ -268,30 +313,47 @@ class Engine:
     def run(self, items: Sequence[AnyItem]) -> list[Prediction | ItemError]:
         """Run passes (see ``run_pass``) until all ``items`` are answered; answers come in their order."""
         answers = self.run_pass(items)
-        while rows := [row for row, answer in enumerate(answers) if isinstance(answer, Item)]:
-            again = self.run_pass([answer for answer in answers if isinstance(answer, Item)])
-            for row, answer in zip(rows, again, strict=True):
+        while True:
+            warm = [self.warm(answer) if isinstance(answer, ColdItem) else answer for answer in answers]
+            rows = [row for row, answer in enumerate(warm) if isinstance(answer, Item)]
+            if not rows:
+                return [answer for answer in warm if not isinstance(answer, Item)]
+            answers = [*warm]
+            for row, answer in zip(rows, self.run_pass([w for w in warm if isinstance(w, Item)]), strict=True):
                 answers[row] = answer
-        return [answer for answer in answers if not isinstance(answer, Item)]
 
-    def run_pass(self, items: Sequence[AnyItem]) -> list[Prediction | ItemError | Item]:
+    def warm(self, cold: ColdItem) -> Item | ItemError:
+        """Load the bundle that an image was dispatched to, unless it is loaded by now, and make the image's item."""
+        bundle = self.find(*cold.target.identity)
+        if isinstance(bundle, ItemError):
+            why = "the bundle that this image fits can't be loaded now: send it again later, or name another bundle"
+            item: Item | ItemError = ItemError("bundle_unavailable", why, bundle.retry_after or IDLE)
+        else:
+            item = cold.settle(bundle)
+        if isinstance(item, ItemError):
+            metrics.count_answer(None, None, item.kind)
+        return item
+
+    def run_pass(self, items: Sequence[AnyItem]) -> list[PassAnswer]:
         """Run one pass over all ``items``; answers come in their order. Passes of several threads are serialized.
 
-        An answer that is an item needs another pass. Only an open item, which names no bundle, can be answered with an
-        error.
+        An answer that is an item needs another pass, and a cold one ``warm`` before it. Only an open item, which names
+        no bundle, can be answered with an error.
         """
         metrics.BATCH_IMAGES.observe(len(items))
         metrics.QUEUE_DEPTH.inc(len(items))
         with self._lock, self._gpu, torch.no_grad():
+            self._last_pass = time.monotonic()
             metrics.QUEUE_DEPTH.dec(len(items))
-            settled = dispatch(self._executors, self.device, items, self.unknown)
-            flat = [item for own in settled if not isinstance(own, ItemError) for item in own]
+            settled = dispatch(self._executors, self.device, items, self._bundle, self.unknown)
+            flat = [item for own in settled if isinstance(own, tuple) for item in own]
             passed = forward(self._executors, self.weight_cache, self.device, flat)
         found = iter(passed)
-        answers: list[Prediction | ItemError | Item] = []
+        answers: list[PassAnswer] = []
         for own in settled:
-            if isinstance(own, ItemError):
-                metrics.count_answer(None, None, own.kind)
+            if not isinstance(own, tuple):
+                if isinstance(own, ItemError):
+                    metrics.count_answer(None, None, own.kind)
                 answers.append(own)
                 continue
             item, answer = deferral.surest(own, [next(found) for _ in own])
@@ -333,17 +395,36 @@ class Engine:
         loaded = self._loaded
         if name in loaded.versions:
             self.last_used[name] = time.monotonic()
-        return loaded.choose(name, version, self.pins.get(name))
+        found = loaded.choose(name, version, self.pins.get(name))
+        return self.explain(found, name, version) if isinstance(found, ItemError) else found
 
     def dispatch_table(self) -> DispatchTable | ItemError:
         """The table for images without a bundle's name; rebuilt after the bundles have changed."""
-        loaded, kept = self._loaded, self._table
-        if kept is None or kept[0] is not loaded or kept[1] != self.pins:
-            kept = self._table = loaded, dict(self.pins), DispatchTable.of(loaded.serving(self.pins))
-        if kept[2].spaces:
-            return kept[2]
+        loaded, known = self._loaded, self.known
+        if known is not None:
+            part, backbones = self._part, self._executors.keys()
+            if part is None or part[0] is not known or part[1] != backbones:
+                part = self._part = known, {*backbones}, known.of_backbones(backbones)
+            table = part[2]
+        else:
+            kept = self._table
+            if kept is None or kept[0] is not loaded or kept[1] != self.pins:
+                targets = map(Target.of, loaded.serving(self.pins))
+                kept = self._table = loaded, dict(self.pins), DispatchTable.of(targets)
+            table = kept[2]
+        if table.spaces:
+            return table
         why = f"say which bundle, none has a domain to dispatch by; loaded: {loaded.names()}"
         return ItemError("bundle_missing", why)
+
+    def _bundle(self, target: Target) -> Bundle | None:
+        """The bundle of a target, if it is in memory."""
+        if target.bundle is not None:
+            return target.bundle
+        bundle = self._loaded.versions.get(target.name, {}).get(target.version)
+        if bundle is not None:
+            self.last_used[target.name] = time.monotonic()
+        return bundle
 
     def _load(self, bundle: Bundle) -> Executor:
         """Load or reuse the executor for the bundle's backbone, and check the bundle against it."""
@@ -369,18 +450,17 @@ class Engine:
         expect_room(bundle, new, self._used(replaces), self.memory_bytes)
 
     def _used(self, replaces: Sequence[tuple[str, str]]) -> int:
-        """Bytes of backbones and packed bundles, including removed ones that still answer requests."""
+        """Bytes of backbones, known domains and packed bundles, including removed ones that still answer requests."""
         leaving = [bundle for reference, _, _ in self._leaving if (bundle := reference()) is not None]
         executors = sum(executor.bytes() for executor in self._executors.values())
-        return executors + packed_bytes(self._loaded, leaving, replaces)
+        domains = 0 if self.known is None else self.known.bytes
+        return executors + domains + packed_bytes(self._loaded, leaving, replaces)
 
     def _prepare_passes(self, bundle: Bundle, executor: Executor) -> None:
         """Let the executor build what the passes of either input size need. Raises OutOfMemory."""
-        stage = bundle.card.domain.stage if bundle.card.domain else 0
         try:
             for part in bundle.parts:
-                size, domain = part.preprocessing.size, stage if part is bundle else 0
-                executor.prepare(part.masks, size, domain, self.max_batch)
+                executor.prepare(part.masks, part.preprocessing.size, _dispatch_stage(bundle, part), self.max_batch)
         except BaseException as error:
             with self._lock:
                 for part in bundle.parts:
@@ -401,7 +481,7 @@ class Engine:
         numbers = [answer.confidence, answer.ood, *(label.score for label in answer.labels)]
         numbers += [neighbor.similarity for neighbor in answer.neighbors]
         if not (all(map(math.isfinite, numbers)) and torch.tensor(answer.embedding).isfinite().all()):
-            raise CascadeError(f"bundle {bundle.name}/{bundle.version} answers with NaN or infinity; train it again")
+            raise BundleError(f"bundle {bundle.name}/{bundle.version} answers with NaN or infinity; train it again")
 
     def _drop(self, gone: list[tuple[tuple[Mask, ...], str]]) -> None:
         """Free the weights of masks, and backbones (by fingerprint) that no bundle uses any more."""
@@ -417,7 +497,9 @@ class Engine:
         metrics.resident(self.stats())
 
     def _prepare(self, image: Source, options: Options) -> AnyItem | ItemError:
-        if options.bundle == AUTO or (options.bundle is None and self.only is None and self.names):
+        if options.bundle == AUTO or (
+            options.bundle is None and self.only is None and (self.names or self.known is not None)
+        ):
             table = self.dispatch_table()
             if isinstance(table, ItemError):
                 return table
@@ -461,6 +543,11 @@ def load(
     engine = Engine(budget_bytes, device, weights=weights, executor=executor)
     engine.add(read(Path(path)))
     return engine
+
+
+def _dispatch_stage(bundle: Bundle, part: Bundle) -> int:
+    """The stage before which images of this input size are dispatched to the bundle; 0 if they are not."""
+    return bundle.card.domain.stage if bundle.card.domain and part is bundle else 0
 
 
 def _packed(bundle: Bundle, executor: Executor) -> Bundle:

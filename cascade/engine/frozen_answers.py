@@ -23,7 +23,7 @@ def frozen_bundle(space: Space, executor: Executor, device: str) -> Bundle:
     backbone, mask = executor.backbone, executor.pack(frozen(executor.backbone))
     card = Card(
         format=2,
-        backbone=space.bundles[0].card.backbone,
+        backbone=space.targets[0].backbone,
         preprocessing=space.preprocessing.to_json(),
         masks=[MaskCard(name=mask.name, start=mask.start, weights=0, density=1.0)],
         mode="dispatcher",

@@ -1,6 +1,6 @@
 """Images ready for a pass, and the transfers between host and device: one up, one down."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
-from cascade.engine.dispatch_table import DispatchTable
-from cascade.engine.results import Dispatch, Options, Prediction
+from cascade.engine.dispatch_table import DispatchTable, Target
+from cascade.engine.results import Dispatch, ItemError, Options, Prediction
 from cascade.model.fusion import Mode
 from cascade.model.preprocessing import Preprocessing, normalize_on_device
 
@@ -107,7 +107,22 @@ class OpenItem:
         return None
 
 
+@dataclass(frozen=True, eq=False)
+class ColdItem:
+    """One image that was dispatched to a bundle that is not in memory.
+
+    Attributes:
+        target: the bundle.
+        settle: makes the image's item from the loaded bundle.
+    """
+
+    target: Target
+    settle: Callable[[Bundle], Item | ItemError]
+
+
 AnyItem = Item | OpenItem
+PassAnswer = Prediction | ItemError | Item | ColdItem
+"""What a pass gives for an image: its answer, or what another pass needs."""
 
 
 def group_key(item: AnyItem) -> Hashable:

@@ -10,13 +10,15 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from cascade import atomic, metrics
-from cascade.bundle.bundle import Bundle
+from cascade.bundle.bundle import Bundle, BundleError
+from cascade.bundle.schema import Card
 from cascade.bundle.store import Identity
+from cascade.engine.dispatch_table import DispatchTable, Target
 from cascade.engine.loaded import number
 from cascade.engine.registry import File, Registry, State
 from cascade.errors import CascadeError
@@ -24,6 +26,10 @@ from cascade.errors import CascadeError
 LEAVE = 10.0
 """Seconds to wait until the last requests of evicted bundles are answered and their memory is free."""
 CHECK = 0.005  # seconds between two such checks
+DOMAINS, SHARE = 2**28, 1 / 8
+"""Most bytes of all domains (enough for 10,000 bundles), and most of them as a share of a limited memory."""
+CARDS = 256  # that are kept for the page
+NEVER = threading.Event()
 REMEMBERED = 1000  # names in the file of recent ones
 
 log = logging.getLogger(__name__)
@@ -32,8 +38,9 @@ log = logging.getLogger(__name__)
 class OnDemandRegistry(Registry):
     """A registry that lists every bundle of its store, and keeps the recently used ones in memory.
 
-    A name is loaded with all its versions. Pinned names are loaded at the start and never evicted. Images are only
-    dispatched to bundles in memory. Nothing is ever evicted for a bundle that can't be loaded anyway.
+    A name is loaded with all its versions. Pinned names are loaded at the start and never evicted. The domains of all
+    bundles are read in the background, so that images are dispatched to those that are not in memory, too. Nothing is
+    ever evicted for a bundle that can't be loaded anyway.
 
     Args:
         recent: file with recently used names, most recent first; they are prefetched in the background after a restart.
@@ -50,7 +57,9 @@ class OnDemandRegistry(Registry):
         self._names: frozenset[str] = frozenset(self.engine.pins)  # in memory, or to be
         self._listing: dict[str, dict[Identity, str]] = {}  # all of the store, by name
         self._listed = 0  # bundles in it
+        self._card = lru_cache(CARDS)(self._read_card)
         self._fetching: dict[str, threading.Lock] = {}
+        self._domains: dict[Identity, tuple[str, Target | None]] = {}  # with the stamp of the files
         self.engine.on_missing = self.fetch
 
     def states(self, name: str | None = None) -> list[State]:
@@ -94,6 +103,70 @@ class OnDemandRegistry(Registry):
             if room < 2 * next_one:
                 return
             self.fetch(name)
+
+    def learn(self, stop: threading.Event | None = None) -> None:
+        """Read the domains of new bundles, and let images be dispatched to every bundle of the store.
+
+        They take at most ``DOMAINS`` bytes, or a share of the engine's memory, in the order of the names. Half of the
+        time is left to others.
+        """
+        listing = self._listing
+        served = self._served(listing)
+        room = min(DOMAINS, (self.engine.memory_bytes or math.inf) * SHARE)
+        known: dict[Identity, tuple[str, Target | None]] = {}
+        for n, identity in enumerate(served):
+            stamp, found = listing[identity[0]][identity], self._domains.get(identity)
+            if found is None or found[0] != stamp:
+                begun = time.monotonic()
+                found = self._target(identity, stamp)
+                if (stop or NEVER).wait(time.monotonic() - begun):
+                    return
+            room -= found[1].bytes() if found is not None and found[1] is not None else 0
+            if room < 0:
+                if len(known) != len(self._domains):
+                    log.warning("the domains of %d bundles don't fit into memory: name these bundles", len(served) - n)
+                break
+            if found is not None:
+                known[identity] = found
+        if self.engine.known is None or known != self._domains:
+            self.engine.known = DispatchTable.of(target for _, target in known.values())
+        self._domains = known
+
+    def _served(self, listing: Mapping[str, Mapping[Identity, str]]) -> list[Identity]:
+        """The version of each name that answers requests without one, unless it is refused."""
+        served = []
+        for name, own in sorted(listing.items()):
+            versions = [version for _, version in own if (name, version) not in self._bad]
+            pin = self.engine.pins.get(name)
+            version = max(versions, key=number, default=None) if pin is None else pin.main(versions)
+            if version is not None:
+                served.append((name, version))
+        return served
+
+    def _target(self, identity: Identity, stamp: str) -> tuple[str, Target | None] | None:
+        """The stamp and the target of a bundle; None if it is not on this machine yet.
+
+        The target is None without a domain, or if that can't be read, which the first request for the bundle tells.
+        """
+        try:
+            found = self.store.read_domain(*identity)
+        except BundleError:
+            return stamp, None
+        return None if found is None else (stamp, Target.read(*identity, *found, self.engine.device))
+
+    def card(self, name: str, version: str) -> Card | None:
+        """The card of a bundle in memory or not; None if there is none, or it can't be read on this machine."""
+        stamp = self._listing.get(name, {}).get((name, version))
+        try:
+            return None if stamp is None else self._card(name, version, stamp)
+        except BundleError:
+            return None
+
+    def _read_card(self, name: str, version: str, stamp: str) -> Card:
+        found = self.store.read_domain(name, version)
+        if found is None:
+            raise BundleError(f"bundle {name}/{version} was not downloaded yet")  # so that this is not kept
+        return found[0]
 
     def remember(self) -> None:
         """Write the names in use to a file, for ``prefetch``."""
@@ -156,7 +229,9 @@ class OnDemandRegistry(Registry):
 
     def _read(self, identity: Identity) -> File:
         try:
-            return self.store.read(*identity, memory=self.engine.memory_bytes)
+            bundle, digest = self.store.read(*identity, memory=self.engine.memory_bytes)
+            self.engine.export(bundle)
+            return bundle, digest
         except CascadeError as error:
             return partial(type(error), str(error))
 

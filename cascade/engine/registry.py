@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -22,6 +22,7 @@ from cascade.engine.engine import Engine
 from cascade.engine.journal import Journal
 from cascade.engine.loaded import number
 from cascade.engine.pins import parse
+from cascade.engine.results import ItemError
 from cascade.errors import CascadeError, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Registry:
         self.engine, self.store, self.journal = engine, store, journal or Journal()
         texts = {**(pins or {}), **self.journal.pins}
         engine.pins = {name: parse(text) for name, text in texts.items() if text is not None}
+        engine.explain = self.explain
         self._held: dict[Identity, tuple[str, str]] = {}  # (stamp, digest) of what is served
         self._bad: dict[Identity, _Bad] = {}
         self._states: dict[Identity, State] = {}  # replaced, never changed: readers need no lock
@@ -98,6 +100,22 @@ class Registry:
         """The states of all bundles in the store (or those called ``name``), versions ascending; thread-safe."""
         found = [s for s in self._states.values() if name in (None, s.name)]
         return sorted(found, key=lambda s: (s.name, number(s.version)))
+
+    def explain(self, error: ItemError, name: str, version: str | None) -> ItemError:
+        """Add to the error for a missing bundle why its versions are refused.
+
+        It is ``bundle_unavailable``, with the time of the next attempt, if the fault may be outside the bundle.
+        """
+        states, why, again = self._states, "", LASTING
+        for identity, bad in self._bad.items():
+            if identity[0] == name and version in (None, identity[1]):
+                state = states.get(identity)
+                why += f"; version {identity[1]} is refused: {state.reason if state else 'see the log'}"
+                again = min(again, bad.again)
+        if again == LASTING:
+            return replace(error, message=error.message + why)
+        message = f"this bundle can't be loaded now: send the request again later{why}"
+        return ItemError("bundle_unavailable", message, max(1.0, again - time.monotonic()))
 
     @property
     def trouble(self) -> str | None:
@@ -188,6 +206,7 @@ class Registry:
             while True:
                 try:
                     step()
+                    self.learn(stop)
                 except Exception:  # a bug must not end the watch silently
                     log.exception("the store could not be looked at")
                 if stop.wait(interval):
@@ -207,6 +226,13 @@ class Registry:
 
     def prefetch(self) -> None:
         """Called once, in the background, to load bundles before they are requested. Nothing here: all are loaded."""
+
+    def learn(self, stop: threading.Event | None = None) -> None:
+        """Called after each check of the store, to read what dispatch needs of bundles that are not in memory.
+
+        Args:
+            stop: ends it early.
+        """
 
     def remember(self) -> None:
         """Called after each check of the store, to save what ``prefetch`` needs."""

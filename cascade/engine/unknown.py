@@ -72,7 +72,7 @@ class Origin:
     @classmethod
     def of(cls, space: Space, embedding: np.ndarray) -> Self:
         """The origin of an image with this embedding, float [D]."""
-        backbone = space.bundles[0].card.backbone
+        backbone = space.targets[0].backbone
         name, source = backbone.name, backbone.source
         shape = space.preprocessing.to_json()
         return cls(name, source, space.fingerprint, space.stage, shape, embedding.astype("<f2"))

@@ -196,8 +196,9 @@ def _dispatching(engine: "Engine", embedding: Embedding) -> tuple[str, int]:
     found = engine.dispatch_table()
     if isinstance(found, ItemError):
         raise CascadeError(found.message)
-    bundles = sorted((bundle.name, bundle.version, bundle.digest) for _, bundle in found.columns)
-    widths = {bundle.card.dim for _, bundle in found.columns}
+    loaded = [target.bundle for _, target in found.columns if target.bundle is not None]
+    bundles = sorted((bundle.name, bundle.version, bundle.digest) for bundle in loaded)
+    widths = {bundle.card.dim for bundle in loaded}
     if embedding != "none" and len(widths) > 1:
         raise CascadeError(f"the bundles have embeddings of {len(widths)} widths: add --embedding none")
     return hashlib.sha256(repr(bundles).encode()).hexdigest(), min(widths)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import replace
 from functools import cache
 from http import HTTPStatus
 from typing import Any
@@ -234,9 +233,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         version = request.path_params.get("version")
         bundle = await service.find(model, version)
         if isinstance(bundle, ItemError):
-            states = service.states(request, model).get(model, [])
-            why = [f"; version {s.version} is refused: {s.reason}" for s in states if version in (None, s.version)]
-            raise Refusal(replace(bundle, message=bundle.message + "".join(why)))
+            raise Refusal(bundle)
         return bundle
 
 

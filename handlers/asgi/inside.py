@@ -89,9 +89,10 @@ def add(app: FastAPI, service: Service) -> None:
     async def confidence(request: Request, bundle: str, version: str) -> Response:
         found, opened = await find(request, bundle, version), service.opened(request)
         table = await asyncio.to_thread(service.engine.dispatch_table)
-        spaces = [] if isinstance(table, ItemError) else [s for s in table.spaces if found in s.bundles]
+        spaces = () if isinstance(table, ItemError) else table.spaces
         among = None if EVERY in opened else opened
-        dispatch = await asyncio.to_thread(spaces[0].reliability, found, among) if spaces else None
+        curves = [await asyncio.to_thread(space.reliability, found.identity, among) for space in spaces]
+        dispatch = next((curve for curve in curves if curve is not None), None)
         measured = found.card.accuracy.get("reliability")
         known = measured if isinstance(measured, dict) else {}
         bins = {name: known.get(name) for name in ("labels", "clusters")}

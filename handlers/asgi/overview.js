@@ -23,10 +23,10 @@ function now(bundle, seconds) {  // since the last look
   return so_far + (images > 0 ? `${(images / seconds).toFixed(1)} a second, ${(1000 * took / images).toFixed(0)} ms each` : "idle");
 }
 
-function drift(box, {out_of_domain, unusual, images}) {  // like the alert: deploy/prometheus/alerts.yml
+function drift(box, {loaded, out_of_domain, unusual, images}) {  // like the alert: deploy/prometheus/alerts.yml
   const share = images ? unusual / images : 0;
   box.classList.toggle("drifts", share > DRIFTS && images > ENOUGH);
-  box.textContent = !out_of_domain ? "drift not known: no out-of-domain score" : !images ? "nothing to see drift by yet"
+  box.textContent = !loaded ? "" : !out_of_domain ? "drift not known: no out-of-domain score" : !images ? "nothing to see drift by yet"
     : `${unusual.toLocaleString("en")} of them unusual, ${percent(share)}; 5 % are normal`;
 }
 
@@ -40,7 +40,7 @@ function card(bundle, index) {
   const {of, value} = bundle.accuracy ?? {}, near = of === "nearest neighbors" ? ", by nearest neighbors" : "";
   const measured = bundle.accuracy && `${percent(value)} of held-out images right${near}`;
   const about = [measured, bytes(bundle.bytes), `${bundle.size} px`, bundle.masks > 1 && `${bundle.masks} masks`,
-    !bundle.dispatched && "asked by name only"];
+    !bundle.dispatched && "asked by name only", !bundle.loaded && "not in memory: its first image loads it"];
   const actions = element("div", "", {className: "actions"}), own = JSON.stringify([bundle.name, bundle.version]);
   const button = (text, label, onclick) => {
     const made = element("button", text, {className: "action", onclick});
@@ -84,7 +84,7 @@ async function look() {
   try {
     const [found] = await ask("v1/overview");
     found.at = performance.now();
-    const all = JSON.stringify(found.bundles.map(({name, version, pictures}) => [name, version, pictures]));
+    const all = JSON.stringify(found.bundles.map(({name, version, loaded, pictures}) => [name, version, loaded, pictures]));
     if (all !== drawn) {  // pictures are fetched once
       $("cards").replaceChildren(...found.bundles.map(card));
       examples(found.bundles.filter(({name, version}, i) => found.bundles[i + 1]?.name !== name));  // the latest

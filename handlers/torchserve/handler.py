@@ -7,6 +7,7 @@ TorchServe also requires that this module defines exactly one class.
 import atexit
 import fcntl
 import logging
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,8 @@ class CascadeHandler:
             if isinstance(answer, ItemError):
                 status = status_of(answer)
                 context.set_response_status(status, HTTPStatus(status).phrase, i)
+                if answer.retry_after:
+                    context.set_response_header(i, "Retry-After", str(math.ceil(answer.retry_after)))
             seconds = time.perf_counter() - begin
             fields = _log(context.get_request_id(i), headers[i], answer, batch=len(data), seconds=seconds)
             if traced[i][0] is not None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cascade import Engine, Options
 from cascade.engine.batcher import Answer, Batcher
-from cascade.engine.items import AnyItem, Item
+from cascade.engine.items import AnyItem, PassAnswer
 
 
 class Held(Engine):
@@ -19,7 +19,7 @@ class Held(Engine):
         self.entered, self.go = threading.Semaphore(0), threading.Semaphore(0)
         self.passes: list[list[str]] = []
 
-    def run_pass(self, items: Sequence[AnyItem]) -> list[Answer | Item]:
+    def run_pass(self, items: Sequence[AnyItem]) -> list[PassAnswer]:
         self.passes.append([item.name or "" for item in items])
         self.entered.release()
         assert self.go.acquire(timeout=30)

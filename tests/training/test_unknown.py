@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cascade.bundle.format import write
 from cascade.cli.main import app
-from cascade.engine.dispatch_table import DispatchTable
+from cascade.engine.dispatch_table import DispatchTable, Target
 from cascade.engine.unknown import Origin
 from cascade.errors import CascadeError
 from tests.conftest import sheet
@@ -46,7 +46,7 @@ def kept(folder: Path, images: list[Image.Image]) -> Path:
     """The images as a server keeps them that has the same backbone, and no bundle that they fit."""
     folder.mkdir()
     bundle = with_domain(handmade(sheet("fashion_mnist")[:20], experts=0), sheet("fashion_mnist")[:200], STAGE)
-    (space,) = DispatchTable.of([bundle]).spaces
+    (space,) = DispatchTable.of([Target.of(bundle)]).spaces
     for n, (image, embedding) in enumerate(zip(images, activations(bundle, images, STAGE).numpy(), strict=True)):
         image.save(folder / f"{n}.jpg", comment=Origin.of(space, embedding).to_comment())
     return folder

@@ -33,6 +33,14 @@ class Executor(Protocol):
         """Bytes of the mask's materialized weights."""
         ...
 
+    def export(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+        """Do beforehand, in another process, what ``prepare`` would do in this one at the expense of other passes.
+
+        Nothing happens where ``prepare`` delays no pass, or the other process fails. Arguments as for ``prepare``; the
+        masks need not be packed. Several threads may call it.
+        """
+        ...
+
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Build what a bundle's passes will need, concurrently with other passes.
 

@@ -34,6 +34,9 @@ class BaseExecutor:
         """Bytes of the mask's materialized weights."""
         return self.layout.size(mask.start)
 
+    def export(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+        """Do nothing."""
+
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Do nothing: everything is built in the first pass."""
 

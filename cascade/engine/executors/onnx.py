@@ -10,9 +10,11 @@ mask, and sessions take milliseconds to create.
 import copy
 import io
 import os
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from cascade import extras
-from cascade.engine.executors import graph_cache
+from cascade.engine.executors import graph_cache, graph_process
 from cascade.engine.executors.base import BaseExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
@@ -35,6 +37,10 @@ from cascade.model.stages import stage_of, stages
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]
 PROVIDERS = ["CPUExecutionProvider"]
 BINDINGS = 64  # kept per session, about ten kB each
+_Key = tuple[int, int | None, torch.Size]
+"""Of a session: the first stage, the first that does not run, and the shape of an image at the first."""
+_Kind = tuple[int, int, int, int]
+"""Of a bundle: first stage of its dispatcher and of its experts, size of its images, and stage of its domain."""
 _ROWS = 13  # bits of a probe bias that count rows; the others count units, and float32 holds 24 exactly
 
 
@@ -55,8 +61,11 @@ class OnnxExecutor(BaseExecutor):
     def __init__(self, backbone: Backbone, weight_cache: WeightCache) -> None:
         self.backbone, self.weight_cache = backbone, weight_cache
         folded = Folded(backbone)
-        self._sessions: dict[tuple[int, int | None, torch.Size], _Session] = {}
-        self._prepared: set[tuple[int, int, int, int]] = set()
+        self._sessions: dict[_Key, _Session] = {}
+        self._prepared: set[_Kind] = set()
+        self._exported: set[_Kind] = set()
+        self._exporting = threading.Lock()
+        self._shapes: dict[int, list[torch.Size]] = {}
         x = torch.zeros(2, *backbone.config["input_size"], device=backbone.weights.device)
         graph = _graph(folded, x, 0, None)
         self.layout = WeightLayout(folded, graph.orders)
@@ -75,27 +84,42 @@ class OnnxExecutor(BaseExecutor):
             self.place[i] = weights, int(self.layout.begin[i] - self.layout.begin[first])
             self.shift[i] = shifts, int(self.layout.row[i] - self.layout.row[first])
 
+    def export(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+        kind = _kind(masks, size, domain)
+        with self._exporting:  # another load may need the same graphs
+            if kind in self._exported | self._prepared:
+                return
+            self._exported.add(kind)  # also if it fails: then ``prepare`` exports them
+            graphs = [graph_process.Wanted(*key, str(_path(self.layout.folded, *key))) for key in self._missing(kind)]
+            graphs = [graph for graph in graphs if not Path(graph.path).exists()]
+            if graphs:
+                graph_process.export(self.layout.folded, graphs)
+
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Create the sessions for a bundle's masks; exporting a graph takes seconds, and passes continue meanwhile."""
-        start = masks[0].start
-        split = min((mask.start for mask in masks[1:]), default=start)
-        kind = start, split, size, domain
+        kind = _kind(masks, size, domain)
         if kind in self._prepared:
             return
+        for key in self._missing(kind):
+            start, stop, shape = key
+            self._sessions[key] = _Session(_graph(self.layout.folded, torch.zeros(1, *shape), start, stop), self)
+        self._prepared.add(kind)
+
+    def _missing(self, kind: "_Kind") -> "list[_Key]":
+        """The keys of the sessions that masks of this kind need, and that do not exist."""
+        start, split, size, domain = kind
         ranges: list[tuple[int, int | None]] = [(0, start)] if start else []
         ranges += [*([(start, split)] if split > start else []), (split, None)]
         if domain:
             ranges += [(0, domain), *([(domain, start)] if start > domain else [])]
-        x, folded = torch.zeros(1, 3, size, size), self.layout.folded
-        for start, stop in ranges:
-            earlier = [(i, unit) for i, unit in enumerate(folded.units) if unit.stage < start]
-            before = _Range(_probe(folded, earlier), 0, start)
-            with torch.inference_mode():
-                entry = torch.zeros_like(before(x)) if start else x
-            key = start, stop, entry.shape[1:]
-            if key not in self._sessions:
-                self._sessions[key] = _Session(_graph(folded, entry, start, stop), self)
-        self._prepared.add(kind)
+        keys = [(first, stop, self._shape(first, size)) for first, stop in ranges]
+        return [key for key in dict.fromkeys(keys) if key not in self._sessions]
+
+    def _shape(self, stage: int, size: int) -> torch.Size:
+        """The shape of an image's activations before a stage."""
+        if size not in self._shapes:
+            self._shapes[size] = _shapes(self.layout.folded, size)
+        return self._shapes[size][stage]
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
@@ -188,17 +212,41 @@ class _Pointwise(nn.Module):
         return conv2d(flat, self.weight, self.bias).permute(0, 2, 3, 1).reshape(*shape[:-1], self.weight.shape[0])
 
 
+def _kind(masks: Sequence[Mask], size: int, domain: int) -> _Kind:
+    start = masks[0].start
+    return start, min((mask.start for mask in masks[1:]), default=start), size, domain
+
+
+def _shapes(folded: Folded, size: int) -> list[torch.Size]:
+    """Shapes of an image's activations before each stage and after the last, computed without any data."""
+    model, x = copy.deepcopy(folded.model).to("meta"), torch.empty(1, 3, size, size, device="meta")
+    for unit in folded.units:
+        layer = model.get_submodule(unit.module)
+        for part, shape in (("weight", unit.shape), ("bias", unit.shape[:1])):
+            setattr(layer, part, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+    shapes = [x.shape[1:]]
+    with torch.inference_mode():
+        for stage in stages(model):
+            x = stage.run(x)
+            shapes.append(x.shape[1:])
+    return shapes
+
+
+def _path(folded: Folded, start: int, stop: int | None, shape: Sequence[int]) -> Path:
+    """The file of a graph in the cache."""
+    return graph_cache.path_of(folded.backbone.fingerprint, start, stop, list(shape), sorted(folded.loose))
+
+
 def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
     """The optimized graph of a range of stages, for inputs of this shape and any batch size; made once, then cached."""
-    path = graph_cache.path_of(folded.backbone.fingerprint, start, stop, list(x.shape[1:]), sorted(folded.loose))
-    if (parts := graph_cache.read(path)) is not None:
-        return _Graph(*parts)
-    graph = _made(folded, x, start, stop)
-    graph_cache.write(path, (graph.model, graph.orders, graph.first, graph.shapes))
-    return graph
+    path = _path(folded, start, stop, x.shape[1:])
+    if (parts := graph_cache.read(path)) is None:
+        parts = made(folded, x, start, stop)
+        graph_cache.write(path, parts)
+    return _Graph(*parts)
 
 
-def _made(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
+def made(folded: Folded, x: Tensor, start: int, stop: int | None) -> graph_cache.Parts:
     """Export, optimize, and turn the weights into inputs."""
     onnx, onnxruntime = library("onnx"), library("onnxruntime")
     last = len(folded.backbone.stages) if stop is None else stop
@@ -221,9 +269,9 @@ def _made(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
         raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimize it: {error}") from error
     finally:
         os.close(optimized)
-    graph = _bound(model, inside, folded.backbone.name)
-    graph.shapes |= {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in exported.graph.input[1:]}
-    return graph
+    others = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in exported.graph.input[1:]}
+    model, orders, first, shapes = _bound(model, inside, folded.backbone.name)
+    return model, orders, first, shapes | others
 
 
 def _make_inputs(model: Any, names: dict[str, str]) -> dict[str, list[int]]:
@@ -293,7 +341,7 @@ def export(module: nn.Module, x: Tensor) -> bytes:
     return out.getvalue()
 
 
-def _bound(model: Any, inside: list[tuple[int, Unit]], name: str) -> _Graph:
+def _bound(model: Any, inside: list[tuple[int, Unit]], name: str) -> graph_cache.Parts:
     """Find the units' constants in the optimized graph by their values, and turn them into inputs."""
     onnx = library("onnx")
     constants = {c.name: c for c in model.graph.initializer}
@@ -313,7 +361,7 @@ def _bound(model: Any, inside: list[tuple[int, Unit]], name: str) -> _Graph:
     if lost := [unit.module for i, unit in inside if i not in orders]:
         raise OnnxError(f"{name}: ONNX Runtime merged the weights of {lost[0]} with others")
     shapes = _make_inputs(model, renamed)
-    return _Graph(model.SerializeToString(), [orders[i] for i, _ in inside], inside[0][0] if inside else 0, shapes)
+    return model.SerializeToString(), [orders[i] for i, _ in inside], inside[0][0] if inside else 0, shapes
 
 
 def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> BlockOrder:

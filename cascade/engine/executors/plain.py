@@ -38,6 +38,9 @@ class PlainExecutor:
         channels = {n: t.float().to(device) for n, t in mask.channels.items()}
         return replace(mask, bits=mask.bits.to(device), norms=norms, channels=channels)
 
+    def export(self, masks: Sequence[Mask], size: int, domain: int = 0) -> None:
+        """Do nothing."""
+
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Do nothing: the model is ready."""
 

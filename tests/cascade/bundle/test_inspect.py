@@ -116,10 +116,10 @@ ROWS = {"a head": {"test": 0.7}, "a mask": {"test": 0.9}}
     ],
 )
 def test_headline_is_that_of_what_is_served(hand: Bundle, accuracy: dict[str, Any], expected: object) -> None:
-    assert headline(changed(hand, accuracy=accuracy, mode="conditional")) == expected
+    assert headline(changed(hand, accuracy=accuracy, mode="conditional").card, labels=True) == expected
 
 
 def test_headline_without_a_head_is_that_of_the_neighbors(hand: Bundle) -> None:
     accuracy = {"whitened": {"conditional": {"knn": 0.75, "probe": 0.8}}}
     bundle = replace(changed(hand, accuracy=accuracy, mode="conditional"), linear={})
-    assert headline(bundle) == ("nearest neighbors", 0.75)
+    assert headline(bundle.card, labels=False) == ("nearest neighbors", 0.75)

@@ -16,7 +16,7 @@ from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Batcher
 from cascade.engine.fair_queue import Answer
-from cascade.engine.items import AnyItem, Item
+from cascade.engine.items import AnyItem, Item, PassAnswer
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
 from cascade.model.preprocessing import LIMITS
@@ -396,7 +396,7 @@ def test_what_a_customer_notices_is_counted(held: Held, cifar: list[Image.Image]
 
 def test_a_failing_pass_fails_its_own_images(late: Bundle, cifar: list[Image.Image]) -> None:
     class Failing(Engine):
-        def run_pass(self, items: Sequence[AnyItem]) -> list[Answer | Item]:
+        def run_pass(self, items: Sequence[AnyItem]) -> list[PassAnswer]:
             if items[0].options.labels == 0:
                 raise RuntimeError("out of luck")
             return super().run_pass(items)

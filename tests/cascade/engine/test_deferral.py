@@ -16,7 +16,7 @@ from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
 from cascade.engine.dispatch_table import MOST_LARGER, DispatchTable, Space
 from cascade.engine.executors.selection import Kind
-from cascade.engine.items import AnyItem, Item, passes
+from cascade.engine.items import AnyItem, Item, PassAnswer, passes
 from cascade.engine.results import Deferral
 from cascade.engine.tenants import Tenant
 from tests.conftest import sheet
@@ -291,7 +291,7 @@ def test_a_second_pass_that_fails_is_an_error(
 ) -> None:
     run = Engine.run_pass
 
-    def fail(engine: Engine, items: Sequence[AnyItem]) -> list[Answer | Item]:
+    def fail(engine: Engine, items: Sequence[AnyItem]) -> list[PassAnswer]:
         if items[0].first is not None:
             raise RuntimeError("out of luck")
         return run(engine, items)

@@ -104,7 +104,7 @@ def test_the_trunk_runs_once(engine: Engine, photos: list[Image.Image], monkeypa
 
     (item,) = [engine.prepare(photos[205])]
     assert not isinstance(item, ItemError)
-    monkeypatch.setattr(type(engine.executor(item.table.columns[0][1])), "run", run)  # type: ignore[union-attr]
+    monkeypatch.setattr(type(engine.executor(engine.loaded[0])), "run", run)
     answered(engine.run([item] * 3))
     assert runs[0] == (0, STAGE, 3) and [start for start, _, _ in runs].count(0) == 1, runs
 

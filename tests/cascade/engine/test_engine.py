@@ -16,6 +16,7 @@ from PIL import Image
 import cascade
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle, BundleError
+from cascade.engine.executors.plain import PlainExecutor
 from cascade.errors import CascadeError
 from tests.helpers.answers import answers, good, mixture, same
 from tests.helpers.bundles import handmade, named
@@ -230,3 +231,17 @@ def test_bundles_come_while_others_are_asked(pair: tuple[Bundle, Bundle], cifar:
     adding.join()
     assert len(engine.bundles) == 11
     assert answers(engine, cifar[:1])[0].version == "11"
+
+
+def test_graphs_are_exported_apart_while_passes_run_only(
+    cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[tuple[int, int]] = []
+    monkeypatch.setattr(PlainExecutor, "export", lambda self, masks, *sizes: exported.append(sizes))
+    engine = Engine(executor="plain")
+    engine.add(handmade(cifar[:20], experts=0))
+    engine.add(handmade(cifar[:20], name="before", experts=0))
+    assert not exported, "nobody waits"
+    engine.predict(cifar[:1], Options("hand"))
+    engine.add(handmade(cifar[:20], name="after", experts=0))
+    assert exported == [(64, 0)]

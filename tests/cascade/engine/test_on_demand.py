@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle, write
-from cascade.bundle.store import Store
+from cascade.bundle.store import Store, StoreError
 from cascade.engine.batcher import Batcher
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.on_demand import OnDemandRegistry
+from cascade.engine.registry import RETRY
 from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
 from cascade.model.masks import Mask
@@ -175,6 +177,25 @@ def test_refused_bundles_evict_nobody_and_are_read_once(
     shutil.copytree(store / "b", store / "d")
     registry.reload()
     assert isinstance(ask(registry, "d", cifar[0]), Prediction)
+
+
+def test_a_load_that_may_succeed_later_says_when(
+    store: Path, cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = opened(store)
+    read = registry.store.read
+
+    def fail(*_: object, **__: object) -> Any:
+        raise StoreError("the disk is gone")
+
+    monkeypatch.setattr(registry.store, "read", fail)
+    answer = ask(registry, "b", cifar[0])
+    assert isinstance(answer, ItemError) and answer.kind == "bundle_unavailable"
+    assert RETRY - 30 < answer.retry_after <= RETRY and "version 1 is refused: the disk is gone" in answer.message
+    monkeypatch.setattr(registry.store, "read", read)
+    registry._bad = {i: replace(bad, again=0.0) for i, bad in registry._bad.items()}
+    assert isinstance(ask(registry, "b", cifar[0]), Prediction)
+    assert ask(registry, "nobody", cifar[0]).kind == "unknown_bundle"  # type: ignore[union-attr]
 
 
 def test_a_name_is_loaded_once_however_many_ask(store: Path, cifar: list[Image.Image]) -> None:

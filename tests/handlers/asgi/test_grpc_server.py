@@ -13,7 +13,7 @@ from PIL import Image
 from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from cascade import Engine, Options
+from cascade import Engine, ItemError, Options
 from cascade.bundle.format import write
 from cascade.engine.batcher import Batcher
 from cascade.engine.registry import Registry
@@ -146,6 +146,16 @@ def test_errors_have_codes_and_say_what_to_do(client: triton.InferenceServerClie
     assert refused(lambda: client.get_model_config("birds")) == ("StatusCode.UNIMPLEMENTED", "not_implemented")
     assert refused(lambda: client.get_log_settings())[0] == "StatusCode.UNIMPLEMENTED"
     assert refused(lambda: client.load_model("birds")) == ("StatusCode.NOT_FOUND", "management_off")
+
+
+def test_a_bundle_that_is_tried_again_is_unavailable(
+    client: triton.InferenceServerClient, service: Service, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = ItemError("bundle_unavailable", "later", 41.2)
+    monkeypatch.setattr(service.engine, "explain", lambda *_: error)
+    good = image_input(files[:1])
+    assert refused(lambda: client.infer("cats", [good])) == ("StatusCode.UNAVAILABLE", "bundle_unavailable")
+    assert not client.is_model_ready("cats")
 
 
 def test_keys_and_management(service: Service, files: list[bytes]) -> None:

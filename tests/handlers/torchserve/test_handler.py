@@ -197,6 +197,15 @@ def test_answer_that_is_no_number_costs_only_itself(served: CascadeHandler) -> N
     assert json.loads(texts[1])["error"]["kind"] == "not_finite"
 
 
+def test_a_bundle_that_is_tried_again_says_when(served: CascadeHandler) -> None:
+    answers = [ItemError("bundle_unavailable", "later", 41.2), ItemError("unknown_bundle", "never")]
+    served.engine = SimpleNamespace(predict=lambda images, options, decode: answers)  # type: ignore[assignment]
+    data, context = batch(*[(PHOTO, {})] * 2)
+    served.handle(data, context)
+    assert [context.get_response_status(i)[0] for i in range(2)] == [503, 404]
+    assert [context.get_response_headers(i).get("Retry-After") for i in range(2)] == ["42", None]
+
+
 @pytest.mark.parametrize(
     ("accept", "binary"),
     [

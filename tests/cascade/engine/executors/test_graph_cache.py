@@ -74,12 +74,12 @@ def test_what_a_graph_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_it_is_the_same_graph(exports: list[int], tmp_path: Path) -> None:
-    graph = onnx._made(onnx.Folded(calibrated("test_resnet")), torch.zeros(1, 3, 32, 32), 0, None)
+    made = onnx.made(onnx.Folded(calibrated("test_resnet")), torch.zeros(1, 3, 32, 32), 0, None)
     path = tmp_path / "graph.safetensors"
-    graph_cache.write(path, (graph.model, graph.orders, graph.first, graph.shapes))
+    graph_cache.write(path, made)
     parts = graph_cache.read(path)
     assert parts is not None
     model, orders, first, shapes = parts
-    assert (model, first, shapes) == (graph.model, graph.first, graph.shapes)
-    for read, made in zip(orders, graph.orders, strict=True):
-        assert read.block == made.block and np.array_equal(read.columns, made.columns)
+    assert (model, first, shapes) == (made[0], made[2], made[3])
+    for read, order in zip(orders, made[1], strict=True):
+        assert read.block == order.block and np.array_equal(read.columns, order.columns)

@@ -1,0 +1,106 @@
+"""Export ONNX graphs in a child process, while passes of other bundles run in this one.
+
+The exporter holds the interpreter's lock for up to 50 ms at a time, so passes would wait for it. The child gets the
+backbone's constants, exports and optimizes on one thread with a lower priority, and writes the graphs to the cache on
+disk (``graph_cache``). It ends with this process, because its standard input is closed then.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from cascade.engine.executors import graph_cache
+from cascade.model import backbone as backbones
+from cascade.model.folding import Folded
+
+SECONDS = 120.0
+"""Most seconds for a child; it takes 5 to 10 on an idle core."""
+NICE = 5  # a saturated server leaves the child a quarter of a core
+ROOT = Path(__file__).parents[3]
+log = logging.getLogger(__name__)
+
+
+class Wanted(NamedTuple):
+    """A graph to export: stages ``start`` to ``stop`` for an input of this shape, without the batch; and its file."""
+
+    start: int
+    stop: int | None
+    shape: Sequence[int]
+    path: str
+
+
+def export(folded: Folded, graphs: Sequence[Wanted]) -> None:
+    """Export graphs in a child process, and wait for it. If it fails, this is logged, and the files are missing."""
+    units = {f"{unit.module}.{part}" for unit in folded.units for part in ("weight", "bias")}
+    inputs = units | set(folded.loose)
+    constants = {n: t.detach().cpu().clone() for n, t in folded.model.state_dict().items() if n not in inputs}
+    about = json.dumps({"backbone": folded.backbone.name, "graphs": graphs})
+    with _in_memory() as request, _in_memory() as errors:
+        try:
+            request.write(safetensors.torch.save(constants, {"about": about}))
+            request.flush()
+            reason = _run(request.fileno(), errors)
+        except OSError as error:  # no memory, or no more processes
+            reason = str(error)
+    if reason:
+        log.warning("graphs of %s are exported in the server, a child process failed: %s", folded.backbone.name, reason)
+
+
+def _in_memory() -> IO[bytes]:
+    return os.fdopen(os.memfd_create("graphs"), "w+b")
+
+
+def _run(request: int, errors: IO[bytes]) -> str:
+    """Run the child; returns why it failed, or an empty text."""
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    environment.pop("PROMETHEUS_MULTIPROC_DIR", None)  # it has no metrics
+    # -P: a module in the working folder must not shadow one of ours.
+    command = [sys.executable, "-P", "-m", "cascade.engine.executors.graph_process", str(request)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=[request], env=environment
+    ) as child:
+        try:
+            code = child.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"it took more than {SECONDS:g} s"
+        finally:
+            child.kill()
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    return "" if code == 0 else lines[-1][:200] if lines and code > 0 else f"it ended with {code}"
+
+
+def main(request: int) -> None:
+    """The child."""
+    os.nice(NICE)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    from cascade.engine.executors import onnx
+
+    with safe_open(f"/proc/self/fd/{request}", "pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+        constants = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    folded = Folded(backbones.load(about["backbone"], "random:0"))  # masked weights are inputs of the graphs
+    folded.model.load_state_dict(constants, strict=False)
+    for graph in (Wanted(*each) for each in about["graphs"]):
+        parts = onnx.made(folded, torch.zeros(1, *graph.shape), graph.start, graph.stop)
+        graph_cache.write(Path(graph.path), parts)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
