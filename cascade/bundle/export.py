@@ -98,7 +98,7 @@ def plain_model(bundle: Bundle, weights: Path | None = None) -> nn.Module:
     if head is not None:
         weight, bias, fusion = head.weight.float(), head.bias, bundle.fusions["dispatcher"]
         if not isinstance(fusion, Identity):
-            bias = bias + weight @ fusion.bias
+            bias = bias + weight @ fusion.bias.flatten()
             weight = weight @ fusion.weight[0].float().T
         (classifier,) = {n.rpartition(".")[0] for n in model.state_dict().keys() - state.keys()}
         state |= {f"{classifier}.weight": weight, f"{classifier}.bias": bias}

@@ -34,7 +34,7 @@ from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
 from cascade.model.discriminant import Discriminant
 from cascade.model.domain import Domain
-from cascade.model.fusion import MODES, Fusion, Identity
+from cascade.model.fusion import MODES, Fusion, Identity, SlotBias
 from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, all_ones
 from cascade.model.out_of_domain import OutOfDomain
@@ -240,7 +240,7 @@ def format_of(bundle: Bundle) -> int:
     halves = any(head.weight.dtype != torch.float32 for head in bundle.linear.values())
     parts_of_2 = bundle.domain, bundle.discriminant, bundle.larger
     new = halves or any(part is not None for part in parts_of_2)
-    new |= any(isinstance(f, Identity) for f in bundle.fusions.values())
+    new |= any(isinstance(f, (Identity, SlotBias)) for f in bundle.fusions.values())
     for mask, card in zip(bundle.masks, bundle.card.masks, strict=True):
         new |= bool(mask.channels or mask.deltas) or _keeps_all(mask, card)
     return 2 if new else 1
@@ -323,7 +323,7 @@ def assemble(card: Card, parts: Mapping[str, Mapping[str, Tensor]]) -> Bundle:
         router=router,
         calibration=Calibration(card.router.slope, card.router.intercept) if card.router else Calibration(),
         ood=OutOfDomain(**strip_prefix(routing, "ood.")) if "ood.mean" in routing else None,
-        fusions={m: Fusion(**strip_prefix(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion}
+        fusions={m: _fusion(strip_prefix(fusion, f"{m}.")) for m in MODES if f"{m}.weight" in fusion}
         or {"dispatcher": Identity.of(card.dim)},
         linear={m: Linear(**strip_prefix(heads, f"{m}.linear.")) for m in MODES if f"{m}.linear.weight" in heads},
         banks={m: Bank(heads[f"{m}.bank"], _lines(heads["bank.names"]), labels) for m in MODES if f"{m}.bank" in heads},
@@ -349,6 +349,10 @@ def _mask(stored: Mapping[str, Tensor], card: MaskCard, version: int) -> Mask:
     if version == 1 and any(parts[1:]):
         raise ValueError(f"mask {card.name} has trained channels or deltas, which format 1 does not have")
     return Mask(card.name, card.start, bits, *parts)
+
+
+def _fusion(stored: Mapping[str, Tensor]) -> Fusion:
+    return (SlotBias if stored["bias"].dim() == 2 else Fusion)(**stored)
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

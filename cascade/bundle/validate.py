@@ -14,7 +14,7 @@ from cascade.bundle.schema import Card
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.model.discriminant import Discriminant
 from cascade.model.domain import MAX_WIDTH, Domain
-from cascade.model.fusion import MODES, Fusion, Identity
+from cascade.model.fusion import MODES, Fusion, Identity, SlotBias
 from cascade.model.heads import Bank, Linear
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.preprocessing import MAX_RESIZED, Preprocessing
@@ -66,6 +66,8 @@ def inconsistencies(bundle: Bundle) -> Iterator[str]:
         fusion = bundle.fusions.get(mode)
         if isinstance(fusion, Identity) and (card.format == 1 or k or card.dim != card.backbone.features):
             yield "it has no fusion"
+        if isinstance(fusion, SlotBias) and card.format == 1:
+            yield f"fusion {mode} has a bias for each slot, which format 1 does not have"
         if fusion and len(fusion.weight) not in slots[mode]:
             yield f"fusion {mode} has {len(fusion.weight)} slots"
         if bank := bundle.banks.get(mode):

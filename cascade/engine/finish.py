@@ -108,7 +108,7 @@ def _fuse(group: Group) -> Tensor:
     """Embeddings float32 [N, dim], each with the fusion of its mode."""
     fusions: dict[Mode, Fusion] = group.bundle.fusions
     modes = [*group.modes()]
-    blocks = [fusions[mode].bias + fusions[mode].project(group.features[b:e], None) for mode, b, e in modes]
+    blocks = [fusions[mode].start() + fusions[mode].project(group.features[b:e], None) for mode, b, e in modes]
     embeddings = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
     for mode, begin, end in modes:
         slots: dict[int, list[tuple[Tail, slice]]] = {}  # experts that share a slot share one product

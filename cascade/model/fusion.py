@@ -39,9 +39,30 @@ class Fusion:
         """
         return features.float() @ self.weight[self.slot(expert)].float()
 
+    def start(self) -> Tensor:
+        """The embedding before any block is added, float32 [dim]."""
+        return self.bias
+
     def slot(self, expert: int | None) -> int:
         """Index of the weight's slot for a block; see ``project``."""
         return 0 if expert is None else 1 if len(self.weight) == 2 else expert + 1
+
+
+@dataclass(frozen=True, eq=False)
+class SlotBias(Fusion):
+    """A projection with a bias for each slot, which is added with its block: heads of experts are stored so.
+
+    Attributes:
+        bias: float32 [slots, dim].
+    """
+
+    layout: ClassVar[dict[str, str]] = {"weight": "float16 slots F dim", "bias": "float32 slots dim"}
+
+    def project(self, features: Tensor, expert: int | None) -> Tensor:
+        return super().project(features, expert) + self.bias[self.slot(expert)]
+
+    def start(self) -> Tensor:
+        return torch.zeros_like(self.bias[0])
 
 
 @dataclass(frozen=True, eq=False)

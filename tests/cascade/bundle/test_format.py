@@ -22,7 +22,7 @@ from cascade.bundle.schema import BackboneCard, Card, DeferralCard, MaskCard, Ro
 from cascade.bundle.store import discover
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.model import backbone as backbones
-from cascade.model.fusion import Fusion
+from cascade.model.fusion import Fusion, SlotBias
 from cascade.model.heads import Bank, Linear
 from cascade.model.masks import density, difference, unpack
 from cascade.model.out_of_domain import OutOfDomain
@@ -55,6 +55,16 @@ def test_roundtrip(small: Bundle, tmp_path: Path, compress: bool) -> None:
 def test_roundtrip_of_every_kind(cifar: list[Image.Image], tmp_path: Path, router: str, slots: str) -> None:
     bundle = handmade(cifar[:30], router=router, slots=slots)
     assert equal(read(write(bundle, tmp_path / "hand" / "1")), bundle)
+
+
+def test_a_bias_for_each_slot_needs_format_2(cifar: list[Image.Image], tmp_path: Path) -> None:
+    bundle = handmade(cifar[:30], slots="padded")
+    plain = bundle.fusions["conditional"]
+    biased = SlotBias(plain.weight, plain.weight[:, 0].float())
+    bundle = replace(bundle, fusions=bundle.fusions | {"conditional": biased})
+    found = read(write(bundle, tmp_path / "hand" / "1"))
+    fusion = found.fusions["conditional"]
+    assert found.card.format == 2 and isinstance(fusion, SlotBias) and fusion.bias.equal(biased.bias)
 
 
 def test_a_single_mask_is_a_bundle(cifar: list[Image.Image], tmp_path: Path) -> None:

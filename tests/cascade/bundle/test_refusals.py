@@ -202,6 +202,16 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "no default": ("fusion", lambda t: t.pop("conditional.weight"), "no fusion for its default mode conditional"),
     "fusion bias": ("fusion", lambda t: t.pop("dispatcher.bias"), "fit together"),
+    "slot bias": (
+        "fusion",
+        lambda t: t.update({"unconditional.bias": t["unconditional.bias"].repeat(3, 1)}),
+        "a bias for each slot, which format 1 does not have",
+    ),
+    "slots of bias": (
+        "fusion",
+        lambda t: t.update({"unconditional.bias": t["unconditional.bias"].repeat(2, 1)}),
+        "bias is float32 [2, 8], should be float32 slots dim",
+    ),
     "fusion dtype": ("fusion", cast("dispatcher.weight", torch.float32), "should be float16 slots F dim"),
     "head": ("heads", bump("dispatcher.linear.weight"), "head dispatcher: weight is float32 [4, 8]"),
     "bank rows": ("heads", bump("dispatcher.bank"), "bank dispatcher: embeddings is float16 [21, 8]"),

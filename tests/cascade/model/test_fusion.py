@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.model.fusion import Fusion, fold
+from cascade.model.fusion import Fusion, SlotBias, fold
 
 F, DIM, K = 6, 4, 3
 
@@ -24,7 +24,7 @@ def folded(slots: int) -> tuple[Tensor, Tensor, Fusion]:
 
 
 def project(fusion: Fusion, blocks: Tensor, experts: list[int]) -> Tensor:
-    out = fusion.bias + fusion.project(blocks[0], None)
+    out = fusion.start() + fusion.project(blocks[0], None)
     for expert in experts:
         out = out + fusion.project(blocks[expert + 1], expert)
     return out
@@ -64,6 +64,16 @@ def test_one_slot_is_shared_by_all_experts(blocks: Tensor, expert: int) -> None:
     mean, basis, fusion = folded(2)
     want = (torch.cat([blocks[0], blocks[expert + 1]], dim=1).double() - mean) @ basis
     torch.testing.assert_close(project(fusion, blocks, [expert]).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("expert", range(K))
+def test_each_slot_may_have_a_bias(blocks: Tensor, expert: int) -> None:
+    """It is added with its block only."""
+    _, _, fusion = folded(K + 1)
+    biases = torch.arange(4.0 * DIM).view(K + 1, DIM)
+    plain = project(Fusion(fusion.weight, torch.zeros(DIM)), blocks, [expert])
+    found = project(SlotBias(fusion.weight, biases), blocks, [expert])
+    torch.testing.assert_close(found, plain + biases[0] + biases[expert + 1])
 
 
 def test_the_mean_lands_on_zero_whatever_float16_rounds_away() -> None:
