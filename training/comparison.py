@@ -91,9 +91,10 @@ def show(facts: dict[str, Any]) -> Table:
 def verdict(facts: dict[str, Any]) -> str:
     """One sentence: whether the mask is worth having."""
     frozen, mask = list(facts["rows"].values())[:2]
+    what = "delta" if TITLES["delta"] in facts["rows"] else "mask"
     if facts["serves"] == "frozen":
         return (
-            f"the mask is not worth having: {100 * mask['validation']:.1f} % of the validation images against"
+            f"the {what} is not worth having: {100 * mask['validation']:.1f} % of the validation images against"
             f" {100 * frozen['validation']:.1f} % with a head on the frozen backbone, so the bundle serves that head;"
             " more images or more --steps may change this"
         )
@@ -101,11 +102,11 @@ def verdict(facts: dict[str, Any]) -> str:
     gain = 100 * (mask[key] - frozen[key])
     if gain < 0:
         return (
-            f"in doubt: the mask is better on the validation images and served, but {-gain:.1f} points worse on the"
+            f"in doubt: the {what} is better on the validation images and served, but {-gain:.1f} points worse on the"
             " test images; more images or more --steps would decide, --frozen keeps the head alone"
         )
     return (
-        f"the mask is worth having: {100 * mask[key]:.1f} % against {100 * frozen[key]:.1f} % with a head on the"
+        f"the {what} is worth having: {100 * mask[key]:.1f} % against {100 * frozen[key]:.1f} % with a head on the"
         f" frozen backbone ({gain:+.1f} points), for {mask['bytes'] / 1000:,.0f} KB instead of"
         f" {frozen['bytes'] / 1000:,.0f} KB"
     )
@@ -131,9 +132,9 @@ def _head(head: Linear) -> dict[str, Tensor]:
 
 
 def shipped(run: Run, mask: Mask) -> dict[str, Tensor]:
-    """The tensors of a mask to ship."""
-    tensors = {} if masks.density(run.backbone, mask) == 1 else {"bits": mask.bits}
-    return tensors | mask.norms | mask.channels
+    """The tensors of a mask or delta to ship."""
+    tensors = {} if masks.density(run.backbone, mask) == 1 and not mask.deltas else {"bits": mask.bits}
+    return tensors | mask.norms | mask.channels | {f"{n}.delta": t for n, t in mask.deltas.items()}
 
 
 def other(run: Run, name: str) -> Row:
@@ -143,8 +144,9 @@ def other(run: Run, name: str) -> Row:
         if name == "lora"
         else finetune.tune_backbone(run.backbone, run.mask_from, train_norms=False)
     )
-    dispatcher.train(run, name, model=model, lr=LORA_LR if name == "lora" else finetune.LR)
-    own = strip_prefix(run.trained(name), "objective.")
+    done = "dispatcher" if name == "fine-tuned" and run.recipe.adapt == "delta" else name  # that training is the same
+    dispatcher.train(run, done, model=model, lr=LORA_LR if name == "lora" else finetune.LR)
+    own = strip_prefix(run.trained(done), "objective.")
     head = Linear(own["weight"], own["bias"])
     labels, truth = run.images.labels, run.held_out.labels
     assert labels is not None

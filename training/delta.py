@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
-from cascade.bundle.format import Bundle, read, write
+from cascade.bundle.format import Bundle, read, strip_prefix, write
 from cascade.bundle.schema import BackboneCard, Card, MaskCard
 from cascade.engine.engine import Engine
 from cascade.engine.executors.plain import PlainExecutor
@@ -34,8 +34,10 @@ from cascade.model.masks import Mask, unpack
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Calibration
 from training import domains
+from training.run import DELTA, Run, device, write_tensors
 
 BATCH, RATE = 64, 2e-4
+DISTILL_STEPS = 300  # of a delta that is trained in a run
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -104,6 +106,38 @@ def import_copy(
     return write(bundle, out), tuned, losses
 
 
+def of_run(run: Run, name: str) -> None:
+    """Compress a training of every weight in a run to a 1-bit delta, distilled on its images, and store it.
+
+    Args:
+        name: of the finished training.
+    """
+    path = run.folder / name / DELTA
+    if path.exists():
+        return
+    run.watch.say(f"{name}: distilling the 1-bit delta")
+    backbone = backbones.load(run.recipe.backbone, run.recipe.source, device=device())  # no executor has written to it
+    tuned = fine_tuned(backbone, run.trained(name))
+    steps = min(DISTILL_STEPS, run.steps)
+    mask = fit_deltas(backbone, compress(backbone, tuned)[0], tuned, random_batches(run, steps), steps)
+    parts = {"norms": mask.norms, "channels": mask.channels, "deltas": mask.deltas}
+    tensors = {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
+    write_tensors(path, tensors | {"bits": mask.bits, "start": torch.tensor(mask.start)})
+
+
+def fine_tuned(backbone: Backbone, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a copy whose weights were trained, from the tensors of its training."""
+    return backbone.model.state_dict() | strip_prefix(trained, "weights.") | strip_prefix(trained, "norms.")
+
+
+def random_batches(run: Run, steps: int) -> Iterator[Tensor]:
+    """Yield random batches of training images, half of them mirrored: float32 [64, 3, S, S]."""
+    pixels, generator = run.inputs("train"), np.random.default_rng(run.recipe.seed)
+    for _ in range(steps):
+        rows = generator.choice(len(pixels), min(BATCH, len(pixels)), replace=False)
+        yield _half_mirrored(run.preprocessing.normalize(pixels[rows]), generator)
+
+
 def fit_deltas(
     backbone: Backbone,
     mask: Mask,
@@ -120,12 +154,12 @@ def fit_deltas(
     teacher, student = (_fixed(backbone, state) for state in (tuned, {**mask.norms, **mask.channels}))
     pristine = {n: _channels_last(backbone.model.get_parameter(n).detach()) for n in mask.deltas}
     active = unpack(mask.bits, backbone.weights.numel() - backbone.offset(mask.start))
-    signs = {n: _channels_last(_sign(backbone, mask, active, n)) for n in mask.deltas}
-    deltas = {n: nn.Parameter(t.float()) for n, t in mask.deltas.items()}
+    signs = {n: _channels_last(_sign(backbone, mask, active, n).to(backbone.weights.device)) for n in mask.deltas}
+    deltas = {n: nn.Parameter(t.float().to(backbone.weights.device)) for n, t in mask.deltas.items()}
     optimizer = torch.optim.Adam(deltas.values(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     for batch in batches:
-        x = _channels_last(batch)
+        x = _channels_last(batch.to(backbone.weights.device))
         with torch.no_grad():
             wanted = teacher(x)
         shaped = {n: d.view(-1, *[1] * (pristine[n].dim() - 1)) for n, d in deltas.items()}
@@ -135,7 +169,7 @@ def fit_deltas(
         loss.backward()
         optimizer.step()
         schedule.step()
-    return replace(mask, deltas={n: d.detach().half() for n, d in deltas.items()})
+    return replace(mask, deltas={n: d.detach().half().cpu() for n, d in deltas.items()})
 
 
 def _fixed(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
@@ -161,9 +195,12 @@ def _batches(images: list[Path], view: Preprocessing, steps: int, seed: int) -> 
     generator, transform = np.random.default_rng(seed), view.transform()
     for _ in range(steps):
         files = generator.choice(len(images), min(BATCH, len(images)), replace=False)
-        x = torch.stack([transform(preprocessing.read(images[i])) for i in files])
-        mirrored = torch.from_numpy(generator.random(len(x)) < 0.5)
-        yield torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        yield _half_mirrored(torch.stack([transform(preprocessing.read(images[i])) for i in files]), generator)
+
+
+def _half_mirrored(x: Tensor, generator: np.random.Generator) -> Tensor:
+    mirrored = torch.from_numpy(generator.random(len(x)) < 0.5)
+    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import torch
 
 from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
-from training import embed, teacher
+from training import delta, distributed, embed, teacher
 from training.cli import RUN, RunFolder, stage, start, with_recipe
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel
@@ -32,14 +32,15 @@ def train(
     rows: np.ndarray | None = None,
     head: Path | None = None,
 ) -> None:
-    """Train the dispatcher's mask, or one like it under another name.
+    """Train the dispatcher's adapter, or one like it under another name.
 
     Args:
-        model: the model to train; default: the backbone under a mask.
+        model: the model to train; default: the recipe's, whose delta is also stored if it is to have one.
         rows: the images to train on; default: all except the validation images.
         head: folder of a finished training, whose head this one starts from.
     """
     steps = run.steps if steps is None else steps
+    compressed = model is None and run.recipe.adapt == "delta"
     model = model or run.masked(run.mask_from)
     loss = objective(run, head)
     validate = None
@@ -59,6 +60,9 @@ def train(
         watch=run.watch,
         validate=validate,
     )
+    if compressed:
+        with distributed.first():
+            delta.of_run(run, name)
 
 
 def controls(run: Run) -> None:

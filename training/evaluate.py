@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from cascade.bundle.inspect import percent
-from cascade.model.fusion import Fusion, Mode
+from cascade.model.fusion import Mode
 from cascade.model.masks import difference
 from training import fusion, heads
 from training.cli import RUN, RunFolder, stage, start
+from training.fusion import Fitted
 from training.routing import router_of
 from training.run import Run, resume, write_json
 
@@ -202,10 +203,10 @@ def methods(run: Run, features: Features) -> Iterator[tuple[str, tuple[np.ndarra
         if folder == "frozen" or (run.folder / folder).exists():
             train, test = run.features(folder)
             yield method, (train[None], test[None])
-    yield "dispatcher", features.slots("dispatcher", run.recipe.slots)
+    yield "dispatcher", features.slots("dispatcher", run.recipe.layout)
     if run.recipe.clusters:
-        yield "conditional", features.slots("conditional", run.recipe.slots)
-        yield "unconditional", features.slots("unconditional", run.recipe.slots)
+        yield "conditional", features.slots("conditional", run.recipe.layout)
+        yield "unconditional", features.slots("unconditional", run.recipe.layout)
 
 
 def joined(parts: np.ndarray) -> Tensor:
@@ -213,16 +214,18 @@ def joined(parts: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate(list(parts), axis=1))
 
 
-def fusions(run: Run, features: Features) -> dict[Mode, tuple[Fusion, Tensor]]:
-    """Fit each mode's fusion according to the recipe; also return the training images' embeddings."""
+def fusions(run: Run, features: Features) -> dict[Mode, Fitted]:
+    """Fit each mode's fusion according to the recipe."""
     recipe = run.recipe
     dim = fusion.dimension(recipe, run.backbone.features, len(run.images))
     modes: tuple[Mode, ...] = ("dispatcher", "conditional", "unconditional") if recipe.clusters else ("dispatcher",)
-    out: dict[Mode, tuple[Fusion, Tensor]] = {}
+    out: dict[Mode, Fitted] = {}
     for mode in modes:
-        parts = features.slots(mode, recipe.slots)[0]
-        projection = fusion.fit(parts, dim, recipe.whiten, recipe.seed)
-        out[mode] = projection, fusion.embed(projection, parts)
+        train, test = features.slots(mode, recipe.layout)
+        projection = fusion.fit(train, dim, recipe.whiten, recipe.seed)
+        embeddings = fusion.embed(projection, train), fusion.embed(projection, test)
+        alone = mode == "conditional" and recipe.layout == "routed"
+        out[mode] = Fitted(fusion.beside_nothing(projection) if alone else projection, *embeddings)
     return out
 
 

@@ -21,7 +21,7 @@ from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration
-from training import domains, fusion, heads, labeled_experts, maps, new_classes
+from training import domains, heads, labeled_experts, maps, new_classes
 from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
 from training.deferral import Larger
@@ -38,10 +38,10 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
     """Fit fusion and heads, and write the bundle to ``out`` (``<name>/<version>``)."""
     labels = run.images.labels
     if run.recipe.labels:
-        fitted, linear, layout = labeled_experts.fusions(run, features), labeled_experts.linear(run, features), "padded"
+        fitted, linear = labeled_experts.fusions(run, features), labeled_experts.linear(run, features)
     else:
-        fitted, layout = fusions(run, features), run.recipe.slots
-        linear = {} if labels is None else {m: _linear(e, labels, run) for m, (_, e) in fitted.items()}
+        fitted = fusions(run, features)
+        linear = {} if labels is None else {m: _linear(own.train, labels, run) for m, own in fitted.items()}
     masks = (run.dispatcher, *run.experts)
     summary = read_json(run.folder / SUMMARY)
     rows = _bank_rows(run)
@@ -49,7 +49,7 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
     bundle = Bundle(
         name=out.parent.name,
         version=out.name,
-        card=_card(run, masks, len(fitted["dispatcher"][0].bias), summary, accuracy, where),
+        card=_card(run, masks, len(fitted["dispatcher"].fusion.bias), summary, accuracy, where),
         domain=domain,
         preprocessing=run.preprocessing,
         dispatcher=masks[0],
@@ -57,16 +57,16 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
         router=router_of(run),
         calibration=Calibration(summary["slope"], summary["intercept"]) if summary else Calibration(),
         ood=ood_of(run),
-        fusions={mode: fusion for mode, (fusion, _) in fitted.items()},
+        fusions={mode: own.fusion for mode, own in fitted.items()},
         linear=linear,
-        banks=_banks(run, {mode: embeddings for mode, (_, embeddings) in fitted.items()}),
+        banks=_banks(run, {mode: own.train for mode, own in fitted.items()}),
         thumbnails=make(map(run.images.open, rows)) if thumbnails and len(rows) else None,
     )
     mapped = _mapped(bundle, features.assigned[rows] if run.recipe.clusters else None)
     measured = {"clusters": summary["reliability"]} if "reliability" in summary else {}
     if bundle.linear and run.held_out.labels is not None:
         mode = bundle.card.mode
-        embeddings = fusion.embed(fitted[mode][0], features.slots(mode, layout)[1]).numpy()
+        embeddings = fitted[mode].test.numpy()
         measured["labels"] = heads.reliability_of(bundle.linear[mode], embeddings, run.held_out.labels)
     return write(_measured(mapped, measured), out)
 

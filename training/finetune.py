@@ -4,48 +4,23 @@ python -m training.finetune photos/ --run runs/photos --labels --lr 0.01 --optim
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade.bundle.format import strip_prefix
-from cascade.model.backbone import Backbone
-from cascade.model.stages import stage_of, stages
 from training import dispatcher
 from training.cli import RUN, RunFolder, stage, start, with_recipe
-from training.masking import Amp, MaskedModel, write
+from training.masking import MaskedModel
+from training.optimizers import WEIGHTS_LR
 from training.recipe import Recipe
 from training.run import Run, begin
+from training.tuned import TunedModel as TunedModel
+from training.tuned import tune_backbone as tune_backbone
 
-LR = 0.001
-
-
-class TunedModel(MaskedModel):
-    """A copy of a backbone in which all parameters from stage ``start`` on are trained."""
-
-    @property
-    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        return {"weights": {n: p for n, p in self.model.named_parameters() if p.requires_grad}}
-
-    def active(self) -> float:
-        return 1.0
-
-    def sparse(self, below: float) -> Iterator[tuple[str, float]]:
-        return iter(())
-
-
-def tune_backbone(backbone: Backbone, start: int, *, train_norms: bool = True, amp: Amp = "off") -> TunedModel:
-    """Make a trainable copy of ``backbone``; stages before ``start`` stay frozen."""
-    model = deepcopy(backbone.model)
-    write(backbone, model, backbone.weights, 0, backbone.norms)
-    model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-    row = stages(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage_of(name, row) >= start)
-    return TunedModel(backbone, model, row, start, train_norms, len(row), amp)
+LR = WEIGHTS_LR["labels"]
 
 
 def train(

@@ -6,7 +6,6 @@ It takes seconds on stored features and costs nothing to serve. A mask is kept o
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from cascade.bundle.format import strip_prefix
 from cascade.errors import CascadeError
@@ -79,7 +78,7 @@ def fitted_head(run: Run, name: str, preprocessing: Preprocessing | None = None)
 def trained_head(run: Run, name: str) -> Candidate:
     """The head that was trained with a mask."""
     own = strip_prefix(run.trained(name), "objective.")
-    return candidate(run, name, Linear(own["weight"], own.get("bias", torch.zeros(len(own["weight"])))))
+    return candidate(run, name, Linear(own["weight"], own["bias"]))
 
 
 def candidate(run: Run, name: str, head: Linear, preprocessing: Preprocessing | None = None) -> Candidate:

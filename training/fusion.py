@@ -1,5 +1,7 @@
 """Fit the fusion of blocks to one embedding (paper §3.4; method.md §3): center, PCA, whiten; folded."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
@@ -10,19 +12,31 @@ from cascade.model.fusion import Fusion, Mode, fold
 from training.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """The fusion of a mode, and the embeddings of the training and the held-out images, float32 [N, dim] each."""
+
+    fusion: Fusion
+    train: Tensor
+    test: Tensor
+
+
 def slots(mode: Mode, blocks: np.ndarray, assigned: np.ndarray, layout: str) -> np.ndarray:
     """The blocks that a mode fuses, float32 [slots, N, F].
 
     Args:
         blocks: features of dispatcher and experts, float32 [K + 1, N, F].
         assigned: routed cluster of each image, int64 [N].
-        layout: of the conditional mode: ``one`` slot for all experts, or ``padded`` with zeros (the paper's).
+        layout: of the conditional mode: beside the dispatcher's block ``one`` slot for all experts, or one for each,
+            ``padded`` with zeros (the paper's); or ``routed``, the expert's block alone.
     """
     if mode == "dispatcher":
         return blocks[:1]
     if mode == "unconditional":
         return blocks
     routed = blocks[assigned + 1, np.arange(blocks.shape[1])]
+    if layout == "routed":
+        return routed[None]
     if layout == "one":
         return np.stack([blocks[0], routed])
     padded = np.zeros_like(blocks)
@@ -54,6 +68,11 @@ def principal(x: np.ndarray, dim: int, whiten: str, seed: int) -> tuple[np.ndarr
     # Similar or too few images span fewer dimensions: the rest is rounding noise, which whitening would amplify.
     spanned = variance > 1e-8 * variance[0]
     return pca.mean_, np.ascontiguousarray((pca.components_ * spanned[:, None] / scale[:, None]).T)
+
+
+def beside_nothing(routed: Fusion) -> Fusion:
+    """A fusion of the expert's block alone as one of two slots: nothing is added for the dispatcher's block."""
+    return Fusion(torch.cat([torch.zeros_like(routed.weight), routed.weight]), routed.bias)
 
 
 def embed(fusion: Fusion, parts: np.ndarray) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from cascade.bundle.format import strip_prefix
-from cascade.model.fusion import Fusion, Mode
+from cascade.model.fusion import Fusion, Mode, SlotBias
 from cascade.model.heads import Linear
-from training import clusters, comparison, dispatcher, experts, fusion
+from training import clusters, comparison, dispatcher, experts, heads
 from training.comparison import Row, compressed
 from training.evaluate import Features, collect
 from training.frozen import Candidate, candidate_of, frozen_head, trained_head
+from training.fusion import Fitted
 from training.run import Run, write_json
 
 JOINT, EXPERTS = "equal-steps", "experts"
@@ -25,7 +26,6 @@ TITLES = {
     JOINT: "one mask for all clusters",
     EXPERTS: "an expert per cluster",
 }
-Fused = dict[Mode, tuple[Fusion, Tensor]]
 
 
 def train(run: Run) -> None:
@@ -41,7 +41,7 @@ def compare(run: Run) -> tuple[Candidate, dict[str, Any]]:
     frozen, joint, routed = frozen_head(run), trained_head(run, JOINT), _routed(run, collect(run))
     chosen = joint if joint.beats(frozen) else frozen
     chosen = routed if routed.beats(chosen) else chosen
-    weights = {"frozen": frozen.head.weight, JOINT: joint.head.weight, EXPERTS: _weights(run)}
+    weights = {"frozen": frozen.head.weight, JOINT: joint.head.weight, EXPERTS: _heads(run)[0]}
     masks = {"frozen": (), JOINT: (run.mask(JOINT, run.mask_from),), EXPERTS: run.experts}
     rows = {}
     for own in (frozen, joint, routed):
@@ -69,21 +69,29 @@ def verdict(facts: dict[str, Any]) -> str:
     return f"experts against one mask for the same {facts['steps']['experts']} steps: {gain:+.1f} points; {served}"
 
 
-def fusions(run: Run, features: Features) -> Fused:
-    """Each mode's logits as an embedding, so that each expert has its own head; and those of the training images.
+def fusions(run: Run, features: Features) -> dict[Mode, Fitted]:
+    """Each mode's logits as an embedding, so that each expert has its own head.
 
     The conditional mode has the logits of the image's expert, the unconditional mode the mean of all experts, and the
     dispatcher those of the frozen head.
     """
-    weights, frozen = _weights(run), frozen_head(run).head
-    routed = torch.cat([torch.zeros_like(weights[:1]), weights])
-    none = torch.zeros(weights.shape[2])
+    weights, biases = _heads(run)
+    frozen = frozen_head(run).head
+    padded = torch.cat([torch.zeros_like(weights[:1]), weights]), torch.cat([torch.zeros_like(biases[:1]), biases])
     fitted: dict[Mode, Fusion] = {
         "dispatcher": Fusion(frozen.weight.T[None].half().contiguous(), frozen.bias.float()),
-        "conditional": Fusion(routed.half().contiguous(), none),
-        "unconditional": Fusion((routed / len(weights)).half().contiguous(), none),
+        "conditional": SlotBias(padded[0].half().contiguous(), padded[1]),
+        "unconditional": SlotBias((padded[0] / len(weights)).half().contiguous(), padded[1] / len(weights)),
     }
-    return {mode: (own, fusion.embed(own, features.slots(mode, "padded")[0])) for mode, own in fitted.items()}
+    sides = features.train, features.test
+    every = [_logits(run, blocks) for blocks in sides]  # [K, N, classes]
+    routed = [_own(logits, own) for logits, own in zip(every, (features.assigned, features.routed), strict=True)]
+    embeddings = {
+        "dispatcher": [heads.logits(frozen, blocks[0]) for blocks in sides],
+        "conditional": routed,
+        "unconditional": [logits.mean(axis=0) for logits in every],
+    }
+    return {mode: Fitted(own, *map(torch.from_numpy, embeddings[mode])) for mode, own in fitted.items()}
 
 
 def linear(run: Run, features: Features) -> dict[Mode, Linear]:
@@ -94,18 +102,26 @@ def linear(run: Run, features: Features) -> dict[Mode, Linear]:
 
 def _routed(run: Run, features: Features) -> Candidate:
     """The experts as a classifier of their logits."""
-    weights = _weights(run).numpy()
-    logits = [
-        np.stack([blocks[k + 1, i] @ weights[k] for i, k in enumerate(own)])
-        for blocks, own in ((features.train, features.assigned), (features.test, features.routed))
-    ]
-    return candidate_of(run, EXPERTS, _identity(weights.shape[2]), logits[0], logits[1])
+    sides = (features.train, features.assigned), (features.test, features.routed)
+    train, test = (_own(_logits(run, blocks), own) for blocks, own in sides)
+    return candidate_of(run, EXPERTS, _identity(train.shape[1]), train, test)
 
 
-def _weights(run: Run) -> Tensor:
-    """The experts' heads, which have no bias: float32 [K, F, classes]."""
-    heads = [strip_prefix(run.trained(f"expert-{k}"), "objective.") for k in range(run.recipe.clusters)]
-    return torch.stack([head["weight"].T.float() for head in heads])
+def _logits(run: Run, blocks: np.ndarray) -> np.ndarray:
+    """Logits of every expert's head, float32 [K, N, classes], on the blocks of dispatcher and experts."""
+    weights, biases = (tensor.numpy() for tensor in _heads(run))
+    return np.asarray(blocks[1:] @ weights + biases[:, None])
+
+
+def _own(logits: np.ndarray, routed: np.ndarray) -> np.ndarray:
+    """Those of the expert that each image is routed to, float32 [N, classes]."""
+    return logits[routed, np.arange(logits.shape[1])]
+
+
+def _heads(run: Run) -> tuple[Tensor, Tensor]:
+    """The experts' heads: float32 [K, F, classes] and [K, classes]."""
+    own = [strip_prefix(run.trained(f"expert-{k}"), "objective.") for k in range(run.recipe.clusters)]
+    return torch.stack([head["weight"].T.float() for head in own]), torch.stack([head["bias"].float() for head in own])
 
 
 def _identity(classes: int) -> Linear:

@@ -8,8 +8,8 @@ from torch.nn.utils import parametrize
 
 from cascade.model.backbone import Backbone
 from cascade.model.stages import stage_of, stages
-from training.finetune import TunedModel
 from training.masking import Amp, write
+from training.tuned import TunedModel
 
 RANK, SCALE = 8, 2.0
 

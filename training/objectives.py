@@ -221,7 +221,7 @@ class Supervised:
         self.recipe, self.preprocessing = recipe, preprocessing
         self.labels = torch.from_numpy(labels)
         classes = classes or int(labels.max()) + 1
-        self.module = nn.Linear(features, classes, bias=not recipe.clusters)  # a fusion has room for one bias only
+        self.module = nn.Linear(features, classes)
         if recipe.head_steps:
             for parameter in self.module.parameters():
                 nn.init.zeros_(parameter)

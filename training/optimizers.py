@@ -12,6 +12,7 @@ from training.recipe import Recipe
 
 WEIGHTS_WARMUP = 100  # steps
 LR, MOST_LR, TRAVEL = 0.02, 0.05, 30.0
+WEIGHTS_LR = {"labels": 0.001, "distill": 0.0005}  # if every weight is trained
 
 
 class RmsSGD(torch.optim.SGD):
@@ -36,13 +37,15 @@ def schedule(progress: float, warmup: float = 0.0) -> float:
 
 
 def score_rate(recipe: Recipe, steps: int) -> float:
-    """Learning rate of the scores for a training of ``steps`` steps: the recipe's if it has one.
+    """Learning rate of the scores, or of all weights, for a training of ``steps`` steps: the recipe's if it has one.
 
     Adam moves a score by at most its rate in a step, so rate times steps is how far scores can travel. With labels this
     is kept: in a few hundred steps with 0.02 hardly any score would reach the threshold.
     """
     if recipe.lr:
         return recipe.lr
+    if recipe.adapt == "delta":
+        return WEIGHTS_LR[recipe.kind]
     return max(LR, min(MOST_LR, TRAVEL / max(1, steps))) if recipe.kind == "labels" else LR
 
 

@@ -5,6 +5,7 @@
     cascade train photos/ --labels --clusters 5 --out model_store/photos/1     # experts with labels, if they pay
     cascade train photos/ --labels --frozen --out model_store/photos/1     # the head alone, in seconds
     cascade train photos/ --out model_store/photos/1     # no labels: distilled from a larger input size
+    cascade train photos/ --objective distill --clusters 5 --out model_store/photos/1     # by experts, if they pay
     cascade train photos/ --objective swav --clusters 5 --out model_store/photos/1     # the paper's cascade
     cascade train photos/ --clusters 5 --out model_store/photos/1 --ray     # experts in parallel
     cascade train --from-unknown unknown/ --out model_store/new/1     # images that a server kept, as they fit no bundle
@@ -33,6 +34,7 @@ from training import (
     deferral,
     dispatcher,
     distillation,
+    distilled_experts,
     distributed,
     evaluate,
     experts,
@@ -50,6 +52,7 @@ from training.recipe import Recipe, paper
 from training.run import Run, begin, read_json, write_json
 
 TIMED_STEPS = 6
+NEED_LABELS = {"--extensible": "keeps statistics of each class", "--frozen": "fits a head to class folders"}
 LOSE = 0.3  # points
 AskAgain = Callable[[Candidate, Sequence[str]], Larger | None]
 """Fits the larger size for a classifier, given what it may run under."""
@@ -88,28 +91,28 @@ def train(
             trained), or a stage can't continue.
     """
     _check_out(out)
-    if extensible and not run.recipe.labels:
-        raise CascadeError("--extensible keeps statistics of each class: add --labels")
+    options = {"--extensible": extensible, "--frozen": frozen, "--compare": compare, "--defer-to": bool(defer_to)}
+    options |= {"--controls": controls, "--ray": ray}
+    _check_options(run.recipe, {option for option, given in options.items() if given})
     if defer_to:
         deferral.preprocessing_of(run, defer_to)
     if ray:
         ray_experts.check()
     ask_again = partial(deferral.fit, run, size=defer_to, lose=lose) if defer_to else None
     if frozen:
-        if not run.recipe.labels:
-            raise CascadeError("--frozen fits a head to class folders: add --labels")
         return _frozen(run, out, thumbnails, extensible, ask_again)
     if minutes:
         fit_to(run, minutes)
     budget(run, controls)
-    if run.recipe.kind == "labels" and run.recipe.clusters:
-        if extensible or compare or defer_to or ray:
-            raise CascadeError("--labels --clusters trains experts: omit --extensible, --compare, --defer-to and --ray")
-        return _labeled_experts(run, out, thumbnails)
-    if run.recipe.kind == "labels":
-        return _labeled(run, out, compare, thumbnails, extensible, ask_again)
-    if run.recipe.kind == "distill":
-        return _distilled(run, out, controls, thumbnails)
+    match run.recipe.kind, run.recipe.clusters > 0:
+        case "labels", True:
+            return _labeled_experts(run, out, thumbnails)
+        case "labels", False:
+            return _labeled(run, out, compare, thumbnails, extensible, ask_again)
+        case "distill", True:
+            return _distilled_experts(run, out, thumbnails)
+        case "distill", False:
+            return _distilled(run, out, controls, thumbnails)
     return _cascade(run, out, controls, thumbnails, ray)
 
 
@@ -175,6 +178,21 @@ def _distilled(run: Run, out: Path, controls: bool, thumbnails: bool) -> Path:
     return export.export(run, features, accuracy, out, thumbnails=thumbnails)
 
 
+def _distilled_experts(run: Run, out: Path, thumbnails: bool) -> Path:
+    """Distill experts and one mask from a teacher, and write the bundle of whatever comes closer to it."""
+    joint = distilled_experts.train(run)
+    if distributed.rank():
+        return out
+    features = evaluate.collect(run)
+    facts = distilled_experts.compare(run, joint, features)
+    run.watch.say(distilled_experts.verdict(facts))
+    if facts["serves"] == distilled_experts.JOINT:
+        return _distilled(joint, out, False, thumbnails)
+    return export.export(
+        run, features, evaluate.evaluate(run, features) | {"experts": facts}, out, thumbnails=thumbnails
+    )
+
+
 def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -> Path:
     """Train dispatcher, clusters and experts, evaluate, and write the bundle (the paper)."""
     dispatcher.train(run)
@@ -202,7 +220,7 @@ def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -
 def budget(run: Run, controls: bool) -> None:
     """Print what will be trained, on what and for how long; impossible settings fail here, before the first step."""
     r = run.recipe
-    name = "mask" if not r.clusters else "one mask" if r.labels else "dispatcher"
+    name = "mask" if not r.clusters else "dispatcher" if r.kind == "swav" else "one mask"
     parts = {name: run.steps, f"{r.clusters} experts": run.expert_steps * r.clusters if r.clusters else 0}
     if controls:
         parts["equal-steps control"] = run.steps + r.clusters * r.expert_steps
@@ -210,8 +228,9 @@ def budget(run: Run, controls: bool) -> None:
     run.watch.say(f"{len(run.images)} images to train on, {len(run.held_out)} to measure by")
     _check_sides(run)
     stages = [run.backbone.stages[first].name for first in (run.mask_from, run.expert_from)]
-    adapted = {"channels": "scales and shifts", "both": "mask, scales and shifts"}.get(r.adapt, "mask")
-    run.watch.say(f"{adapted} from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else ""))
+    run.watch.say(
+        f"{comparison.TITLES[r.adapt]} from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else "")
+    )
     run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
 
 
@@ -239,6 +258,21 @@ def _seconds_per_step(run: Run) -> float:
         watch = lambda *_: stamps.append(time.perf_counter())  # noqa: E731
         fit("timing", model, loss, run.pixels, short, TIMED_STEPS, Path(folder), every=10**9, watch=watch)
     return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+
+def _check_options(recipe: Recipe, given: set[str]) -> None:
+    """Check that the given options suit the kind of training, before anything is trained."""
+    for option, why in (
+        ("--extensible", "keeps statistics of each class"),
+        ("--frozen", "fits a head to class folders"),
+    ):
+        if option in given and not recipe.labels:
+            raise CascadeError(f"{option} {why}: add --labels")
+    if recipe.kind == "swav" or not recipe.clusters or "--frozen" in given:
+        return
+    unfit = {"--ray", "--extensible", "--compare", "--defer-to"} if recipe.labels else {"--ray", "--controls"}
+    if wrong := sorted(unfit & given):
+        raise CascadeError(f"--clusters trains experts and their control: omit {' and '.join(wrong)}")
 
 
 def _check_out(out: Path) -> None:

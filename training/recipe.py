@@ -34,8 +34,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "labels": "Learn from class folders, by cross-entropy: one mask, or with --clusters an expert for each.",
         "objective": "Objective without labels: distill (the features of a teacher) or swav (the paper); auto: swav"
         " with --clusters, else distill.",
-        "adapt": "What is trained: mask (bits; the paper), channels (scales and shifts) or both; auto: mask with swav,"
-        " else both.",
+        "adapt": "What is trained: mask (bits; the paper), channels (scales and shifts), both, or delta (all weights,"
+        " then stored as a 1-bit delta); auto: mask with swav, else both.",
         "share": "Share of each tensor that stays active, by the highest scores; 0: decided by --threshold.",
         "progressive": "Lower the active share from 1 to --share linearly.",
         "select": "Weights that may be switched off: all, or a share at random, or the share of largest magnitude.",
@@ -46,12 +46,13 @@ ABOUT: dict[str, dict[str, str]] = {
     },
     "steps": {
         "steps": "Steps of the dispatcher; -1: from the number of images.",
-        "expert_steps": "Steps of each expert; with --labels, the experts share --steps.",
+        "expert_steps": "Steps of each expert with swav; else the experts share --steps.",
         "batch": "Images in a step, over all processes.",
         "accumulate": "Parts of a batch that run one after the other, to save memory.",
         "draws": "Augmentations of each image whose trunk features are stored and reused; 0: a new one each time.",
         "optimizer": "Optimizer of the scores; rms-sgd divides each tensor's gradient by its root mean square.",
-        "lr": "Learning rate of the scores; 0: 0.02, and with labels more in short trainings, at most 0.05.",
+        "lr": "Learning rate of the scores; 0: 0.02, and with labels more in short trainings, at most 0.05. With"
+        " --adapt delta, of all weights; 0: 0.001, and half of it without labels.",
         "channel_lr": "Learning rate of scales and shifts (Adam).",
         "head_lr": "Learning rate of the head and of SwAV's prototypes; 0: 0.001 (AdamW), with swav 0.15 (SGD).",
         "warmup": "Share of the steps in which learning rates rise; then they decay along a cosine.",
@@ -117,7 +118,7 @@ class Recipe:
     expert_from: str = ""
     labels: bool = False
     objective: Literal["auto", "distill", "swav"] = "auto"
-    adapt: Literal["auto"] | Adapt = "auto"
+    adapt: Literal["auto", "delta"] | Adapt = "auto"
     steps: int = -1
     expert_steps: int = 250
     batch: int = 64
@@ -168,19 +169,26 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.source:
-            lite0 = self.backbone == "tf_efficientnet_lite0"
-            object.__setattr__(self, "source", LITE0 if lite0 else "timm")
-        if self.labels and self.router == "prototypes":  # there are none
-            object.__setattr__(self, "router", "centroid")
-        if not self.labels and self.clusters and self.objective == "distill":
-            raise CascadeError("--clusters needs --objective swav: distillation trains one mask without a router")
+        """Resolve what depends on other fields, and check all of them."""
+        lite0 = self.backbone == "tf_efficientnet_lite0"
         if self.objective == "auto":
             object.__setattr__(self, "objective", "swav" if self.clusters else "distill")
-        if self.adapt == "auto":
-            object.__setattr__(self, "adapt", "mask" if self.kind == "swav" else "both")
-        if self.bank == -1:
-            object.__setattr__(self, "bank", 0 if self.labels else 2000)
+        without_prototypes = self.labels or (self.clusters > 0 and self.kind == "distill")
+        resolved = {
+            "source": self.source or (LITE0 if lite0 else "timm"),
+            "router": "centroid" if self.router == "prototypes" and without_prototypes else self.router,
+            "adapt": ("mask" if self.kind == "swav" else "both") if self.adapt == "auto" else self.adapt,
+            "bank": (0 if self.labels else 2000) if self.bank == -1 else self.bank,
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        if self.adapt == "delta" and (self.clusters or self.kind == "swav"):
+            raise CascadeError("--adapt delta compresses one fine-tuned copy: omit --clusters and --objective swav")
+        if self.clusters and self.kind == "distill" and self.teacher:
+            raise CascadeError("--clusters needs the backbone itself as the teacher: omit --teacher, or --clusters")
         for name in ("label_smoothing", "share", "select_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CascadeError(f"--{name.replace('_', '-')} is a share: choose a number from 0 to 1")
@@ -196,6 +204,11 @@ class Recipe:
         if self.labels:
             return "labels"
         return "swav" if self.objective == "swav" else "distill"
+
+    @property
+    def layout(self) -> Literal["one", "padded", "routed"]:
+        """How the conditional mode fuses blocks; features that imitate one teacher are comparable as they are."""
+        return "routed" if self.kind == "distill" else self.slots
 
     def crops(self, size: int) -> tuple[Crop, ...]:
         """Multi-crop for an input of ``size`` px; local crops on a multiple of 8 px."""

@@ -41,8 +41,10 @@ from training.data.dataset import Images
 from training.masking import MaskedModel, mask_backbone, select, to_mask
 from training.memory import expect
 from training.recipe import Recipe
+from training.tuned import tune_backbone
 
 FEATURES = "features.safetensors"
+DELTA = "delta.safetensors"  # of a training that fine-tuned every weight
 CLUSTERS = "clusters.safetensors"
 CACHE_MARGIN = 1.15  # training images are cached a little larger than the network's input, for the crops
 FEWEST = 16  # fewest images to train a mask on
@@ -206,8 +208,8 @@ class Run:
 
     @property
     def expert_steps(self) -> int:
-        """Steps of each expert: the recipe's; with labels, the experts share those of one mask."""
-        return max(1, self.steps // self.recipe.clusters) if self.recipe.labels else self.recipe.expert_steps
+        """Steps of each expert: the recipe's with SwAV; else the experts share those of one mask."""
+        return self.recipe.expert_steps if self.recipe.kind == "swav" else max(1, self.steps // self.recipe.clusters)
 
     @cached_property
     def views(self) -> list[np.ndarray] | None:
@@ -266,8 +268,10 @@ class Run:
         return None if r.select == "all" else select(self.backbone, self.mask_from, r.select, r.select_share, r.seed)
 
     def masked(self, start: int, below: Mask | None = None) -> MaskedModel:
-        """A new model to train a mask with, from stage ``start`` on, according to the recipe."""
+        """A new model to train an adapter with, from stage ``start`` on, according to the recipe."""
         r = self.recipe
+        if r.adapt == "delta":
+            return tune_backbone(self.backbone, start, train_norms=r.train_norms, amp=r.amp, stop=self.mask_to)
         return mask_backbone(
             self.backbone,
             start,
@@ -279,7 +283,7 @@ class Run:
             share=self.share,
             free=self.free,
             amp=r.amp,
-            adapt=r.adapt,  # type: ignore[arg-type]  # auto is resolved by the recipe
+            adapt=r.adapt,  # type: ignore[arg-type]  # auto is resolved by the recipe, delta above
         )
 
     @cached_property
@@ -299,12 +303,22 @@ class Run:
         return load_file(path)
 
     def mask(self, name: str, start: int) -> Mask:
-        """A fully trained mask of this run."""
+        """A fully trained mask or delta of this run."""
+        if self.recipe.adapt == "delta":
+            return self._delta(name)
         trained = self.trained(name)
         scores, norms, channels = (strip_prefix(trained, f"{kind}.") for kind in ("scores", "norms", "channels"))
         return to_mask(
             name, self.backbone, start, scores, norms, self.recipe.threshold, self.share, self.free, channels
         )
+
+    def _delta(self, name: str) -> Mask:
+        path = self.folder / name / DELTA
+        if not path.exists():
+            raise CascadeError(f"{path} does not exist yet: train {name} first")
+        stored = load_file(path)
+        parts = [strip_prefix(stored, f"{part}.") for part in ("norms", "channels", "deltas")]
+        return Mask(name, int(stored["start"]), stored["bits"], *parts)
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """The final tensors of the training ``name``."""

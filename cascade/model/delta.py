@@ -49,14 +49,14 @@ def compress(backbone: Backbone, tuned: Mapping[str, Tensor], name: str = "dispa
         begin, end = (index - first for index in backbone.spans[weight])
         positive[begin:end] = difference.flatten() >= 0
         delta = difference.abs().mean(dim=1).half()
-        deltas[weight] = delta
+        deltas[weight] = delta.cpu()
         approximation = torch.where(difference >= 0, 1.0, -1.0) * delta.float()[:, None]
         losses.append(_loss(weight, pristine[weight], difference, difference - approximation))
     for weight in changed:
         if weight not in rows and weight not in channels and weight not in backbone.norms:
             losses.append(_loss(weight, pristine[weight], differences[weight], differences[weight]))
-    norms = {n: tuned[n].to(backbone.norms[n]) for n in changed if n in backbone.norms}
-    trained = {n: tuned[n].half() for n in changed if n in channels}
+    norms = {n: tuned[n].to(backbone.norms[n]).cpu() for n in changed if n in backbone.norms}
+    trained = {n: tuned[n].half().cpu() for n in changed if n in channels}
     return Mask(name, start, pack(positive), norms, trained, deltas), losses
 
 

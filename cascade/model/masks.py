@@ -104,7 +104,9 @@ def split(backbone: Backbone, start: int, flat: Tensor) -> Iterator[tuple[Segmen
 
 
 def density(backbone: Backbone, mask: Mask) -> float:
-    """Share of active weights among those that the mask covers."""
+    """Share of active weights among those that the mask covers; all of them in a delta, whose bits are signs."""
+    if mask.deltas:
+        return 1.0
     n = backbone.weights.numel() - backbone.offset(mask.start)
     return float(unpack(mask.bits, n).float().mean()) if n else 1.0
 

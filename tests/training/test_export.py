@@ -37,7 +37,7 @@ def features(run: Run) -> evaluate.Features:
 @pytest.fixture(scope="module")
 def embeddings(run: Run, features: evaluate.Features) -> torch.Tensor:
     """Of the training images in the conditional mode, float32 [240, 32]."""
-    return evaluate.fusions(run, features)["conditional"][1]
+    return evaluate.fusions(run, features)["conditional"].train
 
 
 def test_the_head_is_the_probe_with_its_scaling_folded_in(run: Run, embeddings: torch.Tensor) -> None:

@@ -24,13 +24,26 @@ from cascade.errors import CascadeError
 from cascade.kernels.materialize import materialize
 from cascade.model import masks
 from cascade.model.fusion import MODES
-from training import clusters, dispatcher, evaluate, experts, export, fusion, pipeline
+from training import (
+    clusters,
+    comparison,
+    dispatcher,
+    distilled_experts,
+    embed,
+    evaluate,
+    experts,
+    export,
+    fusion,
+    pipeline,
+)
 from training.cli import Watch, start
+from training.finetune import features
 from training.frozen import Candidate
 from training.masking import MaskedModel
 from training.objectives import SelfSupervised
 from training.recipe import Recipe
 from training.run import CLUSTERS, Run, begin, resume
+from training.tuned import tune_backbone
 
 pytestmark = pytest.mark.slow
 
@@ -218,6 +231,55 @@ def test_a_supervised_mask_has_a_head_and_no_experts(
     assert 0 < bundle.card.masks[0].density < 1, "no bit has flipped"
 
 
+def test_a_delta_is_the_fine_tuned_copy_in_bits(
+    cifar_folder: Path, tmp_path: Path, cifar: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights are trained, and the bundle serves what is left of the copy as a delta, with its head."""
+    monkeypatch.setattr(Candidate, "beats", lambda self, other: self.name == "dispatcher")
+    options = {"labels": True, "adapt": "delta", "lr": 0.01, "steps": 12, "clusters": 0}
+    run = begin(tmp_path / "run", recipe(cifar_folder, **options), Ear())
+    bundle = read(pipeline.train(run, tmp_path / "store" / "cifar" / "1", compare=True))
+    check(bundle, run.backbone)
+    facts = bundle.card.accuracy
+    assert facts["serves"] == "delta" and {"1-bit delta", "full fine-tuning"} < facts["rows"].keys()
+    delta = bundle.dispatcher
+    assert delta.deltas.keys() == run.backbone.rows(run.mask_from).keys() and delta.channels
+    assert not (tmp_path / "run" / "fine-tuned").exists(), "that training is the delta's own"
+    copy = tune_backbone(run.backbone, run.mask_from)
+    copy.load_state(run.trained("dispatcher"))
+    inputs = embed.normalized(run.inputs("test"), run.preprocessing)
+    wanted, plain, found = features(copy, inputs), run.features("frozen")[1], run.features("dispatcher")[1]
+    assert np.abs(found - wanted).mean() < 0.7 * np.abs(plain - wanted).mean()
+    assert all(a.labels for a in predict(bundle, cifar[:5]))
+    assert "delta is worth having" in comparison.verdict(facts) or "delta is better" in comparison.verdict(facts)
+
+
+@pytest.mark.parametrize("better", ["experts", "one mask"])
+def test_experts_that_imitate_a_teacher(
+    cifar_folder: Path, tmp_path: Path, cifar: list[Image.Image], better: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are served if they come closer to it than one mask does in the same steps."""
+    ear = Ear()
+    options = {"objective": "distill", "adapt": "both", "lr": 0.02, "steps": 12, "clusters": 2}
+    run = begin(tmp_path / "run", recipe(cifar_folder, **options), ear)
+    measured = distilled_experts.compare
+    monkeypatch.setattr(distilled_experts, "compare", lambda *a: measured(*a) | {"serves": better})
+    bundle = read(pipeline.train(run, tmp_path / "store" / "cifar" / "1"))
+    (said,) = (line for line in ear.said if "distance to the teacher, experts remove" in line)
+    assert "in the same 12 steps" in said and said.endswith(f"the bundle serves: {better}")
+    for name, steps in (("run/expert-0", 6), ("run/expert-1", 6), ("run-joint/dispatcher", 12)):
+        assert len((tmp_path / name / "curve.jsonl").read_text().splitlines()) == steps
+    answers = predict(bundle, cifar[:20])
+    if better == "one mask":
+        assert bundle.experts == () and all(a.embedding is not None for a in answers)
+        return
+    assert len(bundle.experts) == 2 and bundle.card.mode == "conditional"
+    assert not bundle.fusions["conditional"].weight[0].any(), "the frozen backbone adds nothing"
+    facts = bundle.card.accuracy["experts"]
+    assert {"frozen", "one mask", "experts"} == facts["distance"].keys() == facts["knn"].keys()
+    assert facts["distance"]["experts"] < facts["distance"]["frozen"]
+
+
 @pytest.mark.parametrize("better", ["experts", "equal-steps"])
 def test_experts_with_labels_each_have_a_head(
     cifar_folder: Path, tmp_path: Path, cifar: list[Image.Image], better: str, monkeypatch: pytest.MonkeyPatch
@@ -248,8 +310,8 @@ def test_experts_with_labels_each_have_a_head(
     blocks = run.blocks()[0][:, rows]
     for i, a in enumerate(answers):
         head = strip_prefix(run.trained(f"expert-{a.cluster}"), "objective.")
-        assert "bias" not in head
-        wanted = int((head["weight"].numpy() @ blocks[a.cluster + 1, i]).argmax())
+        assert head["bias"].any()
+        wanted = int((head["weight"].numpy() @ blocks[a.cluster + 1, i] + head["bias"].numpy()).argmax())
         assert a.labels[0].name == bundle.card.classes[wanted], "the label of the image's own expert"
     assert run.images.labels is not None
     truth = [run.images.classes[label] for label in run.images.labels[rows]]

@@ -78,8 +78,16 @@ def test_without_labels_it_is_distilled_unless_clusters_or_swav_are_wanted() -> 
     assert (Recipe("photos").kind, Recipe("photos").adapt) == ("distill", "both")
     assert (Recipe("photos", clusters=5).kind, Recipe("photos", clusters=5).adapt) == ("swav", "mask")
     assert (Recipe("photos", labels=True).kind, Recipe("photos", labels=True).bank) == ("labels", 0)
-    with pytest.raises(CascadeError, match="--clusters needs --objective swav"):
-        Recipe("photos", objective="distill", clusters=2)
+    experts = Recipe("photos", objective="distill", clusters=2)
+    assert (experts.kind, experts.adapt, experts.router, experts.layout) == ("distill", "both", "centroid", "routed")
+    with pytest.raises(CascadeError, match="--clusters needs the backbone itself as the teacher"):
+        Recipe("photos", objective="distill", clusters=2, teacher="resnet50")
+
+
+@pytest.mark.parametrize("wrong", [{"clusters": 2, "labels": True}, {"clusters": 2}, {"objective": "swav"}])
+def test_a_delta_is_of_one_copy(wrong: dict[str, Any]) -> None:
+    with pytest.raises(CascadeError, match="--adapt delta compresses one fine-tuned copy"):
+        Recipe("photos", adapt="delta", **wrong)
 
 
 def test_crops_scale_with_the_input_and_stay_on_a_grid() -> None:
