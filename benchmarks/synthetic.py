@@ -41,14 +41,14 @@ def mask(backbone: Backbone, name: str, start: int, seed: int) -> Mask:
 
 def single(backbone: Backbone, name: str, seed: int, dim: int = DIM, mask_from: int = 0) -> Bundle:
     """A bundle with one mask, by default over every maskable weight."""
-    return _bundle(backbone, name, [mask(backbone, "dispatcher", mask_from, seed)], dim)
+    return bundle_of(backbone, name, [mask(backbone, "dispatcher", mask_from, seed)], dim)
 
 
 def cascade(backbone: Backbone, name: str, experts: int, expert_from: int, mask_from: int = 0) -> Bundle:
     """A cascade whose router was fitted on noise, so that noise spreads over its clusters."""
     masks = [mask(backbone, "dispatcher", mask_from, 0)]
     masks += [mask(backbone, f"expert-{k}", expert_from, k + 1) for k in range(experts)]
-    bundle = _bundle(backbone, name, masks, DIM)
+    bundle = bundle_of(backbone, name, masks, DIM)
     executor = make(backbone, WeightCache(2**40), "folded")
     executor.swap(executor.pack(masks[0]))
     found = torch.cat([executor.run(noise(backbone, 16, seed)) for seed in range(4)]).numpy()
@@ -94,12 +94,13 @@ def load(name: str) -> Backbone:
     return backbones.load(name, "random:0")
 
 
-def _bundle(backbone: Backbone, name: str, masks: list[Mask], dim: int) -> Bundle:
+def bundle_of(backbone: Backbone, name: str, masks: list[Mask], dim: int = DIM, size: int | None = None) -> Bundle:
+    """A bundle of these masks: the dispatcher, then the experts. size: of its images, default: the backbone's own."""
     experts = len(masks) - 1
     slots: dict[Mode, int] = {"dispatcher": 1}
     slots |= {"conditional": 2, "unconditional": experts + 1} if experts else {}
     generator = torch.Generator().manual_seed(0)
-    preprocessing = Preprocessing.of(backbone.config)
+    preprocessing = Preprocessing.of(backbone.config, size)
     card: dict[str, Any] = {
         "format": 1,
         "backbone": BackboneCard.of(backbone),
