@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 import cascade
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle, read
-from cascade.model.preprocessing import decode
+from cascade.model.decoding import decode
 from handlers.demo_images import CUSTOMERS, NOBODY, samples
 from handlers.demo_report import Answered
 from tests.conftest import sheet

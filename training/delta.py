@@ -24,7 +24,7 @@ from cascade.engine.results import Options, Prediction
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
-from cascade.model import finetuned, preprocessing
+from cascade.model import decoding, finetuned
 from cascade.model.backbone import Backbone
 from cascade.model.delta import Loss, compress
 from cascade.model.finetuned import FineTuned
@@ -195,7 +195,7 @@ def _batches(images: list[Path], view: Preprocessing, steps: int, seed: int) -> 
     generator, transform = np.random.default_rng(seed), view.transform()
     for _ in range(steps):
         files = generator.choice(len(images), min(BATCH, len(images)), replace=False)
-        yield _half_mirrored(torch.stack([transform(preprocessing.read(images[i])) for i in files]), generator)
+        yield _half_mirrored(torch.stack([transform(decoding.read(images[i])) for i in files]), generator)
 
 
 def _half_mirrored(x: Tensor, generator: np.random.Generator) -> Tensor:
@@ -231,7 +231,7 @@ def compare(bundle: Path, backbone: Backbone, tuned: FineTuned, folder: Path) ->
     engine.add(found)
     right = np.zeros(2)
     for begin in track(range(0, len(files), BATCH), "comparing"):
-        pictures = [preprocessing.read(file) for file in files[begin : begin + BATCH]]
+        pictures = [decoding.read(file) for file in files[begin : begin + BATCH]]
         with torch.inference_mode():
             scores = nn.functional.linear(model(torch.stack([*map(transform, pictures)])), tuned.weight, tuned.bias)
         before = [found.card.classes[i] for i in scores.argmax(dim=1).tolist()]

@@ -17,8 +17,9 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
 from cascade.model.backbone import Backbone
+from cascade.model.decoding import read
 from cascade.model.domain import Domain, pooled
-from cascade.model.preprocessing import Preprocessing, read
+from cascade.model.preprocessing import Preprocessing
 from training import embed
 from training.run import Run
 

@@ -21,8 +21,9 @@ from cascade.engine.dispatch_table import DispatchTable, Target
 from cascade.engine.loaded import number
 from cascade.engine.unknown import Origin, origin_of
 from cascade.errors import CascadeError
+from cascade.model.decoding import ImageError, load
 from cascade.model.domain import UNKNOWN
-from cascade.model.preprocessing import ImageError, Preprocessing, load
+from cascade.model.preprocessing import Preprocessing
 from training import distributed
 from training.cli import Watch
 from training.data.dataset import HOLD_OUT

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import synthetic
-from cascade.model.preprocessing import Preprocessing, decode
+from cascade.model.decoding import decode
+from cascade.model.preprocessing import Preprocessing
 
 
 class CopyHandler:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.model.preprocessing import ImageError, Limits, decode
+from cascade.model.decoding import ImageError, Limits, decode
 
 SIDE = 64
 LIMITS = Limits(max_bytes=2**14, max_pixels=128 * 128, max_side=128)

@@ -17,7 +17,7 @@ from typing import Any
 from cascade import metrics
 from cascade.engine.items import Item
 from cascade.engine.results import ItemError, Options
-from cascade.model.preprocessing import ImageError, too_slow
+from cascade.model.decoding import ImageError, too_slow
 
 CHECK_SECONDS = 0.1
 """Seconds between two checks of the decoders' CPU time."""

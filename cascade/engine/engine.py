@@ -42,7 +42,7 @@ from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError, OutOfMemory
 from cascade.model import backbone as backbones
 from cascade.model.masks import Mask
-from cascade.model.preprocessing import LIMITS, Limits
+from cascade.model.decoding import LIMITS, Limits
 
 DEFAULT_BUDGET = 2**30
 LOADERS = 4  # on-demand bundles that are loaded at the same time

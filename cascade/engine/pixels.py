@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.engine.results import ItemError
-from cascade.model.preprocessing import ImageError, Limits, Preprocessing, convert, decode, read
+from cascade.model.decoding import ImageError, Limits, convert, decode, read
+from cascade.model.preprocessing import Preprocessing
 
 Source = bytes | bytearray | str | Path | Image.Image | Tensor
 MAX_PIXEL = 1000  # normalized pixels are within about +-20; very large ones make a network return NaN

@@ -27,7 +27,7 @@ from PIL import Image
 from cascade import atomic, metrics
 from cascade.engine.dispatch_table import Space
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import LIMITS, ImageError, Limits, decode
+from cascade.model.decoding import LIMITS, ImageError, Limits, decode
 
 TEACHER = 2
 """Kept images are twice as large as the network's input, as training without labels has a teacher at that size."""

@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn
 from urllib.parse import urlsplit
 
 from cascade.errors import CascadeError, brief, printable
-from cascade.model.preprocessing import LIMITS, ImageError, Limits
+from cascade.model.decoding import LIMITS, ImageError, Limits
 
 Load = Callable[[], bytes]
 """Returns the bytes of one image file, in any thread; raises ImageError if they cannot be read."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import LIMITS
+from cascade.model.decoding import LIMITS
 from cascade.offline.files import Held, Load, failing
 
 GROUP = 2 * 2**30  # bytes of images in a row group

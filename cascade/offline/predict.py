@@ -19,7 +19,7 @@ from cascade import metrics
 from cascade.cpus import cpu_count
 from cascade.engine.results import AUTO, ItemError, Options
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import ImageError
+from cascade.model.decoding import ImageError
 from cascade.offline.files import Held, Load, is_url
 from cascade.offline.job import Embedding, Job, extent, join, opened, part_path, parts, parts_folder, todo, writing
 from cascade.offline.schema import Answer, bundle_shares, count, deferred_share, rows_of, schema

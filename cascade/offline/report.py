@@ -11,7 +11,7 @@ import numpy as np
 
 from cascade.atomic import write_bytes, write_text
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import ImageError, decode
+from cascade.model.decoding import ImageError, decode
 from cascade.offline.job import writing
 from cascade.offline.sample import ALIKE as THRESHOLD
 from cascade.offline.sample import PICTURES, Sample, near_duplicates, outliers, sample

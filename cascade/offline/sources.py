@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from cascade.errors import CascadeError, brief
-from cascade.model.preprocessing import LIMITS, Limits, load
+from cascade.model.decoding import LIMITS, Limits, load
 from cascade.offline.files import SUFFIXES, Load, fetch, find, is_pattern, is_url, open_file, suffix
 from cascade.offline.parquet_files import cut_parquet, read_parquet, read_rows
 from cascade.offline.tar_files import cut_tar, read_tar

@@ -9,7 +9,7 @@ from functools import partial
 from typing import IO
 
 from cascade.errors import CascadeError, brief
-from cascade.model.preprocessing import LIMITS, ImageError, Limits, too_large
+from cascade.model.decoding import LIMITS, ImageError, Limits, too_large
 from cascade.offline.files import SUFFIXES, Held, LeftOut, Load, failing, is_leftover, is_url, open_file, suffix
 
 

@@ -31,7 +31,7 @@ from cascade.bundle.location import is_url
 from cascade.cpus import cpu_count
 from cascade.errors import CascadeError
 from cascade.logs import say
-from cascade.model.preprocessing import LIMITS
+from cascade.model.decoding import LIMITS
 from handlers import process
 from handlers.signals import deferred, exit_on_signals
 from handlers.torchserve import failures, java, tokens

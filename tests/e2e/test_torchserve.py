@@ -20,7 +20,7 @@ from PIL import Image
 import cascade
 from cascade.engine.engine import Engine
 from cascade.engine.results import Prediction
-from cascade.model.preprocessing import LIMITS
+from cascade.model.decoding import LIMITS
 from tests.helpers.http import answer, encoded, error, lone, post, same
 from tests.helpers.servers import CLIENT, NotStarted
 from tests.helpers.torchserve_server import TorchServe, serving

@@ -9,7 +9,7 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from cascade.model.preprocessing import LIMITS, ImageError, Limits
+from cascade.model.decoding import LIMITS, ImageError, Limits
 from cascade.offline.sources import Unit, read
 from tests.helpers.paths import DATA
 

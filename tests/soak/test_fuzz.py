@@ -24,7 +24,7 @@ from PIL import Image
 from cascade.bundle import format as bundles
 from cascade.bundle.archive import pack, unpack
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import decode
+from cascade.model.decoding import decode
 from cascade.offline.sources import plan, read
 from handlers.asgi import key_file as keys
 from handlers.asgi.open_inference import Refusal, parse

@@ -15,9 +15,9 @@ from cascade.bundle.format import check, read
 from cascade.model import backbone as backbones
 from cascade.model import finetuned
 from cascade.model.backbone import Backbone
+from cascade.model.decoding import read as open_image
 from cascade.model.delta import compress
 from cascade.model.preprocessing import Preprocessing
-from cascade.model.preprocessing import read as open_image
 from cascade.model.pretrained import BackboneError
 from tests.helpers.adapters import NETWORKS, reference
 from training.delta import _batches, compare, fit_deltas, images_in, import_copy

@@ -15,8 +15,8 @@ from cascade.bundle.format import read, write
 from cascade.bundle.map import NO_CLUSTER
 from cascade.cli.main import app
 from cascade.errors import CascadeError
+from cascade.model.decoding import read as read_image
 from cascade.model.heads import Bank
-from cascade.model.preprocessing import read as read_image
 from cascade.tsne import FEWEST
 from training import maps
 

@@ -8,7 +8,7 @@ import pytest
 from cascade.bundle.format import read, write
 from cascade.bundle.thumbnails import make
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import read as read_image
+from cascade.model.decoding import read as read_image
 from training.cli import start
 from training.data import dataset
 from training.thumbnails import command, illustrated

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cascade.errors import CascadeError, printable
-from cascade.model.preprocessing import Preprocessing, read
+from cascade.model.decoding import read
+from cascade.model.preprocessing import Preprocessing
 from training.data import arrays, published
 from training.data.array_cache import stored
 from training.data.scan import digest, scan, threaded, walk

@@ -16,7 +16,7 @@ import cascade
 from cascade import atomic
 from cascade.cache import sweep, used
 from cascade.cpus import cpu_count
-from cascade.model.preprocessing import LIMITS, ImageError, read
+from cascade.model.decoding import LIMITS, ImageError, read
 from cascade.offline.files import images_in
 from cascade.progress import track
 from training.data.arrays import root

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cascade.bundle.thumbnails import LIMITS, SIDE, make, media_type
-from cascade.model.preprocessing import decode
+from cascade.model.decoding import decode
 
 
 def test_pictures_come_back_in_their_order(cifar: list[Image.Image]) -> None:

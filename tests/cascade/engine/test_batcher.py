@@ -19,7 +19,7 @@ from cascade.engine.fair_queue import Answer
 from cascade.engine.items import AnyItem, Item, PassAnswer
 from cascade.engine.tenants import Tenant
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import LIMITS
+from cascade.model.decoding import LIMITS
 from tests.helpers.batching import Held, busy
 from tests.helpers.bundles import handmade, named
 from tests.helpers.metrics import now

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from cascade.model.decoding import LIMITS, ImageError, Limits, decode
 from cascade.model.image_metadata import MAX_SEGMENTS, jpeg_pixels, png_pixels
-from cascade.model.preprocessing import LIMITS, ImageError, Limits, decode
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg")).resize((64, 48))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cascade.model.preprocessing import ImageError, Limits
+from cascade.model.decoding import ImageError, Limits
 from cascade.offline import files
 from cascade.offline.files import fetch, find, images_in
 from cascade.offline.sources import plan

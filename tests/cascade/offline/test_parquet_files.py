@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import ImageError, decode
+from cascade.model.decoding import ImageError, decode
 from cascade.offline import parquet_files
 from cascade.offline.sources import plan
 from tests.helpers.paths import DATA

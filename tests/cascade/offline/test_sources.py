@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cascade.errors import CascadeError
-from cascade.model.preprocessing import ImageError, Limits, decode
+from cascade.model.decoding import ImageError, Limits, decode
 from cascade.offline.files import fetch
 from cascade.offline.sources import again, expand, plan
 from tests.helpers.photos import BYTES, PHOTOS, images, serving, tar
