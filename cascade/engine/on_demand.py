@@ -99,7 +99,7 @@ class OnDemandRegistry(Registry):
         for name in self._remembered():
             used = self.engine.stats()
             next_one = used["packed_bytes"] / max(1, used["bundles"])
-            room = (self.engine.memory_bytes or math.inf) - used["backbone_bytes"] - used["packed_bytes"]
+            room = (self.engine.resident.memory_bytes or math.inf) - used["backbone_bytes"] - used["packed_bytes"]
             if room < 2 * next_one:
                 return
             self.fetch(name)
@@ -112,7 +112,7 @@ class OnDemandRegistry(Registry):
         """
         listing = self._listing
         served = self._served(listing)
-        room = min(DOMAINS, (self.engine.memory_bytes or math.inf) * SHARE)
+        room = min(DOMAINS, (self.engine.resident.memory_bytes or math.inf) * SHARE)
         known: dict[Identity, tuple[str, Target | None]] = {}
         for n, identity in enumerate(served):
             stamp, found = listing[identity[0]][identity], self._domains.get(identity)
@@ -152,7 +152,7 @@ class OnDemandRegistry(Registry):
             found = self.store.read_domain(*identity)
         except BundleError:
             return stamp, None
-        return None if found is None else (stamp, Target.read(*identity, *found, self.engine.device))
+        return None if found is None else (stamp, Target.read(*identity, *found, self.engine.resident.device))
 
     def card(self, name: str, version: str) -> Card | None:
         """The card of a bundle in memory or not; None if there is none, or it can't be read on this machine."""
@@ -229,8 +229,8 @@ class OnDemandRegistry(Registry):
 
     def _read(self, identity: Identity) -> File:
         try:
-            bundle, digest = self.store.read(*identity, memory=self.engine.memory_bytes)
-            self.engine.export(bundle)
+            bundle, digest = self.store.read(*identity, memory=self.engine.resident.memory_bytes)
+            self.engine.resident.export(bundle)
             return bundle, digest
         except CascadeError as error:
             return partial(type(error), str(error))

@@ -263,7 +263,7 @@ class Registry:
             with self.journal.loading(identity, stamp):
                 if callable(file):
                     raise file()
-                bundle, digest = file or self.store.read(*identity, memory=self.engine.memory_bytes)
+                bundle, digest = file or self.store.read(*identity, memory=self.engine.resident.memory_bytes)
                 if held and digest != held[1]:
                     raise BundleError("its files differ from those being served: publish changes as a new version")
                 if not held:

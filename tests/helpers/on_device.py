@@ -98,5 +98,5 @@ class Calls:
         monkeypatch.setattr(CudaExecutor, "run", seen)
         monkeypatch.setattr(CudaExecutor, "run_each", each)
         monkeypatch.setattr(
-            "cascade.engine.engine.choose", lambda backbone, weight_cache, *_: CudaExecutor(backbone, weight_cache)
+            "cascade.engine.resident.choose", lambda backbone, weight_cache, *_: CudaExecutor(backbone, weight_cache)
         )

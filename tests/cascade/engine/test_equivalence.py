@@ -106,9 +106,9 @@ def test_alone_as_in_a_mixed_batch(
     wishes = mixture("a", "b")
     together = engine.predict(cifar[:24], wishes)
     assert len({(a.bundle, a.cluster) for a in good(together)}) >= 4
+    alone = {bundle.name: engine_of(bundle) for bundle in pair}
     for image, wish, answer in zip(cifar, wishes, together, strict=False):
-        alone = engine_of(*(b for b in pair if b.name == wish.bundle)).predict([image], wish)
-        same(alone[0], answer)
+        same(alone[str(wish.bundle)].predict([image], wish)[0], answer)
 
 
 def test_a_mask_for_each_image(
@@ -126,7 +126,7 @@ def test_a_mask_for_each_image(
 
     monkeypatch.setattr(CudaExecutor, "run_each", spy)
     monkeypatch.setattr(
-        "cascade.engine.engine.choose", lambda backbone, weight_cache, *_: CudaExecutor(backbone, weight_cache)
+        "cascade.engine.resident.choose", lambda backbone, weight_cache, *_: CudaExecutor(backbone, weight_cache)
     )
     single = handmade(cifar[:40], name="single", experts=0, mask_from=2, norms=True)
     engine = engine_of(*pair, single)

@@ -49,12 +49,12 @@ class Captures:
                 self, function: Callable[..., Tensor], inputs: Sequence[Tensor], stream: Any = None, pool: Any = None
             ) -> None:
                 if captures.engine is not None:
-                    captures.in_a_pass.append(captures.engine._lock.locked())
+                    captures.in_a_pass.append(captures.engine.resident._lock.locked())
                 super().__init__(function, inputs, stream, pool)
 
         monkeypatch.setattr(cuda, "Graph", Recorded)
         monkeypatch.setattr(
-            "cascade.engine.engine.choose",
+            "cascade.engine.resident.choose",
             lambda backbone, cache, kind, _: (PlainExecutor if kind == "plain" else CudaExecutor)(backbone, cache),
         )
 
@@ -199,7 +199,7 @@ def test_bundles_on_demand(captures: Captures, photos: list[Image.Image], tmp_pa
 
     def sizes(name: str) -> set[tuple[int, ...]]:
         answered(engine, photos[:1], Options(name))
-        graphs = next(iter(engine._executors.values()))._graphs  # type: ignore[attr-defined]
+        graphs = next(iter(engine.resident.executors.values()))._graphs  # type: ignore[attr-defined]
         return {tuple(key[-1]) for key in graphs if key[-1][0] == 3}
 
     assert sizes("a") == {(3, 64, 64)}

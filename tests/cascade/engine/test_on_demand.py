@@ -137,7 +137,7 @@ def test_a_bundle_that_leaves_right_after_the_check_has_left(
 ) -> None:
     registry = opened(store, 1, hand)
     held = [registry.engine.prepare(cifar[0], Options("a"))]
-    fit = registry.engine._fit
+    fit = registry.engine.resident._fit
 
     def check(*arguments: Any) -> None:
         try:
@@ -146,7 +146,7 @@ def test_a_bundle_that_leaves_right_after_the_check_has_left(
             if registry.engine.leaving:
                 held.clear()
 
-    monkeypatch.setattr(registry.engine, "_fit", check)
+    monkeypatch.setattr(registry.engine.resident, "_fit", check)
     assert isinstance(ask(registry, "b", cifar[0]), Prediction) and not held
 
 

@@ -212,7 +212,7 @@ def test_what_cannot_answer_is_refused(
 def test_a_version_is_replaced_where_memory_holds_one(hand: Bundle, small: Path, cifar: list[Image.Image]) -> None:
     engine = Engine()
     registry = load_store(engine, small)
-    engine.memory_bytes = engine.stats()["backbone_bytes"] + engine.stats()["packed_bytes"]
+    engine.resident.memory_bytes = engine.stats()["backbone_bytes"] + engine.stats()["packed_bytes"]
     write(hand, small / "b/1")
     registry.reload()
     assert [s.out_of_memory for s in registry.states("b")] == [True]
@@ -275,7 +275,7 @@ def test_a_defect_while_loading_refuses_one_bundle(
     engine = Engine()
     registry = load_store(engine, small)
     write(hand, small / "a/2")
-    monkeypatch.setattr(engine, "_try", lambda bundle: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(engine.resident, "_try", lambda bundle: torch.zeros(2) @ torch.zeros(3))
     held = engine.stats()
     registry.reload()
     assert states(registry) == {"a/1": "ready", "a/2": "refused"} and engine.stats() == held
@@ -424,7 +424,7 @@ def test_removal_waits_for_its_requests(hand: Bundle, other: Bundle, small: Path
     before = engine.stats()
     assert before["backbones"] == 2
     backbone = weakref.ref(
-        next(e for f, e in engine._executors.items() if f == other.card.backbone.fingerprint).backbone
+        next(e for f, e in engine.resident.executors.items() if f == other.card.backbone.fingerprint).backbone
     )
     waiting = [engine.prepare(cifar[0], Options(bundle="b")) for _ in range(2)]
     items = [item for item in waiting if isinstance(item, Item)]
