@@ -8,7 +8,7 @@ GROWN = 64 * 2**20
 """Bytes by which a process may grow before it trims its heap. A pass needs less."""
 
 
-class Resident:
+class Heap:
     """Trims the heap, because after large images the allocator would keep hundreds of MB."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Resident:
 
 
 def resident() -> int:
-    """Resident bytes of this process (RSS)."""
+    """Heap bytes of this process (RSS)."""
     with open("/proc/self/statm", "rb") as statm:
         return _resident(statm.read())
 

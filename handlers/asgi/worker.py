@@ -31,7 +31,7 @@ from cascade.engine.stores import load_store
 from cascade.engine.unknown import UnknownImages
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
-from cascade.malloc_trim import Resident
+from cascade.malloc_trim import Heap
 from cascade.offline.index.live import LiveIndex
 from handlers.asgi import key_file, tls
 from handlers.asgi.app import create_app
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         self.certificate, self.most = certificate, most
         self.drain_timeout, self.heartbeat = drain_timeout, heartbeat
         self.end = float("inf")
-        self.memory = Resident()
+        self.memory = Heap()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.service.stopping:

@@ -26,7 +26,7 @@ from cascade.engine.stores import load_store
 from cascade.engine.unknown import UnknownImages
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
-from cascade.malloc_trim import Resident
+from cascade.malloc_trim import Heap
 from cascade.tracing import Trace
 from handlers import requests, spans
 from handlers.statuses import status_of
@@ -82,7 +82,7 @@ class CascadeHandler:
             self.engine.unknown = resources.enter_context(kept)
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
-        self.memory = Resident()
+        self.memory = Heap()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """Answer each request of a batch, in order, and set its status; a bad request never raises."""

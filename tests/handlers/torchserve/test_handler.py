@@ -25,7 +25,7 @@ from cascade.engine.decoders import Decoders
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.unknown import NAME
 from cascade.logs import JsonLines
-from cascade.malloc_trim import Resident
+from cascade.malloc_trim import Heap
 from handlers.statuses import status_of
 from handlers.torchserve import handler
 from handlers.torchserve.handler import CascadeHandler
@@ -59,7 +59,7 @@ def served(tmp_path: Path) -> Iterator[CascadeHandler]:
     served.engine = Engine()  # type: ignore[assignment]
     served.gate = tmp_path / "gate"
     served.gate.touch()
-    served.memory = Resident()
+    served.memory = Heap()
     served.decoders = Decoders(2, cpu_seconds=60)
     yield served
     served.decoders.close()
