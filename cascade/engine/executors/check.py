@@ -5,6 +5,7 @@ calling its layer, the folded model silently gives wrong features. So each execu
 mask, under masks that change everything a mask can change, and with one mask per image.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ EXACT, TF32, ROUNDED = 1e-3, 0.03, 0.1
 class _Uncounted(WeightCache):
     """A cache that is left out of the metrics."""
 
-    def _missed(self) -> None:
+    def count(self, key: Hashable, hit: bool) -> None:
         pass
 
     def _use(self, size: int) -> None:

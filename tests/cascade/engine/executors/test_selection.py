@@ -15,6 +15,7 @@ from cascade.engine.executors.selection import choose
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
+from tests.helpers.metrics import now
 
 pytestmark = pytest.mark.slow
 
@@ -83,13 +84,14 @@ def test_layers_that_no_mask_can_be_folded_into() -> None:
 
 
 def test_checking_is_not_counted() -> None:
-    weight_cache = WeightCache(1)  # no mask fits
+    weight_cache, before = WeightCache(1), now("mask_misses_total")  # no mask fits
     executor = choose(backbones.load("test_byobnet", "random:0"), weight_cache, "folded", 64)
     assert executor.weight_cache is weight_cache and (
         weight_cache.used,
         weight_cache.misses,
         weight_cache.evictions,
     ) == (0, 0, 0)
+    assert now("mask_misses_total") == before
     assert executor.backbone.weights.is_meta, "the plain model is given up"
 
 
