@@ -19,7 +19,7 @@ from handlers.asgi.watched import Watched
 log = logging.getLogger("cascade.tls")
 SECONDS = 10.0
 """For a handshake, and for the client to confirm that a connection is closed."""
-PAUSE = 0.1  # seconds until the next connection is accepted, after one could not be
+PAUSE = 1.0  # seconds until the next connection is accepted, after one could not be
 
 
 @dataclass(frozen=True)
