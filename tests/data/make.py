@@ -12,8 +12,8 @@ from training.data.arrays import CLASSES, load
 
 HERE = Path(__file__).parent
 COLUMNS, ROWS = 20, 15
-CUSTOMERS = {"objects": "cifar10", "clothes": "fashion-mnist", "groceries": "groceries", "digits": "digits"}
-EACH, SEED = 4, 0
+CUSTOMERS = {"objects": "cifar10", "clothes": "fashion-mnist", "groceries": "fruit", "digits": "digits"}
+EACH, SEED = 5, 0
 STRANGERS = {"sklearn.datasets": "images/china.jpg", "matplotlib": "mpl-data/sample_data/grace_hopper.jpg"}
 
 

@@ -66,5 +66,5 @@ def test_committed_images_have_a_customer_and_a_label() -> None:
     dispatched = [sample for sample in found if sample.bundle is None]
     assert [sample.customer for sample in dispatched[-2:]] == [NOBODY, NOBODY]
     for customer in ("objects", "clothes", "groceries", "digits"):
-        assert sum(sample.customer == customer and bool(sample.label) for sample in dispatched) == 4
+        assert sum(sample.customer == customer and bool(sample.label) for sample in dispatched) == 5
     assert [(sample.bundle, sample.customer) for sample in found[len(dispatched) :]] == [("paper", None)] * 2

@@ -1,8 +1,9 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST by name, as arrays.
 
 They are stored in $CASCADE_DATA as .npy files, which later runs map from disk. If these are missing, torchvision reads
-its own files in that folder, or downloads them. Groceries (the fruit of the Grocery Store Dataset, arXiv 1901.00711)
-and solar cells (ELPV, doi 10.1016/j.solener.2019.02.067) are read from .npy files only.
+its own files in that folder, or downloads them. Groceries (the fruit of the Grocery Store Dataset, arXiv 1901.00711),
+fruit (the same photos, larger, in five classes) and solar cells (ELPV, doi 10.1016/j.solener.2019.02.067) are read from
+.npy files only.
 """
 
 import os
@@ -43,6 +44,7 @@ CLASSES = {
         "Ankle boot",
     ],
     "digits": list("0123456789"),
+    "fruit": ["Apple", "Melon", "Orange", "Pear", "Satsumas"],
     "groceries": [
         "Anjou",
         "Cantaloupe",
@@ -79,8 +81,8 @@ def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of one split, mapped from disk.
 
     Returns:
-        uint8 [N, 32, 32, 3], [N, 28, 28] (Fashion-MNIST, digits), [N, 128, 128, 3] (groceries)
-        or [N, 128, 128] (solar cells), and int64 [N].
+        uint8 [N, 32, 32, 3], [N, 28, 28] (Fashion-MNIST, digits), [N, 128, 128, 3] (groceries), [N, 192, 192, 3]
+        (fruit) or [N, 128, 128] (solar cells), and int64 [N].
 
     Raises:
         SourceError: the data set is not on disk and torchvision cannot download it.
