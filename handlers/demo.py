@@ -47,8 +47,12 @@ class AsgiServer:
             )
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def stop(self) -> None:
+        """Tell it to end, and do not wait: leaving does."""
         self._process.terminate()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(15)
         process.kill(self._process)
@@ -103,6 +107,7 @@ def main(
                 rates = demo_traffic.measure(url, overview["bundles"], asked)
             demo_report.summary(overview, answers, rates, console)
             stack.enter_context(console.status("stopping the servers"))
+            asgi.stop()  # while TorchServe ends, whose block is left first
     except (CascadeError, httpx.HTTPError, OSError) as e:
         print(f"demo: {e}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -132,9 +132,12 @@ def _facts(overview: dict[str, Any], answers: Sequence[Answered], rates: Rates |
     yield "models", escape(", ".join(f"{name} {_mb(size)}" for name, size in sizes.items()))
     copies = f"{len(sizes)} resident copies" if len(sizes) > 1 else "a resident copy"
     yield "", f"together {_mb(sum(sizes.values()))}; {copies} would take {_mb(resident / len(backbones) * len(sizes))}"
-    known = [a.right for a in answers if a.sample.label is not None]
+    known = [a for a in answers if a.sample.label is not None]
     if known:
-        yield "labels", f"{sum(map(bool, known))} of {len(known)} are right"
+        dispatched, named = ([a.right for a in known if bool(a.sample.bundle) == by_name] for by_name in (False, True))
+        text = f"{sum(map(bool, dispatched))} of {len(dispatched)} are right"
+        by_name = f"; {sum(map(bool, named))} of {len(named)} where the request named a bundle"
+        yield "labels", text + (by_name if named else "")
     own = [a for a in answers if a.sample.customer not in (None, NOBODY)]
     if own:
         sent = sum(a.answer is not None and a.answer.bundle == a.sample.customer for a in own)

@@ -11,9 +11,9 @@ from typing import Any
 from cascade.client import Client
 from handlers.demo_images import Sample
 
-SECONDS = 5.0
+SECONDS = 4.0  # and about one until the last requests are answered
 ROUNDS = 2
-IMAGES = 32  # of a request
+IMAGES = 16  # of a request
 
 
 @dataclass(frozen=True)
