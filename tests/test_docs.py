@@ -145,6 +145,17 @@ def test_figures_of_the_readme_are_those_of_the_json() -> None:
         assert f" {json.loads(path.read_text())['accuracy']:.1f} " in text, row
 
 
+def test_accuracy_of_the_demo_is_that_of_its_cards() -> None:
+    text = (ROOT / "README.md").read_text()
+    for customer, row in (
+        ("objects", "mask, scales and shifts"),
+        ("clothes", "1-bit delta"),
+        ("groceries", "mask, scales and shifts"),
+    ):
+        card = json.loads((ROOT / "model_store" / customer / "1" / "cascade.json").read_text())
+        assert f"{customer} {100 * card['accuracy']['rows'][row]['test']:.1f}" in text, customer
+
+
 def test_figures_of_dispatch_are_those_of_the_json() -> None:
     figures = json.loads((ROOT / "benchmarks" / "results" / "domains.json").read_text())["figures"]
     share = f"{100 * figures['route_accuracy_between_data_sets']['value']:.1f} %"
