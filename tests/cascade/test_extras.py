@@ -1,5 +1,6 @@
 """The base install: every command of an extra ends with the line that names it, and the rest works without extras."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -31,34 +32,49 @@ COMMANDS = {
     "offline": ["predict", "photos", "--out", "out"],
     "index": ["index", "build", "out", "--out", "index"],
 }
+HELP = ("train", "predict", "serve", "evaluate", "index", "inspect")
+PROGRAM = """
+import json
+import cascade, handlers.asgi.worker, handlers.asgi.app
+cascade.load, cascade.Engine, cascade.Client
+from typer.testing import CliRunner
+from cascade.cli.main import app
+said = []
+for command in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(app, command)
+    assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+    said.append([done.exit_code, done.stderr])
+print(json.dumps(said))
+"""
 
 
-def base(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run a program as after ``pip install cascade-vision``, without any extra."""
+@pytest.fixture(scope="module")
+def said() -> dict[str, tuple[int, str]]:
+    """Status and stderr of each command after ``pip install cascade-vision``, without any extra.
+
+    One process imports the runtime and the ASGI server, which need none, and runs all commands.
+    """
     # FastAPI needs OpenTelemetry's interface, so the extra adds only what implements it.
     blocked = EXTRAS.keys() - {"torchserve", "opentelemetry"} | {"opentelemetry.sdk", "opentelemetry.exporter"}
-    code = BASE % sorted(blocked) + program
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    commands = {**COMMANDS, **{f"{name} --help": [name, "--help"] for name in HELP}}
+    program = [sys.executable, "-c", BASE % sorted(blocked) + PROGRAM, json.dumps([*commands.values()])]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(commands, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_of_an_extra_names_it(command: str) -> None:
-    done = base("from cascade.cli.main import app; app()", *COMMANDS[command])
-    assert done.returncode == 1, done.stdout
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "is not installed: pip install 'cascade-vision[" in line
+def test_command_of_an_extra_names_it(said: dict[str, tuple[int, str]], command: str) -> None:
+    status, stderr = said[command]
+    (line,) = stderr.splitlines()
+    assert status == 1 and line.startswith("error: ")
+    assert "is not installed: pip install 'cascade-vision[" in line
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "serve", "evaluate", "index", "inspect"])
-def test_help_is_no_traceback(command: str) -> None:
-    done = base("from cascade.cli.main import app; app()", command, "--help")
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 0 or "pip install 'cascade-vision[" in done.stderr
-
-
-def test_runtime_and_asgi_server_need_no_extra() -> None:
-    done = base("import cascade, handlers.asgi.worker, handlers.asgi.app; cascade.load, cascade.Engine, cascade.Client")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("command", HELP)
+def test_help_is_no_traceback(said: dict[str, tuple[int, str]], command: str) -> None:
+    status, stderr = said[f"{command} --help"]
+    assert status == 0 or "pip install 'cascade-vision[" in stderr
 
 
 def test_extras_are_those_of_the_project() -> None:
