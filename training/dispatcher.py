@@ -81,16 +81,17 @@ def objective(run: Run, head: Path | None = None) -> Objective:
     seed_everything(run.recipe.seed)
     recipe, backbone, preprocessing = run.recipe, run.backbone, run.preprocessing
     result: Objective
+    views = None if run.views is None else run.views[0]
     if recipe.kind == "swav":
         result = SelfSupervised(recipe, backbone.features, preprocessing, run.views)
     elif recipe.kind == "distill":
         start = None if teacher.is_same_network(run) else run.features("frozen")[0]
-        result = Distillation(recipe, preprocessing, teacher.features(run), start)
+        result = Distillation(recipe, preprocessing, teacher.features(run), start, views)
     else:
         if run.images.labels is None:
             raise CascadeError(f"{recipe.data} has no class folders: omit --labels")
-        labels = run.images.labels.astype(np.int64)
-        result = Supervised(recipe, backbone.features, preprocessing, labels, len(run.images.classes), run.rows[0])
+        labels, classes = run.images.labels.astype(np.int64), len(run.images.classes)
+        result = Supervised(recipe, backbone.features, preprocessing, labels, classes, run.rows[0], views)
     if head:
         result.module.load_state_dict(strip_prefix(trained(head), "objective."))
     result.module.to(device())

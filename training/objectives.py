@@ -52,6 +52,15 @@ class Batch:
         drawn = [torch.randint(count, (len(rows),), generator=own) for _, rows, own in self.pieces()]
         return torch.cat(drawn).numpy()
 
+    def stored(self, views: np.ndarray, count: int, draws: np.ndarray) -> Tensor:
+        """Rows of ``count`` stored augmentations of all images, float16 [count * N, ...]: float32 [B, ...].
+
+        Args:
+            draws: which augmentation of each image, int64 [B].
+        """
+        rows = draws * (len(views) // count) + self.rows
+        return torch.from_numpy(views[rows]).to(self.pixels.device).float()
+
 
 class Objective(Protocol):
     """A loss with its own parameters.
@@ -182,8 +191,7 @@ class SelfSupervised:
             return
         draws = batch.draws(r.draws)
         for group in self.views:
-            images = len(group) // r.draws
-            stored = torch.from_numpy(group[draws * images + batch.rows]).to(batch.pixels.device).float()
+            stored = batch.stored(group, r.draws, draws)
             yield stored.shape[1], stored.transpose(0, 1).flatten(0, 1)
 
     def _code(self, view: int, scores: Tensor, progress: float) -> Tensor:
@@ -205,6 +213,7 @@ class Supervised:
 
     Args:
         labels: int64 [N]. rows: the images to train on (default: all), for the class weights.
+        views: stored trunk features to train on instead of the pixels, float16 [draws * N, C, h, w].
     """
 
     falls = True
@@ -217,8 +226,9 @@ class Supervised:
         labels: np.ndarray,
         classes: int = 0,
         rows: np.ndarray | None = None,
+        views: np.ndarray | None = None,
     ) -> None:
-        self.recipe, self.preprocessing = recipe, preprocessing
+        self.recipe, self.preprocessing, self.views = recipe, preprocessing, views
         self.labels = torch.from_numpy(labels)
         classes = classes or int(labels.max()) + 1
         self.module = nn.Linear(features, classes)
@@ -245,12 +255,17 @@ class Supervised:
         pass
 
     def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
-        p = self.preprocessing
-        x = torch.cat([shift_flip(x, p.size // SHIFT, g, p.mean, p.std) for x, _, g in batch.pieces()])
-        logits = self.module(model.tail(model.trunk(x)))
+        logits = self.module(model.tail(self._trunk(model, batch)))
         weights = None if self.weights is None else self.weights.to(logits.device)
         truth = self.labels[batch.rows].to(logits.device)
         return cross_entropy(logits, truth, weights, label_smoothing=self.recipe.label_smoothing)
+
+    def _trunk(self, model: MaskedModel, batch: Batch) -> Tensor:
+        p, draws = self.preprocessing, self.recipe.draws
+        if self.views is not None:
+            return batch.stored(self.views, draws, batch.draws(draws))
+        shifted = [shift_flip(x, p.size // SHIFT, g, p.mean, p.std) for x, _, g in batch.pieces()]
+        return model.trunk(torch.cat(shifted))
 
     def facts(self) -> dict[str, float]:
         return {}
@@ -265,6 +280,8 @@ class Distillation:
         teacher: features of the images and of their mirror images, float16 [2, N, F_t].
         start: the student's features before training, float32 [N, F]. Needed if the teacher has another width: a linear
             map from student to teacher is then fitted by ridge regression and trained as well.
+        views: stored trunk features of the images and of their mirror images, float16 [2 * N, C, h, w]; default: from
+            the pixels.
     """
 
     falls = True
@@ -275,8 +292,9 @@ class Distillation:
         preprocessing: Preprocessing,
         teacher: np.ndarray,
         start: np.ndarray | None = None,
+        views: np.ndarray | None = None,
     ) -> None:
-        self.recipe, self.preprocessing, self.teacher = recipe, preprocessing, teacher
+        self.recipe, self.preprocessing, self.teacher, self.views = recipe, preprocessing, teacher, views
         plain = torch.from_numpy(np.asarray(teacher[0], np.float32))
         self.mean, self.deviation = plain.mean(dim=0), plain.std(dim=0)
         self.deviation = self.deviation.clamp(min=float(self.deviation.mean()) * 1e-2 + 1e-12)
@@ -297,12 +315,16 @@ class Distillation:
         pass
 
     def loss(self, model: MaskedModel, batch: Batch) -> Tensor:
+        mirrored = batch.draws(2)
+        return self.distance(model.tail(self._trunk(model, batch, mirrored)), self.teacher[mirrored, batch.rows])
+
+    def _trunk(self, model: MaskedModel, batch: Batch, mirrored: np.ndarray) -> Tensor:
         p = self.preprocessing
-        mirrored = batch.draws(2).astype(bool)
+        if self.views is not None:
+            return batch.stored(self.views, 2, mirrored)
         x = batch.pixels.float().div_(255)
-        flip = torch.from_numpy(mirrored).to(x.device)[:, None, None, None]
-        x = normalize(torch.where(flip, x.flip(3), x), p.mean, p.std)
-        return self.distance(model.tail(model.trunk(x)), self.teacher[mirrored.astype(int), batch.rows])
+        flip = torch.from_numpy(mirrored > 0).to(x.device)[:, None, None, None]
+        return model.trunk(normalize(torch.where(flip, x.flip(3), x), p.mean, p.std))
 
     def distance(self, features: Tensor, wanted: np.ndarray) -> Tensor:
         """Mean smooth L1 distance of student features [B, F] to the teacher's [B, F_t]."""

@@ -49,7 +49,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "expert_steps": "Steps of each expert with swav; else the experts share --steps.",
         "batch": "Images in a step, over all processes.",
         "accumulate": "Parts of a batch that run one after the other, to save memory.",
-        "draws": "Augmentations of each image whose trunk features are stored and reused; 0: a new one each time.",
+        "draws": "Augmentations of each image whose trunk features are stored and reused (distillation: 2, as there"
+        " are no more); 0: a new one each time.",
         "optimizer": "Optimizer of the scores; rms-sgd divides each tensor's gradient by its root mean square.",
         "lr": "Learning rate of the scores; 0: 0.02, and with labels more in short trainings, at most 0.05. With"
         " --adapt delta, of all weights; 0: 0.001, and half of it without labels.",

@@ -40,6 +40,7 @@ from training.data import dataset, feature_cache
 from training.data.dataset import Images
 from training.masking import MaskedModel, mask_backbone, select, to_mask
 from training.memory import expect
+from training.objectives import SHIFT
 from training.recipe import Recipe
 from training.tuned import tune_backbone
 
@@ -219,18 +220,20 @@ class Run:
             return None
         if self.mask_from != self.expert_from:
             raise CascadeError("--draws stores the features before --mask-from: leave --expert-from out, or --draws")
-        crops = r.crops(p.size)
-        key = [
-            self.backbone.fingerprint,
-            self.images.fingerprint(),
-            self.mask_from,
-            r.draws,
-            crops,
-            p.to_json(),
-        ]
+        crops, most = r.crops(p.size), p.size // SHIFT
+        how = {"swav": crops, "labels": most, "distill": "mirrored"}[r.kind]
+        draws = 2 if r.kind == "distill" else r.draws
+        key = [self.backbone.fingerprint, self.images.fingerprint(), self.mask_from, draws, how, p.to_json()]
         path = self.cache / f"views-{hash_of(key)}"
-        self.watch.say(f"storing trunk features of {r.draws} draws of {len(self.images)} images")
-        return feature_cache.store(self.executor, self.mask_from, self.pixels, p, crops, r.draws, path)
+        self.watch.say(f"storing trunk features of {draws} draws of {len(self.images)} images")
+        some = self.executor, self.mask_from, self.pixels, p
+        match r.kind:
+            case "swav":
+                return feature_cache.store(*some, crops, draws, path)
+            case "labels":
+                return [feature_cache.store_shifted(*some, most, draws, path)]
+            case "distill":
+                return [feature_cache.store_mirrored(*some, path)]
 
     @property
     def mask_from(self) -> int:

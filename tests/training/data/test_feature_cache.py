@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
 from training.data import feature_cache
 from training.data.array_cache import stored
-from training.data.augment import Crop, multi_crop
+from training.data.augment import Crop, multi_crop, shift_flip
 from training.loop import generator, seed_everything
 from training.masking import MaskedModel, mask_backbone
-from training.objectives import Batch, SelfSupervised
+from training.objectives import Batch, Distillation, SelfSupervised, Supervised
 from training.recipe import Recipe
 
 STAGE, DRAWS = 3, 2
@@ -202,3 +203,29 @@ def test_arrays_that_nobody_uses_leave_with_the_next_one(tmp_path: Path) -> None
     array("kept.npy")  # used again
     assert array("new.npy").tolist() == [[1, 1, 1], [1, 1, 1]]
     assert {path.name for path in tmp_path.iterdir()} == {"kept.npy", "new.npy", "notes.txt"}
+
+
+def test_labels_and_distillation_train_on_stored_features_as_on_pixels(
+    executor: PlainExecutor, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """Distillation loses nothing: it knows two views of an image. With labels the draws are those of the store."""
+    p, rows = Preprocessing.of(executor.backbone.config, 36), np.array([70, 3, 99, 64])
+    model = mask_backbone(executor.backbone, STAGE)
+    batch = Batch(torch.from_numpy(pixels[rows]), rows, 0.0, [generator(7)])
+    teacher = np.random.default_rng(0).normal(size=(2, len(pixels), executor.backbone.features)).astype(np.float16)
+    mirrored = feature_cache.store_mirrored(executor, STAGE, pixels, p, tmp_path / "mirrored")
+    losses = []
+    for views in (None, mirrored):
+        batch.generators[0].manual_seed(1)
+        losses.append(float(Distillation(RECIPE, p, teacher, views=views).loss(model, batch).detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] > 0
+    shifted = feature_cache.store_shifted(executor, STAGE, pixels, p, 4, DRAWS, tmp_path / "shifted")
+    labels = np.arange(len(pixels)) % 4
+    loss = Supervised(replace(RECIPE, labels=True), executor.backbone.features, p, labels, views=shifted)
+    draws = Batch(batch.pixels, rows, 0.0, [generator(7)]).draws(DRAWS)
+    found = loss._trunk(model, Batch(batch.pixels, rows, 0.0, [generator(7)]))
+    for row, draw, own in zip(rows, draws.tolist(), found, strict=True):
+        begin = row // feature_cache.BATCH * feature_cache.BATCH
+        some = torch.from_numpy(pixels[begin : begin + feature_cache.BATCH])
+        live = model.trunk(shift_flip(some, 4, generator(draw, begin, p.size), p.mean, p.std))[row - begin]
+        torch.testing.assert_close(own, live, rtol=1e-2, atol=1e-2)
