@@ -29,7 +29,7 @@ from tests.helpers.paths import DATA
 from tests.helpers.servers import CLIENT
 
 pytestmark = pytest.mark.e2e
-ARROW_RIGHT = "\ue014"  # as WebDriver writes the key
+TAB, ARROW_RIGHT = "\ue004", "\ue014"  # as WebDriver writes the keys
 PHOTO = DATA / "photos" / "cat-0000.png"
 
 # A file that is dragged in cannot be made from outside of the page.
@@ -61,6 +61,15 @@ PICTURES = """(figures => figures.every(f => f.firstChild.complete && f.firstChi
 LIGHTNESS = """(style => [style.backgroundColor, style.color].map(
     color => color.match(/[\\d.]+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0) / 765)
 )(getComputedStyle(document.querySelector("#cards section")))"""
+
+
+# What a person can act on or is told, as far as it is visible; pictures without a text stand beside their name.
+CONTROLS = """[...document.querySelectorAll(
+    "a[href], button, input, select, summary, meter, canvas, [tabindex], img:not([alt=''])")]
+    .filter(element => element.checkVisibility())"""
+# Those of them that the Tab key has not reached, as HTML.
+UNREACHED = f"""{CONTROLS}.filter(e => e.tabIndex >= 0 && !e.disabled && !e.dataset.reached)
+    .map(e => e.outerHTML.slice(0, 80))"""
 
 
 def percent(share: float) -> str:
@@ -249,6 +258,32 @@ def test_it_fits_the_screen_and_its_colors(browser: Any, asgi: Asgi, scheme: str
         assert page.until(fits)
         back, ink = page.until(LIGHTNESS)
         assert (back > 0.9 and ink < 0.3) if scheme == "light" else (back < 0.2 and ink > 0.8)
+
+
+def test_every_control_has_a_name_and_is_reached_by_the_keyboard(browser: Any, asgi: Asgi) -> None:
+    """In all views, as a screen reader says it."""
+    from selenium.webdriver import ActionChains
+
+    page = Page(browser, asgi.base)
+    page.until("document.querySelectorAll('#bundle option').length")
+    page.choose(PHOTO)
+    page.until("document.body.dataset.shown")
+    for view, ready in (
+        ("try", "document.body.dataset.shown"),
+        ("overview", "document.querySelectorAll('#cards section').length"),
+        ("inside", "inside.dataset.shown"),
+        ("improve", "kept.textContent"),
+    ):
+        page.press(view)
+        controls = page.until(f"{ready} && {CONTROLS}")
+        nameless = [e.get_attribute("outerHTML") for e in controls if not e.accessible_name]
+        assert not nameless, view
+        for _ in range(len(controls) + 4):
+            ActionChains(browser).send_keys(TAB).perform()
+            browser.execute_script("document.activeElement.dataset.reached = 1")
+            if not (left := browser.execute_script(f"return {UNREACHED}")):
+                break
+        assert not left, view
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
