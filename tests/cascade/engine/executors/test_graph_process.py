@@ -21,7 +21,9 @@ def executor_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> OnnxExecutor:
 
 
 @pytest.mark.slow
-def test_the_child_makes_the_same_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_makes_the_same_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of the same bytes, with the constants that no mask changes."""
     name = "test_vit"
     backbone = calibrated(name)
@@ -32,13 +34,14 @@ def test_the_child_makes_the_same_graphs(tmp_path: Path, monkeypatch: pytest.Mon
     executor.prepare([mask], x.shape[-1])
     wanted = features(executor, mask, x, 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "child"))
+    monkeypatch.setattr(graph_process, "SECONDS", 900.0)  # on cores that others keep busy, too
     executor = OnnxExecutor(calibrated(name), WeightCache(2**30))
     executor.export([mask], x.shape[-1])
     monkeypatch.setattr(onnx, "made", None)  # all are there
     executor.prepare([mask], x.shape[-1])
     np.testing.assert_array_equal(features(executor, mask, x, 2), wanted)
     here, child = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.safetensors")} for n in ("here", "child"))
-    assert here == child and len(here) == 3
+    assert here == child and len(here) == 3 and not caplog.records
 
 
 @pytest.mark.parametrize(
