@@ -76,7 +76,8 @@ def signed(bits: Tensor, weights: Tensor, table: Tensor, scales: Tensor, steps: 
 
 
 @triton.jit
-def _masked(bits, weights, table, scales, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(bits, weights, table, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's places in the buffer and which of them exist, their weights and bits, and their rows."""
     entry = table + tl.program_id(0) * 6  # FIELDS
     # Without these hints loads and stores would not be vectorized.
     begin = tl.multiple_of(tl.load(entry), 16)
@@ -85,30 +86,26 @@ def _masked(bits, weights, table, scales, out, TILE: tl.constexpr):  # type: ign
     # One dimension, so that bits and weights share a layout and no value moves between threads. The threads that read
     # the same word of bits are neighbors in a warp, which loads it once.
     at = tl.arange(0, TILE)
-    lane = at % 16
-    weight = tl.load(weights + begin + at, mask=at < size, other=0.0)
-    active = (tl.load(bits + begin // 16 + at // 16, mask=at < size, other=0).to(tl.int32) >> lane) & 1
+    there, lane = at < size, at % 16
+    weight = tl.load(weights + begin + at, mask=there, other=0.0)
+    active = (tl.load(bits + begin // 16 + at // 16, mask=there, other=0).to(tl.int32) >> lane) & 1
     # Integer division takes about twenty instructions. Adding a half keeps the float from falling below a whole number.
     nth = ((place + at).to(tl.float32) + 0.5) * (1.0 / piece.to(tl.float32))
+    return begin + at, there, weight, active, row + nth.to(tl.int32) * block + lane % block
+
+
+@triton.jit
+def _masked(bits, weights, table, scales, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at, there, weight, active, row = _tile(bits, weights, table, TILE)
     # Padding has no bit set, so no row beyond the last is read.
-    scale = tl.load(scales + row + nth.to(tl.int32) * block + lane % block, mask=active != 0, other=0.0)
-    tl.store(out + begin + at, (weight * scale).to(out.dtype.element_ty), mask=at < size)
+    scale = tl.load(scales + row, mask=active != 0, other=0.0)
+    tl.store(out + at, (weight * scale).to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _signed(bits, weights, table, scales, steps, rows, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """See ``_masked``, whose loads these are."""
-    entry = table + tl.program_id(0) * 6  # FIELDS
-    begin = tl.multiple_of(tl.load(entry), 16)
-    size = tl.multiple_of(tl.load(entry + 1), 16) - begin
-    place, row, piece, block = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-    at = tl.arange(0, TILE)
-    lane = at % 16
-    weight = tl.load(weights + begin + at, mask=at < size, other=0.0)
-    active = (tl.load(bits + begin // 16 + at // 16, mask=at < size, other=0).to(tl.int32) >> lane) & 1
-    nth = ((place + at).to(tl.float32) + 0.5) * (1.0 / piece.to(tl.float32))
-    r = row + nth.to(tl.int32) * block + lane % block
-    real = (at < size) & (r < rows)  # padding may lie behind the last row
-    scale, step = tl.load(scales + r, mask=real, other=0.0), tl.load(steps + r, mask=real, other=0.0)
+    at, there, weight, active, row = _tile(bits, weights, table, TILE)
+    real = there & (row < rows)  # padding may lie behind the last row
+    scale, step = tl.load(scales + row, mask=real, other=0.0), tl.load(steps + row, mask=real, other=0.0)
     value = weight * scale + tl.where(active != 0, step, -step)
-    tl.store(out + begin + at, value.to(out.dtype.element_ty), mask=at < size)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=there)

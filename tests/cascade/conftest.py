@@ -2,8 +2,10 @@
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from shutil import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,22 @@ import cascade
 from cascade.bundle.format import Bundle, read
 from tests.conftest import sheet
 from tests.helpers.photos import PHOTOS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def indices_in_old_interpreters() -> None:
+    """Triton 3.6's interpreter makes integers of arrays with one element, which numpy refuses since 2.4."""
+    if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -32,6 +33,7 @@ def test_the_swap_moves_vectors(code: dict[str, str]) -> None:
             assert text.count("ld.global.v4.b32") == 4, "four vectors of pristine weights a thread"
             assert text.count("st.global.v4.b32") == (4 if dtype == "fp32" else 2)
             assert "div.s32" not in text, "no division of integers"
+            assert "bar.sync" not in text, "no value moves between threads"
 
 
 def test_products_run_on_tensor_cores(code: dict[str, str]) -> None:
@@ -45,3 +47,16 @@ def test_products_run_on_tensor_cores(code: dict[str, str]) -> None:
 
 def test_depthwise_moves_vectors(code: dict[str, str]) -> None:
     assert "ld.global.v4" in code["depthwise, fp32"]
+
+
+def test_bits_are_loaded_a_step_ahead(code: dict[str, str]) -> None:
+    """Each step of a product loads the bits that the next one reads."""
+    lines = code["product, bf16"].splitlines()
+    product = next(i for i, line in enumerate(lines) if "wgmma.mma_async" in line)
+    begin = max(i for i, line in enumerate(lines[:product]) if line.startswith("$L__BB"))
+    end = next(i for i in range(product, len(lines)) if f"bra \t{lines[begin].rstrip(':')}" in lines[i])
+    loop = lines[begin:end]
+    (at,) = (i for i, line in enumerate(loop) if "ld.global.b16" in line)
+    (register,) = re.findall(r"\{ (%rs\d+) \}", loop[at])
+    reads = [i for i, line in enumerate(loop) if re.search(rf", {register}\b", line)]
+    assert reads and max(reads) < at
