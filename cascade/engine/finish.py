@@ -1,5 +1,6 @@
-"""The end of a pass: features to answers, in batched operations per bundle and one transfer for all of them.
+"""The end of a pass: features to answers, in operations for all bundles at once, and one transfer for all of them.
 
+route     clusters and out-of-domain scores, from the dispatcher's features
 fuse      the blocks of the dispatcher and the experts to embeddings
 labels    the best classes of the linear head
 neighbors the nearest training images, searched on the CPU after the transfer
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from cascade import metrics
 from cascade.bundle.format import Bundle
-from cascade.engine.items import Item, download
+from cascade.engine.items import Item, download, grouped, upload
 from cascade.engine.results import Label, Neighbor, Prediction
-from cascade.model import router
+from cascade.model import out_of_domain, router
 from cascade.model.fusion import Fusion, Mode
 
 
@@ -28,7 +29,7 @@ class Group:
     Attributes:
         rows: the index of each image in the batch. items: the images, N of them.
         trunk: what the experts continue from, [N, ...]. features: of the dispatcher, float32 [N, F].
-        cluster, confidence, ood: of each image, [N].
+        cluster, confidence, ood: of each image, float32 or int64 [N].
         tails: passes of experts.
     """
 
@@ -58,13 +59,6 @@ class Group:
             begin = modes.index(mode)
             yield mode, begin, begin + modes.count(mode)
 
-    def route(self) -> None:
-        """Compute cluster, confidence and out-of-domain score from the dispatcher's features."""
-        bundle = self.bundle
-        self.cluster, self.confidence = router.route(bundle.router, bundle.calibration, self.features)
-        zero = torch.zeros_like(self.confidence)
-        self.ood = zero if bundle.ood is None else bundle.ood.score(self.features)
-
 
 @dataclass(eq=False)
 class Tail:
@@ -87,11 +81,28 @@ class Tail:
         return trunk if len(self.images) == len(trunk) else trunk.index_select(0, self.index)
 
 
+def route(groups: Sequence[Group]) -> None:
+    """Compute clusters, confidences and out-of-domain scores from the dispatchers' features, for all groups at once."""
+    sizes = [len(group.items) for group in groups]
+    zeros, ones = (new(sum(sizes)).split(sizes) for new in (groups[0].features.new_zeros, groups[0].features.new_ones))
+    for group, zero, one in zip(groups, zeros, ones, strict=True):
+        group.cluster, group.confidence, group.ood = zero, one, zero
+        if (own := group.bundle.router) is not None:
+            group.cluster, group.confidence = router.route(own, group.bundle.calibration, group.features)
+    scored = [(group, group.bundle.ood) for group in groups if group.bundle.ood is not None]
+    for alike in grouped(scored, lambda pair: pair[1].shape):
+        features = [group.features for group, _ in alike]
+        owner = upload([n for n, part in enumerate(features) for _ in range(len(part))], features[0].device)
+        found = out_of_domain.scores([model for _, model in alike], features, owner)
+        for (group, _), part in zip(alike, found.split([len(part) for part in features]), strict=True):
+            group.ood = part
+
+
 def finish(groups: Sequence[Group]) -> dict[int, Prediction]:
     """The answers of all groups, by index in the batch."""
     with metrics.stage("fuse"):
         embeddings = [_fuse(group) for group in groups]
-        labels = [_labels(group, own) for group, own in zip(groups, embeddings, strict=True)]
+        labels = _labels(groups, embeddings)
         tensors: list[Tensor] = []
         for group, own, best in zip(groups, embeddings, labels, strict=True):
             tensors += [group.cluster, group.confidence, group.ood, own, *(t for pair in best.values() for t in pair)]
@@ -108,7 +119,7 @@ def _fuse(group: Group) -> Tensor:
     """Embeddings float32 [N, dim], each with the fusion of its mode."""
     fusions: dict[Mode, Fusion] = group.bundle.fusions
     modes = [*group.modes()]
-    blocks = [fusions[mode].start() + fusions[mode].project(group.features[b:e], None) for mode, b, e in modes]
+    blocks = [fusions[mode].embed(group.features[b:e]) for mode, b, e in modes]
     embeddings = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
     for mode, begin, end in modes:
         slots: dict[int, list[tuple[Tail, slice]]] = {}  # experts that share a slot share one product
@@ -123,15 +134,25 @@ def _fuse(group: Group) -> Tensor:
     return embeddings
 
 
-def _labels(group: Group, embeddings: Tensor) -> dict[Mode, tuple[Tensor, Tensor]]:
-    """Scores and classes [n, k] of each mode's images, best first; k is the most that one of them requests."""
-    best: dict[Mode, tuple[Tensor, Tensor]] = {}
-    for mode, begin, end in group.modes():
-        head, most = group.bundle.linear.get(mode), max(item.options.labels for item in group.items[begin:end])
-        if head is not None and most > 0:
-            probabilities = head.scores(embeddings[begin:end])
-            scores, classes = probabilities.topk(min(most, probabilities.shape[1]))
-            best[mode] = scores, classes
+def _labels(groups: Sequence[Group], embeddings: Sequence[Tensor]) -> list[dict[Mode, tuple[Tensor, Tensor]]]:
+    """Scores and classes [n, k] of each group's images, by mode, best first; k is the most that one of them requests.
+
+    Heads with as many classes share all operations but the product.
+    """
+    best: list[dict[Mode, tuple[Tensor, Tensor]]] = [{} for _ in groups]
+    wanted: list[tuple[int, Mode, int, Tensor]] = []
+    for n, (group, own) in enumerate(zip(groups, embeddings, strict=True)):
+        for mode, begin, end in group.modes():
+            head, most = group.bundle.linear.get(mode), max(item.options.labels for item in group.items[begin:end])
+            if head is not None and most > 0:
+                logits = head.logits(own[begin:end])
+                wanted.append((n, mode, min(most, logits.shape[1]), logits))
+    for alike in grouped(wanted, lambda each: (each[2], each[3].shape[1])):
+        rows = [each[3] for each in alike]
+        scores, classes = torch.cat(rows).softmax(dim=1).topk(alike[0][2])
+        parts = (whole.split([len(part) for part in rows]) for whole in (scores, classes.float()))
+        for (n, mode, *_), *pair in zip(alike, *parts, strict=True):
+            best[n][mode] = pair[0], pair[1]
     return best
 
 

@@ -9,8 +9,7 @@
 An image's answer does not depend on its neighbors in the batch.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from torch import Tensor
 from cascade import metrics, tracing
 from cascade.bundle.format import Bundle
 from cascade.engine.executors import Distinct, Executor
-from cascade.engine.finish import Group, Tail, finish
-from cascade.engine.items import Item, download, stack, trunk, upload
+from cascade.engine.finish import Group, Tail, finish, route
+from cascade.engine.items import Item, download, grouped, stack, trunk, upload
 from cascade.engine.results import Prediction
 from cascade.engine.weight_cache import WeightCache
 from cascade.model.fusion import Mode
@@ -30,8 +29,6 @@ FEW = 4
 
 CHUNK = 32
 """Images that an executor on a CPU gets at once. A larger batch would only save swaps, and take more memory."""
-
-T = TypeVar("T")
 
 
 def forward(
@@ -46,7 +43,7 @@ def forward(
         items: of any bundles; items that share the plain trunk run through it together.
     """
     groups: list[Group] = []
-    for rows in _grouped(range(len(items)), lambda row: trunk(items[row])):
+    for rows in grouped(range(len(items)), lambda row: trunk(items[row])):
         executor = executors[items[rows[0]].bundle.card.backbone.fingerprint]
         for other in executors.values():  # another backbone must not read weights that are evicted for this one
             if other is not executor:
@@ -64,7 +61,7 @@ def _run_trunk(
     executor: Executor, weight_cache: WeightCache, device: str, items: Sequence[Item], rows: list[int]
 ) -> list[Group]:
     """Run the images that share a plain trunk, up to their features under every mask that they need."""
-    bundles = _grouped(rows, lambda row: items[row].bundle.identity)
+    bundles = grouped(rows, lambda row: items[row].bundle.identity)
     ordered = [sorted(own, key=lambda row: items[row].mode) for own in bundles]
     groups = [Group(own, [items[row] for row in own]) for own in ordered]
     together = _few(executor, len(rows), len(groups))
@@ -83,8 +80,7 @@ def _run_trunk(
     else:
         _dispatch(executor, groups, x)
     with metrics.stage("dispatch"):
-        for group in groups:
-            group.route()
+        route(groups)
     tails = _tails(groups, device)
     if _few(executor, sum(len(tail.images) for tail in tails), len(tails)):
         _run_tails_together(executor, tails)  # type: ignore[arg-type]
@@ -107,7 +103,7 @@ def _dispatch(executor: Executor, groups: list[Group], x: Tensor) -> None:
 
 def _dispatch_together(executor: Distinct, groups: list[Group], x: Tensor) -> None:
     """The same with one mask per image, in one pass for all groups that stop at the same stage."""
-    for members in _grouped(groups, lambda group: _split(group.bundle)):
+    for members in grouped(groups, lambda group: _split(group.bundle)):
         sizes = [len(group.items) for group in members]
         masks = [item.bundle.dispatcher for group in members for item in group.items]
         part, x = x[: len(masks)], x[len(masks) :]
@@ -148,7 +144,7 @@ def _run_tails(executor: Executor, tails: list[Tail]) -> None:
 
 def _run_tails_together(executor: Distinct, tails: list[Tail]) -> None:
     """Run all experts that continue from the same stage in one pass, with one mask per image."""
-    for members in _grouped(tails, lambda tail: _split(tail.group.bundle)):
+    for members in grouped(tails, lambda tail: _split(tail.group.bundle)):
         masks = [tail.group.bundle.experts[tail.expert] for tail in members for _ in tail.images]
         with metrics.stage("expert"):
             x = torch.cat([tail.input() for tail in members])
@@ -160,14 +156,6 @@ def _run_tails_together(executor: Distinct, tails: list[Tail]) -> None:
 def _few(executor: Executor, images: int, masks: int) -> bool:
     """Whether one pass with a mask per image costs less than one pass per mask."""
     return isinstance(executor, Distinct) and masks > 1 and images < FEW * masks
-
-
-def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Group items with equal keys, in the order of first appearance."""
-    groups: dict[Hashable, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return [*groups.values()]
 
 
 def run_stages(executor: Executor, x: Tensor, start: int, stop: int | None = None) -> Tensor:

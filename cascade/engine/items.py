@@ -1,8 +1,8 @@
 """Images ready for a pass, and the transfers between host and device: one up, one down."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from cascade.engine.dispatch_table import DispatchTable, Target
 from cascade.engine.results import Dispatch, ItemError, Options, Prediction
 from cascade.model.fusion import Mode
 from cascade.model.preprocessing import Preprocessing, normalize_on_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,3 +198,11 @@ def download(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 
 def _pinned(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Group items with equal keys, in the order of first appearance."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return [*groups.values()]

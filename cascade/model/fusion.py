@@ -30,6 +30,10 @@ class Fusion:
     weight: Tensor
     bias: Tensor
 
+    def embed(self, features: Tensor) -> Tensor:
+        """The embedding before any expert's block is added: features of the dispatcher [B, F] to float32 [B, dim]."""
+        return torch.addmm(self.bias, features.float(), self.weight[0].float())
+
     def project(self, features: Tensor, expert: int | None) -> Tensor:
         """The contribution of one block to the embedding: features [B, F] to float32 [B, dim].
 
@@ -38,10 +42,6 @@ class Fusion:
             expert: index of the expert, or None for the dispatcher.
         """
         return features.float() @ self.weight[self.slot(expert)].float()
-
-    def start(self) -> Tensor:
-        """The embedding before any block is added, float32 [dim]."""
-        return self.bias
 
     def slot(self, expert: int | None) -> int:
         """Index of the weight's slot for a block; see ``project``."""
@@ -61,8 +61,8 @@ class SlotBias(Fusion):
     def project(self, features: Tensor, expert: int | None) -> Tensor:
         return super().project(features, expert) + self.bias[self.slot(expert)]
 
-    def start(self) -> Tensor:
-        return torch.zeros_like(self.bias[0])
+    def embed(self, features: Tensor) -> Tensor:
+        return self.project(features, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,9 @@ class Identity(Fusion):
     def of(cls, features: int) -> "Identity":
         """The identity for features of this width."""
         return cls(torch.empty(1, features, 0, dtype=torch.float16), torch.zeros(features))
+
+    def embed(self, features: Tensor) -> Tensor:
+        return self.project(features, None)
 
     def project(self, features: Tensor, expert: int | None) -> Tensor:
         return features.float()

@@ -25,9 +25,13 @@ class Linear:
     weight: Tensor
     bias: Tensor
 
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, dim] to logits [B, classes]."""
+        return torch.nn.functional.linear(embeddings, self.weight.float(), self.bias)
+
     def scores(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, dim] to class probabilities [B, classes]."""
-        return torch.nn.functional.linear(embeddings, self.weight.float(), self.bias).softmax(dim=1)
+        return self.logits(embeddings).softmax(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

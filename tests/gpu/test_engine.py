@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
 from cascade import Engine, Options
 from cascade.engine.executors.cuda import CudaExecutor
@@ -147,3 +148,16 @@ def test_the_last_gpu(cifar: list[Image.Image], device: str) -> None:
     bundle = handmade(cifar[:40])
     want = answers(engine(device, bundle), cifar[:5])
     np.testing.assert_allclose(embeddings(answers(engine(last, bundle), cifar[:5])), embeddings(want), atol=1e-3)
+
+
+def test_many_bundles_share_their_launches(cifar: list[Image.Image], device: str) -> None:
+    """All of a pass: its graphs, and what follows for 20 bundles."""
+    single = handmade(cifar[:40], mask_from=2, experts=0)
+    ours = engine(device, *(named(single, f"single-{i}") for i in range(20)))
+    batch = [ours.prepare(image, Options(f"single-{i % 20}")) for i, image in enumerate(cifar[:32])]
+    ours.run(batch)  # type: ignore[arg-type]
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        ours.run(batch)  # type: ignore[arg-type]
+    launches = [event.name for event in seen.events() or [] if "Launch" in event.name]
+    assert sum(name == "cudaGraphLaunch" for name in launches) == 2, "the trunk, and a mask for each image"
+    assert len(launches) < 300, launches

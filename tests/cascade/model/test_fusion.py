@@ -24,7 +24,7 @@ def folded(slots: int) -> tuple[Tensor, Tensor, Fusion]:
 
 
 def project(fusion: Fusion, blocks: Tensor, experts: list[int]) -> Tensor:
-    out = fusion.start() + fusion.project(blocks[0], None)
+    out = fusion.embed(blocks[0])
     for expert in experts:
         out = out + fusion.project(blocks[expert + 1], expert)
     return out
