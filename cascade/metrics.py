@@ -106,6 +106,11 @@ MATERIALIZED_BYTES = _gauge("materialized_bytes", "Resident materialized weights
 PACKED_BYTES = _gauge("packed_bytes", "Resident bundles (packed masks, router, fusion, heads), all workers.")
 BACKBONE_BYTES = _gauge("backbone_bytes", "Resident backbones, all workers.")
 BACKBONES = _gauge("backbones", "Number of resident backbones, all workers.")
+FEATURE_ERROR = _gauge(
+    "feature_error",
+    "Largest relative error of a resident backbone's features against plain float32, when its executor was chosen.",
+    mode="livemax",
+)
 QUEUE_DEPTH = _gauge("queue_depth", "Images waiting for a pass, all workers.")
 CLUSTER_SHARE_SHIFT = _gauge(
     "cluster_share_shift",

@@ -21,7 +21,7 @@ from cascade.model.heads import Bank, Linear
 from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.out_of_domain import OutOfDomain
 from cascade.model.router import Calibration
-from training import domains, heads, labeled_experts, maps, new_classes
+from training import domains, heads, labeled_experts, maps, new_classes, precision
 from training.cli import RUN, RunFolder, stage, start
 from training.clusters import SUMMARY, fit_ood
 from training.deferral import Larger
@@ -68,7 +68,7 @@ def export(run: Run, features: Features, accuracy: dict[str, Any], out: Path, *,
         mode = bundle.card.mode
         embeddings = fitted[mode].test.numpy()
         measured["labels"] = heads.reliability_of(bundle.linear[mode], embeddings, run.held_out.labels)
-    return write(_measured(mapped, measured), out)
+    return write(_measured(run, mapped, measured), out)
 
 
 def export_classifier(
@@ -110,7 +110,7 @@ def export_classifier(
     measured = {}
     if run.held_out.labels is not None:
         measured["labels"] = heads.reliability_of(head, run.features(chosen.name)[1], run.held_out.labels)
-    bundle = _measured(_mapped(bundle), measured)
+    bundle = _measured(run, _mapped(bundle), measured)
     return write(bundle if larger is None else larger.attach(bundle), out)
 
 
@@ -121,9 +121,10 @@ def _mapped(bundle: Bundle, assigned: np.ndarray | None = None) -> Bundle:
     return replace(bundle, map=maps.fit(bank, None if assigned is None else torch.from_numpy(assigned)))
 
 
-def _measured(bundle: Bundle, measured: dict[str, Any]) -> Bundle:
-    """Put the reliability of labels and clusters into the card."""
-    accuracy = bundle.card.accuracy | ({"reliability": measured} if measured else {})
+def _measured(run: Run, bundle: Bundle, measured: dict[str, Any]) -> Bundle:
+    """Put the reliability of labels and clusters into the card, and what reduced precision changes."""
+    moved = precision.measure(bundle, run.executor, run.inputs("test"))
+    accuracy = bundle.card.accuracy | ({"reliability": measured} if measured else {}) | {"precision": moved}
     return replace(bundle, card=bundle.card.model_copy(update={"accuracy": accuracy}))
 
 

@@ -34,6 +34,11 @@ def show(bundle: Bundle, console: Console | None = None) -> None:
             f"asked again at {d.preprocessing['size']} px below a probability of {d.threshold:.3f}:"
             f" {d.share:.1%} of the validation images"
         )
+    for name, moved in card.accuracy.get("precision", {}).items():
+        console.print(
+            f"embeddings in {name} against float32: cosine {moved['cosine']:.5f}, at least {moved['least']:.5f},"
+            f" on {moved['images']} images"
+        )
     for table in (_masks(card), *_accuracies(card.accuracy), _bytes(card)):
         console.print(table)
     if trained.get("calibration_error") is not None:

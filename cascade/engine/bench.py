@@ -57,7 +57,7 @@ def table(path: Path, batch: int, rounds: int, weights: Path | None = None, kind
         "least",
         "most",
         "over plain",
-        title=f"batch of {batch}, {rounds} rounds, {type(executor).__name__}",
+        title=f"batch of {batch}, {rounds} rounds, executor {executor.kind} (relative error {executor.error:.1g})",
     )
     for name, ms in times.items():
         out.add_row(name, f"{median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{median(ms) / base:.2f}")

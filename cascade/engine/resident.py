@@ -120,7 +120,7 @@ class Resident:
                     raise
             self.loaded = self.loaded.plus(bundle)
             metrics.add_bundle(bundle.name, bundle.version, bundle.card.router.shares if bundle.card.router else ())
-            metrics.resident(self.stats())
+            self._report()
 
     def export(self, bundle: Bundle) -> None:
         """Export the graphs that a bundle needs, in another process, if passes are running that would wait for it.
@@ -242,7 +242,12 @@ class Resident:
                 for mask in masks:
                     self.weight_cache.drop(mask)
             self.executors = {f: e for f, e in self.executors.items() if f in used}
+        self._report()
+
+    def _report(self) -> None:
+        """Set the gauges of what is resident."""
         metrics.resident(self.stats())
+        metrics.FEATURE_ERROR.set(max((executor.error for executor in self.executors.values()), default=0.0))
 
 
 def _dispatch_stage(bundle: Bundle, part: Bundle) -> int:

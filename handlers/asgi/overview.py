@@ -45,8 +45,10 @@ def _stored(service: Service, request: Request, most: int) -> tuple[list[dict[st
 def _card(service: Service, name: str, version: str, card: Card, bundle: Bundle | None = None) -> dict[str, Any]:
     """One bundle, which is None while it is not in memory.
 
-    ``bytes`` is the size of its files, ``pictures`` the number of its thumbnails.
+    ``bytes`` is the size of its files, ``pictures`` the number of its thumbnails. ``executor.error`` is the largest
+    relative error of the backbone's features when the executor was chosen.
     """
+    executor = None if bundle is None else service.engine.executor(bundle)
     times = service.batcher.statistics.of(name, version)
     measured = headline(card, bool(card.classes) if bundle is None else bool(bundle.linear))
     return {
@@ -54,6 +56,7 @@ def _card(service: Service, name: str, version: str, card: Card, bundle: Bundle 
         "version": version,
         "loaded": bundle is not None,
         "backbone": card.backbone.name,
+        "executor": None if executor is None else {"kind": executor.kind, "error": executor.error},
         "size": card.preprocessing["size"],
         "masks": len(card.masks),
         "classes": card.classes[:CLASSES],

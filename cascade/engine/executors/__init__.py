@@ -2,7 +2,7 @@
 
     plain    the timm model as it is: the reference, and what training runs
     folded   PyTorch, BatchNorm folded, channels last
-    onnx     ONNX Runtime, the weights as inputs in the order of its own kernels
+    onnx     ONNX Runtime, the weights as inputs in the order of its own kernels; on a GPU its CUDA provider
     cuda     the folded model as CUDA graphs, in float32, TF32 or bfloat16
 
 Each stores masks in its own form (``pack``), materializes their weights within the weight cache's budget (``swap``) and
@@ -20,10 +20,17 @@ from cascade.model.masks import Mask
 
 
 class Executor(Protocol):
-    """What the engine needs from an executor."""
+    """What the engine needs from an executor.
+
+    Attributes:
+        backbone: the resident one. weight_cache: materialized weights, shared between backbones.
+        kind: one of ``selection.KINDS``. error: largest relative error of its features when it was chosen.
+    """
 
     backbone: Backbone
     weight_cache: WeightCache
+    kind: str
+    error: float
 
     def pack(self, mask: Mask) -> Mask:
         """Convert a mask to the form that ``swap`` takes; anything else is dropped."""

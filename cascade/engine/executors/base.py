@@ -18,12 +18,15 @@ class BaseExecutor:
         backbone: gives names and sizes; its maskable weights may have been released.
         layout: the weights in this executor's order. weight_cache: materialized weights, shared between backbones.
         plain: the weights without a mask, ordered like ``layout.pristine``.
+        kind, error: see ``Executor``.
     """
 
     backbone: Backbone
     layout: WeightLayout
     weight_cache: WeightCache
     plain: Tensor
+    kind: str = "folded"
+    error: float = 0.0
     _now: PackedMask | None = None
 
     def pack(self, mask: Mask) -> PackedMask:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cascade.engine.executors.precision import exact
+from cascade.engine.executors.precision import Precision, exact
 from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.materialize import materialize
 from cascade.model.backbone import Backbone
@@ -22,10 +22,15 @@ class PlainExecutor:
     Attributes:
         backbone: the resident one; its pristine flat buffer is never written.
         weight_cache: materialized weights, shared between backbones.
+        precision: of the passes.
     """
+
+    kind = "plain"
+    error = 0.0
 
     def __init__(self, backbone: Backbone, weight_cache: WeightCache) -> None:
         self.backbone, self.weight_cache = backbone, weight_cache
+        self.precision: Precision = exact
         self._norms = {name: _module_of(backbone, name) for name in backbone.norms}
         self._parameters = dict(backbone.model.named_parameters())
         self._pristine: dict[str, Tensor] = {}  # of the parameters that the current mask replaces with trained values
@@ -82,9 +87,10 @@ class PlainExecutor:
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """``Backbone.run`` without autograd, channels last: twice as fast on a CPU, with any layout of the weights."""
-        with torch.inference_mode(), exact(x.device):
+        with torch.inference_mode(), self.precision(x.device):
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-            return self.backbone.run(x, start, stop)
+            x = self.backbone.run(x, start, stop)
+            return x if stop is not None else x.float()
 
     def _release(self) -> None:
         """Restore the plain backbone, so that no parameter keeps evicted weights alive."""

@@ -1,10 +1,12 @@
-"""Precision of float32 products: exact, or TF32 on tensor cores with a 10-bit mantissa."""
+"""Precision of products: exact float32, TF32 on tensor cores with a 10-bit mantissa, or bfloat16."""
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+
+Precision = Callable[[torch.device], contextlib.AbstractContextManager[object]]
 
 DEVICE = threading.RLock()
 """Held by every pass on a GPU, and around every other use of one by an executor: PyTorch's precision switches belong to
@@ -36,3 +38,13 @@ def products(tf32: bool, device: torch.device) -> Iterator[None]:
 def exact(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Compute float32 products in full precision, for every reference and every exact executor."""
     return products(False, device)
+
+
+def tf32(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Compute float32 products in TF32; a GPU is needed."""
+    return products(True, device)
+
+
+def bf16(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Compute products in bfloat16, which has three digits, on any device."""
+    return torch.autocast(device.type, torch.bfloat16)

@@ -53,6 +53,7 @@ def test_accuracies_over_seeds(hand: Bundle, capsys: pytest.CaptureFixture[str])
         "seeds": 3,
         "whitened": {"dispatcher": one},
         "plain": {"dispatcher": one},
+        "precision": {"bf16": {"images": 64, "cosine": 0.99991, "least": 0.9987}},
         "ood_auroc": {"fashion-mnist": {"ood": 0.912, "one_minus_confidence": 0.6}},
     }
     text = shown(changed(hand, accuracy=accuracy, training={"calibration_error": 0.0321}), capsys)
@@ -60,6 +61,7 @@ def test_accuracies_over_seeds(hand: Bundle, capsys: pytest.CaptureFixture[str])
     assert "3 seeds (mean ± standard deviation)" in text
     assert "out-of-domain score against fashion-mnist: AUROC 0.912 (1 - confidence: 0.600)" in text
     assert "expected calibration error of the routing confidence: 0.032" in text
+    assert "embeddings in bf16 against float32: cosine 0.99991, at least 0.99870, on 64 images" in text
 
 
 @pytest.mark.parametrize("training", [{}, {"note": "by hand"}])

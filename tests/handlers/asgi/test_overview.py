@@ -25,6 +25,7 @@ def test_every_loaded_bundle_has_a_card(ask: Ask, engine: Engine, files: list[by
     assert birds["bytes"] == sum(bundle.card.bytes.values()) and birds["size"] == 32
     assert birds["classes"] == bundle.card.classes and birds["number_of_classes"] == len(bundle.card.classes)
     assert birds["out_of_domain"] == (bundle.ood is not None) and not birds["dispatched"]
+    assert birds["executor"] == {"kind": "plain", "error": 0.0}
     assert (birds["pictures"], ships["pictures"]) == (0, 20)
     assert found["memory"]["backbone"] == engine.stats()["backbone_bytes"] > 0
     ask("POST", "/v1/predict", content=files[0], headers={"X-Cascade-Bundle": "ships"})

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from cascade import Engine
 from cascade.engine.executors import selection
 from cascade.engine.executors.folded import FoldedExecutor
 from cascade.engine.executors.onnx import OnnxError, OnnxExecutor
@@ -15,6 +18,7 @@ from cascade.engine.executors.selection import choose
 from cascade.engine.weight_cache import WeightCache
 from cascade.errors import CascadeError
 from cascade.model import backbone as backbones
+from tests.helpers.bundles import handmade
 from tests.helpers.metrics import now
 
 pytestmark = pytest.mark.slow
@@ -149,3 +153,16 @@ def test_an_unknown_one() -> None:
 def test_the_record_is_bounded(cache: Path) -> None:
     selection._write({f"{i} px": {"folded": 0.1} for i in range(selection.RECORDED + 5)})
     assert [*json.loads(cache.read_text())] == [f"{i} px" for i in range(5, selection.RECORDED + 5)]
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("folded", 1e-9, 1e-5), ("bf16", 1e-4, selection.ROUNDED)])
+def test_how_exact_the_choice_is_can_be_read(kind: Any, least: float, most: float, cifar: list[Image.Image]) -> None:
+    if kind == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16")
+    engine, bundle = Engine(executor=kind), handmade(cifar[:20], experts=0)
+    engine.add(bundle)
+    executor = engine.executor(bundle)
+    assert executor.kind == kind and least < executor.error < most
+    assert now("feature_error") == pytest.approx(executor.error)
+    engine.remove("hand", "1")
+    assert now("feature_error") == 0
