@@ -34,7 +34,7 @@ from benchmarks.gpu_device import (
     seconds,
     wait,
 )
-from benchmarks.gpu_features import deferral, dispatch, loading
+from benchmarks.gpu_features import deferral, dispatch, executors, loading
 from benchmarks.report import Rows, figure, report, single
 from benchmarks.serving.baselines import copy_of
 from benchmarks.serving.cascades import BATCH as FEW
@@ -285,6 +285,7 @@ def main(
     kind = KINDS[precision]
     measurements: dict[str, Callable[[], Figures]] = {
         "swap": lambda: swap(name, kind, rounds, rows),
+        "executors": lambda: executors(name, kind, rounds, rows),
         "mixed_distinct": lambda: mixed_distinct(name, kind, rounds, rows),
         "mixed_uniform": lambda: mixed_uniform(name, kind, rounds, rows),
         "identical": lambda: identical(name, kind, rounds, rows),

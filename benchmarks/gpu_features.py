@@ -1,4 +1,4 @@
-"""On a GPU: images without a bundle's name, bundles with two input sizes, and what it takes to load a bundle."""
+"""On a GPU: the executors, images without a bundle's name, two input sizes, and what it takes to load a bundle."""
 
 import time
 from dataclasses import replace
@@ -6,20 +6,43 @@ from dataclasses import replace
 import torch
 
 from benchmarks import synthetic
-from benchmarks.gpu_device import DEVICE, Figures, Ways, engine_of, pictures, ratios, seconds, wait
+from benchmarks.gpu_device import DEVICE, Figures, Ways, engine_of, on_gpu, pictures, ratios, seconds, wait
 from benchmarks.report import Rows, figure, single
 from benchmarks.serving.mixed import BATCH
 from cascade.bundle.format import Bundle
 from cascade.bundle.schema import DeferralCard, DomainCard
 from cascade.engine.engine import Engine
-from cascade.engine.executors.selection import Kind
+from cascade.engine.executors.selection import COARSE, ON_GPU, Kind, choose
 from cascade.engine.items import Item, OpenItem, Resolution, stack
+from cascade.engine.weight_cache import WeightCache
+from cascade.errors import CascadeError
 from cascade.model.backbone import Backbone
 from cascade.model.domain import pooled
 from cascade.model.heads import Linear
 from cascade.model.preprocessing import Preprocessing
 
 BUNDLES = 5
+
+
+def executors(name: str, _: Kind, rounds: int, rows: Rows) -> Figures:
+    """The unmasked backbone in every executor that ``auto`` chooses among on a GPU, over exact float32."""
+    x, found = synthetic.noise(synthetic.load(name), BATCH).to(DEVICE), {}
+    for kind in ON_GPU:
+        try:
+            found[kind] = choose(on_gpu(name), WeightCache(2**31), kind)
+        except CascadeError as error:
+            print(f"executor {kind} is left out: {error}")
+    ways: Ways = {kind: lambda run, executor=executor: executor.run(x) for kind, executor in found.items()}  # type: ignore[misc]
+    taken = seconds(ways, rounds, 8)
+    for kind, executor in found.items():
+        rows.add(
+            f"executor {kind}, relative error {executor.error:.1g}",
+            figure([1000 * s / BATCH for s in taken[kind]]),
+            "ms an image",
+        )
+    others = {kind: executor for kind, executor in found.items() if kind != "folded"}
+    figures = {f"{kind}_over_float32_gpu": figure(ratios(taken["folded"], taken[kind])) for kind in others}
+    return figures | {f"{kind}_error_gpu": single(found[kind].error) for kind in COARSE if kind in found}
 
 
 def dispatch(name: str, kind: Kind, rounds: int, rows: Rows) -> Figures:

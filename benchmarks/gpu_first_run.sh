@@ -9,8 +9,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-first-run}
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-kernels executor engine swap distinct_bf16 identical distinct mixed_bf16 cascades loading dispatch deferral \
-    mixed scale}
+STEPS=${STEPS:-kernels executor engine swap executors distinct_bf16 identical distinct mixed_bf16 cascades loading dispatch \
+    deferral mixed scale}
 BENCH=benchmarks.gpu BACKBONE=resnet50 ROUNDS=5 WORKERS=8 SLOWER=1
 if [ "${DRY_RUN:-}" ]; then
     BENCH=tests.helpers.gpu_on_cpu BACKBONE=test_resnet ROUNDS=1 WORKERS=0 SLOWER=6
@@ -56,18 +56,19 @@ step machine 10 $PYTHON -c 'import torch, triton, numpy, timm
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
 print(*(f"{m.__name__} {m.__version__}" for m in (torch, triton, numpy, timm)))'
 
-pytests kernels 45 tests/gpu/test_kernels.py tests/cascade/kernels/test_triton.py tests/cascade/kernels/test_per_image.py
-pytests executor 75 tests/gpu/test_executor.py
-pytests engine 60 tests/gpu/test_engine.py
+pytests kernels 40 tests/gpu/test_kernels.py tests/cascade/kernels/test_triton.py tests/cascade/kernels/test_per_image.py
+pytests executor 70 tests/gpu/test_executor.py
+pytests engine 55 tests/gpu/test_engine.py
 measure swap 30 --only swap
+measure executors 40 --only executors
 measure distinct_bf16 40 --only mixed_distinct --precision bf16
 measure identical 35 --only identical
-measure distinct 35 --only mixed_distinct
-measure mixed_bf16 45 --only mixed_uniform --precision bf16
+measure distinct 30 --only mixed_distinct
+measure mixed_bf16 40 --only mixed_uniform --precision bf16
 measure cascades 30 --only cascades
 measure loading 20 --only loading
-measure dispatch 25 --only dispatch
-measure deferral 25 --only deferral
+measure dispatch 20 --only dispatch
+measure deferral 20 --only deferral
 measure mixed 30 --only mixed_uniform
-measure scale 30 --only scale --masks 200
+measure scale 25 --only scale --masks 200
 echo "== $SECONDS s; figures in $OUT"

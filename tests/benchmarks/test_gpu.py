@@ -30,6 +30,7 @@ FIGURES = {
         "conditional_passes_all_gpu",
         "unconditional_passes_last_stage_gpu",
     },
+    "executors": {"bf16_over_float32_gpu", "onnx_over_float32_gpu", "bf16_error_gpu"},  # no TF32 on a CPU
     "loading": {"load_first_seconds_gpu", "load_next_seconds_gpu"},
     "dispatch": {"named_over_dispatched_gpu"},
     "deferral": {"adaptive_over_full_gpu", "adaptive_over_fast_gpu"},

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from cascade.engine.executors.cuda import CudaExecutor
+from cascade.engine.executors.onnx import OnnxExecutor
+from cascade.engine.executors.onnx_session import CUDA
 from cascade.engine.executors.plain import PlainExecutor
-from cascade.engine.executors.selection import choose
+from cascade.engine.executors.selection import ON_GPU, TOLERANCE, choose
 from cascade.engine.weight_cache import WeightCache
 from cascade.kernels.weight_layout import PackedMask
 from cascade.model import backbone as backbones
@@ -139,4 +141,23 @@ def test_the_choice(device: str) -> None:
         backbone = backbones.load("test_resnet", "random:0", device=device)
         executor = choose(backbone, WeightCache(2**30), kind)  # type: ignore[arg-type]
         assert type(executor) is CudaExecutor and (executor.dtype, executor.tf32) == (dtype, tf32)
-    assert type(choose(backbones.load("test_resnet", "random:0", device=device), WeightCache(0))) is CudaExecutor
+    fastest = choose(backbones.load("test_resnet", "random:0", device=device), WeightCache(0))
+    assert fastest.kind in ON_GPU and fastest.error <= max(TOLERANCE.values())
+
+
+def test_onnx_runtime(device: str) -> None:
+    """Its CUDA provider, with every tensor bound on the device."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    if CUDA not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA provider")
+    backbone = calibrated("test_resnet")
+    plain = PlainExecutor(backbone, WeightCache(2**30))
+    executor = OnnxExecutor(moved(backbone, device), WeightCache(2**30))
+    x = images(backbone, 3)
+    for mask in (None, *masks_of(backbone, 0, 2)):
+        start = mask.start if mask else 0
+        want = features(plain, mask, x, start)
+        for _ in range(2):
+            close(features(executor, mask, x.to(device), start), want)
+    plain.swap(None)

@@ -31,11 +31,15 @@ log = logging.getLogger(__name__)
 
 
 class Wanted(NamedTuple):
-    """A graph to export: stages ``start`` to ``stop`` for an input of this shape, without the batch; and its file."""
+    """A graph to export: stages ``start`` to ``stop`` for an input of this shape, without the batch; and its file.
+
+    See ``onnx.made`` for ``reorder``.
+    """
 
     start: int
     stop: int | None
     shape: Sequence[int]
+    reorder: bool
     path: str
 
 
@@ -93,7 +97,7 @@ def main(request: int) -> None:
     folded = Folded(backbones.load(about["backbone"], "random:0"))  # masked weights are inputs of the graphs
     folded.model.load_state_dict(constants, strict=False)
     for graph in (Wanted(*each) for each in about["graphs"]):
-        parts = onnx.made(folded, torch.zeros(1, *graph.shape), graph.start, graph.stop)
+        parts = onnx.made(folded, torch.zeros(1, *graph.shape), graph.start, graph.stop, graph.reorder)
         graph_cache.write(Path(graph.path), parts)
 
 

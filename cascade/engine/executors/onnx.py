@@ -5,6 +5,8 @@ are constants of the graph. So the graph is optimized once with constants whose 
 each value ends up reveals the order (``weight_layout.BlockOrder``). Then the constants become inputs of the optimized
 graph, and every mask's weights are written in that order directly. Outputs are identical, no constant depends on a
 mask, and sessions take milliseconds to create.
+
+On a GPU nothing is reordered: the constants become inputs first, and each session optimizes its own graph.
 """
 
 import copy
@@ -12,8 +14,7 @@ import io
 import os
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from cascade import extras
 from cascade.engine.executors import graph_cache, graph_process
 from cascade.engine.executors.base import BaseExecutor
+from cascade.engine.executors.onnx_session import CPU, Graph, OnnxError, Session, library, provider_of, session_options
+from cascade.engine.executors.precision import DEVICE
 from cascade.engine.weight_cache import WeightCache
-from cascade.errors import CascadeError
-from cascade.kernels.weight_layout import BlockOrder, WeightLayout
+from cascade.kernels.weight_layout import BlockOrder, PackedMask, WeightLayout
 from cascade.model.backbone import Backbone
 from cascade.model.folding import Folded, Unit
 from cascade.model.masks import Mask
@@ -35,8 +36,6 @@ from cascade.model.stages import stage_of, stages
 
 # These optimizers would merge a unit's weights with other constants.
 _KEEP_APART = ["ConvAddFusion", "ConvMulFusion", "ConvBNFusion"]
-PROVIDERS = ["CPUExecutionProvider"]
-BINDINGS = 64  # kept per session, about ten kB each
 _Key = tuple[int, int | None, torch.Size]
 """Of a session: the first stage, the first that does not run, and the shape of an image at the first."""
 _Kind = tuple[int, int, int, int]
@@ -44,37 +43,46 @@ _Kind = tuple[int, int, int, int]
 _ROWS = 13  # bits of a probe bias that count rows; the others count units, and float32 holds 24 exactly
 
 
-class OnnxError(CascadeError):
-    """ONNX Runtime can't run this backbone, or is not installed; the PyTorch executors run everything."""
-
-
 class OnnxExecutor(BaseExecutor):
-    """Runs optimized graphs of the folded model, one per range of stages and input shape.
+    """Runs graphs of the folded model, one per range of stages and input shape.
 
     Args:
         backbone: the model. weight_cache: materialized weights.
 
     Raises:
-        OnnxError: a library is missing, or the graph can't be bound.
+        OnnxError: a library or the device's provider is missing, or the graph can't be bound.
     """
 
     def __init__(self, backbone: Backbone, weight_cache: WeightCache) -> None:
         self.backbone, self.weight_cache = backbone, weight_cache
-        folded = Folded(backbone)
-        self._sessions: dict[_Key, _Session] = {}
+        self.provider = provider_of(backbone.weights.device)
+        with DEVICE:
+            folded = Folded(backbone)
+        self._sessions: dict[_Key, Session] = {}
         self._prepared: set[_Kind] = set()
         self._exported: set[_Kind] = set()
         self._exporting = threading.Lock()
         self._shapes: dict[int, list[torch.Size]] = {}
-        x = torch.zeros(2, *backbone.config["input_size"], device=backbone.weights.device)
-        graph = _graph(folded, x, 0, None)
-        self.layout = WeightLayout(folded, graph.orders)
+        x = torch.zeros(2, *backbone.config["input_size"])
+        graph = _graph(folded, x, 0, None, self.provider.reorders)
+        with DEVICE:
+            self.layout = WeightLayout(folded, graph.orders)
         self.plain = self.layout.plain
-        self._sessions[0, None, x.shape[1:]] = _Session(graph, self)
+        self._sessions[0, None, x.shape[1:]] = Session(graph, self)
         self.place = [(self.plain, 0)] * len(folded.units)
         self.shift = [(self.layout.shifts, 0)] * len(folded.units)
         self.loose = dict(self.layout.loose)
         self.point(0, self.plain, self.layout.shifts, {})
+
+    def pack(self, mask: Mask) -> PackedMask:
+        packed = super().pack(mask)  # on the CPU, which takes a while
+        with DEVICE:
+            return packed.to(self.plain.device)
+
+    def prefetch(self, mask: Mask) -> None:
+        """Start to materialize the next mask's weights; on a GPU that takes microseconds and can wait."""
+        if not self.plain.is_cuda:
+            super().prefetch(mask)
 
     def point(self, first: int, weights: Tensor, shifts: Tensor, loose: dict[str, Tensor]) -> None:
         self.loose.update(loose)
@@ -90,10 +98,11 @@ class OnnxExecutor(BaseExecutor):
             if kind in self._exported | self._prepared:
                 return
             self._exported.add(kind)  # also if it fails: then ``prepare`` exports them
-            graphs = [graph_process.Wanted(*key, str(_path(self.layout.folded, *key))) for key in self._missing(kind)]
-            graphs = [graph for graph in graphs if not Path(graph.path).exists()]
-            if graphs:
-                graph_process.export(self.layout.folded, graphs)
+            folded, reorder = self.layout.folded, self.provider.reorders
+            paths = {key: _path(folded, *key, reorder) for key in self._missing(kind)}
+            new = [graph_process.Wanted(*key, reorder, str(path)) for key, path in paths.items() if not path.exists()]
+            if new:
+                graph_process.export(folded, new)
 
     def prepare(self, masks: Sequence[Mask], size: int, domain: int = 0, batch: int = 32) -> None:
         """Create the sessions for a bundle's masks; exporting a graph takes seconds, and passes continue meanwhile."""
@@ -102,7 +111,7 @@ class OnnxExecutor(BaseExecutor):
             return
         for key in self._missing(kind):
             start, stop, shape = key
-            self._sessions[key] = _Session(_graph(self.layout.folded, torch.zeros(1, *shape), start, stop), self)
+            self._sessions[key] = self._session(torch.zeros(1, *shape), start, stop)
         self._prepared.add(kind)
 
     def _missing(self, kind: "_Kind") -> "list[_Key]":
@@ -124,65 +133,11 @@ class OnnxExecutor(BaseExecutor):
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         key = start, stop, x.shape[1:]
         if key not in self._sessions:
-            self._sessions[key] = _Session(_graph(self.layout.folded, x, start, stop), self)
+            self._sessions[key] = self._session(x, start, stop)
         return self._sessions[key].run(x)
 
-
-class _Graph:
-    """An optimized graph with its units' weights as inputs.
-
-    Attributes:
-        model: the ONNX model's bytes.
-        orders: of its units, in the units' order. first: index of the first unit.
-        shapes: of every input except the image, by name: ``weight.INDEX``, ``shift.INDEX`` or a loose tensor's name.
-    """
-
-    def __init__(self, model: bytes, orders: list[BlockOrder], first: int, shapes: dict[str, list[int]]) -> None:
-        self.model, self.orders, self.first, self.shapes = model, orders, first, shapes
-
-
-class _Session:
-    """A session of one graph; it runs under the executor's current mask."""
-
-    def __init__(self, graph: _Graph, executor: OnnxExecutor) -> None:
-        onnxruntime = library("onnxruntime")
-        for i, order in enumerate(graph.orders, graph.first):
-            own = executor.layout.orders[i]
-            if order.block != own.block or not np.array_equal(order.columns, own.columns):
-                raise OnnxError(f"{executor.backbone.name}: ONNX Runtime orders a layer's weights in two ways")
-        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
-        options = session_options(onnxruntime, level)
-        try:
-            self._session = onnxruntime.InferenceSession(graph.model, options, providers=PROVIDERS)
-        except Exception as error:  # its exceptions have no common base
-            raise OnnxError(f"{executor.backbone.name}: ONNX Runtime can't run it: {error}") from error
-        self._shapes, self._executor = graph.shapes, executor
-        self._bindings: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def run(self, x: Tensor) -> Tensor:
-        x, binding = x.detach().float().contiguous(), self._bound()
-        binding.bind_input("x", x.device.type, x.device.index or 0, np.float32, x.shape, x.data_ptr())
-        binding.bind_output("y")
-        self._session.run_with_iobinding(binding)
-        return torch.from_numpy(binding.copy_outputs_to_cpu()[0]).to(x.device)
-
-    def _bound(self) -> Any:
-        """Bind everything except the image; cached for a few masks, since binding takes half a millisecond."""
-        executor, key = self._executor, self._executor.pointing
-        if key in self._bindings:
-            self._bindings.move_to_end(key)
-            return self._bindings[key]
-        binding = self._session.io_binding()
-        for name, shape in self._shapes.items():
-            kind, _, index = name.partition(".")
-            places = {"weight": executor.place, "shift": executor.shift}.get(kind)
-            tensor, offset = places[int(index)] if places else (executor.loose[name], 0)
-            pointer = tensor.data_ptr() + 4 * offset
-            binding.bind_input(name, tensor.device.type, tensor.device.index or 0, np.float32, shape, pointer)
-        self._bindings[key] = binding
-        if len(self._bindings) > BINDINGS:
-            self._bindings.popitem(last=False)
-        return binding
+    def _session(self, x: Tensor, start: int, stop: int | None) -> Session:
+        return Session(_graph(self.layout.folded, x, start, stop, self.provider.reorders), self)
 
 
 class _Range(nn.Module):
@@ -232,23 +187,23 @@ def _shapes(folded: Folded, size: int) -> list[torch.Size]:
     return shapes
 
 
-def _path(folded: Folded, start: int, stop: int | None, shape: Sequence[int]) -> Path:
+def _path(folded: Folded, start: int, stop: int | None, shape: Sequence[int], reorder: bool) -> Path:
     """The file of a graph in the cache."""
-    return graph_cache.path_of(folded.backbone.fingerprint, start, stop, list(shape), sorted(folded.loose))
+    return graph_cache.path_of(folded.backbone.fingerprint, start, stop, list(shape), sorted(folded.loose), reorder)
 
 
-def _graph(folded: Folded, x: Tensor, start: int, stop: int | None) -> _Graph:
-    """The optimized graph of a range of stages, for inputs of this shape and any batch size; made once, then cached."""
-    path = _path(folded, start, stop, x.shape[1:])
+def _graph(folded: Folded, x: Tensor, start: int, stop: int | None, reorder: bool) -> Graph:
+    """The graph of a range of stages, for inputs of this shape and any batch size; made once, then cached."""
+    path = _path(folded, start, stop, x.shape[1:], reorder)
     if (parts := graph_cache.read(path)) is None:
-        parts = made(folded, x, start, stop)
+        parts = made(folded, x, start, stop, reorder)
         graph_cache.write(path, parts)
-    return _Graph(*parts)
+    return Graph(*parts)
 
 
-def made(folded: Folded, x: Tensor, start: int, stop: int | None) -> graph_cache.Parts:
-    """Export, optimize, and turn the weights into inputs."""
-    onnx, onnxruntime = library("onnx"), library("onnxruntime")
+def made(folded: Folded, x: Tensor, start: int, stop: int | None, reorder: bool = True) -> graph_cache.Parts:
+    """Export a graph, optimize it for a CPU if its weights are to be reordered, and turn the weights into inputs."""
+    onnx = library("onnx")
     last = len(folded.backbone.stages) if stop is None else stop
     inside = [(i, unit) for i, unit in enumerate(folded.units) if start <= unit.stage < last]
     loose = [f"model.{n}" for n in folded.loose if start <= stage_of(n, folded.backbone.stages) < last]
@@ -256,22 +211,28 @@ def made(folded: Folded, x: Tensor, start: int, stop: int | None) -> graph_cache
         export(_Range(_probe(folded, inside), start, stop), x[:1].expand(2, *x.shape[1:]))
     )
     _make_inputs(exported, {name: name.removeprefix("model.") for name in loose})
+    others = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in exported.graph.input[1:]}
+    optimized = _optimized(exported, folded.backbone.name) if reorder else exported
+    model, orders, first, shapes = _bound(optimized, inside, folded.backbone.name)
+    return model, orders, first, shapes | others
+
+
+def _optimized(model: Any, name: str) -> Any:
+    """The model as the CPU's provider optimizes it, with constants in its kernels' orders."""
+    onnx, onnxruntime = library("onnx"), library("onnxruntime")
     optimized = os.memfd_create("optimized")  # ONNX Runtime can only write to a file; this one needs no disk
     try:
         options = session_options(onnxruntime, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = f"/proc/self/fd/{optimized}"
         onnxruntime.InferenceSession(
-            exported.SerializeToString(), options, providers=PROVIDERS, disabled_optimizers=_KEEP_APART
+            model.SerializeToString(), options, providers=[CPU], disabled_optimizers=_KEEP_APART
         )
         with open(optimized, "rb", closefd=False) as file:
-            model = onnx.load_model_from_string(file.read())
+            return onnx.load_model_from_string(file.read())
     except Exception as error:  # its exceptions have no common base; running out of memory is one of them
-        raise OnnxError(f"{folded.backbone.name}: ONNX Runtime can't optimize it: {error}") from error
+        raise OnnxError(f"{name}: ONNX Runtime can't optimize it: {error}") from error
     finally:
         os.close(optimized)
-    others = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in exported.graph.input[1:]}
-    model, orders, first, shapes = _bound(model, inside, folded.backbone.name)
-    return model, orders, first, shapes | others
 
 
 def _make_inputs(model: Any, names: dict[str, str]) -> dict[str, list[int]]:
@@ -294,7 +255,7 @@ def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
 
     Loose tensors get random values, because the exporter merges constants that are equal.
     """
-    shared = {id(t): t for t in (*folded.model.parameters(), *folded.model.buffers())}
+    shared = {id(t): _on_cpu(t) for t in (*folded.model.parameters(), *folded.model.buffers())}
     model = copy.deepcopy(folded.model, shared)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -320,6 +281,15 @@ def _probe(folded: Folded, inside: list[tuple[int, Unit]]) -> nn.Module:
             layer.weight = nn.Parameter(weight.view(unit.shape), requires_grad=False)
             layer.bias = nn.Parameter(bias, requires_grad=False)
     return model
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy of one on a GPU: the exporter runs on the CPU."""
+    if not tensor.is_cuda:
+        return tensor
+    with DEVICE:
+        copied = tensor.detach().cpu()
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def export(module: nn.Module, x: Tensor) -> bytes:
@@ -378,24 +348,3 @@ def _order(unit: Unit, index: int, weight: np.ndarray, bias: np.ndarray) -> Bloc
         if np.array_equal(wanted, np.where(padding, 0, places + 1)):
             return order
     raise OnnxError(f"{unit.module}: ONNX Runtime keeps its weights in an order that is not known: {rows[:4]}")
-
-
-def session_options(onnxruntime: Any, level: Any) -> Any:
-    """Options of a session: its optimization level, torch's number of threads, and no spinning."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = level
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    # Threads that spin while waiting take cores away from other work, such as a swap or another session.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def library(name: str) -> Any:
-    """Import onnx or onnxruntime. Raises OnnxError, which names the extra to install."""
-    # Since 1.29 ONNX Runtime sends telemetry and stores an identifier on disk, unless this is set before the import.
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    try:
-        return extras.library(name)
-    except extras.ExtraError as error:
-        raise OnnxError(str(error)) from None

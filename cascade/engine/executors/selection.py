@@ -24,7 +24,7 @@ from cascade.model.backbone import Backbone
 Kind = Literal["auto", "plain", "folded", "tf32", "bf16", "onnx"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ON_CPU: tuple[Kind, ...] = ("folded", "onnx")  # a measurement chooses among these; both compute in float32
-ON_GPU: tuple[Kind, ...] = ("folded", "tf32", "bf16")  # ONNX Runtime would launch operations one at a time
+ON_GPU: tuple[Kind, ...] = ("folded", "tf32", "bf16", "onnx")
 COARSE: tuple[Kind, ...] = ("tf32", "bf16")  # too coarse to reveal a small folding error, unlike float32
 TOLERANCE: dict[Kind, float] = {"folded": EXACT, "onnx": EXACT, "tf32": TF32, "bf16": ROUNDED}
 BATCH, ROUNDS = {"cpu": 4, "cuda": 32}, 7
@@ -75,6 +75,7 @@ def _tried(backbone: Backbone, weight_cache: WeightCache, kind: Kind, reference:
             raise
         reason = (str(failure).splitlines() or [type(failure).__name__])[0]
         raise CascadeError(f"executor {kind} fails on {backbone.weights.device}: {reason}") from failure
+    executor.kind, executor.error = kind, error
     log.info("executor %s of %s: relative error %.2g, %g allowed", kind, backbone.name, error, TOLERANCE[kind])
     return executor
 
@@ -118,7 +119,8 @@ def _fastest(backbone: Backbone, weight_cache: WeightCache, size: int, reference
         try:
             executors[kind] = _tried(backbone, weight_cache, kind, reference)
         except CascadeError as error:
-            log.info("no executor %s: %s", kind, error)
+            level = logging.WARNING if device.type == "cuda" else logging.INFO  # the image for GPUs has all of them
+            log.log(level, "executor %s is left out for %s: %s", kind, backbone.name, error)
     if not executors:
         log.warning("%s runs with the plain executor: no faster one computes the same", backbone.name)
         return make(backbone, weight_cache, "plain")
