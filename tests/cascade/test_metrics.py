@@ -65,6 +65,7 @@ def test_names_types_and_units() -> None:
         "packed_bytes": "gauge",
         "backbone_bytes": "gauge",
         "backbones": "gauge",
+        "feature_error": "gauge",
         "queue_depth": "gauge",
         "queue_seconds": "histogram",
         "dropped": "counter",
