@@ -51,7 +51,7 @@ from training.loop import fit
 from training.recipe import Recipe, paper
 from training.run import Run, begin, read_json, write_json
 
-TIMED_STEPS = 6
+TIMED_STEPS, LONG = 6, 100  # the time of longer trainings is measured and said first
 NEED_LABELS = {"--extensible": "keeps statistics of each class", "--frozen": "fits a head to class folders"}
 LOSE = 0.3  # points
 AskAgain = Callable[[Candidate, Sequence[str]], Larger | None]
@@ -103,7 +103,10 @@ def train(
         return _frozen(run, out, thumbnails, extensible, ask_again)
     if minutes:
         fit_to(run, minutes)
-    budget(run, controls)
+    total = budget(run, controls)
+    if total >= LONG and not minutes and distributed.world() == 1 and not (run.folder / "dispatcher").exists():
+        seconds = _seconds_per_step(run)
+        run.watch.say(f"about {total * seconds / 60:.1f} min, at {seconds:.2g} s a step")
     match run.recipe.kind, run.recipe.clusters > 0:
         case "labels", True:
             return _labeled_experts(run, out, thumbnails)
@@ -217,8 +220,8 @@ def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -
     return export.export(run, features, accuracy, out, thumbnails=thumbnails)
 
 
-def budget(run: Run, controls: bool) -> None:
-    """Print what will be trained, on what and for how long; impossible settings fail here, before the first step."""
+def budget(run: Run, controls: bool) -> int:
+    """Print what will be trained, and on what; impossible settings fail here. Returns the number of all steps."""
     r = run.recipe
     name = "mask" if not r.clusters else "dispatcher" if r.kind == "swav" else "one mask"
     parts = {name: run.steps, f"{r.clusters} experts": run.expert_steps * r.clusters if r.clusters else 0}
@@ -231,7 +234,9 @@ def budget(run: Run, controls: bool) -> None:
     run.watch.say(
         f"{comparison.TITLES[r.adapt]} from {stages[0]} on" + (f", experts from {stages[1]} on" if r.clusters else "")
     )
-    run.watch.say(f"{sum(parts.values())} steps of {r.batch} images: {listed}")
+    total = sum(parts.values())
+    run.watch.say(f"{total} steps of {r.batch} images: {listed}")
+    return total
 
 
 def fit_to(run: Run, minutes: float) -> None:

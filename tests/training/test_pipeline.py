@@ -601,6 +601,19 @@ def test_the_budget_is_said_before_the_first_step(cifar_folder: Path, tmp_path: 
     ]
 
 
+def test_the_time_of_a_long_training_is_said_first(
+    cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_seconds_per_step", lambda run: 0.6)
+    monkeypatch.setattr(pipeline, "_distilled", lambda run, out, *_: out)
+    for steps, said in ((1000, "about 10.0 min, at 0.6 s a step"), (50, "50 steps of 32 images: mask 50")):
+        run = begin(
+            tmp_path / str(steps), recipe(cifar_folder, objective="distill", clusters=0, steps=steps), ear := Ear()
+        )
+        pipeline.train(run, tmp_path / "store" / "cifar" / "1")
+        assert ear.said[-1] == said
+
+
 @pytest.mark.parametrize("steps, rate, warned", [(5, 1e-6, True), (5, 2.0, False), (0, 2.0, False)])
 def test_a_mask_that_masks_nothing_is_said_unless_that_was_asked_for(
     steps: int, rate: float, warned: bool, tmp_path: Path, cifar: list[Image.Image]
