@@ -2,7 +2,7 @@
 
 The exporter holds the interpreter's lock for up to 50 ms at a time, so passes would wait for it. The child gets the
 backbone's constants, exports and optimizes on one thread with a lower priority, and writes the graphs to the cache on
-disk (``graph_cache``). It ends with this process, because its standard input is closed then.
+disk (``graph_cache``); see ``graph_export``. It ends with this process, because its standard input is closed then.
 """
 
 import json
@@ -10,22 +10,16 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import safetensors.torch
-import torch
-from safetensors import safe_open
 
-from cascade.engine.executors import graph_cache
-from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
 
 SECONDS = 120.0
 """Most seconds for a child; it takes 5 to 10 on an idle core."""
-NICE = 3  # a saturated server leaves the child a third of a core
 ROOT = Path(__file__).parents[3]
 log = logging.getLogger(__name__)
 
@@ -70,7 +64,7 @@ def _run(request: int, errors: IO[bytes]) -> str:
     environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
     environment.pop("PROMETHEUS_MULTIPROC_DIR", None)  # it has no metrics
     # -P: a module in the working folder must not shadow one of ours.
-    command = [sys.executable, "-P", "-m", "cascade.engine.executors.graph_process", str(request)]
+    command = [sys.executable, "-P", "-m", "cascade.engine.executors.graph_export", str(request)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=[request], env=environment
     ) as child:
@@ -83,28 +77,3 @@ def _run(request: int, errors: IO[bytes]) -> str:
     errors.seek(0)
     lines = errors.read().decode(errors="replace").strip().splitlines()
     return "" if code == 0 else lines[-1][:200] if lines and code > 0 else f"it ended with {code}"
-
-
-def main(request: int) -> None:
-    """The child."""
-    os.nice(NICE)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    from cascade.engine.executors import onnx
-
-    with safe_open(f"/proc/self/fd/{request}", "pt") as file:
-        about: dict[str, Any] = json.loads(file.metadata()["about"])
-        constants = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    folded = Folded(backbones.load(about["backbone"], "random:0"))  # masked weights are inputs of the graphs
-    folded.model.load_state_dict(constants, strict=False)
-    for graph in (Wanted(*each) for each in about["graphs"]):
-        parts = onnx.made(folded, torch.zeros(1, *graph.shape), graph.start, graph.stop, graph.reorder)
-        graph_cache.write(Path(graph.path), parts)
-
-
-def _end_with_parent() -> None:
-    os.read(0, 1)  # not sys.stdin, whose lock would be missed at the end
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from torch import Tensor
 from cascade import extras
 from cascade.engine.executors.precision import DEVICE
 from cascade.errors import CascadeError
-from cascade.kernels.weight_layout import BlockOrder
-
-if TYPE_CHECKING:
-    from cascade.engine.executors.onnx import OnnxExecutor
+from cascade.kernels.weight_layout import BlockOrder, WeightLayout
+from cascade.model.backbone import Backbone
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 BINDINGS = 64  # kept per session, about ten kB each
@@ -77,10 +75,25 @@ class Graph:
     shapes: dict[str, list[int]]
 
 
+class Pointed(Protocol):
+    """What a session needs of its executor: where the current mask's tensors are, as (tensor, offset) by unit."""
+
+    backbone: Backbone
+    provider: Provider
+    layout: WeightLayout
+    place: list[tuple[Tensor, int]]
+    shift: list[tuple[Tensor, int]]
+    loose: dict[str, Tensor]
+
+    @property
+    def pointing(self) -> Hashable:
+        """Changes with any of them."""
+
+
 class Session:
     """A session of one graph; it runs under the executor's current mask."""
 
-    def __init__(self, graph: Graph, executor: "OnnxExecutor") -> None:
+    def __init__(self, graph: Graph, executor: Pointed) -> None:
         name = executor.backbone.name
         for i, order in enumerate(graph.orders, graph.first):
             own = executor.layout.orders[i]
