@@ -10,7 +10,7 @@ import torch
 import typer
 
 from benchmarks import gpu, gpu_device, gpu_features
-from cascade.engine import engine
+from cascade.engine import resident
 from cascade.engine.executors import cuda
 from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.weight_cache import WeightCache
@@ -28,7 +28,7 @@ def stub(replace: Callable[[object, str, object], None]) -> None:
     replace(gpu, "BYTES", 1 << 20)
     replace(gpu, "IMAGES", 64)
     replace(cuda, "BUCKETS", (1, *cuda.BUCKETS[3:]))
-    replace(engine, "choose", choose)
+    replace(resident, "choose", choose)
     for name in ("synchronize", "empty_cache"):
         replace(torch.cuda, name, lambda *_: None)
     replace(torch.cuda, "memory_allocated", lambda *_: 0)
