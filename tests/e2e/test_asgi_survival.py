@@ -24,11 +24,11 @@ from PIL import Image
 
 import cascade
 from cascade.bundle.format import write
-from tests.helpers.asgi_load import Load
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.bundles import handmade
 from tests.helpers.hostile_images import bomb, mutated
 from tests.helpers.http import encoded
+from tests.helpers.load import Load
 from tests.helpers.servers import CLIENT, EXECUTOR
 from tests.helpers.torments import (
     NO_FILES,
@@ -43,6 +43,7 @@ from tests.helpers.torments import (
     short_and_whole,
     small_disk,
     take,
+    terminated,
     told_of,
     until,
 )
@@ -63,7 +64,7 @@ def survivor(store: Path) -> Iterator[Asgi]:
 @pytest.mark.parametrize("times", short_and_whole(1, 10))
 def test_killed_under_load(survivor: Asgi, photos: list[bytes], times: int) -> None:
     """Every request is answered or cleanly failed, and the next engine serves within ten seconds or so."""
-    load = Load(survivor.url, photos).start(8)
+    load = Load(survivor, photos, 8).start()
     took = []
     for _ in range(times):
         load.more()
@@ -84,25 +85,27 @@ def test_killed_under_load(survivor: Asgi, photos: list[bytes], times: int) -> N
     assert sorted(took)[len(took) // 2] < 60, "10 s on a quiet machine (docs/reliability.md)"
 
 
-@pytest.mark.parametrize("seconds", short_and_whole(4, 120))
+@pytest.mark.parametrize("seconds", short_and_whole(1, 120))
 def test_twice_the_load_that_it_carries(survivor: Asgi, photos: list[bytes], seconds: int) -> None:
     """Accepted requests are answered in bounded time, the others are refused at once, and then all is as before."""
-    calm = Load(survivor.url, photos).start(4)
+    calm = Load(survivor, photos, 4).start()
     calm.more()
     assert calm.stop().keys() == {200}
-    load = Load(survivor.url, photos).start(160)  # the queue holds 32 images, a pass 32 more
+    load = Load(survivor, photos, 160).start()  # the queue holds 32 images, a pass 32 more
     time.sleep(seconds)
-    settled(lambda: len({status for _, _, status in load.answers}) > 1, 60)  # a slow machine starts them slowly
+    settled(lambda: len(load.statuses) > 1, 60)  # a slow machine starts them slowly
     load.stop()
-    accepted = sorted(seconds for _, seconds, status in load.answers if status == 200)
-    refused = sorted(seconds for _, seconds, status in load.answers if status in (429, 503))  # its share, or the queue
+    accepted = sorted(a.seconds for a in load.answers if a.status == 200)
+    refused = sorted(
+        answer.seconds for answer in load.answers if answer.status in (429, 503)
+    )  # its share, or the queue
     assert len(accepted) + len(refused) == len(load.answers) and accepted and refused
     print(
         f"{len(accepted)} answered, p99 {accepted[len(accepted) * 99 // 100]:.2f} s;"
         f" {len(refused)} refused, p50 {refused[len(refused) // 2]:.3f} s"
     )
     assert accepted[-1] < 60 and refused[len(refused) // 2] < 10
-    after = Load(survivor.url, photos).start(4)
+    after = Load(survivor, photos, 4).start()
     after.more()
     assert after.stop().keys() == {200}, "recovered at once"
 
@@ -121,7 +124,7 @@ def shelved(shelf: Path, clock: Clock) -> Iterator[Asgi]:
         yield server
 
 
-@pytest.mark.parametrize("times", short_and_whole(2, 20))
+@pytest.mark.parametrize("times", short_and_whole(1, 20))
 def test_versions_come_and_go_under_load(
     shelved: Asgi, shelf: Path, cifar: list[Image.Image], photos: list[bytes], tmp_path: Path, times: int
 ) -> None:
@@ -200,7 +203,7 @@ def test_a_store_that_goes_wrong_disturbs_nothing(shelved: Asgi, shelf: Path, ph
     def largest(folder: Path) -> Path:
         return max(folder.iterdir(), key=lambda path: path.stat().st_size)
 
-    load = Load(shelved.url, photos, bundles=("one",)).start(2)
+    load = Load(shelved, photos, 2, bundles=("one",)).start()
     truncated = drop("truncated", lambda folder: os.truncate(largest(folder), 1000))
     half = drop("half", lambda folder: largest(folder).unlink())
     foreign = drop("foreign", lambda folder: (folder / "cascade.json").write_text('{"format": 99}'))
@@ -219,11 +222,11 @@ def test_a_store_that_goes_wrong_disturbs_nothing(shelved: Asgi, shelf: Path, ph
 
 def test_the_clock_jumps(shelved: Asgi, clock: Clock, shelf: Path, photos: list[bytes]) -> None:
     """Of the supervisor and of the engine: years ahead, years back, and right again."""
-    load = Load(shelved.url, photos, bundles=("one",)).start(4)
+    load = Load(shelved, photos, 4, bundles=("one",)).start()
     jumps(shelved, clock, shelf)
     load.more()
     assert load.stop().keys() == {200} and load.wrong == []
-    assert max(seconds for _, seconds, _ in load.answers) < 60
+    assert max(answer.seconds for answer in load.answers) < 60
 
 
 @pytest.mark.parametrize("times", short_and_whole(1, 5))
@@ -239,35 +242,41 @@ def test_killed_without_a_store_and_with_a_full_disk(
         with full_disk(shelved):
             shelf.with_name("elsewhere").rename(shelf)
             until(shelved.answers)
-            load = Load(shelved.url, photos, bundles=("one",)).start(4)
+            load = Load(shelved, photos, 4, bundles=("one",)).start()
             load.more()
             assert load.stop().keys() == {200} and load.wrong == []
 
 
 @pytest.mark.parametrize("failing", short_and_whole("503", "silence"))
-def test_a_remote_store_that_fails_while_the_engine_is_killed(
+def test_a_remote_store_a_killed_engine_and_the_end(
     store: Path,
     tmp_path: Path,
     photos: list[bytes],
+    cifar: list[Image.Image],
     monkeypatch: pytest.MonkeyPatch,
     failing: Literal["503", "silence"],
 ) -> None:
-    """The next engine takes the copies that are on this machine, and fetches nothing twice."""
+    """An engine that starts while the store is down takes the copies on this machine, and fetches nothing twice.
+
+    At the end a SIGTERM under load: what was sent before is answered, and nothing stays.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(store / "one", tmp_path / "shelf" / "one")
-    with remote(tmp_path / "shelf") as url, serving_asgi(url, "--poll", "0.3", "--log-level", "warning") as server:
+    options = ("--poll", "0.3", "--log-level", "warning", "--drain", "60")
+    with remote(tmp_path / "shelf") as url, serving_asgi(url, *options) as server:
         copies = sorted(Shelf.fetched)
         assert copies and len(copies) == len(set(copies))
         Shelf.fail(failing)
         until(lambda: server.metrics()["cascade_store_unreachable"] == 1)
         server.worker().kill()
         until(server.answers)
-        load = Load(server.url, photos, bundles=("one",)).start(4)
+        load = Load(server, photos, 4, bundles=("one",)).start()
         load.more()
         assert load.stop().keys() == {200}
         Shelf.mend()
         until(lambda: server.metrics()["cascade_store_unreachable"] == 0)
         assert sorted(Shelf.fetched) == copies
+        print(terminated(server, photos, encoded(cifar[0], "jpeg", (6000, 6000))))
 
 
 @pytest.mark.soak
@@ -276,12 +285,12 @@ def test_a_disk_filled_to_the_last_block(store: Path, photos: list[bytes]) -> No
     place = Path(tempfile.gettempdir(), "e2e-disk-asgi")
     with small_disk(place) as fill, serving_asgi(store, place=str(place)) as server:
         fill()
-        load = Load(server.url, photos).start(4)
+        load = Load(server, photos, 4).start()
         time.sleep(3)
         assert load.stop().keys() == {200}
         server.worker().kill()
         until(server.answers)
-        after = Load(server.url, photos).start(4)
+        after = Load(server, photos, 4).start()
         time.sleep(3)
         assert after.stop().keys() == {200}
         (place / "filling").unlink()
@@ -339,7 +348,7 @@ class Hostile:
         return json.dumps(head).encode() + struct.pack("<I", len(data)) + data
 
 
-@pytest.mark.parametrize("count", short_and_whole(400, 10_000))
+@pytest.mark.parametrize("count", short_and_whole(300, 10_000))
 def test_hostile_requests(survivor: Asgi, photos: list[bytes], cifar: list[Image.Image], count: int) -> None:
     """No 5xx other than overload, no crash, and memory back to where it was."""
     hostile = Hostile(photos, cifar)
@@ -359,7 +368,7 @@ def test_hostile_requests(survivor: Asgi, photos: list[bytes], cifar: list[Image
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(send, range(200)))  # what a first time costs: arenas, codecs, caches
-        time.sleep(5)  # an idle moment: it gives back what it no longer needs
+        time.sleep(3)  # an idle moment: it gives back what it no longer needs
         before = worker.memory_info().rss
         list(pool.map(send, range(1000, 1000 + count)))
     settled(lambda: worker.memory_info().rss < before + 20 * MIB, 5)
@@ -396,19 +405,19 @@ def test_who_hangs_up_leaves_its_place(survivor: Asgi, photos: list[bytes], cifa
     head = (
         f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nX-Cascade-Bundle: one\r\nContent-Length: {len(file)}\r\n\r\n"
     )
-    load = Load(survivor.url, photos).start(16)
+    load = Load(survivor, photos, 16).start()
     for i in range(200):
         with socket.create_connection(survivor.address, timeout=60) as connection:
             connection.sendall(head.encode() + (file if i % 3 else file[:100]))
             time.sleep(0.01 * (i % 2))
     assert load.stop().keys() <= {200, 429, 503}
     until(lambda: survivor.metrics()["cascade_queue_depth"] == 0)
-    after = Load(survivor.url, photos).start(16)
+    after = Load(survivor, photos, 16).start()
     after.more(32)
     assert after.stop().keys() == {200}, "all places of the queue are free"
 
 
-@pytest.mark.parametrize("examples", short_and_whole(15, 500))
+@pytest.mark.parametrize("examples", short_and_whole(8, 500))
 def test_schemathesis(survivor: Asgi, examples: int) -> None:
     """Whatever the description allows, and much that it does not: no 5xx, and answers as they are described."""
     import hypothesis
@@ -453,7 +462,7 @@ def test_ten_minutes_at_speed(store: Path, photos: list[bytes]) -> None:
     """As many requests as fit (SOAK_MINUTES for another while): memory is flat."""
     with serving_asgi(store, "--log-level", "warning") as server:
         processes = {"engine": server.worker(), "supervisor": psutil.Process(server.process.pid)}
-        load = Load(server.url, photos).start(16)
+        load = Load(server, photos, 16).start()
         memory = sampled(processes)
         statuses = load.stop()
     print(f"{dict(statuses)} answers; {memory}")

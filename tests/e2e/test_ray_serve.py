@@ -222,11 +222,13 @@ def test_bundles_that_do_not_fit_come_when_they_are_asked_for(url: str, photos: 
     with cascade.Client(url, key=KEY, patience=120) as client:
         assert client.models() == {name: ["1"] for name in BUNDLES}
         assert isinstance(client.predict(photos[0], cascade.Options("z")), ItemError)
-        for _ in range(5):  # until every bundle has its place
+        for _ in range(8):  # until every bundle has its place
+            before = loads(url)
             for name in BUNDLES:
                 assert isinstance(client.predict(photos[0], cascade.Options(name)), Prediction)
             time.sleep(1.5)  # replicas tell the proxies once a second what they hold
-        before = loads(url)
+            if loads(url) == before:
+                break
         assert before >= len(BUNDLES)
         for nth in range(40):
             answer = client.predict(photos[nth % 10], cascade.Options(BUNDLES[nth % 4]))

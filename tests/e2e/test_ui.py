@@ -6,7 +6,6 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tests.conftest import need
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.browser import Page, chromium, has_chromium
 from tests.helpers.deferral import two_sizes
+from tests.helpers.keys import digest
 from tests.helpers.paths import DATA
 from tests.helpers.servers import CLIENT
 
@@ -236,8 +236,7 @@ def test_an_example_is_answered(browser: Any, asgi: Asgi) -> None:
     assert page.complaints() == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1180])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1180)])
 def test_it_fits_the_screen_and_its_colors(browser: Any, asgi: Asgi, scheme: str, width: int) -> None:
     with screen(browser, scheme, width):
         page = Page(browser, asgi.base)
@@ -427,56 +426,61 @@ def test_several_images_are_chosen_from(browser: Any, asgi: Asgi, indexed: list[
     assert f"{label['name']}\n{label['score']:.2f}" in page.text("labels")
 
 
-def test_strangers_are_shown_to_admins_and_downloaded(browser: Any, asgi: Asgi, store: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def keyed(store: Path, cifar: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asgi]:
+    """A server with keys and a bundle of two input sizes, which keeps images that fit no bundle."""
+    folder = tmp_path_factory.mktemp("keyed")
+    store = shutil.copytree(store, folder / "store")
+    write(two_sizes(cifar[:20], threshold=1.0), store / "sizes" / "1")
+    keys = (("*", "mine", ""), ("*", "admin", "role=admin"), ("one", "secret", ""), ("sizes", "secret", ""))
+    lines = (f"{name} {digest(key)} {role}\n" for name, key, role in keys)
+    (folder / "keys").write_text("".join(lines))
+    options = ("--api-keys", str(folder / "keys"), "--keep-unknown", str(folder / "unknown"))
+    with serving_asgi(store, *options) as server:
+        yield server
+
+
+def test_strangers_are_shown_to_admins_and_downloaded(browser: Any, asgi: Asgi, keyed: Asgi, tmp_path: Path) -> None:
     """As an archive of a folder, which is what a training reads."""
     page = Page(browser, asgi.base)
     page.press("improve")
     assert page.until("kept.textContent").startswith("Only an admin may see them")
-    lines = (f"* {sha256(key).hexdigest()} {role}\n" for key, role in ((b"mine", ""), (b"admin", "role=admin")))
-    (tmp_path / "keys").write_text("".join(lines))
-    options = ("--api-keys", str(tmp_path / "keys"), "--keep-unknown", str(tmp_path / "unknown"))
-    with serving_asgi(store, *options) as server:
-        refused = 0
-        for seed in range(3):
-            pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(out := BytesIO(), "png")
-            key = {"Authorization": "Bearer mine"}
-            refused += CLIENT.post(f"{server.base}/v1/predict", content=out.getvalue(), headers=key).status_code == 422
-        assert refused == 3, "noise fits no bundle"
-        page = Page(browser, server.base)
-        browser.find_element("id", "key").send_keys("mine\t")
-        page.press("improve")
-        assert "role=admin" in page.until("refused.textContent || kept.textContent")
-        browser.find_element("id", "key").clear()
-        browser.find_element("id", "key").send_keys("admin\t")
-        assert page.until("document.querySelectorAll('#strangers img').length") == 3
-        assert page.text("kept").startswith("3 are kept")
-        browser.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-        browser.find_element("id", "download").send_keys("\n")
-        assert "cascade train" in page.until("train.textContent")
-        page.wait((tmp_path / "unknown.tar").exists)
-        with tarfile.open(tmp_path / "unknown.tar") as archive:
-            assert len(archive.getnames()) == 3 and all(name.startswith("unknown/") for name in archive.getnames())
-        assert page.complaints() == []
+    refused = 0
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(out := BytesIO(), "png")
+        key = {"Authorization": "Bearer mine"}
+        refused += CLIENT.post(f"{keyed.base}/v1/predict", content=out.getvalue(), headers=key).status_code == 422
+    assert refused == 3, "noise fits no bundle"
+    page = Page(browser, keyed.base)
+    browser.find_element("id", "key").send_keys("mine\t")
+    page.press("improve")
+    assert "role=admin" in page.until("refused.textContent || kept.textContent")
+    browser.find_element("id", "key").clear()
+    browser.find_element("id", "key").send_keys("admin\t")
+    assert page.until("document.querySelectorAll('#strangers img').length") == 3
+    assert page.text("kept").startswith("3 are kept")
+    browser.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.find_element("id", "download").send_keys("\n")
+    assert "cascade train" in page.until("train.textContent")
+    page.wait((tmp_path / "unknown.tar").exists)
+    with tarfile.open(tmp_path / "unknown.tar") as archive:
+        assert len(archive.getnames()) == 3 and all(name.startswith("unknown/") for name in archive.getnames())
+    assert page.complaints() == []
 
 
-def test_page_with_keys(browser: Any, store: Path, cifar: list[Image.Image], tmp_path: Path) -> None:
+def test_page_with_keys(browser: Any, keyed: Asgi) -> None:
     """And which of two input sizes has answered."""
-    store = shutil.copytree(store, tmp_path / "store")
-    write(two_sizes(cifar[:20], threshold=1.0), store / "sizes" / "1")
-    digest = sha256(b"secret").hexdigest()
-    (tmp_path / "keys").write_text("".join(f"{name} {digest}\n" for name in ("one", "sizes")))
-    with serving_asgi(store, "--api-keys", str(tmp_path / "keys")) as server:
-        page = Page(browser, server.base)
-        assert "API key" in page.until("document.getElementById('error').textContent")
-        page.browser.find_element("id", "key").send_keys("secret\t")
-        assert page.until("document.querySelectorAll('#bundle option').length") == 3, "both, and auto"
-        page.select("one")
-        page.choose(PHOTO)
-        assert page.until("document.body.dataset.shown") == "one"
-        assert len(page.until(PICTURES)) == 5 and "px" not in page.text("facts")
-        page.select("sizes")
-        assert page.until("document.body.dataset.shown === 'sizes'")
-        assert "64 px, asked again: the smaller size was unsure" in page.text("facts")
-        assert CLIENT.get(f"{server.base}/v1/thumbnails/one/1/0").status_code == 401
-        assert "secret" not in server.log()
+    page = Page(browser, keyed.base)
+    assert "API key" in page.until("document.getElementById('error').textContent")
+    page.browser.find_element("id", "key").send_keys("secret\t")
+    assert page.until("document.querySelectorAll('#bundle option').length") == 3, "both, and auto"
+    page.select("one")
+    page.choose(PHOTO)
+    assert page.until("document.body.dataset.shown") == "one"
+    assert len(page.until(PICTURES)) == 5 and "px" not in page.text("facts")
+    page.select("sizes")
+    assert page.until("document.body.dataset.shown === 'sizes'")
+    assert "64 px, asked again: the smaller size was unsure" in page.text("facts")
+    assert CLIENT.get(f"{keyed.base}/v1/thumbnails/one/1/0").status_code == 401
+    assert "secret" not in keyed.log()
