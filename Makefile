@@ -65,9 +65,9 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 check: lint  ## ruff, mypy and the fast tests: run it before every commit (under two minutes)
 	$(PYTEST) $(PARALLEL) -m "not slow and not e2e and not soak"
 
-test: lint  ## ruff, mypy and every test; tests that start servers run last, one at a time (under 15 minutes)
+test: lint  ## ruff, mypy and every test; tests that start servers run last, two files at a time (under 15 minutes)
 	$(PYTEST) $(PARALLEL) --ignore tests/e2e
-	$(PYTEST) tests/e2e
+	$(PYTEST) --numprocesses 2 --dist loadfile tests/e2e
 
 soak: env  ## the full-length reliability tests (about 30 minutes)
 	$(PYTEST) -m soak
