@@ -52,7 +52,8 @@ FEWEST = 16  # fewest images to train a mask on
 VALIDATION = 0.05  # share of the labeled training images for choosing checkpoints, and between mask and head
 LEAST_VALIDATION, MOST_VALIDATION = 300, 1000  # bounds of their number, but never more than a fifth
 STEPS = {"labels": 1500, "distill": 1200}  # for STEPS_IMAGES images; they grow with the square root
-STEPS_IMAGES, LEAST_STEPS, MOST_STEPS = 20_000, 300, 6000
+LEAST_STEPS = {"labels": 300, "distill": 1200}  # a teacher keeps a few hundred images from being learned by heart
+STEPS_IMAGES, MOST_STEPS = 20_000, 6000
 SWAV_STEPS = 600
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -205,7 +206,7 @@ class Run:
         if self.recipe.kind == "swav":
             return SWAV_STEPS
         by_size = round(STEPS[self.recipe.kind] * (len(self.images) / STEPS_IMAGES) ** 0.5)
-        return min(MOST_STEPS, max(LEAST_STEPS, by_size))
+        return min(MOST_STEPS, max(LEAST_STEPS[self.recipe.kind], by_size))
 
     @property
     def expert_steps(self) -> int:
