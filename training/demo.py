@@ -94,7 +94,10 @@ def customer(name: str, folder: Path, out: Path, watch: Watch, *, quick: bool = 
         return
     with tempfile.TemporaryDirectory() as temporary:
         whole = read(pipeline.train(served, Path(temporary) / name / "1", thumbnails=True))
-    write(replace(whole, linear={}), out)  # a head needs labels
+    known = {name: facts for name, facts in whole.card.accuracy["reliability"].items() if name != "labels"}
+    accuracy = whole.card.accuracy | {"reliability": known}
+    card = whole.card.model_copy(update={"accuracy": accuracy})
+    write(replace(whole, linear={}, card=card), out)  # a head needs labels
 
 
 def fine_tuned(run: Run, out: Path, steps: int) -> None:

@@ -61,12 +61,15 @@ def scores(models: Sequence[OutOfDomain], parts: Sequence[Tensor], owner: Tensor
         parts: the features of each model's images, [n, F].
         owner: the model of each image, int64 [N].
     """
-    raw = _raw(models, parts, owner)[:, None]
-    quantiles = _of_each(models, "quantiles", owner)
+    return quantile_scores(_raw(models, parts, owner), _of_each(models, "quantiles", owner))
+
+
+def quantile_scores(raw: Tensor, quantiles: Tensor) -> Tensor:
+    """Where each raw measure [N] lies between its ascending quantiles [N, q]: float32 [N] in [0, 1]."""
     last = quantiles.shape[1] - 1
-    right = torch.searchsorted(quantiles, raw).clamp(1, last)
+    right = torch.searchsorted(quantiles, raw[:, None]).clamp(1, last)
     low, high = quantiles.gather(1, right - 1), quantiles.gather(1, right)
-    within = ((raw - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    within = ((raw[:, None] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return ((right - 1 + within) / last).squeeze(1)
 
 

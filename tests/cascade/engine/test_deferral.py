@@ -14,7 +14,7 @@ from PIL import Image
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine.batcher import Answer, Batcher
-from cascade.engine.dispatch_table import MOST_LARGER, DispatchTable, Space
+from cascade.engine.dispatch_table import MOST_LARGER, DispatchTable, Space, Target
 from cascade.engine.executors.selection import Kind
 from cascade.engine.items import AnyItem, Item, PassAnswer, passes
 from cascade.engine.results import Deferral
@@ -186,13 +186,13 @@ def test_it_works_after_dispatch(pair: Bundle, cifar: list[Image.Image], how: st
 
 
 def test_an_image_carries_pixels_of_a_few_sizes_only(pair: Bundle) -> None:
-    def sized(size: int) -> Bundle:
-        assert pair.larger is not None
-        preprocessing = replace(pair.larger.preprocessing, size=size)
-        return replace(pair, larger=replace(pair.larger, preprocessing=preprocessing))
+    assert pair.larger is not None
+    larger, card = pair.larger.preprocessing, pair.card.backbone
 
-    bundles = tuple(map(sized, (64, 96, 128, 160, 192, 224, 224)))
-    space = Space("", 0, pair.preprocessing, bundles, None, 1.0)  # type: ignore[arg-type]
+    def sized(size: int) -> Target:
+        return Target("hand", str(size), card, 0, None, larger, replace(larger, size=size))  # type: ignore[arg-type]
+
+    space = Space("", 0, larger, tuple(map(sized, (64, 96, 128, 160, 192, 224, 224))), None, 1.0)  # type: ignore[arg-type]
     sizes = [preprocessing.size for preprocessing in DispatchTable((space,)).larger]
     assert len(sizes) == MOST_LARGER and sizes[0] == 224
 

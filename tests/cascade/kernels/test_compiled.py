@@ -54,7 +54,7 @@ def test_bits_are_loaded_a_step_ahead(code: dict[str, str]) -> None:
     lines = code["product, bf16"].splitlines()
     product = next(i for i, line in enumerate(lines) if "wgmma.mma_async" in line)
     begin = max(i for i, line in enumerate(lines[:product]) if line.startswith("$L__BB"))
-    end = next(i for i in range(product, len(lines)) if f"bra \t{lines[begin].rstrip(':')}" in lines[i])
+    end = next(i for i in range(product, len(lines)) if f"bra \t{lines[begin].partition(':')[0]}" in lines[i])
     loop = lines[begin:end]
     (at,) = (i for i, line in enumerate(loop) if "ld.global.b16" in line)
     (register,) = re.findall(r"\{ (%rs\d+) \}", loop[at])

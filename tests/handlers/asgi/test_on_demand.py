@@ -61,7 +61,7 @@ def test_the_overview_has_cards_of_bundles_that_are_not_in_memory(
     found = ask("GET", "/v1/overview").json()
     assert [(b["name"], b["loaded"]) for b in found["bundles"]] == [("cats", True), ("birds", False), ("ships", False)]
     cats, birds, _ = found["bundles"]
-    apart = {"name", "loaded", "out_of_domain", "pictures", "images", "seconds", "last", "unusual"}
+    apart = {"name", "loaded", "executor", "out_of_domain", "pictures", "images", "seconds", "last", "unusual"}
     assert {k: v for k, v in birds.items() if k not in apart} == {k: v for k, v in cats.items() if k not in apart}
     assert [*service.engine.names] == ["cats"] and found["more"] == 0
     monkeypatch.setattr(overview, "MOST", 2)

@@ -62,10 +62,11 @@ def test_a_child_that_fails_costs_an_export_here(
     (mask,) = masks_of(executor.backbone, 2)
     monkeypatch.setattr(graph_process, "SECONDS", seconds)
     monkeypatch.setattr(graph_process.sys, "executable", str(program))
+    before = psutil.Process().children()  # of other tests
     with caplog.at_level(logging.WARNING):
         executor.export([mask], 64)
         executor.export([mask], 64)
     assert [why in record.getMessage() for record in caplog.records] == [True], "it is tried once"
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= set(before)
     executor.prepare([mask], 64)
     assert {key[:2] for key in executor._sessions} >= {(0, 2), (2, None)}
