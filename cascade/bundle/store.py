@@ -243,8 +243,16 @@ def _timeouts(where: str) -> dict[str, object]:
 
 def discover(store: Path) -> list[Path]:
     """Folders ``<name>/<version>`` of a store that contain a card, sorted; hidden ones (being written) are skipped."""
-    cards = (p.parent for p in Path(store).glob(f"*/*/{CARD}"))
-    return sorted(p for p in cards if not any(part.startswith(".") for part in (p.name, p.parent.name)))
+    folders = ((name, version) for name in _names(store) for version in _names(os.path.join(store, name)))
+    return [Path(store, *each) for each in folders if os.path.exists(os.path.join(store, *each, CARD))]
+
+
+def _names(folder: str | Path) -> list[str]:
+    """Sorted names in a folder without the hidden ones; none if it is no folder or can't be read."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return []
 
 
 def _listed(folder: Path) -> dict[Identity, str]:
@@ -254,8 +262,10 @@ def _listed(folder: Path) -> dict[Identity, str]:
         stamps = {}
         for path in discover(folder):
             with suppress(FileNotFoundError):  # this bundle is being removed
-                files = [(p.name, p.stat()) for p in sorted(path.iterdir())]
-                stamps[path.parent.name, path.name] = repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files])
+                with os.scandir(path) as entries:  # pathlib takes twice as long for 10,000 bundles
+                    files = [(entry.name, entry.stat()) for entry in entries]
+                facts = sorted((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files)
+                stamps[path.parent.name, path.name] = repr(facts)
         if names <= set(os.listdir(folder)):
             return stamps  # else something vanished meanwhile, perhaps the whole store: list again
 
