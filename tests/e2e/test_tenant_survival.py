@@ -131,6 +131,9 @@ def test_killed_during_an_upload(
         for left in folder.glob(".*"):
             shutil.rmtree(left)
     assert killed == times, "no upload was caught while it was written"
+    latest = max((version for name, version in index(server) if name == "uploaded"), key=int)
+    headers, url = ADMIN | {"X-Cascade-Bundle": "uploaded"}, f"{server.base}/v1/predict"
+    until(lambda: CLIENT.post(url, content=photos[0], headers=headers).json().get("version") == latest)
     load = calm(server, photos, "one", "uploaded")
     load.more()
     assert load.stop().keys() == {200} and load.wrong == []
