@@ -30,11 +30,12 @@ from cascade.model.delta import compress
 from training import delta, dispatcher, embed, evaluate, heads, teacher
 from training.cli import Watch, watching
 from training.comparison import LORA_LR, adapter_tensors, compressed
-from training.finetune import features, tune_backbone
+from training.finetune import features
 from training.lora import lora_backbone
 from training.masking import MaskedModel
 from training.recipe import Recipe
 from training.run import Run, begin, write_json
+from training.tuned import tune_backbone
 
 SIZE, TEST_IMAGES = 64, 4000
 IMAGES = {"cifar10": 20_000, "fashion-mnist": 20_000, "groceries": 0, "digits": 0}  # at most; 0: all

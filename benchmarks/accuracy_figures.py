@@ -101,9 +101,14 @@ def report(results: Results) -> None:
     print(line)
 
 
+def mixed_name(backbone: str) -> str:
+    """Name of the result of ``benchmarks.accuracy_throughput``."""
+    return f"accuracy-mixed-{backbone}"
+
+
 def mixed_rate(row: str, backbone: str) -> str:
     """Images per second if 20 such models are served mixed (``benchmarks.accuracy_throughput``); empty if unknown."""
-    path = RESULTS.parent / f"accuracy-mixed-{backbone}.json"
+    path = RESULTS.parent / f"{mixed_name(backbone)}.json"
     rates = json.loads(path.read_text())["figures"] if path.exists() else {}
     rate = rates.get("delta" if row.startswith("delta") else row)
     return f"{rate['value']:,.0f}" if rate else ""

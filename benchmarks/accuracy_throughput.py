@@ -17,6 +17,7 @@ import typer
 
 from benchmarks import synthetic
 from benchmarks.accuracy import BACKBONES, SIZE
+from benchmarks.accuracy_figures import mixed_name
 from benchmarks.report import Rows, figure, report
 from benchmarks.serving.baselines import Answer, grouped, static_session
 from benchmarks.serving.mixed import BATCH, HELD, uniform
@@ -69,11 +70,6 @@ def served(name: str, kind: str) -> Answer:
     return answer
 
 
-def result(backbone: str) -> str:
-    """Name of the result of this benchmark."""
-    return f"accuracy-mixed-{backbone}"
-
-
 def main(
     backbone: Annotated[str, typer.Option(help=f"One of {', '.join(BACKBONES)}.")] = [*BACKBONES][0],
     count: Annotated[int, typer.Option("--rounds")] = 15,
@@ -86,7 +82,7 @@ def main(
     rates = {kind: figure([BATCH / taken for taken in own]) for kind, own in seconds.items()}
     for kind, rate in rates.items():
         rows.add(kind, rate, "images/s")
-    report(result(backbone), rates, rows.table, executor=synthetic.executor_name(backbone), out=out)
+    report(mixed_name(backbone), rates, rows.table, executor=synthetic.executor_name(backbone), out=out)
 
 
 if __name__ == "__main__":

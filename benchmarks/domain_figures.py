@@ -35,19 +35,19 @@ class Measured:
     bytes: dict[str, list[int]]
     seconds: dict[str, list[float]]
 
-    def shares(self, way: str) -> Shares:
+    def shares(self, method: str) -> Shares:
         """On each domain, when all have arrived."""
-        return self.growing[way][-1] if way in self.growing else self.final[way]
+        return self.growing[method][-1] if method in self.growing else self.final[method]
 
-    def means(self, way: str) -> list[float]:
+    def means(self, method: str) -> list[float]:
         """Mean accuracy over the domains so far, after each arrival."""
-        return [mean(shares.values()) for shares in self.growing[way]]
+        return [mean(shares.values()) for shares in self.growing[method]]
 
 
 def show(
     name: str,
     title: str,
-    found: Sequence[Measured],
+    seeds: Sequence[Measured],
     passes: dict[str, list[float]],
     most_passes: str,
     forgotten: int,
@@ -59,72 +59,73 @@ def show(
         passes: time of a mixed batch by method, in plain passes, and of ``SEARCH``. most_passes: the goal.
         forgotten: answers of older bundles that changed.
     """
-    tables = [accuracies(found, title), arrivals(found), prices(found, passes)]
-    values = figures(found, passes, most_passes) | {"forgotten": single(forgotten, "<= 0")}
-    report(name, values, *tables, executor=executor, details={"seeds": [_rounded(asdict(each)) for each in found]})
-    plot(found, DOCS / f"{name}.svg")
+    tables = [accuracies(seeds, title), arrivals(seeds), prices(seeds, passes)]
+    values = figures(seeds, passes, most_passes) | {"forgotten": single(forgotten, "<= 0")}
+    report(name, values, *tables, executor=executor, details={"seeds": [_rounded(asdict(each)) for each in seeds]})
+    plot(seeds, DOCS / f"{name}.svg")
 
 
-def accuracies(found: Sequence[Measured], title: str) -> Table:
+def accuracies(seeds: Sequence[Measured], title: str) -> Table:
     """Accuracy of each method, and the shares of routing, when all domains have arrived."""
-    table = Table("accuracy %", "mean", *found[0].shares(AUTO), title=title)
-    for way in (*METHODS, ROUTED, BETWEEN, UNKNOWN):
-        columns = zip(*(each.shares(way).values() for each in found), strict=True)
-        table.add_row(way, _percent(mean(_means(found, way))), *(_percent(mean(column)) for column in columns))
+    table = Table("accuracy %", "mean", *seeds[0].shares(AUTO), title=title)
+    for method in (*METHODS, ROUTED, BETWEEN, UNKNOWN):
+        columns = zip(*(each.shares(method).values() for each in seeds), strict=True)
+        table.add_row(method, _percent(mean(_means(seeds, method))), *(_percent(mean(column)) for column in columns))
     return table
 
 
-def arrivals(found: Sequence[Measured]) -> Table:
+def arrivals(seeds: Sequence[Measured]) -> Table:
     """Mean accuracy over the domains so far, after each arrival."""
-    table = Table("mean accuracy %, after", *found[0].shares(AUTO))
-    for way in METHODS:
-        if way in found[0].growing:
-            table.add_row(way, *(_percent(mean(column)) for column in _grown(found, way)))
+    table = Table("mean accuracy %, after", *seeds[0].shares(AUTO))
+    for method in METHODS:
+        if method in seeds[0].growing:
+            table.add_row(method, *(_percent(mean(column)) for column in _grown(seeds, method)))
     return table
 
 
-def prices(found: Sequence[Measured], passes: dict[str, list[float]]) -> Table:
+def prices(seeds: Sequence[Measured], passes: dict[str, list[float]]) -> Table:
     """What each method costs."""
     table = Table("cost", "passes, by time", "KB a domain", "seconds from images to served")
-    for way in METHODS:
-        time = f"{figure(passes[way]).value:.2f}" if way in passes else "-"
-        size = f"{mean(b for each in found for b in each.bytes[way]) / 1000:,.0f}" if way in found[0].bytes else "-"
-        spent = [s for each in found for s in each.seconds.get(way, [])]
-        table.add_row(way, time, size, f"{figure(spent).value:.0f}" if spent else "-")
+    for method in METHODS:
+        time = f"{figure(passes[method]).value:.2f}" if method in passes else "-"
+        sizes = [b for each in seeds for b in each.bytes.get(method, [])]
+        spent = [s for each in seeds for s in each.seconds.get(method, [])]
+        size = f"{mean(sizes) / 1000:,.0f}" if sizes else "-"
+        table.add_row(method, time, size, f"{figure(spent).value:.0f}" if spent else "-")
     return table
 
 
-def figures(found: Sequence[Measured], passes: dict[str, list[float]], most_passes: str) -> dict[str, Figure]:
+def figures(seeds: Sequence[Measured], passes: dict[str, list[float]], most_passes: str) -> dict[str, Figure]:
     """The figures and their goals."""
-    named = zip(_means(found, AUTO), _means(found, NAMED), strict=True)
+    named = zip(_means(seeds, AUTO), _means(seeds, NAMED), strict=True)
     return {
-        "route_accuracy": figure([*_means(found, ROUTED)], ">= 0.98"),
-        "route_accuracy_between_data_sets": figure([*_means(found, BETWEEN)], ">= 0.98"),
+        "route_accuracy": figure([*_means(seeds, ROUTED)], ">= 0.98"),
+        "route_accuracy_between_data_sets": figure([*_means(seeds, BETWEEN)], ">= 0.98"),
         "auto_over_oracle": figure([a / b for a, b in named], ">= 0.98"),
-        **_over("joint", found, JOINTLY, ">= 0"),
-        **_over("ranpac", found, RANPAC, "> 0"),
-        **_over("sequential", found, IN_TURN, ">= 20"),
-        **_over("fine_tuned_named", found, COPIES),
-        **_over("frozen_named", found, FROZEN),
+        **_over("joint", seeds, JOINTLY, ">= 0"),
+        **_over("ranpac", seeds, RANPAC, "> 0"),
+        **_over("sequential", seeds, IN_TURN, ">= 20"),
+        **_over("fine_tuned_named", seeds, COPIES),
+        **_over("frozen_named", seeds, FROZEN),
         "auto_passes": figure(passes[AUTO], most_passes),
         "named_passes": figure(passes[NAMED]),
-        "unknown_auroc": figure([*_means(found, UNKNOWN)], ">= 0.95"),
+        "unknown_auroc": figure([*_means(seeds, UNKNOWN)], ">= 0.95"),
         "dispatch_share_1000": figure(passes[SEARCH], "<= 0.02"),
-        "bytes_a_domain": figure([b for each in found for b in each.bytes[AUTO]]),
-        "seconds_to_served": figure([s for each in found for s in each.seconds[AUTO]]),
+        "bytes_a_domain": figure([b for each in seeds for b in each.bytes[AUTO]]),
+        "seconds_to_served": figure([s for each in seeds for s in each.seconds[AUTO]]),
     }
 
 
-def _over(short: str, found: Sequence[Measured], way: str, goal: str | None = None) -> dict[str, Figure]:
+def _over(short: str, seeds: Sequence[Measured], method: str, goal: str | None = None) -> dict[str, Figure]:
     """Points by which dispatched bundles are better, and with several seeds in standard deviations over these."""
-    points = [100 * (a - b) for a, b in zip(_means(found, AUTO), _means(found, way), strict=True)]
+    points = [100 * (a - b) for a, b in zip(_means(seeds, AUTO), _means(seeds, method), strict=True)]
     out = {f"auto_over_{short}": figure(points, goal)}
     if len(points) > 1:
         out[f"auto_over_{short}_sd"] = single(mean(points) / max(stdev(points), 1e-9), "> 2" if goal else None)
     return out
 
 
-def plot(found: Sequence[Measured], path: Path) -> None:
+def plot(seeds: Sequence[Measured], path: Path) -> None:
     """Mean accuracy by the number of domains."""
     import matplotlib
 
@@ -133,13 +134,13 @@ def plot(found: Sequence[Measured], path: Path) -> None:
     from matplotlib import pyplot
 
     canvas, axes = pyplot.subplots(figsize=(7, 4))
-    for way in METHODS:
-        style = "o-" if way == AUTO else ".--"
-        if way in found[0].growing:
-            values = [100 * mean(column) for column in _grown(found, way)]
-            axes.plot(range(1, len(values) + 1), values, style, label=way)
-    last = len(found[0].shares(AUTO))
-    axes.plot([last], [100 * mean(_means(found, JOINTLY))], "k*", markersize=10, label=JOINTLY)
+    for method in METHODS:
+        style = "o-" if method == AUTO else ".--"
+        if method in seeds[0].growing:
+            values = [100 * mean(column) for column in _grown(seeds, method)]
+            axes.plot(range(1, len(values) + 1), values, style, label=method)
+    last = len(seeds[0].shares(AUTO))
+    axes.plot([last], [100 * mean(_means(seeds, JOINTLY))], "k*", markersize=10, label=JOINTLY)
     axes.set(xlabel="domains", ylabel="mean accuracy on the domains so far, %", xticks=range(1, last + 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -148,14 +149,14 @@ def plot(found: Sequence[Measured], path: Path) -> None:
     pyplot.close(canvas)
 
 
-def _means(found: Sequence[Measured], way: str) -> Iterator[float]:
+def _means(seeds: Sequence[Measured], method: str) -> Iterator[float]:
     """The mean over the domains, for each seed."""
-    return (mean(each.shares(way).values()) for each in found)
+    return (mean(each.shares(method).values()) for each in seeds)
 
 
-def _grown(found: Sequence[Measured], way: str) -> Iterator[tuple[float, ...]]:
+def _grown(seeds: Sequence[Measured], method: str) -> Iterator[tuple[float, ...]]:
     """After each arrival, the mean over the domains so far, for each seed."""
-    return zip(*(each.means(way) for each in found), strict=True)
+    return zip(*(each.means(method) for each in seeds), strict=True)
 
 
 def _percent(share: float) -> str:

@@ -30,12 +30,12 @@ from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing
 from training.cost import peak_bytes
 from training.data.augment import shift_flip
-from training.finetune import tune_backbone
 from training.loop import fit, seed_everything
 from training.masking import mask_backbone
 from training.objectives import SHIFT, Objective, SelfSupervised, Supervised
 from training.recipe import Recipe
 from training.run import device
+from training.tuned import tune_backbone
 
 GOAL, CLASSES = "<= 1.1", 10
 SHEET = Path(__file__).parents[1] / "tests" / "data" / "cifar10.png"

@@ -27,7 +27,7 @@ class Heap:
 
 
 def resident() -> int:
-    """Heap bytes of this process (RSS)."""
+    """Resident bytes of this process (RSS)."""
     with open("/proc/self/statm", "rb") as statm:
         return _resident(statm.read())
 

@@ -22,6 +22,7 @@ from training.frozen import Candidate, frozen_head, trained_head
 from training.lora import lora_backbone
 from training.masking import MaskedModel
 from training.run import Run, write_json
+from training.tuned import tune_backbone
 
 LORA_LR = 0.003
 TITLES = {
@@ -142,7 +143,7 @@ def other(run: Run, name: str) -> Row:
     model = (
         lora_backbone(run.backbone, run.mask_from)
         if name == "lora"
-        else finetune.tune_backbone(run.backbone, run.mask_from, train_norms=False)
+        else tune_backbone(run.backbone, run.mask_from, train_norms=False)
     )
     done = "dispatcher" if name == "fine-tuned" and run.recipe.adapt == "delta" else name  # that training is the same
     dispatcher.train(run, done, model=model, lr=LORA_LR if name == "lora" else finetune.LR)

@@ -29,6 +29,7 @@ from training.cli import RunFolder, Watch, stage, start
 from training.data.dataset import Images
 from training.recipe import Recipe
 from training.run import Run, begin, write_tensors
+from training.tuned import tune_backbone
 
 CUSTOMERS = {
     # Labels: a mask, scales and shifts, and a head.
@@ -106,7 +107,7 @@ def fine_tuned(run: Run, out: Path, steps: int) -> None:
     Args:
         steps: of the distillation.
     """
-    model = finetune.tune_backbone(run.backbone, run.mask_from, train_norms=run.recipe.train_norms)
+    model = tune_backbone(run.backbone, run.mask_from, train_norms=run.recipe.train_norms)
     dispatcher.train(run, model=model)
     found = finetune.features(model, embed.normalized(run.inputs("test"), run.preprocessing))
     trained = run.trained("dispatcher")

@@ -17,8 +17,7 @@ from training.masking import MaskedModel
 from training.optimizers import WEIGHTS_LR
 from training.recipe import Recipe
 from training.run import Run, begin
-from training.tuned import TunedModel as TunedModel
-from training.tuned import tune_backbone as tune_backbone
+from training.tuned import TunedModel, tune_backbone
 
 LR = WEIGHTS_LR["labels"]
 

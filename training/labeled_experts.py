@@ -84,7 +84,7 @@ def fusions(run: Run, features: Features) -> dict[Mode, Fitted]:
         "unconditional": SlotBias((padded[0] / len(weights)).half().contiguous(), padded[1] / len(weights)),
     }
     sides = features.train, features.test
-    every = [_logits(run, blocks) for blocks in sides]  # [K, N, classes]
+    every = [_logits(weights, biases, blocks) for blocks in sides]  # [K, N, classes]
     routed = [_own(logits, own) for logits, own in zip(every, (features.assigned, features.routed), strict=True)]
     embeddings = {
         "dispatcher": [heads.logits(frozen, blocks[0]) for blocks in sides],
@@ -102,15 +102,15 @@ def linear(run: Run, features: Features) -> dict[Mode, Linear]:
 
 def _routed(run: Run, features: Features) -> Candidate:
     """The experts as a classifier of their logits."""
+    weights, biases = _heads(run)
     sides = (features.train, features.assigned), (features.test, features.routed)
-    train, test = (_own(_logits(run, blocks), own) for blocks, own in sides)
+    train, test = (_own(_logits(weights, biases, blocks), own) for blocks, own in sides)
     return candidate_of(run, EXPERTS, _identity(train.shape[1]), train, test)
 
 
-def _logits(run: Run, blocks: np.ndarray) -> np.ndarray:
+def _logits(weights: Tensor, biases: Tensor, blocks: np.ndarray) -> np.ndarray:
     """Logits of every expert's head, float32 [K, N, classes], on the blocks of dispatcher and experts."""
-    weights, biases = (tensor.numpy() for tensor in _heads(run))
-    return np.asarray(blocks[1:] @ weights + biases[:, None])
+    return np.asarray(blocks[1:] @ weights.numpy() + biases.numpy()[:, None])
 
 
 def _own(logits: np.ndarray, routed: np.ndarray) -> np.ndarray:

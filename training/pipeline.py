@@ -267,10 +267,7 @@ def _seconds_per_step(run: Run) -> float:
 
 def _check_options(recipe: Recipe, given: set[str]) -> None:
     """Check that the given options suit the kind of training, before anything is trained."""
-    for option, why in (
-        ("--extensible", "keeps statistics of each class"),
-        ("--frozen", "fits a head to class folders"),
-    ):
+    for option, why in NEED_LABELS.items():
         if option in given and not recipe.labels:
             raise CascadeError(f"{option} {why}: add --labels")
     if recipe.kind == "swav" or not recipe.clusters or "--frozen" in given:

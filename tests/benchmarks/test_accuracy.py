@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import accuracy_figures, synthetic
 from benchmarks.accuracy import Cell, cells
-from benchmarks.accuracy_figures import GOALS, figures
-from benchmarks.accuracy_throughput import KINDS, adapted, result
+from benchmarks.accuracy_figures import GOALS, figures, mixed_name
+from benchmarks.accuracy_throughput import KINDS, adapted
 from cascade.bundle.format import check
 from cascade.model.masks import density
 
@@ -35,7 +35,7 @@ def test_mixed_throughput_is_shown_once_it_is_measured(tmp_path: Path, monkeypat
     monkeypatch.setattr(accuracy_figures, "RESULTS", tmp_path / "accuracy")
     assert accuracy_figures.mixed_rate("both", "net") == ""
     rates = {"both": {"value": 1234.4}, "delta": {"value": 900.0}}
-    (tmp_path / f"{result('net')}.json").write_text(json.dumps({"figures": rates}))
+    (tmp_path / f"{mixed_name('net')}.json").write_text(json.dumps({"figures": rates}))
     shown = [accuracy_figures.mixed_rate(row, "net") for row in ("both", "delta-distilled", "lora")]
     assert shown == ["1,234", "900", ""]
 

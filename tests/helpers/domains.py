@@ -13,6 +13,7 @@ from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
 from cascade.model.domain import pooled
+from tests.helpers.bundles import handmade
 from training import domains
 
 
@@ -29,3 +30,10 @@ def with_domain(bundle: Bundle, images: Sequence[Image.Image], stage: int = 2) -
     """The bundle with the domain of ``images``."""
     domain = domains.fit(activations(bundle, images, stage))
     return replace(bundle, domain=domain, card=bundle.card.model_copy(update={"domain": DomainCard(stage=stage)}))
+
+
+def late_and_early(photos: list[Image.Image], clothes: list[Image.Image], stage: int) -> list[Bundle]:
+    """One whose mask begins at the stage of dispatch, and one whose mask begins earlier."""
+    late = handmade(photos[:40], name="photos", mask_from=stage, experts=2)
+    early = handmade(clothes[:40], name="clothes", mask_from=0, experts=0, seed=1)
+    return [with_domain(late, photos[:200], stage), with_domain(early, clothes[:200], stage)]

@@ -10,10 +10,11 @@ from PIL import Image
 from cascade.model import backbone as backbones
 from cascade.model.preprocessing import Preprocessing
 from training.checkpoint import DONE
-from training.finetune import TunedModel, features, tune_backbone
+from training.finetune import features
 from training.loop import fit, schedule, seed_everything
 from training.objectives import Supervised
 from training.recipe import Recipe
+from training.tuned import TunedModel, tune_backbone
 
 RECIPE = Recipe(
     "", size=32, batch=16, optimizer="sgd", lr=0.05, weight_decay=1e-4, labels=True, train_norms=True, warmup=0.25

@@ -114,7 +114,7 @@ class OnnxExecutor(BaseExecutor):
             self._sessions[key] = self._session(torch.zeros(1, *shape), start, stop)
         self._prepared.add(kind)
 
-    def _missing(self, kind: "_Kind") -> "list[_Key]":
+    def _missing(self, kind: _Kind) -> list[_Key]:
         """The keys of the sessions that masks of this kind need, and that do not exist."""
         start, split, size, domain = kind
         ranges: list[tuple[int, int | None]] = [(0, start)] if start else []

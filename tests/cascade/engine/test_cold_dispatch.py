@@ -17,30 +17,17 @@ from cascade.bundle.store import Store
 from cascade.engine import dispatch, on_demand
 from cascade.engine.batcher import Batcher
 from cascade.engine.on_demand import OnDemandRegistry
-from tests.conftest import sheet
 from tests.helpers.bundles import handmade
-from tests.helpers.domains import with_domain
+from tests.helpers.domains import late_and_early
 
 STAGE = 2
 
 
 @pytest.fixture(scope="module")
-def photos() -> list[Image.Image]:
-    return sheet("cifar10")
-
-
-@pytest.fixture(scope="module")
-def clothes() -> list[Image.Image]:
-    return sheet("fashion_mnist")
-
-
-@pytest.fixture(scope="module")
 def bundles(photos: list[Image.Image], clothes: list[Image.Image]) -> list[Bundle]:
     """Two with a domain, whose masks begin at the stage of dispatch and before, and one without."""
-    late = handmade(photos[:40], name="photos", mask_from=STAGE, experts=2)
-    early = handmade(clothes[:40], name="clothes", experts=0, seed=1)
     bare = handmade(photos[:40], name="bare", experts=0)
-    return [with_domain(late, photos[:200], STAGE), with_domain(early, clothes[:200], STAGE), bare]
+    return [*late_and_early(photos, clothes, STAGE), bare]
 
 
 @pytest.fixture

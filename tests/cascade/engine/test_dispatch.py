@@ -17,30 +17,17 @@ from cascade.engine import dispatch as module
 from cascade.engine.batcher import Batcher
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.model import backbone as backbones
-from tests.conftest import sheet
 from tests.helpers.bundles import handmade, named
-from tests.helpers.domains import with_domain
+from tests.helpers.domains import late_and_early, with_domain
 from tests.helpers.metrics import now
 
 STAGE = 2
 
 
 @pytest.fixture(scope="module")
-def photos() -> list[Image.Image]:
-    return sheet("cifar10")
-
-
-@pytest.fixture(scope="module")
-def clothes() -> list[Image.Image]:
-    return sheet("fashion_mnist")
-
-
-@pytest.fixture(scope="module")
 def bundles(photos: list[Image.Image], clothes: list[Image.Image]) -> list[Bundle]:
     """One whose mask begins at the stage of dispatch, and one whose mask begins earlier."""
-    late = handmade(photos[:40], name="photos", mask_from=STAGE, experts=2)
-    early = handmade(clothes[:40], name="clothes", mask_from=0, experts=0, seed=1)
-    return [with_domain(late, photos[:200], STAGE), with_domain(early, clothes[:200], STAGE)]
+    return late_and_early(photos, clothes, STAGE)
 
 
 def engine_of(bundles: Sequence[Bundle]) -> Engine:

@@ -71,11 +71,6 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
 
 @pytest.fixture(scope="module")
-def photos() -> list[Image.Image]:
-    return sheet("cifar10")
-
-
-@pytest.fixture(scope="module")
 def bundles(photos: list[Image.Image]) -> list[Bundle]:
     """Two that images are dispatched to, the first of which has two input sizes and always asks again."""
     deferring = two_sizes(photos[:20], threshold=1.0, name="photos", mask_from=STAGE)

@@ -23,11 +23,6 @@ SIZE, STAGE = 64, 2
 
 
 @pytest.fixture(scope="module")
-def photos() -> list[Image.Image]:
-    return sheet("cifar10")
-
-
-@pytest.fixture(scope="module")
 def clothes() -> Bundle:
     images = sheet("fashion_mnist")
     return with_domain(handmade(images[:20], name="clothes", experts=0, size=SIZE), images[:200], STAGE)
