@@ -14,7 +14,8 @@ def test_jain() -> None:
 
 
 @pytest.mark.slow
-def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants, "exit_on_signals", lambda status: None)  # it would stay for the tests after this one
     out = tmp_path / "tenants.json"
     tenants.main("test_resnet", tenants=3, rounds=1, seconds=1.5, out=out)
     figures = json.loads(out.read_text())["figures"]
