@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from cascade import atomic
 from cascade.bundle.format import strip_prefix
@@ -32,8 +32,8 @@ def store(
         for key, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{kind}.{key}.{n}": t for n, t in state.items() if t is not None}
     metadata = {"step": str(step)} | ({} if score is None else {"score": repr(score)})
-    with atomic.file(path, alone=True) as temporary:
-        save_file({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, temporary, metadata)
+    with atomic.file(path, alone=True) as temporary:  # save_file would write beside it under a name of its own
+        temporary.write_bytes(save({n: t.contiguous().cpu().clone() for n, t in tensors.items()}, metadata))
 
 
 def restore(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cascade import atomic
@@ -393,4 +393,4 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(path, alone=True) as temporary:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
+        temporary.write_bytes(save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cascade import __version__, atomic
 from cascade.cache import cache_folder, sweep, used
@@ -70,6 +70,6 @@ def write(path: Path, parts: Parts) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, "*.safetensors")
         with atomic.file(path) as beside:
-            save_file(tensors, beside, metadata={"graph": json.dumps(about)})
+            beside.write_bytes(save(tensors, metadata={"graph": json.dumps(about)}))
     except OSError as error:
         log.info("a graph is not kept: %s", error)
