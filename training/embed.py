@@ -69,4 +69,5 @@ def blocks(executor: PlainExecutor, masks: Sequence[Mask], inputs: Iterator[Tens
             executor.swap(expert)
             rows.append(executor.run(trunk, expert.start))
         parts.append(torch.stack(rows).cpu().numpy())
+    executor.swap(None)  # trainings copy the model, and must not start from the channels of a mask
     return np.concatenate(parts, axis=1)

@@ -290,19 +290,22 @@ def mask_backbone(
         stop: first stage without scores after ``start`` (None: none). share, free: see :func:`active`, ``free`` by
             parameter.
         amp: type of a pass under autocast, see ``Recipe.amp``.
-        below: the mask whose weights and statistics are used in the frozen stages before ``start``.
+        below: the mask whose weights, statistics and channels are used in the frozen stages before ``start``.
         adapt: ``mask`` (the paper), ``channels`` (every scale, shift and bias is trained, no scores), or ``both``
             (scores on the weights of two and more dimensions; the rest is trained itself).
     """
     model = deepcopy(backbone.model)
+    row = stages(model)
     write(backbone, model, backbone.weights, 0, backbone.norms)  # the copy may contain an executor's mask
     if below is not None:
         first, end = backbone.offset(below.start), backbone.offset(start)
         write(backbone, model, materialize(backbone, below)[: max(0, end - first)], first, below.norms)
-    row = stages(model)
     stop = len(row) if stop is None else stop
     model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     parameters = dict(model.named_parameters())
+    for name, tensor in {} if below is None else below.channels.items():
+        if stage_of(name, row) < start:
+            parameters[name].data.copy_(tensor)
     if adapt != "mask":
         for name, parameter in parameters.items():
             parameter.requires_grad_(parameter.dim() == 1 and start <= stage_of(name, row) < stop)

@@ -19,6 +19,7 @@ from cascade.model import masks
 from cascade.model.backbone import Backbone
 from cascade.model.masks import Mask
 from cascade.model.preprocessing import Preprocessing
+from training import embed
 from training.curve import CURVE
 from training.loop import fit, seed_everything
 from training.masking import MaskedModel, ThresholdMask, active, mask_backbone, select, to_mask
@@ -237,12 +238,32 @@ def test_an_expert_that_starts_deeper_stands_on_the_dispatcher(cifar: list[Image
     torch.testing.assert_close(features(expert, x), run.run(trunk, 3), rtol=1e-4, atol=1e-4)
 
 
+def test_an_expert_that_starts_deeper_stands_on_the_dispatchers_channels(cifar: list[Image.Image]) -> None:
+    backbone, x = load("test_resnet"), inputs(cifar, 64)
+    dispatcher = mask_backbone(backbone, 1, adapt="both")
+    learned = dispatcher.learned | {n: 1.1 * p.detach() + 0.05 for n, p in dispatcher.channels.items()}
+    dispatcher.load(learned, dispatcher.norms)
+    mask = to_mask("m", backbone, 1, dict(dispatcher.scores), dispatcher.norms, channels=dispatcher.channels)
+    expert = mask_backbone(backbone, 3, below=mask, adapt="both")
+    torch.testing.assert_close(expert.trunk(x), executor(backbone, mask).run(x, 0, 3), rtol=1e-4, atol=1e-4)
+
+
 def test_the_copy_is_made_from_the_pristine_weights_whatever_mask_is_in_place(cifar: list[Image.Image]) -> None:
     backbone, x = load("test_resnet"), inputs(cifar, 64)
     model = mask_backbone(backbone, 1, train_norms=True)
     expected = features(model, x)
     scatter(model)
     executor(backbone, packed(model))
+    assert torch.equal(features(mask_backbone(backbone, 1), x), expected)
+
+
+def test_embedding_under_trained_channels_leaves_the_plain_backbone(cifar: list[Image.Image]) -> None:
+    backbone, x = load("test_resnet"), inputs(cifar, 64)
+    expected = features(mask_backbone(backbone, 1), x)
+    channels = {n: torch.full(shape, 0.5) for n, shape in backbone.channels(1).items()}
+    mask = to_mask("m", backbone, 1, {}, {}, channels=channels)
+    found = embed.blocks(executor(backbone), [mask], iter([x]))
+    assert not np.allclose(found[0], expected.numpy())
     assert torch.equal(features(mask_backbone(backbone, 1), x), expected)
 
 
