@@ -8,14 +8,14 @@
 A cell is named DATASET/ADAPTER-SIZE/BACKBONE/SEED (one network at one size: the control) or
 DATASET/ADAPTER-SMALL-LARGE/BACKBONE/SEED (the small network of that name, with a second pass at the larger size), and
 writes a JSON file to ``benchmarks/results/deferral``. ``frozen`` is a head on the backbone; ``both`` is a mask with
-scales and shifts trained with labels, or that head if the validation images prefer it. Cost is time, in passes of the
-small size, with the serving executor and batches of 16. Missed goals are reported as missed, cells that did not run as
-not measured.
+scales and shifts trained with labels, or that head if the validation images prefer it; ``masks`` is ``both`` where the
+larger size may also have the mask that was trained for it alone. Cost is time, in passes of the small size, with the
+serving executor and batches of 16. Missed goals are reported as missed, cells that did not run as not measured.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -26,17 +26,17 @@ import typer
 
 from benchmarks.accuracy import BACKBONES, IMAGES, TEST_IMAGES
 from benchmarks.cells import unmeasured
-from benchmarks.deferral_figures import ADAPTERS, BETWEEN, DATASETS, LARGE, LOSE, SMALL, report
+from benchmarks.deferral_figures import BETWEEN, DATASETS, LARGE, LOSE, SMALL, report
 from benchmarks.report import hardware
 from cascade.engine.executors.selection import choose
 from cascade.engine.weight_cache import WeightCache
 from cascade.model import backbone as backbones
 from training import deferral, dispatcher
 from training.cli import Watch, watching
-from training.deferral import Answers
+from training.deferral import Answers, Network
 from training.frozen import Candidate, frozen_head, trained_head
 from training.recipe import Recipe
-from training.run import Run, begin, write_json
+from training.run import SPLITS, Run, begin, write_json
 
 RESULTS = Path(__file__).parent / "results" / "deferral"
 SHARES = np.linspace(0, 1, 51)  # of images asked again, on the frontier
@@ -81,21 +81,19 @@ def cells(datasets: list[str], backbones: list[str], seeds: int) -> Iterator[Cel
     """All cells, the most valuable first; one at the small size is trained with the other two."""
     for seed in range(seeds):
         for backbone in backbones:
-            for adapter in ADAPTERS:
+            for adapter in ("frozen", "both"):
                 for dataset in datasets:
                     for small, large in ((SMALL, 0), (SMALL, LARGE), (BETWEEN[0], 0), (LARGE, 0), (BETWEEN[1], 0)):
                         if (adapter, small) != ("frozen", LARGE):  # that is ``full`` of the pair
                             yield Cell(dataset, adapter, small, large, backbone, seed)
+            yield from (Cell(dataset, "masks", SMALL, LARGE, backbone, seed) for dataset in datasets)
 
 
 def measure(cell: Cell, folder: Path, limit: int, watch: Watch) -> dict[str, Any]:
     """Train what the cell needs, and measure it on the test images."""
-    # Pairs and single sizes share the run of their training.
-    name = f"{cell.dataset}-{cell.small}-{cell.backbone}-{cell.seed}" + (f"-{limit}" if limit else "")
-    run = begin(folder / name, cell.recipe(limit), watch)
+    run = opened(cell, folder, limit, watch)
     clock = time.perf_counter()
-    network = frozen_head(run)
-    names = ["frozen"]
+    network, names = frozen_head(run), ["frozen"]
     if cell.adapter != "frozen":
         dispatcher.train(run)
         mask = trained_head(run, "dispatcher")
@@ -103,19 +101,28 @@ def measure(cell: Cell, folder: Path, limit: int, watch: Watch) -> dict[str, Any
         names.append("dispatcher")
     result: dict[str, Any] = {"accuracy": _percent(network.test), "validation": _percent(network.validation)}
     if cell.large:
-        result = pair(run, network, names, cell.large)
+        trained = None
+        if cell.adapter == "masks":
+            trained = opened(replace(cell, small=cell.large, large=0), folder, limit, watch)
+            dispatcher.train(trained)
+        result = pair(run, network, names, cell.large, trained)
     about = {"dataset": cell.dataset, "row": cell.row, "backbone": cell.backbone, "seed": cell.seed}
     more = {"served": network.name, "steps": run.steps if cell.adapter != "frozen" else 0}
     more |= {"images": len(run.images), "test_images": len(run.held_out)}
     return about | result | more | {"seconds": round(time.perf_counter() - clock)}
 
 
-def pair(run: Run, small: Candidate, names: list[str], size: int) -> dict[str, Any]:
+def opened(cell: Cell, folder: Path, limit: int, watch: Watch) -> Run:
+    """The run of the cell's small size; pairs and single sizes share those of their trainings."""
+    name = f"{cell.dataset}-{cell.small}-{cell.backbone}-{cell.seed}" + (f"-{limit}" if limit else "")
+    return begin(folder / name, cell.recipe(limit), watch)
+
+
+def pair(run: Run, small: Candidate, names: list[str], size: int, trained: Run | None = None) -> dict[str, Any]:
     """Both sizes on the test images: each alone, at the threshold of the validation images, and the whole frontier."""
     preprocessing = deferral.preprocessing_of(run, size)
-    large = deferral.best(run, names, preprocessing)
-    validation = deferral.answers(run, small, large, preprocessing, "validation")
-    test = deferral.answers(run, small, large, preprocessing, "test")
+    large = deferral.best(deferral.networks(run, names, preprocessing, trained))
+    validation, test = (deferral.answers(Network(run, small), large, split) for split in SPLITS)
     assert validation is not None and test is not None
     threshold = validation.threshold(LOSE)
     accuracy, share = test.at(threshold)
@@ -125,7 +132,7 @@ def pair(run: Run, small: Candidate, names: list[str], size: int) -> dict[str, A
         "accuracy": _percent(accuracy),
         "share": round(share, 4),
         "threshold": round(threshold, 4),
-        "larger": large.name,
+        "larger": "own" if large.run is trained else large.candidate.name,
         "frontier": [[round(float(s), 4), round(100 * a, 3)] for s, a in zip(SHARES, frontier(test), strict=True)],
     }
 

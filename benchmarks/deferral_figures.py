@@ -14,7 +14,7 @@ from benchmarks.report import Figure, hardware
 
 DATASETS = ("cifar10", "groceries", "fashion-mnist")
 SMALL, LARGE, BETWEEN = 64, 128, (88, 112)
-ADAPTERS = ("frozen", "both")
+ADAPTERS = ("frozen", "both", "masks")
 LOSE = 0.3  # points
 
 Results = dict[tuple[str, str, str, int], dict[str, Any]]
@@ -41,6 +41,7 @@ def at_cost(points: list[list[float]], share: float) -> float:
 
 def figures(results: Results, costs: dict[str, dict[str, float]], adapter: str) -> dict[str, list[float]]:
     """Values of each figure, one per data set, backbone and seed."""
+    single = "both" if adapter == "masks" else adapter
     values: dict[str, list[float]] = {name: [] for name in (*GOALS, "deferral_cost_validated", "deferral_lost")}
     for (dataset, row, backbone, seed), r in results.items():
         if row != f"{adapter}-{SMALL}-{LARGE}" or backbone not in costs:
@@ -50,7 +51,7 @@ def figures(results: Results, costs: dict[str, dict[str, float]], adapter: str) 
         values["deferral_cost_validated"].append((1 + r["share"] * full) / full)
         values["deferral_lost"].append(r["full"] - r["accuracy"])
         for size in BETWEEN:
-            if (control := results.get((dataset, f"{adapter}-{size}", backbone, seed))) is not None:
+            if (control := results.get((dataset, f"{single}-{size}", backbone, seed))) is not None:
                 share = (costs[backbone][str(size)] - 1) / full
                 values["deferral_over_single"].append(at_cost(r["frontier"], share) - control["accuracy"])
     return values
@@ -88,9 +89,10 @@ def report(folder: Path, plot_to: Path | None) -> None:
     Console(width=118).print(table)
     if plot_to is not None:
         plot(results, costs, plot_to)
-    body = {adapter: summary(results, costs, adapter) for adapter in reversed(ADAPTERS)}
+    body = {f"figures_{adapter}": summary(results, costs, adapter) for adapter in ADAPTERS}
+    body["figures"] = body.pop("figures_both")
     head = {"benchmark": "deferral", "hardware": hardware(), "passes": costs, "cells": len(results)}
-    line = json.dumps(head | {"figures": body["both"], "figures_frozen": body["frozen"]})
+    line = json.dumps(head | body)
     folder.with_suffix(".json").write_text(line + "\n")
     print(line)
 
@@ -119,7 +121,7 @@ def plot(results: Results, costs: dict[str, dict[str, float]], path: Path) -> No
     cost = costs[backbone]
     figure, panels = pyplot.subplots(1, len(datasets), figsize=(3.6 * len(datasets), 3.6), squeeze=False)
     for axes, dataset in zip(panels[0], datasets, strict=True):
-        for adapter, color in zip(ADAPTERS, ("tab:gray", "tab:blue"), strict=True):
+        for adapter, color in zip(ADAPTERS, ("tab:gray", "tab:blue", "tab:green"), strict=True):
             if (found := shown.get((dataset, f"{adapter}-{SMALL}-{LARGE}"))) is not None:
                 x = [1 + share * cost[str(LARGE)] for share, _ in found["frontier"]]
                 axes.plot(x, [a for _, a in found["frontier"]], color=color, label=f"{adapter}, asked again")

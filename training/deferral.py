@@ -1,8 +1,8 @@
 """A larger input size for images about which a trained classifier is unsure: head, threshold, and what it is worth.
 
-The head is fitted to the features of the frozen backbone, or of the trained mask, at the larger size: whichever is
-better on the validation images. The threshold is the lowest that still has, on those images, the accuracy of always
-asking the larger size less what may be lost.
+The head is fitted to the features of the frozen backbone, or of the trained mask, at the larger size; or that size has
+a mask and head of its own. The validation images choose. The threshold is the lowest that still has, on those images,
+the accuracy of always asking the larger size less what may be lost.
 """
 
 import time
@@ -22,11 +22,11 @@ from cascade.engine.results import INPUT_MODES
 from cascade.errors import CascadeError
 from cascade.model.fusion import Identity
 from cascade.model.heads import Linear
-from cascade.model.masks import Mask, density, frozen
+from cascade.model.masks import Mask, density, difference, frozen
 from cascade.model.preprocessing import Preprocessing
 from cascade.model.router import Calibration
-from training.frozen import Candidate, fitted_head
-from training.run import Run
+from training.frozen import Candidate, fitted_head, trained_head
+from training.run import SPLITS, Run, Split
 
 TIMED, BATCH = 7, 16  # batches that the cost is measured with, and their images
 ALWAYS = 2.0  # a threshold above every confidence
@@ -64,6 +64,40 @@ class Larger:
             linear={"dispatcher": self.head},
         )
         return replace(bundle, card=card, larger=larger)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A head, and the run that trained the adapter below it: what an input size may serve.
+
+    Attributes:
+        candidate: its name is that of the adapter in ``run``, or ``frozen``.
+        other: preprocessing to use instead of the run's.
+    """
+
+    run: Run
+    candidate: Candidate
+    other: Preprocessing | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.other or self.run.preprocessing
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.candidate.name == "frozen"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return "the frozen backbone" if self.is_frozen else f"the adapter trained at {self.run.preprocessing.size} px"
+
+    def features(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the training and the held-out images, float32 [N, F]."""
+        return self.run.features(self.candidate.name, self.other)
+
+    def mask(self) -> Mask:
+        return frozen(self.run.backbone) if self.is_frozen else self.run.mask(self.candidate.name, self.run.mask_from)
 
 
 @dataclass(frozen=True)
@@ -116,21 +150,33 @@ def preprocessing_of(run: Run, size: int) -> Preprocessing:
     return Preprocessing.of(run.backbone.config, size, run.recipe.crop_pct or None)
 
 
-def fit(run: Run, small: Candidate, names: Sequence[str], size: int, lose: float) -> Larger | None:
+def at_size(run: Run, size: int) -> Run:
+    """The run beside ``run`` that trains a mask of its own for the larger size."""
+    return run.beside(str(size), size=size)
+
+
+def fit(
+    run: Run, small: Candidate, names: Sequence[str], size: int, lose: float, trained: Run | None = None
+) -> Larger | None:
     """The larger size for a trained classifier; None where it would not pay, which is said.
 
     Args:
         small: what the bundle serves.
-        names: what the larger size may run under: ``frozen``, and the masks that were trained.
+        names: what the larger size may run under: ``frozen``, and the masks that were trained for the small one.
         lose: points of accuracy that may be lost against always asking the larger size.
+        trained: the finished run of ``at_size``, if the larger size may also have that mask.
     """
-    preprocessing = preprocessing_of(run, size)
-    large = best(run, names, preprocessing)
-    if not large.validation > small.validation:
-        shares = f"{100 * large.validation:.1f} % of the validation images against {100 * small.validation:.1f} %"
+    served, found = Network(run, small), networks(run, names, preprocessing_of(run, size), trained)
+    if len(found) > 1:
+        listed = (f"{each.title} {100 * each.candidate.validation:.1f} %" for each in found)
+        run.watch.say(f"at {size} px, of the validation images: {', '.join(listed)}")
+    large = best(found)
+    if not large.candidate.validation > small.validation:
+        shares = f"{100 * large.candidate.validation:.1f} % of the validation images against"
+        shares += f" {100 * small.validation:.1f} %"
         run.watch.say(f"{size} px are no better than {run.preprocessing.size} px ({shares}): no image is asked again")
         return None
-    validation, test = (answers(run, small, large, preprocessing, split) for split in ("validation", "test"))
+    validation, test = (answers(served, large, split) for split in SPLITS)
     assert validation is not None
     threshold = validation.threshold(lose)
     share = validation.at(threshold)[1]
@@ -139,28 +185,31 @@ def fit(run: Run, small: Candidate, names: Sequence[str], size: int, lose: float
             f"{run.preprocessing.size} px lose less than {lose:g} points against {size} px: nothing to ask again"
         )
         return None
-    mask = frozen(run.backbone) if large.name == "frozen" else run.mask(large.name, run.mask_from)
+    mask = replace(large.mask(), name="dispatcher")
     measured = {
-        "serves": large.name if large.name == "frozen" else run.recipe.adapt,
+        "serves": "frozen" if large.is_frozen else run.recipe.adapt,
         "validation_images": len(run.rows[1]),
         "held_out_images": len(run.held_out),
         "modes": {mode: _figures(mode, validation, test, threshold) for mode in INPUT_MODES},
     }
-    run.watch.show(show(measured, _passes(run, preprocessing, small.name, large.name)))
+    if not large.is_frozen:
+        measured["trained_at"] = large.run.preprocessing.size
+    run.watch.show(show(measured, _passes(served, large)))
     card = DeferralCard(
         threshold=threshold,
         lose=lose,
         share=share,
         accuracy=measured,
-        preprocessing=preprocessing.to_json(),
+        preprocessing=large.preprocessing.to_json(),
         mask=MaskCard(
             name="dispatcher",
             start=mask.start,
             weights=run.backbone.weights.numel() - run.backbone.offset(mask.start),
             density=round(density(run.backbone, mask), 4),
+            differs_from_dispatcher=round(difference(mask, served.mask(), run.backbone), 4),
         ),
     )
-    return Larger(preprocessing, replace(mask, name="dispatcher"), half(large.head), card)
+    return Larger(large.preprocessing, mask, half(large.candidate.head), card)
 
 
 def show(measured: dict[str, Any], passes: float) -> Table:
@@ -178,9 +227,15 @@ def show(measured: dict[str, Any], passes: float) -> Table:
     return table
 
 
-def best(run: Run, names: Sequence[str], preprocessing: Preprocessing) -> Candidate:
-    """The classifier of the larger size, under the frozen backbone or a mask: that which validation images prefer."""
-    return max((fitted_head(run, name, preprocessing) for name in names), key=lambda found: found.validation)
+def networks(run: Run, names: Sequence[str], preprocessing: Preprocessing, trained: Run | None = None) -> list[Network]:
+    """What the larger size may serve, the cheapest first: ``names`` with heads fitted to it, and a mask of its own."""
+    found = [Network(run, fitted_head(run, name, preprocessing), preprocessing) for name in names]
+    return found if trained is None else [*found, Network(trained, trained_head(trained, "dispatcher"))]
+
+
+def best(found: Sequence[Network]) -> Network:
+    """That which the validation images prefer; of equals the first."""
+    return max(found, key=lambda each: each.candidate.validation)
 
 
 def half(head: Linear) -> Linear:
@@ -188,16 +243,16 @@ def half(head: Linear) -> Linear:
     return Linear(head.weight.half(), head.bias)
 
 
-def answers(run: Run, small: Candidate, large: Candidate, preprocessing: Preprocessing, split: str) -> Answers | None:
-    """Of the validation or the test images; None where those have no labels."""
-    part = 0 if split == "validation" else 1
-    labels = (run.images if part == 0 else run.held_out).labels
+def answers(small: Network, large: Network, split: Split) -> Answers | None:
+    """Of the validation images (``train``) or the test images; None where those have no labels."""
+    run, part = small.run, SPLITS.index(split)
+    labels = (run.images if split == "train" else run.held_out).labels
     if labels is None:
         return None
-    found = run.features(small.name)[part], run.features(large.name, preprocessing)[part]
-    rows = run.rows[1] if part == 0 else np.arange(len(labels))
-    served = [half(each.head) for each in (small, large)]
-    scores = [head.scores(torch.from_numpy(features[rows])) for head, features in zip(served, found, strict=True)]
+    rows = run.rows[1] if split == "train" else np.arange(len(labels))
+    scores = [
+        half(each.candidate.head).scores(torch.from_numpy(each.features()[part][rows])) for each in (small, large)
+    ]
     return Answers.of(scores[0], scores[1], labels[rows])
 
 
@@ -211,16 +266,18 @@ def _figures(mode: str, validation: Answers, test: Answers | None, threshold: fl
 
 
 @torch.inference_mode()
-def _passes(run: Run, preprocessing: Preprocessing, small: str, large: str) -> float:
+def _passes(small: Network, large: Network) -> float:
     """Passes of the small size that one of the larger size takes, by time; each under its mask."""
-    device = run.backbone.weights.device
-    masks = [None if name == "frozen" else run.mask(name, run.mask_from) for name in (small, large)]
-    images = [torch.zeros(BATCH, 3, p.size, p.size, device=device) for p in (run.preprocessing, preprocessing)]
+    executor, device = small.run.executor, small.run.backbone.weights.device
+    masks = [None if each.is_frozen else each.mask() for each in (small, large)]
+    sides = [each.preprocessing.size for each in (small, large)]
+    images = [torch.zeros(BATCH, 3, side, side, device=device) for side in sides]
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(TIMED):  # in turns, so that a busy moment meets both
         for mask, x, spent in zip(masks, images, seconds, strict=True):
-            run.executor.swap(mask)
+            executor.swap(mask)
             begin = time.perf_counter()
-            float(run.executor.run(x).sum())  # a number on the host: a GPU is waited for
+            float(executor.run(x).sum())  # a number on the host: a GPU is waited for
             spent.append(time.perf_counter() - begin)
+    executor.swap(None)
     return median(seconds[1][1:]) / median(seconds[0][1:])

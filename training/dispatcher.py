@@ -34,6 +34,8 @@ def train(
 ) -> None:
     """Train the dispatcher's adapter, or one like it under another name.
 
+    With ``distill+swav`` it starts from the distilled one, which is trained first.
+
     Args:
         model: the model to train; default: the recipe's, whose delta is also stored if it is to have one.
         rows: the images to train on; default: all except the validation images.
@@ -41,14 +43,18 @@ def train(
     """
     steps = run.steps if steps is None else steps
     compressed = model is None and run.recipe.adapt == "delta"
-    model = model or run.masked(run.mask_from)
+    if model is None:
+        model = run.masked(run.mask_from)
+        if run.distilled is not None:
+            train(run.distilled)
+            model.load_state(run.distilled.trained("dispatcher"))
     loss = objective(run, head)
     validate = None
     if rows is None:
         rows, validation = run.rows
         validate = _validation(run, model, loss, validation) if len(validation) else None
     fit(
-        name,
+        name + run.suffix,
         model,
         loss,
         run.pixels,

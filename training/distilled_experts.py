@@ -6,7 +6,6 @@ its own expert only. The control is one mask distilled on everything for the sam
 The bundle serves whatever comes closer to the teacher on the held-out images.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from training import clusters, dispatcher, evaluate, experts, teacher
 from training.evaluate import Features
 from training.objectives import Distillation
-from training.run import Run, begin, write_json
+from training.run import Run, write_json
 
 JOINT, EXPERTS = "one mask", "experts"
 
@@ -25,8 +24,7 @@ def train(run: Run) -> Run:
     dispatcher.train(run, steps=0)
     clusters.fit(run)
     experts.train(run)
-    recipe = replace(run.recipe, clusters=0, steps=run.expert_steps * run.recipe.clusters)
-    joint = begin(run.folder.with_name(f"{run.folder.name}-joint"), recipe, run.watch)
+    joint = run.beside("joint", clusters=0, steps=run.expert_steps * run.recipe.clusters)
     dispatcher.train(joint)
     return joint
 

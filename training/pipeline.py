@@ -2,11 +2,13 @@
 
     cascade train photos/ --labels --out model_store/photos/1     # class folders: a mask with a head
     cascade train photos/ --labels --size 64 --defer-to 128 --out model_store/photos/1     # unsure: asked again, larger
+    cascade train photos/ --labels --size 64 --defer-to 128 --larger-mask --out model_store/photos/1     # each its mask
     cascade train photos/ --labels --clusters 5 --out model_store/photos/1     # experts with labels, if they pay
     cascade train photos/ --labels --frozen --out model_store/photos/1     # the head alone, in seconds
     cascade train photos/ --out model_store/photos/1     # no labels: distilled from a larger input size
     cascade train photos/ --objective distill --clusters 5 --out model_store/photos/1     # by experts, if they pay
     cascade train photos/ --objective swav --clusters 5 --out model_store/photos/1     # the paper's cascade
+    cascade train photos/ --objective distill+swav --out model_store/photos/1     # distilled, then SwAV
     cascade train photos/ --clusters 5 --out model_store/photos/1 --ray     # experts in parallel
     cascade train --from-unknown unknown/ --out model_store/new/1     # images that a server kept, as they fit no bundle
     torchrun --nproc-per-node 4 -m -- training.pipeline photos/ --out model_store/photos/1     # several GPUs
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,6 +75,7 @@ def train(
     minutes: float = 0.0,
     defer_to: int = 0,
     lose: float = LOSE,
+    larger_mask: bool = False,
 ) -> Path:
     """Run all stages that the recipe needs, and return the bundle's folder.
 
@@ -85,6 +89,7 @@ def train(
         minutes: reduce the steps so that the training takes about this long; 0: all steps.
         defer_to: with labels, a larger input size for images about which the bundle is unsure; 0: none.
         lose: points of accuracy that this may lose against always asking the larger size.
+        larger_mask: also train a mask for the larger size.
 
     Raises:
         CascadeError: ``out`` exists or can't be written, or Ray is not installed (checked before anything is
@@ -92,26 +97,27 @@ def train(
     """
     _check_out(out)
     options = {"--extensible": extensible, "--frozen": frozen, "--compare": compare, "--defer-to": bool(defer_to)}
-    options |= {"--controls": controls, "--ray": ray}
+    options |= {"--controls": controls, "--ray": ray, "--larger-mask": larger_mask}
     _check_options(run.recipe, {option for option, given in options.items() if given})
     if defer_to:
         deferral.preprocessing_of(run, defer_to)
     if ray:
         ray_experts.check()
-    ask_again = partial(deferral.fit, run, size=defer_to, lose=lose) if defer_to else None
+    larger = deferral.at_size(run, defer_to) if larger_mask else None
+    ask_again = partial(deferral.fit, run, size=defer_to, lose=lose, trained=larger) if defer_to else None
     if frozen:
         return _frozen(run, out, thumbnails, extensible, ask_again)
+    others = [each for each in (larger, run.distilled) if each is not None]
     if minutes:
-        fit_to(run, minutes)
-    total = budget(run, controls)
+        fit_to([run, *others], minutes)
+    total = budget(run, controls, others)
     if total >= LONG and not minutes and distributed.world() == 1 and not (run.folder / "dispatcher").exists():
-        seconds = _seconds_per_step(run)
-        run.watch.say(f"about {total * seconds / 60:.1f} min, at {seconds:.2g} s a step")
+        _tell_time(run, total, others)
     match run.recipe.kind, run.recipe.clusters > 0:
         case "labels", True:
             return _labeled_experts(run, out, thumbnails)
         case "labels", False:
-            return _labeled(run, out, compare, thumbnails, extensible, ask_again)
+            return _labeled(run, out, compare, thumbnails, extensible, ask_again, larger)
         case "distill", True:
             return _distilled_experts(run, out, thumbnails)
         case "distill", False:
@@ -130,20 +136,28 @@ def _frozen(run: Run, out: Path, thumbnails: bool, extensible: bool, ask_again: 
 
 
 def _labeled(
-    run: Run, out: Path, compare: bool, thumbnails: bool, extensible: bool, ask_again: AskAgain | None
+    run: Run,
+    out: Path,
+    compare: bool,
+    thumbnails: bool,
+    extensible: bool,
+    ask_again: AskAgain | None,
+    larger: Run | None,
 ) -> Path:
-    """Train frozen head and mask, and write the better one as a bundle."""
+    """Train frozen head and mask, also a mask for a larger size, and write the better one as a bundle."""
     check_labels(run)
     head = frozen_head(run)
     run.watch.say(f"head on the frozen backbone: {100 * head.validation:.1f} % of the validation images")
     dispatcher.train(run)
+    if larger is not None:
+        dispatcher.train(larger)
     if distributed.rank():
         return out
     chosen, facts = comparison.compare(run, others=compare)
     run.watch.show(comparison.show(facts))
     run.watch.say(comparison.verdict(facts))
-    larger = ask_again(chosen, ["frozen", "dispatcher"]) if ask_again else None
-    options: dict[str, Any] = {"thumbnails": thumbnails, "extensible": extensible, "larger": larger}
+    asked = ask_again(chosen, ["frozen", "dispatcher"]) if ask_again else None
+    options: dict[str, Any] = {"thumbnails": thumbnails, "extensible": extensible, "larger": asked}
     return export.export_classifier(run, chosen, facts, out, **options)
 
 
@@ -220,13 +234,18 @@ def _cascade(run: Run, out: Path, controls: bool, thumbnails: bool, ray: bool) -
     return export.export(run, features, accuracy, out, thumbnails=thumbnails)
 
 
-def budget(run: Run, controls: bool) -> int:
-    """Print what will be trained, and on what; impossible settings fail here. Returns the number of all steps."""
+def budget(run: Run, controls: bool, others: Sequence[Run] = ()) -> int:
+    """Print what will be trained, and on what; impossible settings fail here. Returns the number of all steps.
+
+    Args:
+        others: runs beside this one that are trained with it.
+    """
     r = run.recipe
     name = "mask" if not r.clusters else "dispatcher" if r.kind == "swav" else "one mask"
     parts = {name: run.steps, f"{r.clusters} experts": run.expert_steps * r.clusters if r.clusters else 0}
     if controls:
         parts["equal-steps control"] = run.steps + r.clusters * r.expert_steps
+    parts |= {name + other.suffix: other.steps for other in others}
     listed = ", ".join(f"{name} {steps}" for name, steps in parts.items() if steps)
     run.watch.say(f"{len(run.images)} images to train on, {len(run.held_out)} to measure by")
     _check_sides(run)
@@ -239,18 +258,29 @@ def budget(run: Run, controls: bool) -> int:
     return total
 
 
-def fit_to(run: Run, minutes: float) -> None:
-    """Reduce the mask's steps to fit into ``minutes``, by timing a few steps; stored for a resumed run."""
-    path = run.folder / "plan.json"
-    if not path.exists():
-        seconds = _seconds_per_step(run)
-        steps = max(LEAST_PLANNED, int(60 * minutes / seconds))
-        write_json(path, {"minutes": minutes, "steps": min(steps, run.steps), "seconds_per_step": round(seconds, 3)})
-    plan = read_json(path)
-    run.watch.say(
-        f"{plan['steps']} steps fit into {plan['minutes']:g} minutes at {plan['seconds_per_step']:g} s a step"
-    )
-    run.planned = plan["steps"]
+def _tell_time(run: Run, total: int, others: Sequence[Run]) -> None:
+    """Print how long ``total`` steps of the run and of ``others`` beside it will take."""
+    steps = [total - sum(other.steps for other in others), *(other.steps for other in others)]
+    seconds = [_seconds_per_step(each) for each in (run, *others)]
+    minutes = sum(map(mul, steps, seconds)) / 60
+    run.watch.say(f"about {minutes:.1f} min, at {' and '.join(f'{each:.2g}' for each in seconds)} s a step")
+
+
+def fit_to(runs: Sequence[Run], minutes: float) -> None:
+    """Reduce the steps of all runs by one share to fit into ``minutes``, by timing a few; stored for a resumed run."""
+    paths = [run.folder / "plan.json" for run in runs]
+    if not all(path.exists() for path in paths):
+        seconds = [_seconds_per_step(run) for run in runs]
+        share = 60 * minutes / max(1e-9, sum(run.steps * each for run, each in zip(runs, seconds, strict=True)))
+        for run, path, each in zip(runs, paths, seconds, strict=True):
+            steps = min(run.steps, max(LEAST_PLANNED, int(share * run.steps)))
+            write_json(path, {"minutes": minutes, "steps": steps, "seconds_per_step": round(each, 3)})
+    for run, path in zip(runs, paths, strict=True):
+        run.planned = (plan := read_json(path))["steps"]
+        run.watch.say(
+            f"{plan['steps']} steps{run.suffix and f' of {run.suffix[1:]}'} fit into {plan['minutes']:g} minutes"
+            f" at {plan['seconds_per_step']:g} s a step"
+        )
 
 
 def _seconds_per_step(run: Run) -> float:
@@ -270,6 +300,8 @@ def _check_options(recipe: Recipe, given: set[str]) -> None:
     for option, why in NEED_LABELS.items():
         if option in given and not recipe.labels:
             raise CascadeError(f"{option} {why}: add --labels")
+    if "--larger-mask" in given and ("--defer-to" not in given or "--frozen" in given):
+        raise CascadeError("--larger-mask trains a mask for the size of --defer-to: give that, and omit --frozen")
     if recipe.kind == "swav" or not recipe.clusters or "--frozen" in given:
         return
     unfit = {"--ray", "--extensible", "--compare", "--defer-to"} if recipe.labels else {"--ray", "--controls"}
@@ -338,6 +370,9 @@ def command(
     lose: Annotated[
         float, typer.Option(help="--defer-to: points of accuracy to lose against always asking the larger size.", min=0)
     ] = LOSE,
+    larger_mask: Annotated[
+        bool, typer.Option("--larger-mask", help="--defer-to: also train a mask at the larger size.")
+    ] = False,
     price_per_hour: Annotated[
         float,
         typer.Option(help="Price of one GPU, or of a machine without one; the cost of the run is shown at the end."),
@@ -364,6 +399,7 @@ def command(
                 minutes=minutes,
                 defer_to=defer_to,
                 lose=lose,
+                larger_mask=larger_mask,
             )
         if not distributed.rank():
             watch.say(f"wrote {path}")

@@ -32,8 +32,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "expert_from": "First masked stage of the experts; empty: the same as --mask-from.",
         "mask_to": "First stage after the masked ones; empty: all stages to the end are masked.",
         "labels": "Learn from class folders, by cross-entropy: one mask, or with --clusters an expert for each.",
-        "objective": "Objective without labels: distill (the features of a teacher) or swav (the paper); auto: swav"
-        " with --clusters, else distill.",
+        "objective": "Objective without labels: distill (the features of a teacher), swav (the paper), or both in a"
+        " row; auto: swav with --clusters, else distill.",
         "adapt": "What is trained: mask (bits; the paper), channels (scales and shifts), both, or delta (all weights,"
         " then stored as a 1-bit delta); auto: mask with swav, else both.",
         "share": "Share of each tensor that stays active, by the highest scores; 0: decided by --threshold.",
@@ -45,7 +45,7 @@ ABOUT: dict[str, dict[str, str]] = {
         "train_norms": "BatchNorm in train mode, as in the paper; harmful in short runs.",
     },
     "steps": {
-        "steps": "Steps of the dispatcher; -1: from the number of images.",
+        "steps": "Steps of the dispatcher, with each of its objectives; -1: from the number of images.",
         "expert_steps": "Steps of each expert with swav; else the experts share --steps.",
         "batch": "Images in a step, over all processes.",
         "accumulate": "Parts of a batch that run one after the other, to save memory.",
@@ -118,7 +118,7 @@ class Recipe:
     mask_from: str = "0"
     expert_from: str = ""
     labels: bool = False
-    objective: Literal["auto", "distill", "swav"] = "auto"
+    objective: Literal["auto", "distill", "swav", "distill+swav"] = "auto"
     adapt: Literal["auto", "delta"] | Adapt = "auto"
     steps: int = -1
     expert_steps: int = 250
@@ -174,11 +174,12 @@ class Recipe:
         lite0 = self.backbone == "tf_efficientnet_lite0"
         if self.objective == "auto":
             object.__setattr__(self, "objective", "swav" if self.clusters else "distill")
+        adapt = "mask" if self.kind == self.objective == "swav" else "both"  # distilled bits need scales and shifts
         without_prototypes = self.labels or (self.clusters > 0 and self.kind == "distill")
         resolved = {
             "source": self.source or (LITE0 if lite0 else "timm"),
             "router": "centroid" if self.router == "prototypes" and without_prototypes else self.router,
-            "adapt": ("mask" if self.kind == "swav" else "both") if self.adapt == "auto" else self.adapt,
+            "adapt": adapt if self.adapt == "auto" else self.adapt,
             "bank": (0 if self.labels else 2000) if self.bank == -1 else self.bank,
         }
         for name, value in resolved.items():
@@ -187,7 +188,7 @@ class Recipe:
 
     def _check(self) -> None:
         if self.adapt == "delta" and (self.clusters or self.kind == "swav"):
-            raise CascadeError("--adapt delta compresses one fine-tuned copy: omit --clusters and --objective swav")
+            raise CascadeError("--adapt delta compresses one fine-tuned copy: omit --clusters and --objective")
         if self.clusters and self.kind == "distill" and self.teacher:
             raise CascadeError("--clusters needs the backbone itself as the teacher: omit --teacher, or --clusters")
         for name in ("label_smoothing", "share", "select_share", "warmup"):
@@ -204,7 +205,7 @@ class Recipe:
         """What the training learns from."""
         if self.labels:
             return "labels"
-        return "swav" if self.objective == "swav" else "distill"
+        return "distill" if self.objective == "distill" else "swav"
 
     @property
     def layout(self) -> Literal["one", "padded", "routed"]:

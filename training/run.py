@@ -14,7 +14,7 @@ runs/<name>/recipe.json
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -65,12 +65,14 @@ class Run:
 
     Attributes:
         planned: steps that fit into --minutes; 0: the recipe's.
+        suffix: of a run beside another one, shown with the names of its masks.
     """
 
     folder: Path
     recipe: Recipe
     watch: Watch
     planned: int = 0
+    suffix: str = ""
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -138,6 +140,20 @@ class Run:
         p = preprocessing or self.preprocessing
         key = [images.fingerprint(), p.size, p.crop_pct, p.interpolation, p.crop_mode]
         return embed.pixels(images, p, self.cache / f"inputs-{p.size}-{hash_of(key)}.npy")
+
+    def beside(self, suffix: str, **changes: Any) -> "Run":
+        """The run in the folder NAME-suffix, whose recipe has these ``changes``."""
+        folder = self.folder.with_name(f"{self.folder.name}-{suffix}")
+        run = begin(folder, replace(self.recipe, **changes), self.watch)
+        run.suffix = f"-{suffix}"
+        return run
+
+    @cached_property
+    def distilled(self) -> "Run | None":
+        """The run whose adapter SwAV starts from, with ``distill+swav``."""
+        if self.recipe.kind != "swav" or self.recipe.objective == "swav":
+            return None
+        return self.beside("distilled", objective="distill", clusters=0)
 
     @property
     def cache(self) -> Path:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade.bundle.bundle import Bundle
-from cascade.bundle.schema import Card
+from cascade.bundle.schema import Card, MaskCard
 from cascade.errors import printable
 
 T = TypeVar("T")
@@ -72,9 +72,16 @@ def _masks(card: Card) -> Table:
     for k, mask in enumerate(card.masks):
         share = f"{card.router.shares[k - 1]:.1%}" if k and card.router else ""
         differs = f"{mask.differs_from_dispatcher:.2%}" if k else ""
-        stage = [*card.backbone.stages, "none (frozen)"][mask.start]
-        table.add_row(mask.name, stage, f"{mask.weights:,}", f"{mask.density:.2%}", differs, share)
+        table.add_row(*_described(mask, card, mask.name), differs, share)
+    if (d := card.deferral) is not None:
+        name = f"at {d.preprocessing['size']} px"
+        table.add_row(*_described(d.mask, card, name), f"{d.mask.differs_from_dispatcher:.2%}", f"{d.share:.1%}")
     return table
+
+
+def _described(mask: MaskCard, card: Card, name: str) -> tuple[str, ...]:
+    stage = [*card.backbone.stages, "none (frozen)"][mask.start]
+    return name, stage, f"{mask.weights:,}", f"{mask.density:.2%}"
 
 
 def _accuracies(accuracy: dict[str, Any]) -> Iterator[Table]:

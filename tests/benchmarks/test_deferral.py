@@ -10,6 +10,7 @@ import pytest
 from benchmarks import deferral, deferral_figures
 from training.cli import Watch
 from training.deferral import Answers
+from training.run import Run
 
 COSTS = {"net": {"64": 1.0, "88": 2.0, "112": 3.0, "128": 4.0}}
 
@@ -35,6 +36,8 @@ def test_figures() -> None:
     wide = results | {("d", "both-88", "net", 0): {"accuracy": 86.0}}
     assert deferral_figures.summary(wide, COSTS, "both")["deferral_over_single"]["met"] is False
     assert deferral_figures.summary(results, COSTS, "frozen")["deferral_cost"]["value"] == "not measured"
+    own = {(d, row.replace("both-64", "masks-64"), *rest): r for (d, row, *rest), r in results.items()}
+    assert deferral_figures.figures(own, COSTS, "masks") == values, "the control of one size is the same"  # type: ignore[arg-type]
 
 
 def test_one_value_decides_nothing_about_two_deviations() -> None:
@@ -58,8 +61,9 @@ def test_a_cell(cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(deferral.BACKBONES, "test_efficientnet", "random:0")
     monkeypatch.setitem(deferral.IMAGES, str(cifar_folder), 0)
     monkeypatch.setattr(deferral, "BATCH", 2)
-    for large in (0, 64):
-        cell = deferral.Cell(str(cifar_folder), "frozen", 32, large, "test_efficientnet", 0)
+    monkeypatch.setattr(Run, "steps", 2)
+    for adapter, large in (("frozen", 0), ("masks", 64), ("frozen", 64)):
+        cell = deferral.Cell(str(cifar_folder), adapter, 32, large, "test_efficientnet", 0)
         result = deferral.measure(cell, tmp_path / "runs", 0, Watch(None))
         assert json.loads(json.dumps(result)) == result and 0 <= result["accuracy"] <= 100
     assert len(result["frontier"]) == 51

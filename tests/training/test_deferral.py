@@ -1,6 +1,8 @@
 """The threshold of a larger input size, and a whole training with one."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 from cascade import CascadeError, Engine, Options, Prediction
 from cascade.bundle.format import check, read
 from cascade.model import backbone as backbones
-from training import deferral, pipeline
+from cascade.model.heads import Linear
+from training import deferral, dispatcher, export, pipeline
 from training.cli import Watch
 from training.deferral import Answers
 from training.frozen import frozen_head
@@ -147,3 +150,63 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
     monkeypatch.setattr(run.executor, "run", fixed)
     with pytest.raises(CascadeError, match="can't take images of 64 px"):
         deferral.preprocessing_of(run, 64)
+
+
+def test_the_larger_size_serves_a_mask_of_its_own(cifar_folder: Path, tmp_path: Path) -> None:
+    run, _ = opened(tmp_path / "run", cifar_folder, steps=20, lr=0.5, head_lr=0.02)
+    larger = deferral.at_size(run, 64)
+    dispatcher.train(larger)
+    head = frozen_head(run)
+    blind = replace(head, head=Linear(torch.zeros_like(head.head.weight), head.head.bias), validation=0.0)
+    found = deferral.fit(run, blind, [], 64, 0.0, larger)
+    assert found is not None and found.card.accuracy["trained_at"] == 64
+    bundle = read(export.export_classifier(run, blind, {}, tmp_path / "sizes" / "1", larger=found))
+    check(bundle, run.backbone)
+    assert bundle.larger is not None and bundle.dispatcher.start == len(run.backbone.stages)
+    mask = larger.dispatcher
+    assert mask.channels and torch.equal(bundle.larger.dispatcher.bits, mask.bits) and found.card.mask.density < 1
+    engine = Engine(executor="plain")
+    engine.add(bundle)
+    images = [run.held_out.open(i) for i in range(len(run.held_out))]
+    truth = [run.held_out.classes[label] for label in run.held_out.labels]  # type: ignore[union-attr]
+    full, adaptive = (answered(engine, images, mode) for mode in ("full", "adaptive"))
+    right = np.mean([a.labels[0].name == label for a, label in zip(full, truth, strict=True)])
+    assert right == pytest.approx(found.card.accuracy["modes"]["full"]["test"], abs=0.02)
+    assert [a.labels[0].name for a in adaptive] == [a.labels[0].name for a in full]
+    assert all(a.masks == ("dispatcher", "larger.dispatcher") for a in adaptive)
+
+
+def test_both_masks_are_trained_by_one_command_that_resumes(cifar_folder: Path, tmp_path: Path) -> None:
+    run, watch = opened(tmp_path / "run", cifar_folder, steps=2)
+    first = pipeline.train(run, tmp_path / "sizes" / "1", defer_to=64, larger_mask=True)
+    assert "4 steps of 64 images: mask 2, mask-64 2" in watch.lines
+    (offered,) = (line for line in watch.lines if line.startswith("at 64 px, of the validation images: "))
+    titles = "the frozen backbone", "the adapter trained at 32 px", "the adapter trained at 64 px"
+    assert all(title in offered for title in titles)
+    trained = tmp_path / "run-64" / "dispatcher" / "done.safetensors"
+    before = trained.stat().st_mtime_ns
+    again, _ = opened(tmp_path / "run", cifar_folder, steps=2)
+    second = pipeline.train(again, tmp_path / "sizes" / "2", defer_to=64, larger_mask=True)
+    assert trained.stat().st_mtime_ns == before
+    assert [f.read_bytes() for f in sorted(first.iterdir())] == [f.read_bytes() for f in sorted(second.iterdir())]
+
+
+def test_the_planned_time_is_that_of_both_masks(
+    cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, watch = opened(tmp_path / "run", cifar_folder, steps=1000)
+    monkeypatch.setattr(pipeline, "_seconds_per_step", lambda each: 0.1 if each.preprocessing.size == 32 else 0.4)
+    monkeypatch.setattr(pipeline, "_labeled", lambda run, out, *_: out)
+    pipeline.train(run, tmp_path / "sizes" / "1", defer_to=64, larger_mask=True)
+    assert watch.lines[-1] == "about 8.3 min, at 0.1 and 0.4 s a step"
+    pipeline.train(run, tmp_path / "sizes" / "2", defer_to=64, larger_mask=True, minutes=5)
+    assert "600 steps fit into 5 minutes at 0.1 s a step" in watch.lines
+    assert "600 steps of 64 fit into 5 minutes at 0.4 s a step" in watch.lines
+    assert watch.lines[-1] == "1200 steps of 64 images: mask 600, mask-64 600"
+
+
+@pytest.mark.parametrize("options", [{}, {"defer_to": 64, "frozen": True}])
+def test_a_mask_of_no_larger_size_is_refused(cifar_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    run, _ = opened(tmp_path / "run", cifar_folder)
+    with pytest.raises(CascadeError, match="--larger-mask trains a mask for the size of --defer-to"):
+        pipeline.train(run, tmp_path / "sizes" / "1", larger_mask=True, **options)

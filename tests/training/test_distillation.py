@@ -73,3 +73,36 @@ def test_a_shift_moves_reflects_and_mirrors() -> None:
     same = shift_flip(batch, 0, torch.Generator().manual_seed(0), (0.5,) * 3, (0.5,) * 3)
     expected = normalize(batch.float() / 255, (0.5,) * 3, (0.5,) * 3)
     assert bool(((same == expected) | (same == expected.flip(3))).all())
+
+
+@pytest.mark.filterwarnings("ignore:.*the embedding collapses")
+def test_swav_continues_from_the_distilled_adapter(cifar_folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        str(cifar_folder),
+        backbone="test_efficientnet",
+        source="random:0",
+        size=32,
+        steps=2,
+        batch=32,
+        limit=64,
+        objective="distill+swav",
+        local_crops=0,
+        prototypes=20,
+    )
+    ends = []
+    for name in ("at-once", "interrupted"):
+        run = begin(tmp_path / name, recipe, Watch(None))
+        if name == "interrupted":
+            assert run.distilled is not None
+            dispatcher.train(run.distilled)
+            run = begin(tmp_path / name, recipe, Watch(None))
+        dispatcher.train(run)
+        ends.append((tmp_path / name / "dispatcher" / "done.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+    assert run.distilled is not None
+    dispatcher.train(run, "none", steps=0)
+    begun, distilled, ended = run.trained("none"), run.distilled.trained("dispatcher"), run.trained("dispatcher")
+    learned = [n for n in distilled if n.startswith(("scores.", "channels."))]
+    assert {n.partition(".")[0] for n in learned} == {"scores", "channels"}
+    assert all(torch.equal(begun[n], distilled[n]) for n in learned)
+    assert any(not torch.equal(ended[n], distilled[n]) for n in learned)

@@ -77,6 +77,8 @@ def test_experts_with_labels_have_no_prototypes_to_be_routed_by() -> None:
 def test_without_labels_it_is_distilled_unless_clusters_or_swav_are_wanted() -> None:
     assert (Recipe("photos").kind, Recipe("photos").adapt) == ("distill", "both")
     assert (Recipe("photos", clusters=5).kind, Recipe("photos", clusters=5).adapt) == ("swav", "mask")
+    both = Recipe("photos", objective="distill+swav")
+    assert (both.kind, both.adapt) == ("swav", "both")
     assert (Recipe("photos", labels=True).kind, Recipe("photos", labels=True).bank) == ("labels", 0)
     experts = Recipe("photos", objective="distill", clusters=2)
     assert (experts.kind, experts.adapt, experts.router, experts.layout) == ("distill", "both", "centroid", "routed")

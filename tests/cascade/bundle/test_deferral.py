@@ -102,6 +102,8 @@ def test_inspect_says_when_it_asks_again(pair: Bundle) -> None:
     out = StringIO()
     show(pair, Console(file=out, width=200))
     assert "asked again at 64 px below a probability of 0.500: 50.0% of the validation images" in out.getvalue()
+    row = next(line for line in out.getvalue().splitlines() if "at 64 px" in line and "asked" not in line)
+    assert pair.card.deferral is not None and f"{pair.card.deferral.mask.weights:,}" in row and "50.0%" in row
 
 
 def test_either_size_is_a_plain_model(folder: Path, tmp_path: Path) -> None:
