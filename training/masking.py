@@ -29,8 +29,8 @@ TIE = 1e-3  # of the initial score: lead of the largest weight's score if only t
 class _Masked(torch.autograd.Function):
     """``W * M / alpha`` with a straight-through estimator: scores get the gradient of M, including that through alpha.
 
-    With G the gradient of the output and N weights per block,  dL/dS = G W / alpha - sum(G W M) / (2 N alpha^3).
-    The backward pass needs the frozen weights, which exist anyway, and one byte per weight.
+    With G the gradient of the output Y and N weights per block,  dL/dS = (G W - sum(G Y) / (2 N alpha)) / alpha.
+    The backward pass needs only tensors that exist anyway: the frozen weights and Y, which the layer keeps as well.
     """
 
     @staticmethod
@@ -38,18 +38,18 @@ class _Masked(torch.autograd.Function):
         blocks = _blocks(active, rows)
         size = active.numel() // rows
         share = blocks.sum(dim=_rest(blocks), keepdim=True, dtype=scores.dtype) / size
-        alpha = share.clamp(min=1 / size).sqrt()
-        ctx.save_for_backward(weight, active, alpha)
-        return (_blocks(weight, rows) * (blocks / alpha)).reshape(weight.shape)
+        alpha = share.clamp_(min=1 / size).sqrt_()
+        masked = torch.mul(_blocks(weight, rows), blocks).div_(alpha).reshape(weight.shape)
+        ctx.save_for_backward(weight, masked, alpha)
+        return masked
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, active, alpha = ctx.saved_tensors
-        direct = _blocks(gradients[0] * weight, len(alpha))
+        *tensors, alpha = ctx.saved_tensors
+        weight, masked, gradient = (_blocks(x, len(alpha)) for x in (*tensors, gradients[0]))
         # The sum is 0 if nothing is active, because alpha is then constant.
-        kept = (direct * _blocks(active, len(alpha))).sum(dim=_rest(direct), keepdim=True)
-        through = kept / (2 * (direct.numel() // len(alpha)) * alpha**3)
-        return direct.div_(alpha).sub_(through).reshape(weight.shape), None, None, None
+        through = (gradient * masked).sum(dim=_rest(masked), keepdim=True).div_(-2 * masked[0].numel()).div_(alpha)
+        return torch.addcmul(through, gradient, weight).div_(alpha).reshape(gradients[0].shape), None, None, None
 
 
 def _blocks(x: Tensor, rows: int) -> Tensor:
