@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -241,13 +241,14 @@ def _timeouts(where: str) -> dict[str, object]:
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(**TIMEOUTS)}}
 
 
-def discover(store: Path) -> list[Path]:
-    """Folders ``<name>/<version>`` of a store that contain a card, sorted; hidden ones (being written) are skipped."""
-    folders = ((name, version) for name in _names(store) for version in _names(os.path.join(store, name)))
-    return [Path(store, *each) for each in folders if os.path.exists(os.path.join(store, *each, CARD))]
+def discover(store: str) -> Iterator[Identity]:
+    """Folders ``<name>/<version>`` of a store, sorted; hidden ones (being written) are skipped."""
+    for name in _names(store):
+        for version in _names(f"{store}/{name}"):
+            yield name, version
 
 
-def _names(folder: str | Path) -> list[str]:
+def _names(folder: str) -> list[str]:
     """Sorted names in a folder without the hidden ones; none if it is no folder or can't be read."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -256,18 +257,27 @@ def _names(folder: str | Path) -> list[str]:
 
 
 def _listed(folder: Path) -> dict[Identity, str]:
-    """List the bundles of a local folder with their stamps. Raises OSError if it can't be read."""
+    """List the bundles of a local folder, which have a card, with their stamps. Raises OSError if it can't be read."""
+    store = os.fspath(folder)  # pathlib takes twice as long for 10,000 bundles
     while True:
-        names = set(os.listdir(folder))  # glob ignores a missing or unreadable folder
+        names = set(os.listdir(store))  # glob ignores a missing or unreadable folder
         stamps = {}
-        for path in discover(folder):
-            with suppress(FileNotFoundError):  # this bundle is being removed
-                with os.scandir(path) as entries:  # pathlib takes twice as long for 10,000 bundles
-                    files = [(entry.name, entry.stat()) for entry in entries]
-                facts = sorted((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files)
-                stamps[path.parent.name, path.name] = repr(facts)
-        if names <= set(os.listdir(folder)):
+        for name, version in discover(store):
+            if (stamp := _stamp(f"{store}/{name}/{version}")) is not None:
+                stamps[name, version] = stamp
+        if names <= set(os.listdir(store)):
             return stamps  # else something vanished meanwhile, perhaps the whole store: list again
+
+
+def _stamp(folder: str) -> str | None:
+    """Sizes, times and inodes of a bundle's files; None if it has no card, can't be read, or is being removed."""
+    try:
+        with os.scandir(folder) as entries:
+            files = sorted((entry.name, entry.stat()) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ino}" for name, s in files]
+    return "\n".join(facts) if any(name == CARD for name, _ in files) else None
 
 
 def _read(path: Path, identity: Identity, memory: int | None) -> tuple[Bundle, str]:

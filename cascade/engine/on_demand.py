@@ -9,7 +9,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ DOMAINS, SHARE = 2**28, 1 / 8
 CARDS = 256  # that are kept for the page
 NEVER = threading.Event()
 REMEMBERED = 1000  # names in the file of recent ones
+PATIENCE = 60.0
+"""Most seconds that reading domains waits for bundles being loaded."""
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,11 @@ class OnDemandRegistry(Registry):
         stored = [State(*identity, "stored") for n, own in listing.items() if n not in names for identity in own]
         return sorted([*(s for s in known if s.name in names), *stored], key=lambda s: (s.name, number(s.version)))
 
+    @property
+    def serves(self) -> bool:
+        known = {state.name for state in super().states() if state.state != "removed"}
+        return super().serves or not known >= self._listing.keys()
+
     def fetch(self, name: str) -> None:
         """Load the bundles of a name, unless they are loaded, refused, or not in the store.
 
@@ -78,7 +86,7 @@ class OnDemandRegistry(Registry):
         own = self._listing.get(name)
         if own is None or self._is_refused(own):
             return
-        with self._fetching.setdefault(name, threading.Lock()):
+        with self._once(name):
             if name in self.engine.names:
                 return
             files = {identity: self._read(identity) for identity in own}
@@ -87,7 +95,6 @@ class OnDemandRegistry(Registry):
                 self._names |= {name}  # also if refused, so that each look at the store can retry it
                 self._load(own, files)
                 metrics.count_cold_load(name)
-        self._fetching.pop(name, None)
 
     def load(self, name: str) -> list[State]:
         """As in ``Registry``; the bundle is then in memory."""
@@ -107,19 +114,23 @@ class OnDemandRegistry(Registry):
     def learn(self, stop: threading.Event | None = None) -> None:
         """Read the domains of new bundles, and let images be dispatched to every bundle of the store.
 
-        They take at most ``DOMAINS`` bytes, or a share of the engine's memory, in the order of the names. Half of the
-        time is left to others.
+        They take at most ``DOMAINS`` bytes, or a share of the engine's memory, in the order of the names. Requests that
+        wait for a bundle to be loaded come first, and half of the time is left to others.
         """
         listing = self._listing
         served = self._served(listing)
         room = min(DOMAINS, (self.engine.resident.memory_bytes or math.inf) * SHARE)
         known: dict[Identity, tuple[str, Target | None]] = {}
+        stop, deadline = stop or NEVER, time.monotonic() + PATIENCE
         for n, identity in enumerate(served):
             stamp, found = listing[identity[0]][identity], self._domains.get(identity)
             if found is None or found[0] != stamp:
+                while self._fetching and time.monotonic() < deadline:
+                    if stop.wait(CHECK):
+                        return
                 begun = time.monotonic()
                 found = self._target(identity, stamp)
-                if (stop or NEVER).wait(time.monotonic() - begun):
+                if stop.wait(time.monotonic() - begun):
                     return
             room -= found[1].bytes() if found is not None and found[1] is not None else 0
             if room < 0:
@@ -234,6 +245,15 @@ class OnDemandRegistry(Registry):
             return bundle, digest
         except CascadeError as error:
             return partial(type(error), str(error))
+
+    @contextmanager
+    def _once(self, name: str) -> Iterator[None]:
+        """Load a name: other threads that want the same one wait."""
+        try:
+            with self._fetching.setdefault(name, threading.Lock()):
+                yield
+        finally:
+            self._fetching.pop(name, None)
 
     def _is_refused(self, own: Mapping[Identity, str]) -> bool:
         """Whether every version was refused recently, with the same files."""

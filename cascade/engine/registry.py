@@ -155,7 +155,12 @@ class Registry:
         self.reload()
         return self.states(name)
 
-    def reload(self) -> list[State]:
+    @property
+    def serves(self) -> bool:
+        """Whether any bundle is loaded, or would be when a request names it."""
+        return bool(self.engine.bundles)
+
+    def reload(self) -> None:
         """Check the store now: load new bundles, remove missing ones; failures become states, logged and counted."""
         with self._looking:
             self.engine.release()
@@ -169,12 +174,11 @@ class Registry:
                 if not self._held:
                     with self._changing:
                         self._load(self._visible(self.store.cached()))
-                return self.states()
+                return
             self._is_reachable(None)
             with self._changing:
                 self._follow(self._visible(listed))
             self.store.prune(listed)
-            return self.states()
 
     def _visible(self, listed: Mapping[Identity, str]) -> dict[Identity, str]:
         """The bundles of the store that should be loaded."""

@@ -40,9 +40,9 @@ def load_store(
         registry: Registry = OnDemandRegistry(engine, store, pins, journal, recent=recent)
     else:
         registry = Registry(engine, store, pins, journal)
-    states = registry.reload()
-    if not engine.bundles and all(s.state != "stored" for s in states):
-        refused = [s.reason for s in states if s.reason]
+    registry.reload()
+    if not registry.serves:
+        refused = [s.reason for s in registry.states() if s.reason]
         why = (registry.trouble, *refused, f"put bundles at {store.where}/<name>/<version>/")
         raise CascadeError(f"no bundle could be loaded from {store.where}: {next(filter(None, why))}")
     for name, pin in engine.pins.items():

@@ -19,7 +19,7 @@ from PIL import Image
 from cascade.bundle.files import NAME
 from cascade.bundle.format import Bundle, BundleError, check, digest, read, write
 from cascade.bundle.schema import BackboneCard, Card, DeferralCard, MaskCard, RouterCard
-from cascade.bundle.store import discover
+from cascade.bundle.store import Store
 from cascade.bundle.thumbnails import Thumbnails
 from cascade.model import backbone as backbones
 from cascade.model.fusion import Fusion, SlotBias
@@ -204,12 +204,12 @@ def test_half_copied(written: Path) -> None:
     store = written.parent.parent
     hidden = written.parent / ".2.4711.tmp"
     shutil.copytree(written, hidden)
-    assert discover(store) == [written]
+    assert [*Store(store).look()] == [("hand", written.name)]
     half = written.parent / "3"
     half.mkdir()
     for name in ("cascade.json", "masks.safetensors"):
         shutil.copy(written / name, half)
-    assert discover(store) == [written, half]
+    assert [*Store(store).look()] == [("hand", written.name), ("hand", "3")]
     assert "SHA256SUMS" in refusal(half)
 
 

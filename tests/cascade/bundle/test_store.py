@@ -19,7 +19,7 @@ from PIL import Image
 
 from cascade.bundle import store as stores
 from cascade.bundle.format import Bundle, BundleError, write
-from cascade.bundle.store import Store, StoreError
+from cascade.bundle.store import Identity, Store, StoreError
 from tests.helpers.bundles import handmade
 
 
@@ -264,16 +264,16 @@ def test_a_store_that_goes_while_it_is_looked_at(folder: Path, monkeypatch: pyte
     assert Store(folder).look() == {}, "no longer mounted, an empty folder: for the registry to judge"
 
 
-def meanwhile(event: Callable[[], object]) -> Callable[[Path], Iterator[Path]]:
+def meanwhile(event: Callable[[], object]) -> Callable[[str], Iterator[Identity]]:
     """``discover``, which sees the first bundle before the event, and the others after it."""
     discover, events = stores.discover, [event]
 
-    def seen(folder: Path) -> Iterator[Path]:
-        paths = iter(discover(folder))
-        yield from itertools.islice(paths, 1)
+    def seen(folder: str) -> Iterator[Identity]:
+        found = iter([*discover(folder)])
+        yield from itertools.islice(found, 1)
         while events:
             events.pop()()
-        yield from paths
+        yield from found
 
     return seen
 

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,42 @@ def test_domains_are_read_once_and_follow_the_store(store: Path, monkeypatch: py
     assert sorted(reads) == ["photos/2", "torn/1"]
     assert registry.engine.known is not None
     assert [(t.name, t.version) for _, t in registry.engine.known.columns] == [("photos", "2")]
+
+
+def test_domains_are_read_after_the_bundles_that_requests_wait_for(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = OnDemandRegistry(Engine(executor="plain"), Store(store))
+    registry.reload()
+    events: list[str] = []
+
+    class Stop(threading.Event):
+        """Of the thread that reads domains; ``wait`` is called where it leaves the time to others."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.set()
+            return super().wait(timeout)
+
+    def noted(what: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            events.append(what)
+            return do(*arguments, **options)
+
+        return call
+
+    pauses, learner = threading.Event(), threading.Thread(target=lambda: registry.learn(Stop()))
+    read = registry.store.read
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        learner.start()
+        assert pauses.wait(60)
+        return noted("bundle", read)(*arguments, **options)
+
+    monkeypatch.setattr(registry.store, "read", slow)
+    monkeypatch.setattr(registry.store, "read_domain", noted("domain", registry.store.read_domain))
+    registry.fetch("clothes")
+    learner.join()
+    assert events[0] == "bundle" and events.count("domain") == 3
 
 
 def test_domains_have_a_bound(store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

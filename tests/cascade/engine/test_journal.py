@@ -77,4 +77,5 @@ def test_the_next_process_leaves_the_bundle_out_and_names_it(
     bad, good = known.states()
     assert (bad.state, good.state) == ("refused", "ready")
     assert bad.reason and "process died while loading it" in bad.reason
-    assert [state.state for state in known.reload()] == [later, "ready"]
+    known.reload()
+    assert [state.state for state in known.states()] == [later, "ready"]
