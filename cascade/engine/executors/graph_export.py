@@ -15,12 +15,9 @@ from cascade.engine.executors.graph_process import Wanted
 from cascade.model import backbone as backbones
 from cascade.model.folding import Folded
 
-NICE = 3  # a saturated server leaves the child a third of a core
-
 
 def main(request: int) -> None:
     """Export the graphs that a request names, and write them to the cache."""
-    os.nice(NICE)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with safe_open(f"/proc/self/fd/{request}", "pt") as file:
         about: dict[str, Any] = json.loads(file.metadata()["about"])

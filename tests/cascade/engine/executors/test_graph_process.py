@@ -45,7 +45,11 @@ def test_the_child_makes_the_same_graphs(
 
 
 @pytest.mark.parametrize(
-    ("script", "seconds", "why"), [("exit 3", 60.0, "ended with 3"), ("exec sleep 60", 0.1, "more than 0.1 s")]
+    ("script", "seconds", "why"),
+    [
+        (f"until [ $(nice) -ge {graph_process.NICE} ]; do sleep 0.01; done; exit 3", 60.0, "ended with 3"),
+        ("exec sleep 60", 0.1, "more than 0.1 s"),
+    ],
 )
 def test_a_child_that_fails_costs_an_export_here(
     script: str,
