@@ -1,6 +1,7 @@
 """The settings of ``cascade serve``: shared ones, and those of each front end."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
@@ -87,9 +88,7 @@ class BatchingSettings(Settings):
             )
         if self.api_keys is not None and self.no_auth:
             raise SettingsError("--api-keys and --no-auth contradict each other: omit one of them")
-        for origin in self.cors_origins:
-            if not ORIGIN.fullmatch(origin):
-                raise SettingsError(f"{origin!r} is no origin for --cors-origin: write it like https://app.example")
+        check_origins(self.cors_origins)
 
     @property
     def hosts(self) -> frozenset[str] | None:
@@ -149,6 +148,13 @@ class TorchServeSettings(Settings):
     metrics_port: int = 8082
     management_port: int = 8081
     token_file: Path | None = None
+
+
+def check_origins(origins: Iterable[str]) -> None:
+    """Check the origins of web pages. Raises SettingsError."""
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise SettingsError(f"{origin!r} is no origin of a web page: write it like https://app.example")
 
 
 def is_loopback(host: str) -> bool:

@@ -5,8 +5,9 @@ removed meanwhile (see ``cascade.engine.resident``).
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -177,6 +178,18 @@ class Engine:
         self.resident.remove(name, version)
         self._table = None  # it would keep the bundle alive
         self.release()
+
+    @contextmanager
+    def keeping_unknown(self, folder: Path | str | None, most_images: int, most_bytes: int) -> Iterator[None]:
+        """Keep images that fit no bundle in a folder until the block ends; None: keep none.
+
+        Arguments and errors as in :class:`cascade.engine.unknown.UnknownImages`.
+        """
+        if folder is None:
+            yield
+            return
+        with UnknownImages(Path(folder), most_images, most_bytes, self.limits) as self.unknown:
+            yield
 
     def release(self) -> None:
         """Free the memory of removed bundles whose last request has been answered."""

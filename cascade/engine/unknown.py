@@ -94,7 +94,7 @@ class Origin:
 
 
 class UnknownImages:
-    """The folder of kept images: ``with UnknownImages(folder, 2000, 2**28) as engine.unknown: ...``.
+    """The folder of kept images: ``with engine.keeping_unknown(folder, 2000, 2**28): ...``.
 
     Args:
         folder: is created, for this user alone.

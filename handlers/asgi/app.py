@@ -70,7 +70,7 @@ def create_app(
         pins.add(app, service, registry)
     unknown.add(app, service)
     auto.add(app, service)
-    _protocol(app, service)
+    _protocol(app, service, registry is not None)
     _state(app, service)
     overview.add(app, service)
     ui.add(app)
@@ -165,12 +165,12 @@ def _predictions(app: FastAPI, service: Service) -> None:
         return Response(text, headers=headers, media_type=content_type)
 
 
-def _protocol(app: FastAPI, service: Service) -> None:
+def _protocol(app: FastAPI, service: Service, has_repository: bool) -> None:
     """/v2: the Open Inference Protocol."""
 
     @app.get("/v2", summary="Server metadata")
     async def server() -> dict[str, Any]:
-        managed = service.keys is not None and service.keys.admins
+        managed = has_repository and service.keys is not None and service.keys.admins
         extensions = ["binary_tensor_data", "statistics", *(["model_repository"] if managed else [])]
         return {"name": "cascade", "version": __version__, "extensions": extensions}
 

@@ -28,7 +28,6 @@ from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.journal import Journal
 from cascade.engine.stores import load_store
-from cascade.engine.unknown import UnknownImages
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Heap
@@ -148,9 +147,8 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
     with ExitStack() as stack:
         stack.callback(tracing.stop)
         stack.enter_context(listening)
-        if settings.keep_unknown is not None:
-            kept = UnknownImages(settings.keep_unknown, settings.keep_images, settings.keep_bytes, engine.limits)
-            engine.unknown = stack.enter_context(kept)
+        keeping = engine.keeping_unknown(settings.keep_unknown, settings.keep_images, settings.keep_bytes)
+        stack.enter_context(keeping)
         batcher = stack.enter_context(
             Batcher(
                 engine,

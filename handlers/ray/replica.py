@@ -19,7 +19,6 @@ from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.on_demand import OnDemandRegistry
 from cascade.engine.stores import load_store
-from cascade.engine.unknown import UnknownImages
 from cascade.logs import log_to_stderr
 from handlers.asgi import key_file
 from handlers.asgi.app import create_app
@@ -27,6 +26,7 @@ from handlers.asgi.service import Service
 from handlers.asgi.watched import Watched
 from handlers.ray.middleware import App
 from handlers.ray.multiplexing import telling
+from handlers.settings import check_origins
 
 TARGET = 16
 """Requests in progress per replica above which Serve starts another one."""
@@ -64,6 +64,7 @@ class Settings(BaseModel):
     def _check_access(self) -> Self:
         if self.api_keys is None and self.hosts is None and not self.no_auth:
             raise ValueError("set api_keys; or hosts, for loopback; or no_auth: true, to give everyone access")
+        check_origins(self.cors_origins)
         return self
 
 
@@ -87,9 +88,8 @@ class Replica:
         memory, most = settings.memory_bytes, settings.max_batch
         engine = Engine(settings.budget_bytes, settings.device, memory_bytes=memory, max_batch=most)
         registry = load_store(engine, settings.model_store, settings.pins, on_demand=settings.on_demand)
-        if settings.keep_unknown is not None:
-            kept = UnknownImages(Path(settings.keep_unknown), settings.keep_images, settings.keep_bytes, engine.limits)
-            engine.unknown = self._stack.enter_context(kept)
+        keeping = engine.keeping_unknown(settings.keep_unknown, settings.keep_images, settings.keep_bytes)
+        self._stack.enter_context(keeping)
         batching: dict[str, Any] = {
             "max_batch": settings.max_batch,
             "patience": settings.patience,

@@ -23,7 +23,6 @@ from cascade.engine.decoders import Decoders
 from cascade.engine.engine import Engine
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.stores import load_store
-from cascade.engine.unknown import UnknownImages
 from cascade.errors import CascadeError
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Heap
@@ -76,10 +75,8 @@ class CascadeHandler:
         # TorchServe sends the next batch after this one is answered, so decoding can use all cores.
         self.decoders = Decoders(settings["threads"], self.engine.limits.max_seconds)
         resources.callback(self.decoders.close)
-        if settings["keep_unknown"] is not None:
-            folder, most, size = (settings[name] for name in ("keep_unknown", "keep_images", "keep_bytes"))
-            kept = UnknownImages(Path(folder), most, size, self.engine.limits)
-            self.engine.unknown = resources.enter_context(kept)
+        bounds = settings["keep_images"], settings["keep_bytes"]
+        resources.enter_context(self.engine.keeping_unknown(settings["keep_unknown"], *bounds))
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
         self.memory = Heap()

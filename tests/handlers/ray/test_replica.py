@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from cascade import tracing
 from cascade.bundle.format import write
 from cascade.engine.unknown import NAME
+from handlers.settings import SettingsError
 from tests.conftest import need, sheet
 from tests.helpers.asgi_app import client, error
 from tests.helpers.bundles import handmade, named
@@ -46,6 +47,8 @@ def test_settings_reach_the_application(tmp_path: Path, monkeypatch: pytest.Monk
     assert tracing.begin(cold=False) is not None
     tracing.use(None)  # nobody is there to receive spans
     assert error(ask("GET", "/v1/unknown")) == (401, "key_missing")
+    assert "model_repository" not in ask("GET", "/v2", headers=ADMIN).json()["extensions"]
+    assert ask("POST", "/v2/repository/index", headers=ADMIN).status_code == 404
     for photo in sheet("cifar10")[200:210]:
         photo.save(out := BytesIO(), "png")
         answer = ask("POST", "/v1/predict", content=out.getvalue(), headers=ADMIN | {"Origin": "https://app.example"})
@@ -61,5 +64,7 @@ def test_access_without_keys_is_chosen() -> None:
 
     with pytest.raises(ValidationError, match="set api_keys; or hosts, for loopback; or no_auth"):
         Settings()
+    with pytest.raises(SettingsError, match=r"'\*' is no origin of a web page"):
+        Settings(no_auth=True, cors_origins=["*"])
     for chosen in ({"api_keys": "keys"}, {"hosts": ["localhost"]}, {"no_auth": True}):
         Settings(**chosen)
