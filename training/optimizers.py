@@ -13,6 +13,7 @@ from training.recipe import Recipe
 WEIGHTS_WARMUP = 100  # steps
 LR, MOST_LR, TRAVEL = 0.02, 0.05, 30.0
 WEIGHTS_LR = {"labels": 0.001, "distill": 0.0005}  # if every weight is trained
+CONTINUED = 0.1  # factor of the rates of SwAV after distillation: at the full ones it undoes that
 
 
 class RmsSGD(torch.optim.SGD):
@@ -43,10 +44,10 @@ def score_rate(recipe: Recipe, steps: int) -> float:
     is kept: in a few hundred steps with 0.02 hardly any score would reach the threshold.
     """
     if recipe.lr:
-        return recipe.lr
+        return recipe.lr * _continued(recipe)
     if recipe.adapt == "delta":
         return WEIGHTS_LR[recipe.kind]
-    return max(LR, min(MOST_LR, TRAVEL / max(1, steps))) if recipe.kind == "labels" else LR
+    return max(LR, min(MOST_LR, TRAVEL / max(1, steps))) if recipe.kind == "labels" else LR * _continued(recipe)
 
 
 def make_optimizers(
@@ -63,7 +64,7 @@ def make_optimizers(
     for kind, group in model.groups.items():
         parameters = list(group.values())
         if kind == "channels":
-            optimizers[kind] = torch.optim.Adam(parameters, lr=recipe.channel_lr if lr else 0.0)
+            optimizers[kind] = torch.optim.Adam(parameters, lr=recipe.channel_lr * _continued(recipe) if lr else 0.0)
         else:
             decay = recipe.weight_decay if kind == "weights" else 0.0
             name = "adamw" if kind == "weights" and recipe.optimizer == "adam" else recipe.optimizer
@@ -88,6 +89,10 @@ def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float, unfro
         rising = 1.0 if unfrozen is None or kind != "weights" else min(1.0, max(0, unfrozen + 1) / WEIGHTS_WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor * rising
+
+
+def _continued(recipe: Recipe) -> float:
+    return CONTINUED if recipe.kind == "swav" and recipe.objective != "swav" else 1.0
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:

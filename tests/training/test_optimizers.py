@@ -16,3 +16,6 @@ def test_a_short_training_with_labels_has_a_higher_rate() -> None:
 def test_an_explicit_rate_is_kept_and_so_is_that_without_labels() -> None:
     assert score_rate(Recipe("photos", labels=True, lr=0.3), 300) == 0.3
     assert {score_rate(Recipe("photos", objective=kind), 300) for kind in ("distill", "swav")} == {0.02}
+    assert score_rate(Recipe("photos", objective="distill+swav"), 300) == approx(0.002), (
+        "it would undo the distillation"
+    )
