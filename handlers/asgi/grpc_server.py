@@ -1,6 +1,6 @@
 """gRPC for the Open Inference Protocol, next to HTTP: ``cascade serve --grpc-port 8001``.
 
-Each call is translated into the equivalent HTTP request to the same application. So keys, limits, tenants, batching,
+Each call becomes the equivalent HTTP request to the same application, in memory. So keys, limits, tenants, batching,
 logs and draining are the same for both. Messages and stubs come from ``tritonclient``.
 """
 
@@ -10,10 +10,8 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import quote
 
 import grpc
-import httpx
 import numpy as np
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
@@ -23,12 +21,15 @@ from tritonclient.grpc import service_pb2_grpc
 
 from cascade.errors import CascadeError
 from cascade.open_inference import LENGTH_HEADER, packed
+from handlers.asgi.in_memory import Answer, ask
 from handlers.asgi.middleware import App, Limits
 from handlers.asgi.tls import Certificate
 from handlers.asgi.watched import Watched
 
 log = logging.getLogger("cascade.grpc")
-FRAME = 2**20  # bytes of a message around its tensors
+AROUND = 2**20  # bytes of a message around its tensors
+FRAME = 2**20  # bytes of an HTTP/2 frame at most; the default of 16 KiB makes many of an image
+LENGTH = LENGTH_HEADER.lower()
 WATCH_SECONDS = 1.0  # between two health checks for a client that watches
 STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -48,28 +49,24 @@ CONTENTS = {"FP32": ("fp32_contents", "<f4"), "INT64": ("int64_contents", "<i8")
 
 
 class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """The calls that have an HTTP route; all others are UNIMPLEMENTED.
+    """The calls that have an HTTP route; all others are UNIMPLEMENTED."""
 
-    Args:
-        client: of the application, without a network.
-    """
-
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self.client = client
+    def __init__(self, app: App) -> None:
+        self.app = app
 
     async def ServerLive(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
-        live = (await self.client.get("/v2/health/live")).status_code == 200
+        live = (await ask(self.app, "GET", "/v2/health/live")).status == 200
         return pb.ServerLiveResponse(live=live)
 
     async def ServerReady(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
-        ready = (await self.client.get("/v2/health/ready")).status_code == 200
+        ready = (await ask(self.app, "GET", "/v2/health/ready")).status == 200
         return pb.ServerReadyResponse(ready=ready)
 
     async def ModelReady(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
-        answer = await self.client.get(f"{_path(request)}/ready", headers=_headers(context))
-        if answer.status_code not in (200, 404, 503):
+        answer = await ask(self.app, "GET", f"{_path(request)}/ready", _headers(context))
+        if answer.status not in (200, 404, 503):
             await _check(answer, context)
-        return pb.ModelReadyResponse(ready=answer.status_code == 200)
+        return pb.ModelReadyResponse(ready=answer.status == 200)
 
     async def ServerMetadata(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
         return await self._ask("GET", "/v2", context, pb.ServerMetadataResponse())
@@ -85,12 +82,12 @@ class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
         return await self._ask("POST", "/v2/repository/index", context, pb.RepositoryIndexResponse(), body, "models")
 
     async def RepositoryModelLoad(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
-        path = f"/v2/repository/models/{_quoted(request.model_name)}/load"
+        path = f"/v2/repository/models/{request.model_name}/load"
         body = json.dumps({"parameters": dict.fromkeys(request.parameters, "")}).encode()
         return await self._ask("POST", path, context, pb.RepositoryModelLoadResponse(), body)
 
     async def RepositoryModelUnload(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
-        path = f"/v2/repository/models/{_quoted(request.model_name)}/unload"
+        path = f"/v2/repository/models/{request.model_name}/unload"
         return await self._ask("POST", path, context, pb.RepositoryModelUnloadResponse(), b"{}")
 
     async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Message:
@@ -98,9 +95,9 @@ class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
             head, tensors = _http_request(request)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"bad_request: {error}")
-        headers = _headers(context) | {LENGTH_HEADER: str(len(head))}
+        headers = _headers(context) | {LENGTH: str(len(head))}
         path = f"{_path(request, request.model_name, request.model_version)}/infer"
-        answer = await self.client.post(path, content=head + tensors, headers=headers)
+        answer = await ask(self.app, "POST", path, headers, head, *tensors)
         await _check(answer, context)
         return _infer_response(answer)
 
@@ -108,9 +105,9 @@ class Inference(service_pb2_grpc.GRPCInferenceServiceServicer):
         self, method: str, path: str, context: grpc.aio.ServicerContext, into: Message, body: bytes = b"", key: str = ""
     ) -> Message:
         """Call a route and convert its answer to a message. ``key``: the message's field for a list."""
-        answer = await self.client.request(method, path, content=body, headers=_headers(context))
+        answer = await ask(self.app, method, path, _headers(context), body)
         await _check(answer, context)
-        found = answer.json()
+        found = json.loads(answer.body)
         ParseDict({key: found} if key else found, into, ignore_unknown_fields=True)
         return into
 
@@ -127,11 +124,11 @@ for _name in vars(service_pb2_grpc.GRPCInferenceServiceServicer).keys() - vars(I
 class Health(health_pb2_grpc.HealthServicer):
     """The health service that Kubernetes and load balancers poll."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self.client = client
+    def __init__(self, app: App) -> None:
+        self.app = app
 
     async def Check(self, request: Message, context: grpc.aio.ServicerContext) -> Message:
-        ready = (await self.client.get("/v2/health/ready")).status_code == 200
+        ready = (await ask(self.app, "GET", "/v2/health/ready")).status == 200
         serving = health_pb2.HealthCheckResponse.ServingStatus
         return health_pb2.HealthCheckResponse(status=serving.SERVING if ready else serving.NOT_SERVING)
 
@@ -159,26 +156,24 @@ async def serving(
     Raises:
         CascadeError: the address is taken.
     """
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    most = limits.body + FRAME
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", most), ("grpc.so_reuseport", 0)])
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Inference(client), server)
-        health_pb2_grpc.add_HealthServicer_to_server(Health(client), server)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            if certificate is None:
-                bound = server.add_insecure_port(address)
-            else:
-                bound = server.add_secure_port(address, _credentials(certificate))
-        except RuntimeError:
-            raise CascadeError(f"cannot listen on {address} for gRPC: choose another --grpc-port") from None
-        await server.start()
-        log.info("gRPC on %s", address if port else f"{host}:{bound}")
-        try:
-            yield bound
-        finally:
-            await server.stop(grace)
+    options = [("grpc.max_receive_message_length", limits.body + AROUND), ("grpc.http2.max_frame_size", FRAME)]
+    server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)])
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Inference(app), server)
+    health_pb2_grpc.add_HealthServicer_to_server(Health(app), server)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if certificate is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, _credentials(certificate))
+    except RuntimeError:
+        raise CascadeError(f"cannot listen on {address} for gRPC: choose another --grpc-port") from None
+    await server.start()
+    log.info("gRPC on %s", address if port else f"{host}:{bound}")
+    try:
+        yield bound
+    finally:
+        await server.stop(grace)
 
 
 def _credentials(certificate: Watched[Certificate]) -> grpc.ServerCredentials:
@@ -198,27 +193,24 @@ def _headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
     return {key: value for key, value in pairs if isinstance(value, str) and key in wanted}
 
 
-def _quoted(name: str) -> str:
-    return quote(name, safe="")
-
-
 def _path(request: Any, name: str | None = None, version: str | None = None) -> str:
     name, version = request.name if name is None else name, request.version if version is None else version
-    return f"/v2/models/{_quoted(name)}" + (f"/versions/{_quoted(version)}" if version else "")
+    return f"/v2/models/{name}" + (f"/versions/{version}" if version else "")
 
 
-async def _check(answer: httpx.Response, context: grpc.aio.ServicerContext) -> None:
+async def _check(answer: Answer, context: grpc.aio.ServicerContext) -> None:
     """Abort the call if the answer is an error; ``retry-after`` goes into the trailing metadata."""
-    if answer.status_code == 200:
+    if answer.status == 200:
         return
     if (seconds := answer.headers.get("retry-after")) is not None:
         context.set_trailing_metadata((("retry-after", seconds),))
-    body = answer.json().get("error", "") if answer.headers.get("content-type") == "application/json" else answer.text
+    json_body = answer.headers.get("content-type") == "application/json"
+    body = json.loads(answer.body).get("error", "") if json_body else answer.body.decode()
     text = body if isinstance(body, str) else f"{body.get('kind')}: {body.get('message')}"
-    await context.abort(STATUSES.get(answer.status_code, grpc.StatusCode.INTERNAL), text)
+    await context.abort(STATUSES.get(answer.status, grpc.StatusCode.INTERNAL), text)
 
 
-def _http_request(request: Any) -> tuple[bytes, bytes]:
+def _http_request(request: Any) -> tuple[bytes, list[bytes]]:
     """The JSON part and the binary tensors of a ModelInferRequest. Raises ValueError."""
     raw = list(request.raw_input_contents) or [_raw(tensor) for tensor in request.inputs]
     if len(raw) != len(request.inputs):
@@ -238,7 +230,7 @@ def _http_request(request: Any) -> tuple[bytes, bytes]:
         document["id"] = request.id
     if request.outputs:
         document["outputs"] = [{"name": output.name} for output in request.outputs]
-    return json.dumps(document).encode(), b"".join(raw)
+    return json.dumps(document).encode(), raw
 
 
 def _raw(tensor: Any) -> bytes:
@@ -256,10 +248,10 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(parameters[name], choice) for name, choice in chosen.items() if choice is not None}
 
 
-def _infer_response(answer: httpx.Response) -> Message:
+def _infer_response(answer: Answer) -> Message:
     """The message for an answer whose outputs are binary data."""
-    length = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))  # the whole body if no output is requested
-    document = json.loads(answer.content[:length])
+    length = int(answer.headers.get(LENGTH, len(answer.body)))  # the whole body if no output is requested
+    document = json.loads(answer.body[:length])
     message = pb.ModelInferResponse(
         model_name=document["model_name"], model_version=document["model_version"], id=document.get("id", "")
     )
@@ -267,6 +259,6 @@ def _infer_response(answer: httpx.Response) -> Message:
     for output in document["outputs"]:
         end = begin + output["parameters"]["binary_data_size"]
         message.outputs.add(name=output["name"], datatype=output["datatype"], shape=output["shape"])
-        message.raw_output_contents.append(answer.content[begin:end])
+        message.raw_output_contents.append(answer.body[begin:end])
         begin = end
     return message
