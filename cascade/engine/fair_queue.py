@@ -2,9 +2,10 @@
 
 Fairness is that of S-LoRA's scheduler (virtual token counters), with image passes as tokens. Each tenant has a counter
 of passes received, divided by its weight. Tenants less than ``TURN`` ahead of the least served one are eligible; among
-them, images are grouped by mask as if there were a single tenant. So counters of waiting tenants differ by little more
-than ``TURN``, and a swapped-in mask serves several images. A tenant whose queue was empty starts with the counter of
-the least served one, since idle time earns no credit, and is next: a tenant that sends little waits for one pass.
+them, images are grouped by mask as if there were a single tenant, and materialized masks come first. So counters of
+waiting tenants differ by little more than ``TURN``, and a swapped-in mask serves several images. A tenant whose queue
+was empty starts with the counter of the least served one, since idle time earns no credit. It is next unless it was
+ahead: a tenant that sends little waits for one pass. Passes are short only while there is such a tenant.
 """
 
 import time
@@ -23,6 +24,8 @@ Answer = Prediction | ItemError
 TURN = 4.0
 """Image passes that a tenant of weight 1 may be ahead of the others, so that a swap (7 ms where a pass of one image
 takes 40) costs 4 %. While all of 20 tenants wait, each has its turn within 80 passes, 3 s."""
+CALM = 100.0
+"""Image passes without a newcomer after which a pass takes a whole turn: it makes only those wait who wait anyway."""
 
 
 class Promise(Future[Answer]):
@@ -82,7 +85,7 @@ class _Flow:
 
     Attributes:
         served: image passes so far, divided by the weight.
-        fresh: nothing has been served since the flow was last empty.
+        fresh: nothing has been served since the flow was last empty, and it was not ahead then.
     """
 
     tenant: Tenant
@@ -101,14 +104,19 @@ class FairQueue:
         self._flows: dict[str, _Flow] = {}
         self._clock = 0.0  # the counter of the least served waiting tenant
         self._turn: tuple[Hashable, float] = (None, 0.0)  # the group that was split, and its passes since the swap
+        self.calm = 0.0  # image passes since a tenant came that had received little
         self.images = 0
         self.cost = 0.0
 
     def add(self, waiting: Waiting) -> None:
         """Append an image to its tenant's group."""
-        flow = self._flows.setdefault(waiting.tenant.name, _Flow(waiting.tenant, self._clock))
-        if not flow.groups:
-            flow.served, flow.fresh = max(flow.served, self._clock), True
+        flow = self._flows.get(waiting.tenant.name)
+        if flow is None:
+            flow = self._flows[waiting.tenant.name] = _Flow(waiting.tenant, self._clock)
+            self.calm = 0.0
+        elif not flow.groups:
+            flow.fresh = flow.served <= self._clock
+            flow.served = max(flow.served, self._clock)
         flow.tenant = waiting.tenant  # its weight may have changed
         flow.groups.setdefault(group_key(waiting.item), Group()).append(waiting)
         self.images += 1
@@ -125,13 +133,17 @@ class FairQueue:
         if not active:
             return []
         self._clock = min(flow.served for flow in active)
-        self._flows = {n: f for n, f in self._flows.items() if f.groups or f.served > self._clock}
+        self._flows = {n: f for n, f in self._flows.items() if f.groups or f.served > self._clock - TURN}
         allowed = [flow for flow in active if flow.served < self._clock + TURN]
-        flow, key = self._first(allowed, room, engine, overdue)
+        if self.calm >= CALM:  # one pass for the turn
+            room = Room(room.images, max(room.cost, TURN))
+        flow, key = self._first(active, allowed, room, engine, overdue)
         taken = self._pull(flow, key, room)
         before = self._turn[1] if self._turn[0] == key else 0.0
         self._turn = (key if key in flow.groups else None, before + sum(passes(w.item) for w in taken))
-        return taken + self._company(allowed, taken, room, engine)
+        taken += self._company(allowed, taken, room, engine)
+        self.calm += _cost(taken)
+        return taken
 
     def remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
         """Remove the matching images from the queue and return them."""
@@ -146,17 +158,17 @@ class FairQueue:
         self._count(removed)
         return removed
 
-    def _first(self, allowed: list[_Flow], room: Room, engine: Engine, overdue: float) -> _Choice:
+    def _first(self, active: list[_Flow], allowed: list[_Flow], room: Room, engine: Engine, overdue: float) -> _Choice:
         """Choose the tenant and group that come first."""
         fresh = [flow for flow in allowed if flow.fresh]
-        choices = [(flow, key) for flow in fresh or allowed for key in flow.groups]
         cut, had = self._turn
-        turn = [choice for choice in choices if choice[1] == cut]
+        turn = [flow for flow in active if cut in flow.groups]
         if turn and not fresh and had < TURN:  # its mask is in place
-            return min(turn, key=lambda choice: choice[0].served)
-        oldest = min(choices, key=lambda choice: _group(choice)[0].since)
-        if _group(oldest)[0].since <= overdue:
-            return oldest
+            return min(turn, key=lambda flow: flow.served), cut
+        late = [choice for choice in map(_oldest, fresh or allowed) if _group(choice)[0].since <= overdue]
+        if late:
+            return min(late, key=lambda choice: (not _ready(_group(choice), engine), _group(choice)[0].since))
+        choices = [(flow, key) for flow in fresh or allowed for key in flow.groups]
         return max(choices, key=lambda choice: _worth(_group(choice), room, engine))
 
     def _company(self, allowed: list[_Flow], first: list[Waiting], room: Room, engine: Engine) -> list[Waiting]:
@@ -217,8 +229,17 @@ def _less(room: Room, taken: list[Waiting]) -> Room:
     return Room(room.images - len(taken), room.cost - _cost(taken))
 
 
-def _worth(group: Group, room: Room, engine: Engine) -> tuple[int, bool, float]:
-    """Large groups first, then those that need no mask or a materialized one, then the oldest."""
+def _oldest(flow: _Flow) -> _Choice:
+    """The group of the tenant's oldest image."""
+    return flow, min(flow.groups, key=lambda key: flow.groups[key][0].since)
+
+
+def _ready(group: Group, engine: Engine) -> bool:
+    """Whether the group needs no mask or a materialized one."""
     item = group[0].item
-    ready = isinstance(item, OpenItem) or item.bundle.dispatcher in engine.weight_cache
-    return min(len(group), room.images), ready, -group[0].since
+    return isinstance(item, OpenItem) or item.bundle.dispatcher in engine.weight_cache
+
+
+def _worth(group: Group, room: Room, engine: Engine) -> tuple[int, bool, float]:
+    """Large groups first, then those that are ready, then the oldest."""
+    return min(len(group), room.images), _ready(group, engine), -group[0].since

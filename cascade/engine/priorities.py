@@ -44,4 +44,6 @@ class PriorityQueue:
             self._passed_over = 0
             return batch
         self._passed_over = self._passed_over + 1 if batch.images else 0
+        if interactive.images:
+            batch.calm = 0.0  # its passes stay short, since interactive work waits for their end
         return interactive

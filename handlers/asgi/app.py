@@ -149,7 +149,10 @@ def _predictions(app: FastAPI, service: Service) -> None:
         if request.query_params:
             raise Refusal(OPTIONS_IN_QUERY)
         body, kind = await _one_body(request)
-        asked = await asyncio.to_thread(parse, body, kind, request.headers)
+        if "json" in kind.lower():  # base64 of any size; the rest is done sooner than a thread would start
+            asked = await asyncio.to_thread(parse, body, kind, request.headers)
+        else:
+            asked = parse(body, kind, request.headers)
         if isinstance(asked, ItemError):
             raise Refusal(asked)
         image, options = asked

@@ -47,10 +47,10 @@ def held(whole: Bundle) -> Iterator[Held]:
     assert now("queue_depth") == before, "whatever came has left the queue"
 
 
-def queue(batcher: Batcher, image: Image.Image, bundles: str) -> "list[Future[Answer]]":
+def queue(batcher: Batcher, image: Image.Image, bundles: str, tenant: Tenant | None = None) -> "list[Future[Answer]]":
     """One image for each letter, in this order: they are prepared before, so no decoder can change it."""
     items = [batcher.engine.prepare(image, Options(bundle)) for bundle in bundles]
-    return [batcher.submit_item(item) for item in items if isinstance(item, Item)]
+    return [batcher.submit_item(item, tenant=tenant) for item in items if isinstance(item, Item)]
 
 
 def order(engine: Held, batcher: Batcher, futures: "Sequence[Future[Answer]]") -> list[str]:
@@ -106,7 +106,8 @@ def test_among_equals_the_materialized_one_first(held: Held, cifar: list[Image.I
         held.go.release()
         busy(batcher, cifar[0], "b").result(30)  # its mask is there from now on
         busy(batcher, cifar[0])
-        assert order(held, batcher, queue(batcher, cifar[0], "aabb")) == ["c", "bb", "aa"]
+        futures = queue(batcher, cifar[0], "aabb", Tenant("one"))
+        assert order(held, batcher, futures) == ["c", "bb", "aa"]
 
 
 def test_groups_that_share_the_trunk_fill_a_pass(whole: Bundle, late: Bundle, cifar: list[Image.Image]) -> None:
