@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import struct
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,17 @@ Parts = tuple[bytes, list[BlockOrder], int, dict[str, list[int]]]
 
 def path_of(*key: object) -> Path:
     """The file for a key of plain values."""
+    text = json.dumps([*_machine(), *key])
+    return cache_folder() / "graphs" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+
+@cache
+def _machine() -> list[str]:
+    """All versions and the processor's features. Finding them takes two milliseconds, for which passes would wait."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    text = json.dumps([__version__, *map(_version, PACKAGES), features, *key])
-    return cache_folder() / "graphs" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    return [__version__, *map(_version, PACKAGES), features]
 
 
 def _version(package: str) -> str:

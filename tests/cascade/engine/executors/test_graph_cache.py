@@ -66,6 +66,7 @@ def test_a_damaged_or_closed_cache_costs_an_export(
 def test_what_a_graph_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {graph_cache.path_of("a", 0, None, [3, 32, 32]), graph_cache.path_of("b", 0, None, [3, 32, 32])}
     paths |= {graph_cache.path_of("a", 1, None, [3, 32, 32]), graph_cache.path_of("a", 0, None, [3, 64, 64])}
+    monkeypatch.setattr(graph_cache, "_machine", graph_cache._machine.__wrapped__)  # not cached
     monkeypatch.setattr(graph_cache, "version", lambda package: "another")
     paths.add(graph_cache.path_of("a", 0, None, [3, 32, 32]))
     monkeypatch.setattr(Path, "read_text", lambda path: "flags : avx512f")
