@@ -6,6 +6,7 @@ python docs/pictures.py        # ui.png, overview.png, inside.png, page.gif besi
 import base64
 import io
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +19,14 @@ from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 from handlers.demo import STORE, AsgiServer
-from handlers.demo_images import CUSTOMERS
+from handlers.demo_images import NOBODY, samples
+from handlers.process import ROOT
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 1180, 900  # pixels of the pictures
 GIF, COLORS = (780, 620), 128
-SHIP = CUSTOMERS.parent / "photos" / "ship-0001.png"
-TRAFFIC = [path for path in sorted(CUSTOMERS.rglob("*.png")) if path.parent.name != "nobody"]
+SHIP = ROOT / "tests" / "data" / "photos" / "ship-0001.png"
+TRAFFIC = [each for each in samples() if each.shown and not each.bundle and each.customer != NOBODY]
 
 
 class Page:
@@ -104,8 +106,8 @@ def inside(page: Page, bundle: str) -> None:
     page.until("inside.dataset.shown")
 
 
-def film(page: Page, send: Callable[[], None]) -> None:
-    """The page in use: frames and how long each is shown, in ms."""
+def film(page: Page, send: Callable[[], None], folder: Path) -> None:
+    """The page in use: frames and how long each is shown, in ms. ``folder``: for images to choose."""
     frames: list[tuple[Image.Image, int]] = []
     page.size(*GIF)
     page.run("second.value = ''")
@@ -123,7 +125,10 @@ def film(page: Page, send: Callable[[], None]) -> None:
     page.until("[...document.querySelectorAll('.live')].some(live => live.textContent.includes('a second'))")
     shot(2200)
     page.view("try")
-    for file in (SHIP, next(CUSTOMERS.glob("digits/8-*")), next(CUSTOMERS.glob("groceries/*"))):
+    for customer in ("digits", "groceries"):
+        content = next(each.content for each in TRAFFIC if each.customer == customer)
+        (folder / f"{customer}.png").write_bytes(content)
+    for file in (SHIP, folder / "digits.png", folder / "groceries.png"):
         page.choose(file)
         shot(1600, at("ask"))
     page.run("second.value = JSON.stringify(['paper', '1'])")
@@ -144,17 +149,17 @@ def film(page: Page, send: Callable[[], None]) -> None:
 
 def main() -> None:
     """Start a server, take all pictures, and stop it."""
-    with AsgiServer(STORE) as server, browser() as driver:
+    with AsgiServer(STORE) as server, browser() as driver, tempfile.TemporaryDirectory() as temporary:
         url = server.url
 
         def send() -> None:
-            for path in TRAFFIC:
-                httpx.post(url, content=path.read_bytes(), trust_env=False, timeout=60).raise_for_status()
+            for each in TRAFFIC:
+                httpx.post(url, content=each.content, trust_env=False, timeout=60).raise_for_status()
 
         send()
         page = Page(driver, url.removesuffix("/v1/predict"), WIDTH, HEIGHT)
         stills(page, send)
-        film(page, send)
+        film(page, send, Path(temporary))
     for name in ("ui.png", "overview.png", "inside.png", "page.gif"):
         print(f"{HERE / name}: {(HERE / name).stat().st_size / 1e6:.2f} MB")
 

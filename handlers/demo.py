@@ -20,7 +20,7 @@ from rich.console import Console
 from cascade.client import Client
 from cascade.errors import CascadeError
 from handlers import demo_report, demo_traffic, process
-from handlers.demo_images import CUSTOMERS, DemoError, samples
+from handlers.demo_images import DemoError, samples
 from handlers.signals import deferred, exit_on_signals
 from handlers.torchserve.entrypoint import Server
 
@@ -78,7 +78,10 @@ def _overview(url: str) -> dict[str, Any]:
 
 
 def main(
-    images: Annotated[Path, typer.Argument(help="Folder of JPEG, PNG or WebP images.")] = CUSTOMERS,
+    images: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of JPEG, PNG or WebP images; test images of all customers by default."),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Folder of bundles, <name>/<version>/.")] = STORE,
 ) -> None:
     """Start TorchServe and the ASGI server on free ports of loopback, send both the same images, and stop them."""
@@ -102,10 +105,12 @@ def main(
             overview = _overview(url)
             served = [None, *(bundle["name"] for bundle in overview["bundles"])]
             asked = [sample for sample in every if sample.bundle in served]
-            answers = demo_report.show(asked, first, second, console)
+            answers = demo_report.show([sample for sample in asked if sample.shown], first, second, console)
+            with console.status("asking about more images"):
+                counted = demo_report.count([sample for sample in asked if sample.label], second)
             with console.status("measuring the throughput"):
                 rates = demo_traffic.measure(url, overview["bundles"], asked)
-            demo_report.summary(overview, answers, rates, console)
+            demo_report.summary(overview, answers, counted, rates, console)
             stack.enter_context(console.status("stopping the servers"))
             asgi.stop()  # while TorchServe ends, whose block is left first
     except (CascadeError, httpx.HTTPError, OSError) as e:

@@ -1,15 +1,22 @@
 """The images of the demo: test images of every customer, whose labels are known, or a person's own."""
 
+import io
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from cascade.errors import CascadeError
 from handlers import process
 
 CUSTOMERS = process.ROOT / "tests" / "data" / "customers"
-"""``<customer>/<label>-<number>``, drawn from the test sets by a seed; what is in NOBODY belongs to none."""
+"""``<customer>.webp`` with test images side by side, drawn by a seed; ``labels.json``; ``nobody/``: images of none."""
 NOBODY = "nobody"
-NAMED = ("paper", "objects")
+COLUMNS = 10  # images side by side
+SHOWN = 5  # images of each customer in the table
+NAMED, NAMED_SHOWN = ("paper", "objects"), 2
 """A bundle that images are never dispatched to, and the customer whose images it is asked about by name."""
 TYPES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -25,6 +32,7 @@ class Sample:
     Attributes:
         name: for the table. bundle: that is named in the request; None to have it dispatched.
         customer, label: the truth; None where nobody knows it.
+        shown: whether it is in the table, not only counted.
     """
 
     name: str
@@ -32,23 +40,39 @@ class Sample:
     bundle: str | None = None
     customer: str | None = None
     label: str | None = None
+    shown: bool = True
 
 
-def samples(folder: Path) -> list[Sample]:
-    """The images in a folder. Raises DemoError."""
+def samples(folder: Path | None = None) -> list[Sample]:
+    """The images in a folder; without one, those of the customers, of nobody, and by name. Raises DemoError."""
+    if folder is not None:
+        return [Sample(path.stem, path.read_bytes()) for path in _files(folder)]
+    labels = json.loads((CUSTOMERS / "labels.json").read_text())
+    own = [sample for customer in labels for sample in _drawn(customer, labels[customer], SHOWN)]
+    nobody = [
+        Sample(f"{NOBODY}/{path.stem}", path.read_bytes(), customer=NOBODY) for path in _files(CUSTOMERS / NOBODY)
+    ]
+    bundle, customer = NAMED
+    named = [
+        Sample(sample.name, sample.content, bundle, None, sample.label, sample.shown)
+        for sample in _drawn(customer, labels[customer], NAMED_SHOWN)
+    ]
+    return own + nobody + named
+
+
+def _files(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in TYPES)
     if not paths:
         raise DemoError(f"no image in {folder}: name a folder of JPEG, PNG or WebP files")
-    if folder.resolve() != CUSTOMERS:
-        return [Sample(path.stem, path.read_bytes()) for path in paths]
-    dispatched = sorted(map(_sample, paths), key=lambda sample: sample.customer == NOBODY)
-    bundle, customer = NAMED
-    named = [Sample(s.name, s.content, bundle, None, s.label) for s in dispatched if s.customer == customer]
-    return dispatched + named[:2]
+    return paths
 
 
-def _sample(path: Path) -> Sample:
-    customer, label = path.parent.name, path.stem.rpartition("-")[0]
-    if customer == NOBODY:
-        return Sample(f"{customer}/{path.stem}", path.read_bytes(), customer=customer)
-    return Sample(f"{customer}/{label}", path.read_bytes(), customer=customer, label=label)
+def _drawn(customer: str, labels: list[str], shown: int) -> Iterator[Sample]:
+    """The test images of a customer, as PNG files, of which the first ``shown`` are in the table."""
+    with Image.open(CUSTOMERS / f"{customer}.webp") as sheet:
+        side = sheet.width // COLUMNS
+        for i, label in enumerate(labels):
+            left, top = i % COLUMNS * side, i // COLUMNS * side
+            file = io.BytesIO()
+            sheet.crop((left, top, left + side, top + side)).save(file, "PNG", compress_level=1)
+            yield Sample(f"{customer}/{label}", file.getvalue(), None, customer, label, i < shown)

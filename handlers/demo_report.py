@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +19,18 @@ from handlers.demo_images import NOBODY, DemoError, Sample
 from handlers.demo_traffic import Rates
 
 VOTE = 0.1  # temperature of the neighbors' similarities
+AT_ONCE = 16  # requests
 TOLERANCE = 1e-3  # of scores: the servers may batch the images differently
 UNKNOWN = "unknown_domain"  # kind of the error where an image fits no bundle
 
 
 @dataclass(frozen=True)
 class Answered:
-    """An image and what both servers say of it; None where it fits no bundle. ``seconds``: TorchServe's, ASGI's."""
+    """An image and what the servers say of it; None where it fits no bundle. ``seconds``: of each server."""
 
     sample: Sample
     answer: Prediction | None
-    seconds: tuple[float, float]
+    seconds: tuple[float, ...]
 
     @property
     def label(self) -> tuple[str, float] | None:
@@ -64,7 +66,7 @@ def show(samples: Sequence[Sample], torchserve: Client, asgi: Client, console: C
     answers = []
     with console.status("asking"):
         for sample in samples:
-            answers.append(_ask(sample, torchserve, asgi))
+            answers.append(_ask(sample, (torchserve, asgi)))
             if table.rows and sample.customer != answers[-2].sample.customer:
                 table.add_section()
             table.add_row(*row(answers[-1]))
@@ -77,20 +79,26 @@ def show(samples: Sequence[Sample], torchserve: Client, asgi: Client, console: C
     return answers
 
 
-def _ask(sample: Sample, torchserve: Client, asgi: Client) -> Answered:
-    """Both answers, which have to be the same up to rounding. Raises DemoError."""
+def count(samples: Sequence[Sample], asgi: Client) -> list[Answered]:
+    """Ask the ASGI server about many images at once, to count the right labels. Raises DemoError."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda sample: _ask(sample, (asgi,)), samples))
+
+
+def _ask(sample: Sample, clients: Sequence[Client]) -> Answered:
+    """What all servers answer, up to rounding. Raises DemoError."""
     options, found, seconds = Options(sample.bundle), [], []
-    for client in (torchserve, asgi):
+    for client in clients:
         start = time.perf_counter()
         answer = client.predict(sample.content, options)
         seconds.append(time.perf_counter() - start)
         if isinstance(answer, ItemError) and answer.kind != UNKNOWN:
             raise DemoError(f"{sample.name}: {answer.kind}: {answer.message}")
         found.append(answer)
-    one, other = found
+    one, other = found[0], found[-1]
     if not same(one.to_json(), other.to_json()):
         raise DemoError(f"{sample.name}: TorchServe answers {one}, ASGI {other}")
-    return Answered(sample, one if isinstance(one, Prediction) else None, (seconds[0], seconds[1]))
+    return Answered(sample, one if isinstance(one, Prediction) else None, tuple(seconds))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -116,15 +124,27 @@ def row(answered: Answered) -> list[str]:
     return [name, escape(answer.bundle), sure, label, " ".join(answer.masks), ms]
 
 
-def summary(overview: dict[str, Any], answers: Sequence[Answered], rates: Rates | None, console: Console) -> None:
-    """The facts: memory, labels, dispatch, throughput, equality. ``overview``: of the ASGI server."""
+def summary(
+    overview: dict[str, Any],
+    answers: Sequence[Answered],
+    counted: Sequence[Answered],
+    rates: Rates | None,
+    console: Console,
+) -> None:
+    """The facts: memory, labels, dispatch, throughput, equality.
+
+    Args:
+        overview: of the ASGI server. answers: in the table. counted: with a known label, in the table or not.
+    """
     lines = Table.grid(padding=(0, 2, 0, 0))
-    for name, text in _facts(overview, answers, rates):
+    for name, text in _facts(overview, answers, counted, rates):
         lines.add_row(f"[bold]{name}[/]", text)
     console.print(lines)
 
 
-def _facts(overview: dict[str, Any], answers: Sequence[Answered], rates: Rates | None) -> Iterator[tuple[str, str]]:
+def _facts(
+    overview: dict[str, Any], answers: Sequence[Answered], counted: Sequence[Answered], rates: Rates | None
+) -> Iterator[tuple[str, str]]:
     bundles, resident = overview["bundles"], overview["memory"]["backbone"]
     backbones = {bundle["backbone"] for bundle in bundles}
     yield "backbone", f"{escape(', '.join(sorted(backbones)))}, resident once: {_mb(resident)}"
@@ -132,22 +152,23 @@ def _facts(overview: dict[str, Any], answers: Sequence[Answered], rates: Rates |
     yield "models", escape(", ".join(f"{name} {_mb(size)}" for name, size in sizes.items()))
     copies = f"{len(sizes)} resident copies" if len(sizes) > 1 else "a resident copy"
     yield "", f"together {_mb(sum(sizes.values()))}; {copies} would take {_mb(resident / len(backbones) * len(sizes))}"
-    known = [a for a in answers if a.sample.label is not None]
-    if known:
-        dispatched, named = ([a.right for a in known if bool(a.sample.bundle) == by_name] for by_name in (False, True))
-        text = f"{sum(map(bool, dispatched))} of {len(dispatched)} are right"
-        by_name = f"; {sum(map(bool, named))} of {len(named)} where the request named a bundle"
-        yield "labels", text + (by_name if named else "")
-    own = [a for a in answers if a.sample.customer not in (None, NOBODY)]
+    own = [a for a in counted if a.sample.customer]
     if own:
+        text = f"{_right(own)} are right; the table shows {sum(a.sample.shown for a in own)}"
+        named = [a for a in counted if a.sample.bundle]
+        yield "labels", text + (f"; {_right(named)} where the request named a bundle" if named else "")
         sent = sum(a.answer is not None and a.answer.bundle == a.sample.customer for a in own)
-        strange = [a.right for a in answers if a.sample.customer == NOBODY]
-        unknown = f"; {sum(map(bool, strange))} of {len(strange)} that belong to nobody are unknown"
-        yield "dispatch", f"{sent} of {len(own)} images went to their customer" + (unknown if strange else "")
+        strange = [a for a in answers if a.sample.customer == NOBODY]
+        unknown = f"; {_right(strange)} that belong to nobody are unknown" if strange else ""
+        yield "dispatch", f"{sent} of {len(own)} images went to their customer" + unknown
     if rates:
         ratio, names = rates.mixed / rates.single, ", ".join(map(escape, rates.bundles))
         yield "throughput", f"{ratio:.2f} of that of a single model: {rates.mixed:.0f} images/s for {names} in turn"
     yield "answers", f"TorchServe and the ASGI server gave the same to all {len(answers)} images"
+
+
+def _right(answers: Sequence[Answered]) -> str:
+    return f"{sum(bool(a.right) for a in answers)} of {len(answers)}"
 
 
 def _mb(size: float) -> str:

@@ -12,7 +12,7 @@ import cascade
 from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle, read
 from cascade.model.decoding import decode
-from handlers.demo_images import CUSTOMERS, NOBODY, samples
+from handlers.demo_images import NOBODY, samples
 from handlers.demo_report import Answered
 from tests.conftest import sheet
 from tests.helpers.paths import DATA
@@ -106,17 +106,17 @@ def test_labels_on_committed_images(engine: Engine, cifar: list[Image.Image]) ->
 
 
 def test_customers_answer_their_images() -> None:
-    """Without a bundle's name. On the test sets nine of ten are right, but a draw of twenty may be unlucky."""
+    """Without a bundle's name: nine of ten labels are right."""
     engine = Engine()
     for path in sorted(STORE.glob("*/1")):
         engine.add(read(path))
-    asked = [sample for sample in samples(CUSTOMERS) if sample.bundle is None]
+    asked = [sample for sample in samples() if sample.bundle is None]
     answers = engine.predict([sample.content for sample in asked], Options())
     found = [
         Answered(sample, answer if isinstance(answer, Prediction) else None, (0.0, 0.0))
         for sample, answer in zip(asked, answers, strict=True)
     ]
     owned = [answered for answered in found if answered.sample.customer not in (None, NOBODY)]
-    assert [a.answer.bundle if a.answer else None for a in owned] == [a.sample.customer for a in owned]
-    assert np.mean([answered.right for answered in owned]) >= 0.75
+    assert np.mean([a.answer is not None and a.answer.bundle == a.sample.customer for a in owned]) >= 0.97
+    assert np.mean([answered.right for answered in owned]) >= 0.9
     assert all(answered.answer is None for answered in found if answered not in owned)

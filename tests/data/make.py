@@ -13,16 +13,20 @@ from training.data.arrays import CLASSES, load
 HERE = Path(__file__).parent
 COLUMNS, ROWS = 20, 15
 CUSTOMERS = {"objects": "cifar10", "clothes": "fashion-mnist", "groceries": "fruit", "digits": "digits"}
-EACH, SEED = 5, 0
+DRAWN, SIDE_BY_SIDE, SEED = 100, 10, 0
 STRANGERS = {"sklearn.datasets": "images/china.jpg", "matplotlib": "mpl-data/sample_data/grace_hopper.jpg"}
+
+
+def sheet(images: np.ndarray, columns: int) -> Image.Image:
+    """Images uint8 [N, S, S] or [N, S, S, 3] side by side, row by row."""
+    rows, side = len(images) // columns, images.shape[1]
+    grid = images.reshape(rows, columns, side, side, -1).swapaxes(1, 2).reshape(rows * side, columns * side, -1)
+    return Image.fromarray(grid.squeeze())
 
 
 def contact_sheet(name: str, stem: str) -> None:
     images, labels = load(name, "test")
-    first = np.asarray(images[: COLUMNS * ROWS])
-    side = first.shape[1]
-    grid = first.reshape(ROWS, COLUMNS, side, side, -1).swapaxes(1, 2).reshape(ROWS * side, COLUMNS * side, -1)
-    Image.fromarray(grid.squeeze()).save(HERE / f"{stem}.png", optimize=True)
+    sheet(np.asarray(images[: COLUMNS * ROWS]), COLUMNS).save(HERE / f"{stem}.png", optimize=True)
     sample = {"labels": labels[: COLUMNS * ROWS].tolist(), "names": CLASSES[name]}
     (HERE / f"{stem}.json").write_text(json.dumps(sample) + "\n")
 
@@ -37,14 +41,16 @@ def photos() -> None:
 
 def customers() -> None:
     """For the demo: test images of each customer of its store, drawn by a seed, and photos that belong to nobody."""
-    for customer, name in CUSTOMERS.items():
-        folder = HERE / "customers" / customer
-        folder.mkdir(parents=True, exist_ok=True)
+    folder, names = HERE / "customers", {}
+    folder.mkdir(exist_ok=True)
+    for customer, name in sorted(CUSTOMERS.items()):
         images, labels = load(name, "test")
-        for i in np.sort(np.random.default_rng(SEED).choice(len(images), EACH, replace=False)).tolist():
-            label = re.sub(r"\W+", "-", CLASSES[name][int(labels[i])])
-            Image.fromarray(images[i]).save(folder / f"{label}-{i:05d}.png", optimize=True)
-    nobody = HERE / "customers" / "nobody"
+        rows = np.random.default_rng(SEED).choice(len(images), DRAWN, replace=False)
+        names[customer] = [re.sub(r"\W+", "-", CLASSES[name][label]) for label in labels[rows].tolist()]
+        drawn = sheet(np.asarray(images[rows]), SIDE_BY_SIDE)
+        drawn.save(folder / f"{customer}.webp", lossless=images.shape[1] <= 32, quality=80, method=6)
+    (folder / "labels.json").write_text(json.dumps(names) + "\n")
+    nobody = folder / "nobody"
     nobody.mkdir(exist_ok=True)
     for package, path in STRANGERS.items():
         with Image.open(str(files(package) / path)) as photo:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cascade.bundle.format import read, write
+from handlers.demo_images import samples
 from tests.conftest import sheet
 from tests.data.make import CUSTOMERS
 from tests.helpers.domains import with_domain
@@ -64,13 +65,15 @@ def test_images_of_all_customers(customers: Path) -> None:
     lines = out.splitlines()
     assert max(map(len, lines)) <= 100 and "\x1b" not in out
     rows = [line.split() for line in lines if line.strip().partition("/")[0] in (*CUSTOMERS, "nobody")]
-    images = [path for path in ROOT.glob("tests/data/customers/*/*") if path.is_file()]
-    assert len(rows) == len(images) + 2
+    images = samples()
+    assert len(rows) == sum(image.shown for image in images)
     sent = {customer: {row[1] for row in rows[:-2] if row[0].startswith(f"{customer}/")} for customer in CUSTOMERS}
     assert sent["objects"] == {"objects"} and sent["clothes"] == {"clothes"}
     assert all(row[1] == "paper" and {"dispatcher"} < {*row} for row in rows[-2:])
     facts = {line.split()[0]: line for line in lines if line.strip()}
     assert {"backbone", "models", "labels", "dispatch", "throughput", "answers"} <= facts.keys()
+    labeled = sum(image.bundle is None and image.label is not None for image in images)
+    assert f" of {labeled} are right" in facts["labels"] and f" of {labeled} images" in facts["dispatch"]
     assert "resident once" in facts["backbone"] and f"all {len(rows)} images" in facts["answers"]
     assert "3 resident copies would take" in out
 

@@ -1,13 +1,16 @@
 """What the demo says of an answer."""
 
+import io
 from dataclasses import replace
 
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from cascade import Prediction
 from cascade.engine.results import Dispatch, Label, Neighbor
-from handlers.demo_images import CUSTOMERS, NOBODY, Sample, samples
-from handlers.demo_report import Answered, row, same
+from handlers.demo_images import NOBODY, Sample, samples
+from handlers.demo_report import Answered, row, same, summary
 
 ANSWER = Prediction(
     "clothes",
@@ -62,9 +65,27 @@ def test_answers_are_the_same_up_to_rounding() -> None:
 
 
 def test_committed_images_have_a_customer_and_a_label() -> None:
-    found = samples(CUSTOMERS)
-    dispatched = [sample for sample in found if sample.bundle is None]
-    assert [sample.customer for sample in dispatched[-2:]] == [NOBODY, NOBODY]
+    found = samples()
+    table = [sample for sample in found if sample.shown]
     for customer in ("objects", "clothes", "groceries", "digits"):
-        assert sum(sample.customer == customer and bool(sample.label) for sample in dispatched) == 5
-    assert [(sample.bundle, sample.customer) for sample in found[len(dispatched) :]] == [("paper", None)] * 2
+        own = [sample for sample in found if sample.customer == customer and sample.label]
+        assert len(own) == 100 and own[:5] == [sample for sample in table if sample.customer == customer]
+        assert len({sample.content for sample in own}) == 100
+        assert all(Image.open(io.BytesIO(sample.content)).size in ((28, 28), (32, 32), (192, 192)) for sample in own)
+    assert [(sample.bundle, sample.customer) for sample in table[20:]] == [(None, NOBODY)] * 2 + [("paper", None)] * 2
+    assert sum(sample.bundle == "paper" for sample in found) == 100
+
+
+def test_counted_images_need_not_be_in_the_table() -> None:
+    """Labels and dispatch are counted over all; what belongs to nobody is in the table alone."""
+    right = Answered(SHIRT, ANSWER, (0.1, 0.1))
+    wrong = Answered(replace(SHIRT, shown=False, label="Bag"), ANSWER, (0.1,))
+    lost = Answered(replace(SHIRT, shown=False), None, (0.1,))
+    named = Answered(replace(SHIRT, bundle="paper", customer=None), ANSWER, (0.1,))
+    nobody = Answered(Sample("x", b"", customer=NOBODY), None, (0.1, 0.1))
+    overview = {"bundles": [{"name": "clothes", "backbone": "b", "bytes": 1}], "memory": {"backbone": 1}}
+    out = io.StringIO()
+    summary(overview, [right, nobody], [right, wrong, lost, named], None, Console(file=out, width=100))
+    said = out.getvalue()
+    assert "1 of 3 are right; the table shows 1; 1 of 1 where the request named a bundle" in said
+    assert "2 of 3 images went to their customer; 1 of 1 that belong to nobody are unknown" in said
