@@ -9,7 +9,7 @@ async function strangers() {
   try {
     const [found] = await ask("v1/unknown");
     $("kept").textContent = found.count ? `${found.count.toLocaleString("en")} are kept, ${bytes(found.bytes)} of at most ${bytes(found.most.bytes)}` +
-      `${found.count > LISTED ? `; these are the newest ${LISTED}` : ""}.` : "None so far: every image that named no bundle fitted one.";
+      `${found.count > LISTED ? `; these are the newest ${LISTED}` : ""}.` : "None so far: every image sent without a bundle's name fit one.";
     $("take").hidden = !found.count;
     $("strangers").replaceChildren(...await Promise.all(found.newest.slice(0, LISTED).map(async ({name, time}) => {
       const when = new Date(1000 * time).toLocaleString(), figure = element("figure", "", {title: name});

@@ -79,7 +79,7 @@ function summary({delta, other_delta, layers, stages, masks}, other, sum, share)
   const [a, b, both] = ["off", "other_off", "both_off"].map(key => sum(layers, key)), either = a + b - both;
   if (delta !== other_delta) return `${first} The other one ${other_delta ? "is a 1-bit delta and lowers" : "switches off"} ${percent(b / all)}: their bits mean different things.`;
   return `${first} The other one ${verb} ${percent(b / all)}; they differ in ${percent((either - both) / all)} of the weights, ` +
-    `and ${percent(either ? both / either : 1)} of what either ${verb} is the same.`;
+    `and ${percent(either ? both / either : 1)} of what either ${verb} is common to both.`;
 }
 
 async function bank(signal) {
@@ -143,11 +143,11 @@ async function groups(signal) {  // pictures of each cluster, or of each class
 
 async function sure(signal) {
   const [found] = await ask(`v1/reliability/${place(opened.bundle)}`, {signal});
-  const blocks = [["labels", "Of its labels: the share that is right"], ["clusters", "Of the choice of a cluster: the share that is the same for another view of the image"],
-    ["dispatch", "Of being the bundle that an image belongs to: the share of its own images that is dispatched to it"]];
+  const blocks = [["labels", "Labels: the share that is right"], ["clusters", "Clusters: the share that stays the same in another view of the image"],
+    ["dispatch", "Dispatch: the share of its own images that reaches it"]];
   const unmeasured = "Not measured when the bundle was made.";
   const missing = {labels: opened.bundle.number_of_classes ? unmeasured : "It has no labels.", clusters: opened.bundle.masks > 1 ? unmeasured : "It has no clusters.",
-    dispatch: opened.bundle.dispatched ? "No other bundle here sees images of the same size." : "It has no domain, so it is asked by name only."};
+    dispatch: opened.bundle.dispatched ? "No other bundle here sees images of the same size." : "It has no domain, so requests must name it."};
   $("sure").replaceChildren(element("h2", "How sure it is, and how often it is right"), ...blocks.map(([name, heading]) => {
     const block = element("div", "", {className: "block"});
     block.append(element("h3", heading), ...(found[name] ? bins(found[name]) : [element("p", missing[name], {className: "soft"})]));

@@ -26,7 +26,7 @@ function now(bundle, seconds) {  // since the last look
 function drift(box, {loaded, out_of_domain, unusual, images}) {  // like the alert: deploy/prometheus/alerts.yml
   const share = images ? unusual / images : 0;
   box.classList.toggle("drifts", share > DRIFTS && images > ENOUGH);
-  box.textContent = !loaded ? "" : !out_of_domain ? "drift not known: no out-of-domain score" : !images ? "nothing to see drift by yet"
+  box.textContent = !loaded ? "" : !out_of_domain ? "drift not known: no out-of-domain score" : !images ? "drift not known: no images yet"
     : `${unusual.toLocaleString("en")} of them unusual, ${percent(share)}; 5 % are normal`;
 }
 

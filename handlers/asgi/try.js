@@ -41,8 +41,8 @@ function about(found) {  // the facts of an answer
   const repeated = found.dispatch?.repeated_stages;
   return [...(loaded(found)?.masks === 1 ? [] : routed), ["out of domain", ...unusual(found)],
     ["masks", found.masks.join(" + ") + (repeated ? `; ${repeated} stages ran twice to find the bundle` : "")],
-    ["cost", `${found.server.toFixed(0)} ms, ${found.ms.toFixed(0)} ms with the way here`],
-    ["made by", `${found.bundle} ${found.version}, ${found.mode}`],
+    ["cost", `${found.server.toFixed(0)} ms, ${found.ms.toFixed(0)} ms with the network`],
+    ["answered by", `${found.bundle} ${found.version}, ${found.mode}`],
     ...(found.deferral ? [["input", `${found.deferral.input_size} px${again}`]] : [])];
 }
 

@@ -397,7 +397,7 @@ def test_two_bundles_side_by_side(browser: Any, asgi: Asgi) -> None:
     assert page.until("document.body.dataset.shown") == "one"
     assert page.text("verdict").startswith("Both say ")
     one, two = page.text("side-one"), page.text("side-two")
-    assert one.startswith("one 1\n") and two.startswith("two 1\n") and "made by\ntwo 1, conditional" in two
+    assert one.startswith("one 1\n") and two.startswith("two 1\n") and "answered by\ntwo 1, conditional" in two
     assert (
         browser.find_element("css selector", "#side-two meter")
         .get_attribute("aria-label")
