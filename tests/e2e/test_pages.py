@@ -1,6 +1,7 @@
 """Commands and programs on the documentation's pages, as they are typed: only addresses and bundles are ours.
 
 Others are run elsewhere: the first model (test_first_model.py), deployment (tests/test_deploy.py), the demo and make.
+Of the commands of training, the quick ones are run; tests/test_docs.py checks the options of all.
 """
 
 import json
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import httpx
@@ -17,10 +19,13 @@ import pytest
 from typer.testing import CliRunner
 
 import cascade
+from cascade.bundle.format import read
 from cascade.cli.main import app
 from tests.helpers.asgi_server import Asgi, serving_asgi
 from tests.helpers.paths import DATA, ROOT
 from tests.helpers.torchserve_server import TorchServe
+from training import heads
+from training.cli import start
 
 pytestmark = pytest.mark.e2e
 
@@ -135,3 +140,49 @@ def test_batch_jobs_and_indexes(
         for command in typed("offline.md", "curl "):
             answer = shell(command.replace(ADDRESS, "{}:{}".format(*server.address)), tmp_path)
             assert "cat-0000.png" in answer, (command, answer)
+
+
+SHORT = " --size 32 --steps 4 --expert-steps 4 --batch 32 --clusters 2 --local-crops 0 --dim 32"
+"""Options of the page, and of two values the last one counts: trainings of seconds on a few small images."""
+
+
+def train(command: str) -> None:
+    """A command of cascade, or of a stage of training, in this process."""
+    program, *words = shlex.split(command)
+    if program == "cascade":
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (command, done.output)
+        return
+    with pytest.raises(SystemExit) as end:
+        start(import_module(words[1]).command, words[2:])
+    assert end.value.code == 0, command
+
+
+@pytest.fixture
+def photos(cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``photos/`` and ``new_photos/`` in the current folder."""
+    monkeypatch.setattr(heads, "PENALTIES", (1.0,))  # to choose one takes most of the time
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(cifar_folder, "photos")
+    for name, known in (("car", "automobile"), ("boat", "ship")):
+        shutil.copytree(cifar_folder / "test" / known, Path("new_photos", name))
+
+
+def test_classes_come_and_go(photos: None) -> None:
+    (trained,) = (command for command in typed("training.md", "cascade train") if "--extensible" in command)
+    added, removed = typed("training.md", "cascade heads")
+    for command in (f"{trained}{SHORT} --clusters 0", added, removed):
+        train(command)
+    kept = {"car", "boat", "airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "truck"}
+    assert {*read(Path("model_store/photos/3")).card.classes} == kept
+
+
+def test_a_cascade_stage_by_stage_gets_pictures_and_a_map(photos: None) -> None:
+    section = page("training.md").partition("### Stage by stage")[2].partition("\n### ")[0]
+    dispatcher, *others = re.findall(r"^    (python .+)$", section, re.MULTILINE)
+    assert len(others) == 4
+    for command in (dispatcher + SHORT, *others, *typed("training.md", r"python -m training.thumbnails|cascade map")):
+        train(command)
+    bundle = read(Path("model_store/photos/3"))
+    assert bundle.thumbnails and bundle.map is not None and len(bundle.experts) == 2
+    assert "clusters" in bundle.card.accuracy["reliability"]
