@@ -56,17 +56,19 @@ def listed(path: Path) -> dict[str, str]:
     sums = (path / SUMS).read_bytes()
     well_formed = re.fullmatch(rb"(?:[0-9a-f]{64}  [a-z.]+\n)+", sums)
     entries = {line[66:].decode(): line[:64].decode() for line in sums.splitlines()} if well_formed else {}
-    present = {p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in JUNK} - {SUMS}
-    if present != set(entries) or len(entries) > MAX_FILES:
-        mismatches = ", ".join(sorted(present ^ set(entries)))
+    with os.scandir(path) as found:  # pathlib takes twice as long, and a store may have thousands of bundles
+        present = {e.name: e for e in found if not e.name.startswith(".") and e.name not in (SUMS, *JUNK)}
+    if present.keys() != entries.keys() or len(entries) > MAX_FILES:
+        mismatches = ", ".join(sorted(present.keys() ^ entries.keys()))
         raise BundleError(
             f"{path / SUMS} does not match the files in its folder ({mismatches}); copy the whole bundle again"
         )
     for name in entries:
-        if not (path / name).is_file():  # opening a named pipe would wait forever
+        entry = present[name]
+        if not entry.is_file():  # opening a named pipe would wait forever
             raise BundleError(f"{path / name} is not a file; copy the bundle again")
         limit = CARD_BYTES if name == CARD else MAX_BYTES
-        if (path / name).stat().st_size > limit:
+        if entry.stat().st_size > limit:
             raise BundleError(f"{path / name} is larger than {limit} bytes, too large for a file of a bundle")
     return entries
 
