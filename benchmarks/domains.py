@@ -14,7 +14,7 @@ frozen backbone.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 import typer
 from sklearn.metrics import roc_auc_score
 
-from benchmarks import domain_figures
+from benchmarks import domain_figures, synthetic
 from benchmarks.accuracy import BACKBONES
 from benchmarks.domain_controls import Shares, fine_tuned, ranpac, sequential
 from benchmarks.domain_figures import (
@@ -39,6 +39,7 @@ from benchmarks.domain_figures import (
     RANPAC,
     ROUTED,
     SEARCH,
+    SEARCH_RESNET50,
     UNKNOWN,
     Measured,
 )
@@ -58,7 +59,9 @@ from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine.dispatch_table import DispatchTable, Space
 from cascade.engine.executors import Executor
-from cascade.model.domain import Domain, Domains
+from cascade.engine.executors.selection import choose
+from cascade.engine.weight_cache import WeightCache
+from cascade.model.domain import MAX_WIDTH, Domain, Domains
 from training.cli import watching
 
 ROUNDS, MANY = 9, 1000
@@ -150,23 +153,10 @@ def forgotten(engine: Engine, sets: dict[str, HeldOut], extra: Bundle) -> int:
 
 
 def costs(engine: Engine, controls: Engine, sets: dict[str, HeldOut]) -> dict[str, list[float]]:
-    """Time of a mixed batch by method, in plain passes, interleaved; and of dispatch over 1,000 bundles."""
+    """Time of a mixed batch by method, in plain passes; and of dispatch over 1,000 bundles."""
     mixed = [(name, own.images[i]) for i in range(BATCH) for name, own in sets.items() if i < len(own.images)][:BATCH]
     space, executor = the_space(engine)
-    x = torch.randn(BATCH, 3, SIZE, SIZE)
-    domains = Domains.of([_jittered(space.targets[i % len(space.targets)].domain, i) for i in range(MANY)])
-    pooled = torch.randn(BATCH, len(domains.metric))
-
-    def plain() -> None:
-        executor.swap(None)
-        executor.run(x)
-
-    def search() -> None:
-        scores = domains.scores(pooled)
-        domains.strangeness(domains.distance(pooled, scores))
-        scores.softmax(dim=1).topk(5)
-
-    ways: dict[str, Callable[[], object]] = {"plain": plain, SEARCH: search}
+    ways = {SEARCH: search([target.domain for target in space.targets])}
     for way, own, bundle in (
         (AUTO, engine, "auto"),
         (NAMED, engine, None),
@@ -175,16 +165,52 @@ def costs(engine: Engine, controls: Engine, sets: dict[str, HeldOut]) -> dict[st
     ):
         items = [own.prepare(image, Options(bundle or name, labels=1, neighbors=0)) for name, image in mixed]
         ways[way] = partial(own.run, items)  # type: ignore[arg-type]
+    return in_passes(executor, SIZE, ways, ROUNDS)
+
+
+def costs_of_search(backbone: str, size: int, rounds: int = 3) -> dict[str, list[float]]:
+    """Time of dispatch over 1,000 bundles of a backbone with random weights, in its plain passes."""
+    random = torch.Generator().manual_seed(0)
+    domain = Domain(
+        torch.randn(16, MAX_WIDTH, generator=random).half(),
+        torch.eye(MAX_WIDTH)[tuple(torch.tril_indices(MAX_WIDTH, MAX_WIDTH))].half(),
+        torch.randn(64, MAX_WIDTH, generator=random).half(),
+    )
+    executor = choose(synthetic.load(backbone), WeightCache(0), size=size)
+    return in_passes(executor, size, {SEARCH_RESNET50: search([domain])}, rounds)
+
+
+def search(known: Sequence[Domain]) -> Callable[[], object]:
+    """Dispatch a batch of features over 1,000 domains like these."""
+    domains = Domains.of([_jittered(known[i % len(known)], i) for i in range(MANY)])
+    features = torch.randn(BATCH, len(domains.metric))
+
+    def once() -> None:
+        scores = domains.scores(features)
+        domains.strangeness(domains.distance(features, scores))
+        scores.softmax(dim=1).topk(5)
+
+    return once
+
+
+@torch.inference_mode()
+def in_passes(
+    executor: Executor, size: int, ways: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Times over those of a plain pass of a batch, one for each round, interleaved."""
+    x = torch.randn(BATCH, 3, size, size)
     times: dict[str, list[float]] = {way: [] for way in ways}
-    with torch.inference_mode():
-        for nth in range(ROUNDS + 1):
-            for way, work in ways.items():
-                start = time.perf_counter()
-                work()
-                if nth:  # the first one warms up
-                    times[way].append(time.perf_counter() - start)
-    base = times.pop("plain")
-    return {way: [t / p for t, p in zip(own, base, strict=True)] for way, own in times.items()}
+    for nth in range(rounds + 1):
+        executor.swap(None)
+        start = time.perf_counter()
+        executor.run(x)
+        base = time.perf_counter() - start
+        for way, work in ways.items():
+            start = time.perf_counter()
+            work()
+            if nth:  # the first one warms up
+                times[way].append((time.perf_counter() - start) / base)
+    return times
 
 
 def the_space(engine: Engine) -> tuple[Space, Executor]:
@@ -195,8 +221,7 @@ def the_space(engine: Engine) -> tuple[Space, Executor]:
     return space, engine.executor(engine.loaded[0])
 
 
-def _jittered(domain: Domain | None, seed: int) -> Domain:
-    assert domain is not None
+def _jittered(domain: Domain, seed: int) -> Domain:
     noise = 0.1 * torch.randn(domain.prototypes.shape, generator=torch.Generator().manual_seed(seed))
     return Domain((domain.prototypes.float() + noise).half(), domain.scatter, domain.samples)
 
@@ -273,7 +298,7 @@ def main(
         "-".join(part for part, shown in (*parts, ("converged", converged)) if shown),
         f"{'default' if converged else steps} steps a domain, {TRAIN} images at most, seeds: {seeds}",
         [found, *(each for each, *_ in others)],
-        costs(engine, controls, sets),
+        costs(engine, controls, sets) | costs_of_search("resnet50", 224),
         "<= 1.1" if mask_from == STAGE else "<= 1.6",
         forgotten(engine, sets, first.train(first.names[0])),
         type(the_space(engine)[1]).__name__,

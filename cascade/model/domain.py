@@ -49,8 +49,8 @@ class Domains:
 
     Attributes:
         metric: float32 [D, D], inverse of the mean scatter. volume: log-determinant of the scatter.
-        weight: float32 [D, B P], bias: float32 [B P]: linear discriminants, one per prototype; a domain with fewer than
-            P prototypes is padded with some that never win.
+        weight: float32 [B P, D], bias: float32 [B P, 1]: linear discriminants, one per prototype; a domain with fewer
+            than P prototypes is padded with some that never win.
         center, spread: float32 [B]: median distance of a domain's own held-out images, and how far the 84th percentile
             (one standard deviation) is above it.
     """
@@ -73,15 +73,15 @@ class Domains:
             points = domain.prototypes.float()
             prototypes[row, : len(points)] = points
             bias[row, : len(points)] = -0.5 * ((points @ metric) * points).sum(dim=1)
-        weight = (prototypes.flatten(0, 1) @ metric).T.contiguous()
+        weight = prototypes.flatten(0, 1) @ metric
         levels = torch.stack([_levels(domain, metric) for domain in domains])
         center, spread = levels[:, 0], (levels[:, 1] - levels[:, 0]).clamp(min=1e-3 * float(levels.abs().mean()))
-        return cls(metric, volume, weight, bias.flatten(), center, spread)
+        return cls(metric, volume, weight, bias.flatten()[:, None], center, spread)
 
     def scores(self, features: Tensor) -> Tensor:
         """Log-likelihoods [N, B] of pooled features [N, D] under each domain, up to a constant per image."""
-        discriminants = torch.addmm(self.bias, features, self.weight)
-        return discriminants.unflatten(1, (len(self.center), -1)).amax(dim=2)
+        discriminants = torch.addmm(self.bias, self.weight, features.T)  # with images last, the maximum is vectorized
+        return discriminants.unflatten(0, (len(self.center), -1)).amax(dim=1).T
 
     def distance(self, features: Tensor, scores: Tensor) -> Tensor:
         """Squared Mahalanobis distances to the nearest prototype, from features [N, D] and their scores [N, k]."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import domain_controls, domain_figures, domain_sets, domains
-from benchmarks.domain_figures import AUTO, IN_TURN, JOINTLY, NAMED, SEARCH, Measured
+from benchmarks.domain_figures import AUTO, IN_TURN, JOINTLY, NAMED, SEARCH, SEARCH_RESNET50, Measured
 from benchmarks.domain_sets import JOINT, Setting
 from tests.conftest import sheet
 from tests.helpers.datasets import CIFAR10
@@ -67,6 +67,11 @@ def test_every_method(setting: Setting) -> None:
     assert (again.growing, again.final, again.bytes) == (found.growing, found.final, found.bytes), "all was stored"
 
 
+def test_dispatch_in_passes_of_another_backbone() -> None:
+    (passes,) = domains.costs_of_search("test_resnet", 32, rounds=2).values()
+    assert len(passes) == 2 and min(passes) > 0
+
+
 @pytest.mark.slow
 def test_one_mask_in_turn_goes_on_from_the_last_domain(setting: Setting) -> None:
     run = setting.run(JOINT, "-sequential")
@@ -104,7 +109,7 @@ def test_tables_figures_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     reported: list[Any] = []
     monkeypatch.setattr(domain_figures, "report", lambda *facts, **more: reported.append((facts, more)))
     monkeypatch.setattr(domain_figures, "DOCS", tmp_path)
-    passes = {AUTO: [1.5], NAMED: [1.4], SEARCH: [0.01]}
+    passes = {AUTO: [1.5], NAMED: [1.4], SEARCH: [0.01], SEARCH_RESNET50: [0.001]}
     domain_figures.show("domains", "two seeds", [seed(0.8), seed(0.9)], passes, "<= 1.1", 0, "none")
     (((name, figures, *tables), more),) = reported
     assert name == "domains" and [table.row_count for table in tables] == [10, 6, 7]

@@ -68,10 +68,11 @@ def test_each_bundle_is_fitted_alone(features: dict[str, Tensor], fitted: list[D
 
 
 @pytest.mark.parametrize("images", [3, 20])
-def test_few_images_have_a_domain(features: dict[str, Tensor], images: int) -> None:
+def test_few_images_have_a_domain(features: dict[str, Tensor], fitted: list[Domain], images: int) -> None:
     domain = domains.fit(features["cifar10"][:images])
     assert len(domain.samples) >= 2
-    assert Domains.of([domain]).scores(features["cifar10"][:5]).isfinite().all()
+    scores = Domains.of([domain, *fitted]).scores(features["cifar10"][:5])
+    assert scores.shape == (5, 3) and scores.isfinite().all()
 
 
 def test_temperature_makes_the_truth_likely() -> None:
