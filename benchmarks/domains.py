@@ -38,8 +38,10 @@ from benchmarks.domain_figures import (
     NAMED,
     RANPAC,
     ROUTED,
+    ROUTED_TOP2,
     SEARCH,
     SEARCH_RESNET50,
+    TOP2,
     UNKNOWN,
     Measured,
 )
@@ -60,6 +62,7 @@ from cascade.bundle.format import Bundle
 from cascade.engine.dispatch_table import DispatchTable, Space
 from cascade.engine.executors import Executor
 from cascade.engine.executors.selection import choose
+from cascade.engine.results import DispatchMode
 from cascade.engine.weight_cache import WeightCache
 from cascade.model.domain import MAX_WIDTH, Domain, Domains
 from training.cli import watching
@@ -67,7 +70,7 @@ from training.cli import watching
 ROUNDS, MANY = 9, 1000
 
 
-def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None) -> Shares:
+def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None, dispatch: DispatchMode = "image") -> Shares:
     """Accuracy on each domain.
 
     Args:
@@ -75,7 +78,7 @@ def accuracy(engine: Engine, sets: dict[str, HeldOut], bundle: str | None) -> Sh
     """
     shares = {}
     for name, own in sets.items():
-        answers = engine.predict(own.images, Options(bundle or name, labels=1, neighbors=0))
+        answers = engine.predict(own.images, Options(bundle or name, labels=1, neighbors=0, dispatch=dispatch))
         right = 0
         for answer, label in zip(answers, own.classes, strict=True):
             if isinstance(answer, Prediction) and answer.labels:
@@ -101,7 +104,9 @@ def arrive(engine: Engine, bundles: dict[str, Bundle], sets: dict[str, HeldOut])
     return arrivals, seconds
 
 
-def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = False) -> Shares:
+def route_shares(
+    engine: Engine, sets: dict[str, HeldOut], dispatch: DispatchMode = "image", *, same_data: bool = False
+) -> Shares:
     """Share of each domain's images that are sent to its bundle (``same_data``: to one of the same data set)."""
 
     def right(name: str, bundle: str) -> bool:
@@ -109,7 +114,7 @@ def route_shares(engine: Engine, sets: dict[str, HeldOut], *, same_data: bool = 
 
     shares = {}
     for name, own in sets.items():
-        answers = engine.predict(own.images, Options("auto", labels=0, neighbors=0))
+        answers = engine.predict(own.images, Options("auto", labels=1, neighbors=0, dispatch=dispatch))
         shares[name] = sum(isinstance(a, Prediction) and right(name, a.bundle) for a in answers) / len(own.images)
     return shares
 
@@ -159,11 +164,13 @@ def costs(engine: Engine, controls: Engine, sets: dict[str, HeldOut]) -> dict[st
     ways = {SEARCH: search([target.domain for target in space.targets])}
     for way, own, bundle in (
         (AUTO, engine, "auto"),
+        (TOP2, engine, "auto"),
         (NAMED, engine, None),
         (JOINTLY, controls, JOINT),
         (FROZEN, controls, None),
     ):
-        items = [own.prepare(image, Options(bundle or name, labels=1, neighbors=0)) for name, image in mixed]
+        wish = Options(labels=1, neighbors=0, dispatch="top2" if way == TOP2 else "image")
+        items = [own.prepare(image, replace(wish, bundle=bundle or name)) for name, image in mixed]
         ways[way] = partial(own.run, items)  # type: ignore[arg-type]
     return in_passes(executor, SIZE, ways, ROUNDS)
 
@@ -250,7 +257,9 @@ def measure(setting: Setting) -> tuple[Measured, Engine, Engine]:
         },
         final={
             JOINTLY: accuracy(controls, sets, JOINT),
+            TOP2: accuracy(engine, sets, "auto", "top2"),
             ROUTED: route_shares(engine, sets),
+            ROUTED_TOP2: route_shares(engine, sets, "top2"),
             BETWEEN: route_shares(engine, sets, same_data=True),
             UNKNOWN: unknown(engine, sets),
         },

@@ -94,9 +94,16 @@ def next_of(item: Item, answer: Prediction) -> Prediction | Item:
 
 
 def surest(items: Sequence[Item], answers: Sequence[Prediction]) -> tuple[Item, Prediction]:
-    """Of two bundles' answers for one image, choose the one with the more certain label, or of the likelier bundle."""
-    pairs = zip(items, answers, strict=True)
-    return max(pairs, key=lambda pair: pair[1].labels[0].score if pair[1].labels else 0.0)
+    """Of two bundles' answers for one image, choose the one with the likelier label, or of the likelier bundle.
+
+    A label is as likely as its bundle times itself in this bundle. By its own score alone, easy tasks would win.
+    """
+
+    def likely(pair: tuple[Item, Prediction]) -> float:
+        dispatch, labels = pair[0].dispatch, pair[1].labels
+        return (labels[0].score if labels else 0.0) * (dispatch.confidence if dispatch else 1.0)
+
+    return max(zip(items, answers, strict=True), key=likely)
 
 
 def count(answer: Prediction) -> Prediction:

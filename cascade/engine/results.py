@@ -35,8 +35,8 @@ class Options:
         labels: most labels to return. neighbors: most neighbors to return.
         priority: in the queue, ``interactive`` or ``batch``; None for the tenant's default.
         dispatch: how an image without a bundle's name is dispatched: ``image`` sends each image to its likeliest
-            bundle; ``top2`` asks two if that is uncertain, and takes the more certain answer; ``set`` sends all images
-            of a request to the bundle that most of them fit.
+            bundle; ``top2`` asks two if that is uncertain, and takes the likelier label; ``set`` sends all images of a
+            request to the bundle that most of them fit.
         among: names of the bundles that it may be dispatched to; None for all.
         unknown: the answer for an image without a bundle's name that fits no bundle: an ``error``, or the ``embedding``
             of the frozen backbone, with an empty name of the bundle.

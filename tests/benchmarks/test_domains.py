@@ -9,7 +9,20 @@ import pytest
 import torch
 
 from benchmarks import domain_controls, domain_figures, domain_sets, domains
-from benchmarks.domain_figures import AUTO, IN_TURN, JOINTLY, NAMED, SEARCH, SEARCH_RESNET50, Measured
+from benchmarks.domain_figures import (
+    AUTO,
+    BETWEEN,
+    IN_TURN,
+    JOINTLY,
+    NAMED,
+    ROUTED,
+    ROUTED_TOP2,
+    SEARCH,
+    SEARCH_RESNET50,
+    TOP2,
+    UNKNOWN,
+    Measured,
+)
 from benchmarks.domain_sets import JOINT, Setting
 from tests.conftest import sheet
 from tests.helpers.datasets import CIFAR10
@@ -62,7 +75,7 @@ def test_every_method(setting: Setting) -> None:
     assert [len(own.images) for own in sets.values()] == [12, 12]
     assert domains.forgotten(engine, sets, setting.train("animals")) == 0
     passes = domains.costs(engine, controls, sets)
-    assert {SEARCH, AUTO, NAMED} < passes.keys() and min(map(min, passes.values())) > 0
+    assert {SEARCH, AUTO, TOP2, NAMED} < passes.keys() and min(map(min, passes.values())) > 0
     again, *_ = domains.measure(setting)
     assert (again.growing, again.final, again.bytes) == (found.growing, found.final, found.bytes), "all was stored"
 
@@ -100,19 +113,19 @@ def test_tables_figures_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         growing = {
             way: domains.growing({"a": 0.5, "b": auto if way == AUTO else 0.7})
             for way in domain_figures.METHODS
-            if way != JOINTLY
+            if way not in (JOINTLY, TOP2)
         }
-        routing = (domain_figures.ROUTED, domain_figures.BETWEEN, domain_figures.UNKNOWN)
-        final = {way: {"a": 0.9, "b": 1.0} for way in (JOINTLY, *routing)}
+        routing = (ROUTED, ROUTED_TOP2, BETWEEN, UNKNOWN)
+        final = {way: {"a": 0.9, "b": 1.0} for way in (JOINTLY, TOP2, *routing)}
         return Measured(growing, final, {AUTO: [1000, 3000]}, {AUTO: [2.0, 4.0]})
 
     reported: list[Any] = []
     monkeypatch.setattr(domain_figures, "report", lambda *facts, **more: reported.append((facts, more)))
     monkeypatch.setattr(domain_figures, "DOCS", tmp_path)
-    passes = {AUTO: [1.5], NAMED: [1.4], SEARCH: [0.01], SEARCH_RESNET50: [0.001]}
+    passes = {AUTO: [1.5], TOP2: [1.6], NAMED: [1.4], SEARCH: [0.01], SEARCH_RESNET50: [0.001]}
     domain_figures.show("domains", "two seeds", [seed(0.8), seed(0.9)], passes, "<= 1.1", 0, "none")
     (((name, figures, *tables), more),) = reported
-    assert name == "domains" and [table.row_count for table in tables] == [10, 6, 7]
+    assert name == "domains" and [table.row_count for table in tables] == [12, 6, 8]
     assert figures["auto_over_sequential"].value == pytest.approx(7.5), "half of 10 and of 20 points"
     assert figures["auto_over_sequential_sd"].value == pytest.approx(7.5 / 3.5355, rel=1e-3)
     assert figures["auto_passes"].met is False and figures["bytes_a_domain"].value == 2000

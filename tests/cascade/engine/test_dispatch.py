@@ -15,7 +15,10 @@ from cascade import CascadeError, Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
 from cascade.engine import dispatch as module
 from cascade.engine.batcher import Batcher
+from cascade.engine.deferral import surest
 from cascade.engine.executors.plain import PlainExecutor
+from cascade.engine.items import Item
+from cascade.engine.results import Dispatch, Label
 from cascade.model import backbone as backbones
 from tests.helpers.bundles import handmade, named
 from tests.helpers.domains import late_and_early, with_domain
@@ -153,8 +156,27 @@ def test_a_contested_image_asks_two(engine: Engine, photos: list[Image.Image], m
     monkeypatch.setattr(module, "CONTESTED", 1.1)  # every image is
     options = [Options(name, dispatch="top2") for name in ("auto", "photos", "clothes")]
     answers = [answered(engine.predict([photos[205]], own))[0] for own in options]
-    surest = max(answers[1:], key=lambda answer: answer.labels[0].score)
+    assert answers[0].dispatch is not None
+    chance = {label.name: label.score for label in answers[0].dispatch.likely}
+    surest = max(answers[1:], key=lambda answer: chance[answer.bundle] * answer.labels[0].score)
     assert answers[0].labels == surest.labels and answers[0].bundle == surest.bundle
+
+
+def test_of_two_answers_the_likelier_label_of_the_likelier_bundle(engine: Engine, photos: list[Image.Image]) -> None:
+    """A bundle with an easy task is always surer of its labels than one with a hard task."""
+    names = ("photos", "clothes")
+    items = [item for name in names if isinstance(item := engine.prepare(photos[205], Options(name)), Item)]
+    answers = answered(engine.run(items))
+
+    def chosen(*chances: tuple[float, float]) -> str:
+        own = [replace(i, dispatch=Dispatch(bundle, (), 0)) for i, (bundle, _) in zip(items, chances, strict=True)]
+        seen = [replace(a, labels=(Label("x", label),)) for a, (_, label) in zip(answers, chances, strict=True)]
+        return surest(own, seen)[1].bundle
+
+    assert chosen((0.7, 0.5), (0.3, 0.99)) == "photos"
+    assert chosen((0.6, 0.3), (0.4, 0.9)) == "clothes"
+    unlabeled = [replace(answer, labels=()) for answer in answers]
+    assert surest(items, unlabeled)[1].bundle == "photos", "the first one is the likelier"
 
 
 def test_a_set_goes_where_most_of_it_fits(
