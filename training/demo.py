@@ -33,7 +33,7 @@ from training.tuned import tune_backbone
 
 CUSTOMERS = {
     # Labels: a mask, scales and shifts, and a head.
-    "objects": Recipe("cifar10", limit=20_000, test_limit=4_000, size=64, labels=True),
+    "objects": Recipe("cifar10", limit=20_000, test_limit=4_000, size=96, labels=True, steps=1_000),
     # A copy that was fine-tuned elsewhere, imported as a 1-bit delta.
     "clothes": Recipe(
         "fashion-mnist",
