@@ -204,6 +204,8 @@ def test_half_copied(written: Path) -> None:
     store = written.parent.parent
     hidden = written.parent / ".2.4711.tmp"
     shutil.copytree(written, hidden)
+    (written.parent / "4").mkdir()  # no card yet
+    (written.parent / "notes.txt").touch()
     assert [*Store(store).look()] == [("hand", written.name)]
     half = written.parent / "3"
     half.mkdir()
