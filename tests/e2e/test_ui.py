@@ -178,6 +178,7 @@ def test_overview_of_all_bundles(browser: Any, asgi: Asgi, bundle_path: Path) ->
     card = read(bundle_path).card
     page = Page(browser, asgi.base)
     page.press("overview")
+    assert page.until("document.querySelectorAll('#cards section').length") == 2
     assert page.until(
         "[...document.querySelectorAll('#cards section')].every(s => s.querySelector('.live').textContent)"
     )
@@ -378,8 +379,8 @@ def test_map_clusters_and_confidence(browser: Any, asgi: Asgi, bundle_path: Path
     assert page.until("[...document.querySelectorAll('#groups img')].length") == sum(min(8, n) for n in sizes)
     sure = page.text("sure")
     reliability = bundle.card.accuracy["reliability"]
-    assert f"{sum(reliability['labels']['counts'])} images" in sure and "of a cluster" in sure
-    assert "dispatched to it" in sure and "Not measured" not in sure
+    assert f"{sum(reliability['labels']['counts'])} images" in sure and "Clusters: the share that stays" in sure
+    assert "Dispatch: the share of its own images that reaches it" in sure and "Not measured" not in sure
     page.pick("looked", "two 1")
     assert page.until("inside.dataset.shown === 'two'")
     assert (
