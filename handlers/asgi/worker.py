@@ -29,6 +29,7 @@ from cascade.engine.engine import Engine
 from cascade.engine.journal import Journal
 from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
+from cascade.garbage import exempt_loaded
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Heap
 from cascade.offline.index.live import LiveIndex
@@ -182,6 +183,7 @@ def run(settings: AsgiSettings, listening: socket.socket, heartbeat: int, journa
             from handlers.asgi import grpc_server
 
             grpc = grpc_server.serving(guard, settings.host, settings.grpc_port, guard.limits, GRACE, certificate)
+        exempt_loaded()
         drain = settings.drain_timeout
         Server(config, service, guard, drain, heartbeat, keys, grpc, certificate, most).run([listening])
 

@@ -19,6 +19,7 @@ from cascade.engine.batcher import PASS_TIMEOUT, Batcher
 from cascade.engine.engine import Engine
 from cascade.engine.on_demand import OnDemandRegistry
 from cascade.engine.stores import load_store
+from cascade.garbage import exempt_loaded
 from cascade.logs import log_to_stderr
 from handlers.asgi import key_file
 from handlers.asgi.app import create_app
@@ -102,6 +103,7 @@ class Replica:
         self._service = Service(self._batcher, opened, registry=registry)
         guard = create_app(self._service, hosts=settings.hosts, origins=settings.cors_origins)
         self._application: App = telling(guard, registry) if isinstance(registry, OnDemandRegistry) else guard
+        exempt_loaded()
 
     def __serve_build_asgi_app__(self) -> App:
         """Called by Serve: the application that it sends requests to."""

@@ -24,6 +24,7 @@ from cascade.engine.engine import Engine
 from cascade.engine.results import ItemError, Options, Prediction
 from cascade.engine.stores import load_store
 from cascade.errors import CascadeError
+from cascade.garbage import exempt_loaded
 from cascade.logs import log_to_stderr
 from cascade.malloc_trim import Heap
 from cascade.tracing import Trace
@@ -80,6 +81,7 @@ class CascadeHandler:
         resources.enter_context(registry.watching(settings["poll"]))
         atexit.register(resources.close)
         self.memory = Heap()
+        exempt_loaded()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """Answer each request of a batch, in order, and set its status; a bad request never raises."""

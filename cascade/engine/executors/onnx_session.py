@@ -4,6 +4,7 @@ Images, weights and features stay on the device: none of them passes through the
 """
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ class Session:
         self._options = library("onnxruntime").RunOptions()
         # ``_queued`` orders the work, so the host need not wait for it.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._shapes, self._executor = graph.shapes, executor
+        self._shapes = graph.shapes
+        self._executor: Pointed = weakref.proxy(executor)  # which holds its sessions, and frees them with itself
         self._bindings: OrderedDict[Hashable, Any] = OrderedDict()
 
     def run(self, x: Tensor) -> Tensor:

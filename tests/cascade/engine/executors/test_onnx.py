@@ -1,8 +1,10 @@
 """ONNX Runtime with bound weights: the order that it keeps them in is found, and what can't be bound is said."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,18 @@ def test_blocks_are_found_on_this_processor() -> None:
     executor = OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))
     blocks = {order.block for order in executor.layout.orders}
     assert blocks in ({16}, {8}), blocks
+
+
+def test_it_is_freed_without_a_garbage_collection() -> None:
+    executor = OnnxExecutor(backbones.load("test_resnet", "random:0"), WeightCache(2**30))
+    executor.run(torch.zeros(1, *executor.backbone.config["input_size"]))
+    reference = weakref.ref(executor)
+    gc.disable()
+    try:
+        del executor
+        assert reference() is None, "servers exempt what they have loaded from collections"
+    finally:
+        gc.enable()
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
