@@ -259,14 +259,14 @@ def test_experts_that_imitate_a_teacher(
 ) -> None:
     """They are served if they come closer to it than one mask does in the same steps."""
     ear = Ear()
-    options = {"objective": "distill", "adapt": "both", "lr": 0.02, "steps": 12, "clusters": 2}
+    options = {"objective": "distill", "adapt": "both", "lr": 0.02, "steps": 80, "clusters": 2}
     run = begin(tmp_path / "run", recipe(cifar_folder, **options), ear)
     measured = distilled_experts.compare
     monkeypatch.setattr(distilled_experts, "compare", lambda *a: measured(*a) | {"serves": better})
     bundle = read(pipeline.train(run, tmp_path / "store" / "cifar" / "1"))
     (said,) = (line for line in ear.said if "distance to the teacher, experts remove" in line)
-    assert "in the same 12 steps" in said and said.endswith(f"the bundle serves: {better}")
-    for name, steps in (("run/expert-0", 6), ("run/expert-1", 6), ("run-joint/dispatcher", 12)):
+    assert "in the same 80 steps" in said and said.endswith(f"the bundle serves: {better}")
+    for name, steps in (("run/expert-0", 40), ("run/expert-1", 40), ("run-joint/dispatcher", 80)):
         assert len((tmp_path / name / "curve.jsonl").read_text().splitlines()) == steps
     answers = predict(bundle, cifar[:20])
     if better == "one mask":
