@@ -145,6 +145,17 @@ def test_figures_of_the_readme_are_those_of_the_json() -> None:
         assert f" {json.loads(path.read_text())['accuracy']:.1f} " in text, row
 
 
+def test_tables_of_the_accuracy_page_are_those_of_the_json() -> None:
+    lines = (ROOT / "docs" / "accuracy.md").read_text().splitlines()
+    tables = {row: line.split(" | ") for line in lines if (row := line.removeprefix("| `").partition("`")[0]) != line}
+    datasets = ("cifar10", "fashion-mnist", "digits", "groceries")
+    for path in sorted((ROOT / "benchmarks" / "results" / "accuracy").glob("*-tf_efficientnet_lite0-0.json")):
+        found = json.loads(path.read_text())
+        second = f"{found['probe']:.1f}" if "probe" in found else f"{found['bytes'] / 1000:,.0f} KB"
+        shown = f"{found['accuracy']:.1f} ({second})"
+        assert tables[found["row"]][1 + datasets.index(found["dataset"])].removesuffix(" |") == shown, path.name
+
+
 def test_accuracy_of_the_demo_is_that_of_its_cards() -> None:
     text = (ROOT / "README.md").read_text()
     for customer, row in (
@@ -154,6 +165,11 @@ def test_accuracy_of_the_demo_is_that_of_its_cards() -> None:
     ):
         card = json.loads((ROOT / "model_store" / customer / "1" / "cascade.json").read_text())
         assert f"{customer} {100 * card['accuracy']['rows'][row]['test']:.1f}" in text, customer
+
+
+def test_figures_of_second_passes_are_those_of_the_json() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "results" / "deferral-4000.json").read_text())["figures"]
+    assert f"at {figures['deferral_cost']['value']:.2f} of its" in (ROOT / "README.md").read_text()
 
 
 def test_figures_of_dispatch_are_those_of_the_json() -> None:
