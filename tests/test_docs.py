@@ -172,6 +172,11 @@ def test_figures_of_second_passes_are_those_of_the_json() -> None:
     assert f"at {figures['deferral_cost']['value']:.2f} of its" in (ROOT / "README.md").read_text()
 
 
+def test_figures_of_tenants_are_those_of_the_json() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "results" / "tenants.json").read_text())["figures"]
+    assert f"p99 of another is {figures['victim_p99']['value']:.1f} times" in (ROOT / "README.md").read_text()
+
+
 def test_figures_of_dispatch_are_those_of_the_json() -> None:
     figures = json.loads((ROOT / "benchmarks" / "results" / "domains.json").read_text())["figures"]
     share = f"{100 * figures['route_accuracy_between_data_sets']['value']:.1f} %"
