@@ -159,7 +159,7 @@ def train(command: str) -> None:
 
 
 @pytest.fixture
-def photos(cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def photo_folder(cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``photos/`` and ``new_photos/`` in the current folder."""
     monkeypatch.setattr(heads, "PENALTIES", (1.0,))  # to choose one takes most of the time
     monkeypatch.chdir(tmp_path)
@@ -168,7 +168,7 @@ def photos(cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         shutil.copytree(cifar_folder / "test" / known, Path("new_photos", name))
 
 
-def test_classes_come_and_go(photos: None) -> None:
+def test_classes_come_and_go(photo_folder: None) -> None:
     (trained,) = (command for command in typed("training.md", "cascade train") if "--extensible" in command)
     added, removed = typed("training.md", "cascade heads")
     for command in (f"{trained}{SHORT} --clusters 0", added, removed):
@@ -177,7 +177,7 @@ def test_classes_come_and_go(photos: None) -> None:
     assert {*read(Path("model_store/photos/3")).card.classes} == kept
 
 
-def test_a_cascade_stage_by_stage_gets_pictures_and_a_map(photos: None) -> None:
+def test_a_cascade_stage_by_stage_gets_pictures_and_a_map(photo_folder: None) -> None:
     section = page("training.md").partition("### Stage by stage")[2].partition("\n### ")[0]
     dispatcher, *others = re.findall(r"^    (python .+)$", section, re.MULTILINE)
     assert len(others) == 4
