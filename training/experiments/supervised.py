@@ -31,9 +31,6 @@ TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights need other rat
     "small": {"optimizer": "sgd", "lr": 0.001, "weight_decay": 1e-6},
     "paper": {"optimizer": "sgd", "lr": 0.15, "weight_decay": 1e-6},
 }
-TUNED_WITH_LABELS: dict[str, dict[str, Any]] = TUNED | {
-    "small": {"optimizer": "adamw", "lr": 0.001, "weight_decay": 1e-4},
-}
 SETS = ("cifar10", "cifar100", "dtd", "eurosat")
 ACCURACY = {"supervised mask": (96.2, 79.8, 70.9, 97.4), "supervised full fine-tuning": (96.5, 81.7, 73.6, 97.7)}
 ACTIVE = {"supervised mask": (89.5, 77.2, 95.1, 95.7), "self-supervised mask": (91.4, 92.5, 98.8, 96.7)}
@@ -72,7 +69,7 @@ def rows(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
     which = "after-head" if head else "dispatcher"
     dispatcher.train(run, which, head=head)
     out["supervised mask"] = _headed(run, which) | _active(run, which)
-    run = lab.run(name, seed, **(mask | TUNED_WITH_LABELS[lab.preset]))
+    run = lab.run(name, seed, **(mask | tuned))
     which = "after-head" if head else "fine-tuned"
     features = tuned_features(run, which, head)
     out["supervised full fine-tuning"] = {"accuracy": accuracy(run, which, features[1])} | _plain(run, features)
