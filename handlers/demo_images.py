@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -54,8 +54,7 @@ def samples(folder: Path | None = None) -> list[Sample]:
     ]
     bundle, customer = NAMED
     named = [
-        Sample(sample.name, sample.content, bundle, None, sample.label, sample.shown)
-        for sample in _drawn(customer, labels[customer], NAMED_SHOWN)
+        replace(sample, bundle=bundle, customer=None) for sample in _drawn(customer, labels[customer], NAMED_SHOWN)
     ]
     return own + nobody + named
 

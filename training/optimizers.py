@@ -92,7 +92,7 @@ def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float, unfro
 
 
 def _continued(recipe: Recipe) -> float:
-    return CONTINUED if recipe.kind == "swav" and recipe.objective != "swav" else 1.0
+    return CONTINUED if recipe.distills_first else 1.0
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:

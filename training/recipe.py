@@ -208,6 +208,11 @@ class Recipe:
         return "distill" if self.objective == "distill" else "swav"
 
     @property
+    def distills_first(self) -> bool:
+        """Whether SwAV continues from a distilled adapter."""
+        return self.kind == "swav" and self.objective == "distill+swav"
+
+    @property
     def layout(self) -> Literal["one", "padded", "routed"]:
         """How the conditional mode fuses blocks; features that imitate one teacher are comparable as they are."""
         return "routed" if self.kind == "distill" else self.slots

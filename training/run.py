@@ -151,7 +151,7 @@ class Run:
     @cached_property
     def distilled(self) -> "Run | None":
         """The run whose adapter SwAV starts from, with ``distill+swav``."""
-        if self.recipe.kind != "swav" or self.recipe.objective == "swav":
+        if not self.recipe.distills_first:
             return None
         return self.beside("distilled", objective="distill", clusters=0)
 

@@ -140,7 +140,7 @@ class FairQueue:
         flow, key = self._first(active, allowed, room, engine, overdue)
         taken = self._pull(flow, key, room)
         before = self._turn[1] if self._turn[0] == key else 0.0
-        self._turn = (key if key in flow.groups else None, before + sum(passes(w.item) for w in taken))
+        self._turn = (key if key in flow.groups else None, before + _cost(taken))
         taken += self._company(allowed, taken, room, engine)
         self.calm += _cost(taken)
         return taken
