@@ -118,6 +118,8 @@ class Service:
             await asyncio.wait((answered, closed), return_when=asyncio.FIRST_COMPLETED)
             if answered.done():
                 return answered.result()
+            answered.cancel()
+            await asyncio.wait([answered])  # its images leave the queue before the request ends
             raise ClientDisconnect
         finally:
             answered.cancel()
