@@ -27,9 +27,12 @@ SGD: dict[
     "paper": MASK["paper"],
 }
 HEAD_FIRST = {"small": True, "paper": False}  # mask and weights start from the head that was trained alone
-TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning; weights need other rates than scores
+TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning without labels; weights need other rates than scores
     "small": {"optimizer": "sgd", "lr": 0.001, "weight_decay": 1e-6},
     "paper": {"optimizer": "sgd", "lr": 0.15, "weight_decay": 1e-6},
+}
+TUNED_WITH_LABELS: dict[str, dict[str, Any]] = TUNED | {
+    "small": {"optimizer": "adamw", "lr": 0.001, "weight_decay": 1e-4},
 }
 SETS = ("cifar10", "cifar100", "dtd", "eurosat")
 ACCURACY = {"supervised mask": (96.2, 79.8, 70.9, 97.4), "supervised full fine-tuning": (96.5, 81.7, 73.6, 97.7)}
@@ -69,7 +72,7 @@ def rows(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
     which = "after-head" if head else "dispatcher"
     dispatcher.train(run, which, head=head)
     out["supervised mask"] = _headed(run, which) | _active(run, which)
-    run = lab.run(name, seed, **(mask | tuned))
+    run = lab.run(name, seed, **(mask | TUNED_WITH_LABELS[lab.preset]))
     which = "after-head" if head else "fine-tuned"
     features = tuned_features(run, which, head)
     out["supervised full fine-tuning"] = {"accuracy": accuracy(run, which, features[1])} | _plain(run, features)
