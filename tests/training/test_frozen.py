@@ -11,22 +11,11 @@ from PIL import Image
 from cascade.bundle.format import read
 from cascade.engine.engine import Engine
 from cascade.engine.results import Prediction
+from tests.helpers.training import Ear
 from training import comparison, frozen, pipeline
-from training.cli import Watch
 from training.frozen import Candidate
 from training.recipe import Recipe
 from training.run import Run, begin, split_validation
-
-
-class Ear(Watch):
-    """Keeps what is said to a person."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 def recipe(folder: Path) -> Recipe:

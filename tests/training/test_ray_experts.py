@@ -11,9 +11,9 @@ import pytest
 
 from cascade.errors import CascadeError
 from tests.conftest import need
+from tests.helpers.training import Ear
 from training import distributed, pipeline, ray_experts
 from training.checkpoint import DONE
-from training.cli import Watch
 from training.curve import CURVE
 from training.recipe import Recipe
 from training.run import Run
@@ -21,24 +21,20 @@ from training.run import Run
 pytestmark = pytest.mark.slow
 
 
-class Ear(Watch):
-    """Keeps what it is told."""
+class Listener(Ear):
+    """Keeps the progress too."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__()
         self.seen: list[tuple[str, int, int, float]] = []
-        self.said: list[str] = []
 
     def __call__(self, name: str, step: int, steps: int, loss: float) -> None:
         self.seen.append((name, step, steps, loss))
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(tmp_path, Recipe("photos", clusters=2, expert_steps=100), Ear())
+    return Run(tmp_path, Recipe("photos", clusters=2, expert_steps=100), Listener())
 
 
 def cluster(*nodes: dict[str, float]) -> Any:
@@ -48,7 +44,7 @@ def cluster(*nodes: dict[str, float]) -> Any:
 
 
 def test_a_task_takes_a_gpu_or_as_many_cpus_as_there_are_threads() -> None:
-    ear = Ear()
+    ear = Listener()
     assert ray_experts._needs(cluster({"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}), 5, 2, ear) == {"num_gpus": 1}
     environment = {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
     want = {"num_cpus": 2, "runtime_env": {"env_vars": environment}}
@@ -64,7 +60,7 @@ def test_a_task_takes_a_gpu_or_as_many_cpus_as_there_are_threads() -> None:
 def test_curves_are_followed(run: Run) -> None:
     """To the last whole line; what goes wrong is said once."""
     ear, warned = run.watch, set[tuple[int, str]]()
-    assert isinstance(ear, Ear)
+    assert isinstance(ear, Listener)
     ray_experts._follow(run, 1, warned)  # it has not begun
     curve = run.folder / "expert-1" / CURVE
     curve.parent.mkdir()

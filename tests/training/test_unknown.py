@@ -17,20 +17,11 @@ from cascade.errors import CascadeError
 from tests.conftest import sheet
 from tests.helpers.bundles import handmade
 from tests.helpers.domains import activations, with_domain
-from training.cli import Watch
+from tests.helpers.training import Ear
 from training.recipe import Recipe
 from training.unknown import recipe_of
 
 STAGE = 2
-
-
-class Ear(Watch):
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
