@@ -82,13 +82,9 @@ class Client:
         """
         fields = [name for name in ("labels", "neighbors", "embedding") if getattr(options, name)]
         headers = {"Content-Type": b"application/octet-stream", "X-Cascade-Fields": ",".join(fields).encode()}
-        for name in ("bundle", "version", "mode", "priority"):
+        for name in ("bundle", "version", "mode", "priority", "dispatch", "unknown"):
             if (value := getattr(options, name)) is not None:
                 headers[f"X-Cascade-{name}"] = str(value).encode()  # UTF-8: names may be in any script
-        if options.dispatch != "image":
-            headers["X-Cascade-Dispatch"] = options.dispatch.encode()
-        if options.unknown != "error":
-            headers["X-Cascade-Unknown"] = options.unknown.encode()
         answer = self._ask("POST", self._predict, content=_read(image), headers=headers)
         if not _good(answer):
             return _error(answer)

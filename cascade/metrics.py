@@ -74,7 +74,7 @@ for _why in ("overloaded", "over_rate", "over_concurrency", "over_queue", "deadl
 ROUTING_CONFIDENCE = Histogram("cascade_routing_confidence", "Calibrated p(cluster).", buckets=_CONFIDENCES)
 DISPATCHED = Counter(
     "cascade_dispatched_total",
-    "Images that named no bundle, by the one they were sent to (unknown: none fits).",
+    "Images that named no bundle, by the one that answered (unknown: none fits).",
     ["bundle"],
 )
 UNKNOWN_KEPT = Counter(
@@ -237,7 +237,7 @@ def count_mask(bundle: str | None, hit: bool) -> None:
 
 
 def count_dispatch(bundle: str | None, confidence: float = 0.0) -> None:
-    """Count one dispatched image. bundle: where it was sent; None: it fits none."""
+    """Count one dispatched image. bundle: the one that answered; None: it fits none."""
     DISPATCHED.labels("unknown" if bundle is None else bundle_label(bundle)).inc()
     if bundle is not None:
         DISPATCH_CONFIDENCE.observe(confidence)

@@ -93,11 +93,11 @@ def _options(given: dict[str, Any]) -> Options | ItemError:
     if priority not in (None, *PRIORITIES):
         return ItemError("bad_option", f"option 'priority' is one of {', '.join(PRIORITIES)}")
     labels, neighbors = (5 if name in fields else 0 for name in ("labels", "neighbors"))
-    how = given.get("dispatch") or "image"
+    how = given.get("dispatch") or Options.dispatch
     dispatch = next((choice for choice in DISPATCH_MODES if choice == how), None)
     if dispatch is None:
         return ItemError("bad_option", f"option 'dispatch' is one of {', '.join(DISPATCH_MODES)}")
-    how = given.get("unknown") or "error"
+    how = given.get("unknown") or Options.unknown
     otherwise = next((choice for choice in UNKNOWN_CHOICES if choice == how), None)
     if otherwise is None:
         return ItemError("bad_option", f"option 'unknown' is one of {', '.join(UNKNOWN_CHOICES)}")

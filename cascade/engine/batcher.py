@@ -327,9 +327,12 @@ class Batcher:
         pass_spans.record_queue(batch, self._begun)
         passed = [(waiting.trace, each.identity) for waiting, each in zip(batch, timed, strict=True)]
         pass_spans.record_pass(passed, self._begun, time.monotonic(), parts)
-        seconds = (time.monotonic() - self._begun) / _cost(batch)
+        more = [_uncharged(waiting.item, answer) for waiting, answer in answers]
+        seconds = (time.monotonic() - self._begun) / (_cost(batch) + sum(more))
         with self._changed:
             self._running = 0
+            for waiting, cost in zip(batch, more, strict=True):
+                self._waiting.charge(waiting, cost)
             self._seconds += (seconds - self._seconds) * (REMEMBERED if self._seconds else 1)
             following = [(waiting, answer) for waiting, answer in answers if isinstance(answer, Item)]
             for waiting, item in following if self._drains else ():
@@ -434,6 +437,12 @@ def _late(waiting: Waiting) -> bool:
 
 def _cost(batch: Sequence[Waiting]) -> int:
     return sum(passes(waiting.item) for waiting in batch)
+
+
+def _uncharged(item: AnyItem, answer: PassAnswer) -> int:
+    """Passes of an image beyond its cost when it was taken: its bundle, or the two that were asked, were not known."""
+    dispatched = answer.dispatch if isinstance(item, OpenItem) and isinstance(answer, Item | Prediction) else None
+    return 0 if dispatched is None else dispatched.passes - 1
 
 
 def _answered(error: ItemError, bundle: str | None, tenant: Tenant | None) -> Promise:

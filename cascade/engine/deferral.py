@@ -107,12 +107,14 @@ def surest(items: Sequence[Item], answers: Sequence[Prediction]) -> tuple[Item, 
 
 
 def count(answer: Prediction) -> Prediction:
-    """Count the answer, once per image however many passes it took, and return it."""
+    """Count the answer, once per image however many passes it took and bundles were asked, and return it."""
     if not answer.bundle:  # the frozen backbone's
         metrics.count_answer(None, None)
         return answer
     metrics.count_answer(answer.bundle, answer.cluster, version=answer.version)
     metrics.ROUTING_CONFIDENCE.observe(answer.confidence)
+    if answer.dispatch is not None:
+        metrics.count_dispatch(answer.bundle, answer.dispatch.confidence)
     if answer.deferral is not None:
         metrics.count_deferral(answer.bundle, answer.deferral.deferred)
     return answer

@@ -22,7 +22,7 @@ from cascade.engine.dispatch_table import DispatchTable, Space, Target
 from cascade.engine.executors import Executor
 from cascade.engine.forward import run_stages
 from cascade.engine.frozen_answers import frozen_bundle, frozen_item
-from cascade.engine.items import AnyItem, ColdItem, Entry, Item, OpenItem, download, stack_pixels, upload
+from cascade.engine.items import AnyItem, ColdItem, Entry, Item, OpenItem, download, passes, stack_pixels, upload
 from cascade.engine.results import Dispatch, ItemError, Label, Options, Prediction
 from cascade.engine.unknown import UnknownImages
 from cascade.model.domain import UNKNOWN, pooled
@@ -151,28 +151,37 @@ def _keep(
 def _settle(
     table: DispatchTable, item: OpenItem, likely: list[tuple[int, float]], trunks: list[Tensor], loaded: Find
 ) -> Settled:
-    """Make the item of the likeliest bundle, and of the second one if ``top2`` needs it and it is in memory.
+    """Make the item of the likeliest bundle; with ``top2``, for a contested image, also that of the second one.
+
+    The second one is only asked if it is in memory and has the mode, and if both have labels to compare.
 
     Args:
         likely: columns of scores and their probabilities, best first.
         trunks: the image's activations in each space.
     """
     likely_labels = tuple(Label(table.columns[column][1].name, chance) for column, chance in likely)
-    metrics.count_dispatch(likely_labels[0].name, likely_labels[0].score)
-    count = 2 if item.options.dispatch == "top2" and likely_labels[0].score < CONTESTED else 1
-    settled: list[Item] = []
-    for column, chance in likely[:count]:
+
+    def settle(column: int, chance: float) -> Item | ColdItem | ItemError:
         n, target = table.columns[column]
         bundle, reason = loaded(target), Dispatch(chance, likely_labels, 0)
-        if bundle is None and settled:
-            break
         if bundle is None:  # the activations are copied, because those of the whole batch should not stay
             return ColdItem(target, partial(_item, item, n, table.spaces[n].stage, trunks[n].clone(), reason))
-        own = _item(item, n, table.spaces[n].stage, trunks[n], reason, bundle)
-        if isinstance(own, ItemError):
-            return own
-        settled.append(own)
-    return tuple(settled)
+        return _item(item, n, table.spaces[n].stage, trunks[n], reason, bundle)
+
+    first = settle(*likely[0])
+    if not isinstance(first, Item):
+        return first
+    contested = item.options.dispatch == "top2" and likely[0][1] < CONTESTED and len(likely) > 1
+    second = settle(*likely[1]) if contested and _has_labels(first) else None
+    if not isinstance(second, Item) or not _has_labels(second):
+        return (first,)
+    cost = passes(first) + passes(second)
+    return tuple(replace(i, dispatch=i.dispatch and replace(i.dispatch, passes=cost)) for i in (first, second))
+
+
+def _has_labels(item: Item) -> bool:
+    """Whether its answer will have labels."""
+    return item.options.labels > 0 and item.mode in item.bundle.linear
 
 
 def _item(open_item: OpenItem, n: int, stage: int, x: Tensor, reason: Dispatch, bundle: Bundle) -> Item | ItemError:
@@ -188,7 +197,8 @@ def _item(open_item: OpenItem, n: int, stage: int, x: Tensor, reason: Dispatch, 
     larger = None if bundle.larger is None else open_item.larger.get(bundle.larger.preprocessing)
     entry = Entry(stage, x) if reused else None
     reason = replace(reason, repeated_stages=0 if reused else stage)
-    return item_of(bundle, mode, open_item.options, open_item.pixels[n], larger, entry, reason)
+    item = item_of(bundle, mode, open_item.options, open_item.pixels[n], larger, entry, reason)
+    return replace(item, dispatch=replace(reason, passes=passes(item))) if isinstance(item, Item) else item
 
 
 def second_round(options: Options, answers: Sequence[Prediction | ItemError]) -> tuple[Options, list[int]]:

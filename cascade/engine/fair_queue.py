@@ -145,6 +145,12 @@ class FairQueue:
         self.calm += _cost(taken)
         return taken
 
+    def charge(self, tenant: Tenant, cost: float) -> None:
+        """Charge a tenant for passes that were not known when its images were taken."""
+        flow = self._flows.get(tenant.name)
+        if flow is not None:
+            flow.served += cost / flow.tenant.weight
+
     def remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
         """Remove the matching images from the queue and return them."""
         removed: list[Waiting] = []

@@ -148,7 +148,7 @@ def passes(item: AnyItem) -> int:
     At the larger of two input sizes, it is the equivalent number of passes at the smaller one.
     """
     if isinstance(item, OpenItem):
-        return 2  # the trunk to dispatch it, and a pass
+        return 2  # the trunk to dispatch it, and a pass; what it takes beyond that is charged after the pass
     if item.resolution is not None:
         return item.resolution.cost
     experts = len(item.bundle.experts)

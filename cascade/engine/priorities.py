@@ -28,15 +28,22 @@ class PriorityQueue:
 
     def add(self, waiting: Waiting) -> None:
         """Add an image to its request's level, or else its tenant's."""
-        self._levels[waiting.item.options.priority or waiting.tenant.priority].add(waiting)
+        self._level(waiting).add(waiting)
 
     def take(self, room: Room, engine: Engine, overdue: float) -> list[Waiting]:
         """Take the images of the next pass; arguments as in ``FairQueue.take``."""
         return self._next().take(room, engine, overdue)
 
+    def charge(self, waiting: Waiting, cost: float) -> None:
+        """Charge the image's tenant for passes that were not known when the image was taken."""
+        self._level(waiting).charge(waiting.tenant, cost)
+
     def remove(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
         """Remove the matching images from all levels and return them."""
         return [waiting for level in self._levels.values() for waiting in level.remove(which)]
+
+    def _level(self, waiting: Waiting) -> FairQueue:
+        return self._levels[waiting.item.options.priority or waiting.tenant.priority]
 
     def _next(self) -> FairQueue:
         interactive, batch = self._levels["interactive"], self._levels["batch"]

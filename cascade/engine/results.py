@@ -12,13 +12,13 @@ from cascade.engine.tenants import Priority
 
 AUTO = "auto"
 """Used instead of a bundle's name: dispatch the image to the bundle that it fits best."""
-DispatchMode = Literal["image", "top2", "set"]
+DispatchMode = Literal["top2", "image", "set"]
 InputMode = Literal["fast", "adaptive", "full"]
 Unknown = Literal["error", "embedding"]
 UNKNOWN_CHOICES: tuple[Unknown, ...] = ("error", "embedding")
 INPUT_MODES: tuple[InputMode, ...] = ("fast", "adaptive", "full")
 """Modes of a bundle with two input sizes, see ``cascade.engine.deferral``."""
-DISPATCH_MODES: tuple[DispatchMode, ...] = ("image", "top2", "set")
+DISPATCH_MODES: tuple[DispatchMode, ...] = ("top2", "image", "set")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Options:
         embedding: return the embedding.
         labels: most labels to return. neighbors: most neighbors to return.
         priority: in the queue, ``interactive`` or ``batch``; None for the tenant's default.
-        dispatch: how an image without a bundle's name is dispatched: ``image`` sends each image to its likeliest
-            bundle; ``top2`` asks two if that is uncertain, and takes the likelier label; ``set`` sends all images of a
-            request to the bundle that most of them fit.
+        dispatch: how an image without a bundle's name is dispatched: ``top2`` sends it to its likeliest bundle, or asks
+            two if that is uncertain, and takes the likelier label; ``image`` never asks a second one; ``set`` sends all
+            images of a request to the bundle that most of them fit.
         among: names of the bundles that it may be dispatched to; None for all.
         unknown: the answer for an image without a bundle's name that fits no bundle: an ``error``, or the ``embedding``
             of the frozen backbone, with an empty name of the bundle.
@@ -49,7 +49,7 @@ class Options:
     labels: int = 5
     neighbors: int = 5
     priority: Priority | None = None
-    dispatch: DispatchMode = "image"
+    dispatch: DispatchMode = "top2"
     among: frozenset[str] | None = None
     unknown: Unknown = "error"
 
@@ -79,11 +79,13 @@ class Dispatch:
         confidence: calibrated probability that the image belongs to this bundle.
         likely: the likeliest bundles, best first, each with its probability.
         repeated_stages: stages of the backbone that ran twice, because the bundle's mask begins before dispatch.
+        passes: that followed dispatch, at the first input size; those of both bundles if two were asked.
     """
 
     confidence: float
     likely: tuple[Label, ...]
     repeated_stages: int
+    passes: int = 1
 
 
 @dataclass(frozen=True)

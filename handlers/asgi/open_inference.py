@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from cascade.bundle.format import Bundle
-from cascade.engine.results import DISPATCH_MODES, INPUT_MODES, DispatchMode, ItemError, Prediction, Unknown
+from cascade.engine.results import DISPATCH_MODES, INPUT_MODES, DispatchMode, ItemError, Options, Prediction, Unknown
 from cascade.engine.tenants import Priority
 from cascade.model.fusion import MODES
 from cascade.open_inference import ALL_OUTPUTS, DEFERRAL_OUTPUTS, LENGTH_HEADER, NUMPY, OUTPUTS, packed, unpacked
@@ -170,7 +170,7 @@ def parse(body: bytes, json_length: str | None, most: int, default: Iterable[str
         choices = {o.name: o.parameters.binary_data if o.parameters else None for o in asked.outputs}
         outputs = {name: binary if choice is None else choice for name, choice in choices.items()}
     priority = NUMBERED.get(options.priority) if isinstance(options.priority, int) else options.priority
-    dispatch, unknown = options.dispatch or "image", options.unknown or "error"
+    dispatch, unknown = options.dispatch or Options.dispatch, options.unknown or Options.unknown
     return Inference(asked.id, options.mode, priority, images, outputs, dispatch, unknown)
 
 

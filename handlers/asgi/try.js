@@ -38,11 +38,12 @@ function unusual(found) {  // the gauge of the out-of-domain score
 function about(found) {  // the facts of an answer
   const routed = [["cluster", String(found.cluster)], ["confidence", percent(found.confidence)]];
   const again = found.deferral?.deferred ? ", asked again: the smaller size was unsure" : "";
-  const repeated = found.dispatch?.repeated_stages;
+  const repeated = found.dispatch?.repeated_stages, likeliest = found.dispatch?.likely[0]?.name ?? found.bundle;
+  const instead = likeliest === found.bundle ? "" : `, because its label is likelier than that of ${likeliest}`;
   return [...(loaded(found)?.masks === 1 ? [] : routed), ["out of domain", ...unusual(found)],
     ["masks", found.masks.join(" + ") + (repeated ? `; ${repeated} stages ran twice to find the bundle` : "")],
     ["cost", `${found.server.toFixed(0)} ms, ${found.ms.toFixed(0)} ms with the network`],
-    ["answered by", `${found.bundle} ${found.version}, ${found.mode}`],
+    ["answered by", `${found.bundle} ${found.version}, ${found.mode}${instead}`],
     ...(found.deferral ? [["input", `${found.deferral.input_size} px${again}`]] : [])];
 }
 

@@ -110,6 +110,7 @@ def test_prediction_comes_back_as_it_was(serve: Serve, tmp_path: Path) -> None:
         assert headers["authorization"] == "Bearer secret"
         assert headers["x-cascade-bundle"] == "birds" and headers["x-cascade-mode"] == "conditional"
         assert headers["x-cascade-fields"] == "neighbors,embedding" and "x-cascade-version" not in headers
+        assert headers["x-cascade-dispatch"] == "top2", "the client's default, whatever the server's is"
 
 
 def test_no_more_labels_and_neighbors_than_asked_for(serve: Serve) -> None:

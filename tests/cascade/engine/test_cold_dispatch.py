@@ -192,7 +192,7 @@ def test_only_the_likeliest_of_two_is_loaded(
 ) -> None:
     monkeypatch.setattr(dispatch, "CONTESTED", 1.1)  # every image is
     registry = opened(store)
-    assert names(registry.engine.predict([photos[205]], Options(dispatch="top2"))) == ["photos"]
+    assert names(registry.engine.predict([photos[205]], Options("auto"))) == ["photos"]
     assert [*registry.engine.names] == ["photos"] or sorted(registry.engine.names) == ["clothes", "photos"]
 
 

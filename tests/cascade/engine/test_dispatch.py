@@ -19,6 +19,7 @@ from cascade.engine.deferral import surest
 from cascade.engine.executors.plain import PlainExecutor
 from cascade.engine.items import Item
 from cascade.engine.results import Dispatch, Label
+from cascade.engine.tenants import Tenant
 from cascade.model import backbone as backbones
 from tests.helpers.bundles import handmade, named
 from tests.helpers.domains import late_and_early, with_domain
@@ -152,14 +153,76 @@ def test_the_frozen_backbones_embedding_of_what_fits_nowhere(
     assert hidden.dispatch is not None and hidden.dispatch.likely == ()
 
 
-def test_a_contested_image_asks_two(engine: Engine, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONTESTED", 1.1)  # every image is
-    options = [Options(name, dispatch="top2") for name in ("auto", "photos", "clothes")]
-    answers = [answered(engine.predict([photos[205]], own))[0] for own in options]
-    assert answers[0].dispatch is not None
+@pytest.fixture
+def contested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image is."""
+    monkeypatch.setattr(module, "CONTESTED", 1.1)
+
+
+def by_chances(monkeypatch: pytest.MonkeyPatch, **chances: float) -> None:
+    """Let every image be as likely as this to be of each bundle."""
+    settle = module._settle
+
+    def given(table, item, likely, trunks, loaded):  # type: ignore[no-untyped-def]
+        column = {target.name: n for n, (_, target) in enumerate(table.columns)}
+        return settle(table, item, [(column[name], chance) for name, chance in chances.items()], trunks, loaded)
+
+    monkeypatch.setattr(module, "_settle", given)
+
+
+@pytest.mark.usefixtures("contested")
+def test_by_default_a_contested_image_asks_two(engine: Engine, photos: list[Image.Image]) -> None:
+    answers = [answered(engine.predict([photos[205]], Options(name)))[0] for name in ("auto", "photos", "clothes")]
+    assert answers[0].dispatch is not None and answers[0].dispatch.passes == 3, "one of them has experts"
     chance = {label.name: label.score for label in answers[0].dispatch.likely}
     surest = max(answers[1:], key=lambda answer: chance[answer.bundle] * answer.labels[0].score)
     assert answers[0].labels == surest.labels and answers[0].bundle == surest.bundle
+
+
+def test_a_contested_image_counts_once_for_the_bundle_that_answers(
+    engine: Engine, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo, cloth = (answered(engine.predict([photos[205]], Options(n)))[0] for n in ("photos", "clothes"))
+    likelier, other = sorted((photo, cloth), key=lambda answer: answer.labels[0].score)
+    by_chances(monkeypatch, **{likelier.bundle: 0.501, other.bundle: 0.499})
+    before = {name: now("dispatched_total", bundle=name) for name in ("photos", "clothes")}
+    (answer,) = answered(engine.predict([photos[205]]))
+    assert answer.bundle == other.bundle and answer.dispatch is not None and answer.dispatch.confidence == 0.499
+    assert answer.dispatch.likely[0].name == likelier.bundle
+    counted = {name: now("dispatched_total", bundle=name) - old for name, old in before.items()}
+    assert counted == {other.bundle: 1, likelier.bundle: 0}
+
+
+@pytest.mark.usefixtures("contested")
+@pytest.mark.parametrize(
+    "options",
+    [Options(dispatch="image"), Options(labels=0), Options(mode="conditional")],
+    ids=["image", "no labels", "mode"],
+)
+def test_only_the_likeliest_is_asked(engine: Engine, photos: list[Image.Image], options: Options) -> None:
+    """By request, without labels to compare, and if the other one does not have the mode."""
+    (answer,) = answered(engine.predict([photos[205]], options))
+    assert answer.bundle == "photos" and answer.dispatch is not None and answer.dispatch.passes == 2
+
+
+def test_a_bundle_without_labels_is_not_outvoted(
+    bundles: list[Bundle], photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it outvote the one that is likelier."""
+    engine = engine_of([replace(bundles[0], linear={}), bundles[1]])
+    for likelier, other in (("photos", "clothes"), ("clothes", "photos")):
+        by_chances(monkeypatch, **{likelier: 0.6, other: 0.4})
+        (answer,) = answered(engine.predict([photos[205]]))
+        assert answer.bundle == likelier
+        monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("contested")
+def test_the_passes_of_both_bundles_are_charged(engine: Engine, photos: list[Image.Image]) -> None:
+    with Batcher(engine) as batcher:
+        answered([future.result(30) for future in batcher.submit_all(photos[205:208], tenant=Tenant("one"))])
+        (flow,) = batcher._waiting._levels["interactive"]._flows.values()
+    assert flow.served == 3 * (1 + 2 + 1), "dispatch, a cascade, and a single mask"
 
 
 def test_of_two_answers_the_likelier_label_of_the_likelier_bundle(engine: Engine, photos: list[Image.Image]) -> None:
