@@ -13,6 +13,7 @@ from PIL import Image
 
 from cascade import Engine, ItemError, Options, Prediction
 from cascade.bundle.format import Bundle
+from cascade.engine import dispatch
 from cascade.engine.batcher import Answer, Batcher
 from cascade.engine.dispatch_table import MOST_LARGER, DispatchTable, Space, Target
 from cascade.engine.executors.selection import Kind
@@ -168,7 +169,10 @@ def test_a_removed_bundle_still_answers_second_passes(engine: Engine, cifar: lis
 
 
 @pytest.mark.parametrize("how", ["image", "top2", "set"])
-def test_it_works_after_dispatch(pair: Bundle, cifar: list[Image.Image], how: str) -> None:
+def test_it_works_after_dispatch(
+    pair: Bundle, cifar: list[Image.Image], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "CONTESTED", 1.1)  # with top2, both are asked
     engine, clothes = Engine(executor="plain"), sheet("fashion_mnist")
     late = halving(two_sizes(cifar[:20], mask_from=2), cifar[:30])
     engine.add(named(with_domain(late, cifar[:200]), "photos"))

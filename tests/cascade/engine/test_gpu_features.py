@@ -15,6 +15,7 @@ from cascade import Engine, Options, Prediction
 from cascade.bundle.format import Bundle, write
 from cascade.bundle.schema import MaskCard
 from cascade.bundle.store import Store
+from cascade.engine import dispatch
 from cascade.engine.executors import cuda
 from cascade.engine.executors.cuda import CudaExecutor
 from cascade.engine.executors.graph import Graph
@@ -95,9 +96,10 @@ def answered(engine: Engine, images: Sequence[Image.Image], wishes: Options) -> 
 
 @pytest.mark.parametrize("mode", ["fast", "adaptive", "full", "auto", "top2"])
 def test_no_pass_captures_anything(
-    captures: Captures, bundles: list[Bundle], photos: list[Image.Image], mode: str
+    captures: Captures, bundles: list[Bundle], photos: list[Image.Image], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of either input size, dispatched or named, and of batches that are larger than what was prepared."""
+    monkeypatch.setattr(dispatch, "CONTESTED", 1.1)  # top2 asks both bundles
     engine = captures.engine_of(*bundles)
     graphs = engine.executor(bundles[0])._graphs  # type: ignore[attr-defined]
     assert captures.in_a_pass and not any(captures.in_a_pass)
