@@ -1,7 +1,7 @@
 """``cascade import``: a fine-tuned copy of a backbone as a bundle with a 1-bit delta.
 
 Without images this takes seconds. With ``--distill`` the deltas are then trained on unlabeled images, so that the
-pooled features match those of the fine-tuned copy. Networks with depthwise layers lose most accuracy without that.
+pooled features match those of the fine-tuned copy. Small networks lose most of their gain without that.
 """
 
 import copy
@@ -36,7 +36,8 @@ from cascade.model.router import Calibration
 from training import domains
 from training.run import DELTA, Run, device, write_tensors
 
-BATCH, RATE = 64, 2e-4
+BATCH = 64
+RATES = {"deltas": 2e-4, "channels": 5e-4}  # of Adam
 DISTILL_STEPS = 300  # of a delta that is trained in a run
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -145,7 +146,7 @@ def fit_deltas(
     batches: Iterable[Tensor],
     steps: int,
 ) -> Mask:
-    """Train a delta's numbers so that pooled features match the fine-tuned copy's (mean squared error).
+    """Train a delta's numbers, scales and shifts, so that pooled features match the fine-tuned copy's (squared error).
 
     Args:
         tuned: the copy's state dict.
@@ -155,21 +156,26 @@ def fit_deltas(
     pristine = {n: _channels_last(backbone.model.get_parameter(n).detach()) for n in mask.deltas}
     active = unpack(mask.bits, backbone.weights.numel() - backbone.offset(mask.start))
     signs = {n: _channels_last(_sign(backbone, mask, active, n).to(backbone.weights.device)) for n in mask.deltas}
-    deltas = {n: nn.Parameter(t.float().to(backbone.weights.device)) for n, t in mask.deltas.items()}
-    optimizer = torch.optim.Adam(deltas.values(), RATE)
+    trained = {
+        kind: {n: nn.Parameter(t.float().to(backbone.weights.device)) for n, t in group.items()}
+        for kind, group in (("deltas", mask.deltas), ("channels", mask.channels))
+    }
+    groups = [{"params": list(group.values()), "lr": RATES[kind]} for kind, group in trained.items() if group]
+    optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     for batch in batches:
         x = _channels_last(batch.to(backbone.weights.device))
         with torch.no_grad():
             wanted = teacher(x)
-        shaped = {n: d.view(-1, *[1] * (pristine[n].dim() - 1)) for n, d in deltas.items()}
-        weights = {n: pristine[n] + signs[n] * shaped[n] for n in deltas}
-        loss = mse_loss(functional_call(student, weights, (x,)), wanted)
+        shaped = {n: d.view(-1, *[1] * (pristine[n].dim() - 1)) for n, d in trained["deltas"].items()}
+        weights = {n: pristine[n] + signs[n] * shaped[n] for n in shaped}
+        loss = mse_loss(functional_call(student, weights | trained["channels"], (x,)), wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return replace(mask, deltas={n: d.detach().half().cpu() for n, d in deltas.items()})
+    deltas, channels = ({n: p.detach().half().cpu() for n, p in group.items()} for group in trained.values())
+    return replace(mask, deltas=deltas, channels=channels)
 
 
 def _fixed(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:

@@ -104,19 +104,21 @@ def objective(run: Run, head: Path | None = None) -> Objective:
     return result
 
 
-def _validation(run: Run, model: MaskedModel, loss: Objective, rows: np.ndarray) -> Callable[[], float]:
-    """A function that measures the current model and head on the validation images."""
+def _validation(run: Run, model: MaskedModel, loss: Objective, rows: np.ndarray) -> Callable[[], tuple[float, float]]:
+    """A function that measures the current model's accuracy on the validation images, and its standard error."""
     assert run.images.labels is not None
     truth = run.images.labels[rows]
 
     @torch.no_grad()
-    def accuracy() -> float:
+    def accuracy() -> tuple[float, float]:
         model.model.eval()
         answers = [
             loss.module(model.tail(model.trunk(x.to(device())))).argmax(dim=1).cpu().numpy()
             for x in embed.normalized(run.inputs("train")[rows], run.preprocessing)
         ]
-        return float((np.concatenate(answers) == truth).mean())
+        right = float((np.concatenate(answers) == truth).sum())
+        smoothed = (right + 1) / (len(rows) + 2)  # if all are right, the error is small, but not 0
+        return right / len(rows), (smoothed * (1 - smoothed) / len(rows)) ** 0.5
 
     return accuracy
 

@@ -49,7 +49,7 @@ def fit(
     rows: np.ndarray | None = None,
     every: int = 50,
     watch: Progress | None = None,
-    validate: Callable[[], float] | None = None,
+    validate: Callable[[], tuple[float, float]] | None = None,
 ) -> None:
     """Train ``model`` for ``steps`` steps, or resume from the checkpoint in ``folder``.
 
@@ -59,7 +59,9 @@ def fit(
         lr: overrides ``score_rate`` (0 for the control).
         rows: the images to train on; default: all.
         every: steps between checkpoints.
-        validate: scores the current model on validation images; the best of a few checkpoints is kept.
+        validate: the current model's accuracy on validation images and its standard error. Of a few checkpoints the
+            last one is kept that is within one standard error of the best: few images can't tell a half-trained
+            model from a finished one.
 
     Raises:
         CascadeError: the loss rises from the start, or becomes NaN or infinite.
@@ -105,9 +107,11 @@ def fit(
                     if leads:
                         curve.warn(name, step, wrong)
             if step + 1 in checked and validate is not None:
-                line["validation"] = score = round(validate(), 6)
-                if leads and score >= best_score(folder / BEST):
-                    store(folder / BEST, model, objective, {}, scaler, step + 1, score)
+                score, error = validate()
+                line["validation"] = round(score, 6)
+                best = max(score, best_score(folder / BEST))
+                if leads and score >= best - error:
+                    store(folder / BEST, model, objective, {}, scaler, step + 1, best)
             curve.write(line)
             if objective.falls:
                 curve.check_rise(name, head_steps, rates)

@@ -98,7 +98,8 @@ def test_distillation_comes_closer_to_the_copy(cifar_folder: Path, tmp_path: Pat
         wanted = teacher(x)
     before, after = ((reference(backbone, m, x) - wanted).square().mean() for m in (mask, fitted))
     assert after < before
-    assert all(t.dtype == torch.float16 for t in fitted.deltas.values())
+    assert all(t.dtype == torch.float16 for t in (*fitted.deltas.values(), *fitted.channels.values()))
+    assert any(not t.equal(mask.channels[n]) for n, t in fitted.channels.items()), "scales and shifts learn as well"
 
 
 def test_compare_counts_both(cifar_folder: Path, tmp_path: Path) -> None:

@@ -243,6 +243,28 @@ LEARNS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [((0.5, 0.9, 0.7, 0.6), 1), ((0.5, 0.9, 0.89, 0.7), 2), ((0.6, 0.7, 0.66, 0.62), 2), ((0.8, 0.79, 0.75, 0.8), 3)],
+)
+def test_the_last_checkpoint_within_an_error_of_the_best_is_kept(
+    scores: tuple[float, ...], kept: int, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    checkpoints, left = [], iter(scores)
+    model: MaskedModel
+
+    def validate() -> tuple[float, float]:
+        checkpoints.append({n: p.detach().clone() for n, p in model.learned.items()})
+        return next(left), 0.05
+
+    backbone = backbones.load("test_resnet", "random:0")
+    model = mask_backbone(backbone, 2)
+    objective = SelfSupervised(RECIPE, backbone.features, Preprocessing.of(backbone.config, 32))
+    fit("a mask", model, objective, pixels, RECIPE, STEPS, tmp_path, validate=validate)
+    equal = [all(p.equal(checkpoint[n]) for n, p in model.learned.items()) for checkpoint in checkpoints]
+    assert equal == [n == kept for n in range(len(scores))]
+
+
 @pytest.mark.parametrize("settings", LEARNS)
 def test_it_learns(settings: dict[str, object], pixels: np.ndarray, tmp_path: Path) -> None:
     """With real labels the loss falls, though nothing but masks, statistics and a head can move."""
