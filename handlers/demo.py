@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from rich.console import Console
 from cascade.client import Client
 from cascade.errors import CascadeError
 from handlers import demo_report, demo_traffic, process
-from handlers.demo_images import DemoError, samples
+from handlers.demo_images import DemoError, Sample, samples
 from handlers.signals import deferred, exit_on_signals
 from handlers.torchserve.entrypoint import Server
 
@@ -77,6 +78,12 @@ def _overview(url: str) -> dict[str, Any]:
     return dict(httpx.get(page, trust_env=False, timeout=60).raise_for_status().json())
 
 
+def _count(samples: list[Sample], asgi: AsgiServer) -> list[demo_report.Answered]:
+    """The answers to images with a known label, as soon as the server is ready. Raises DemoError."""
+    with Client(asgi.url) as client:
+        return demo_report.count([sample for sample in samples if sample.label and not sample.bundle], client)
+
+
 def main(
     images: Annotated[
         Path | None,
@@ -92,13 +99,17 @@ def main(
     try:
         every = samples(images)
         with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(1))
             start = time.perf_counter()
             with console.status("starting TorchServe and the ASGI server"):
                 torchserve = Server(store)  # which checks the store before anything starts
                 asgi = stack.enter_context(AsgiServer(store))
+                counting = pool.submit(_count, every, asgi)  # while TorchServe starts, which takes longer
                 stack.enter_context(torchserve)
                 url = asgi.url
             console.print(f"TorchServe and the ASGI server were ready after {time.perf_counter() - start:.1f} s")
+            with console.status("counting right labels"):
+                counted = counting.result()
             token = torchserve.headers["Authorization"].removeprefix("Bearer ")
             first = stack.enter_context(Client(torchserve.url, key=token))
             second = stack.enter_context(Client(url))
@@ -106,8 +117,6 @@ def main(
             served = [None, *(bundle["name"] for bundle in overview["bundles"])]
             asked = [sample for sample in every if sample.bundle in served]
             answers = demo_report.show([sample for sample in asked if sample.shown], first, second, console)
-            with console.status("asking about more images"):
-                counted = demo_report.count([sample for sample in asked if sample.label], second)
             with console.status("measuring the throughput"):
                 rates = demo_traffic.measure(url, overview["bundles"], asked)
             demo_report.summary(overview, answers, counted, rates, console)

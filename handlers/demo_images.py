@@ -15,7 +15,7 @@ CUSTOMERS = process.ROOT / "tests" / "data" / "customers"
 """``<customer>.webp`` with test images side by side, drawn by a seed; ``labels.json``; ``nobody/``: images of none."""
 NOBODY = "nobody"
 COLUMNS = 10  # images side by side
-SHOWN = 5  # images of each customer in the table
+COUNTED, SHOWN = 50, 5  # images of each customer, and those of them in the table
 NAMED, NAMED_SHOWN = ("paper", "objects"), 2
 """A bundle that images are never dispatched to, and the customer whose images it is asked about by name."""
 TYPES = (".jpg", ".jpeg", ".png", ".webp")
@@ -43,18 +43,21 @@ class Sample:
     shown: bool = True
 
 
-def samples(folder: Path | None = None) -> list[Sample]:
-    """The images in a folder; without one, those of the customers, of nobody, and by name. Raises DemoError."""
+def samples(folder: Path | None = None, counted: int = COUNTED) -> list[Sample]:
+    """The images in a folder; without one, ``counted`` of each customer, those of nobody, and those sent by name.
+
+    Raises DemoError.
+    """
     if folder is not None:
         return [Sample(path.stem, path.read_bytes()) for path in _files(folder)]
     labels = json.loads((CUSTOMERS / "labels.json").read_text())
-    own = [sample for customer in labels for sample in _drawn(customer, labels[customer], SHOWN)]
+    own = [sample for customer in labels for sample in _drawn(customer, labels[customer][:counted])]
     nobody = [
         Sample(f"{NOBODY}/{path.stem}", path.read_bytes(), customer=NOBODY) for path in _files(CUSTOMERS / NOBODY)
     ]
     bundle, customer = NAMED
     named = [
-        replace(sample, bundle=bundle, customer=None) for sample in _drawn(customer, labels[customer], NAMED_SHOWN)
+        replace(sample, bundle=bundle, customer=None) for sample in _drawn(customer, labels[customer][:NAMED_SHOWN])
     ]
     return own + nobody + named
 
@@ -66,12 +69,12 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def _drawn(customer: str, labels: list[str], shown: int) -> Iterator[Sample]:
-    """The test images of a customer, as PNG files, of which the first ``shown`` are in the table."""
+def _drawn(customer: str, labels: list[str]) -> Iterator[Sample]:
+    """The first test images of a customer, as PNG files."""
     with Image.open(CUSTOMERS / f"{customer}.webp") as sheet:
         side = sheet.width // COLUMNS
         for i, label in enumerate(labels):
             left, top = i % COLUMNS * side, i // COLUMNS * side
             file = io.BytesIO()
             sheet.crop((left, top, left + side, top + side)).save(file, "PNG", compress_level=1)
-            yield Sample(f"{customer}/{label}", file.getvalue(), None, customer, label, i < shown)
+            yield Sample(f"{customer}/{label}", file.getvalue(), None, customer, label, i < SHOWN)

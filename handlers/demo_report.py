@@ -134,7 +134,7 @@ def summary(
     """The facts: memory, labels, dispatch, throughput, equality.
 
     Args:
-        overview: of the ASGI server. answers: in the table. counted: with a known label, in the table or not.
+        overview: of the ASGI server. answers: in the table. counted: of the customers, in the table or not.
     """
     lines = Table.grid(padding=(0, 2, 0, 0))
     for name, text in _facts(overview, answers, counted, rates):
@@ -152,15 +152,12 @@ def _facts(
     yield "models", escape(", ".join(f"{name} {_mb(size)}" for name, size in sizes.items()))
     copies = f"{len(sizes)} resident copies" if len(sizes) > 1 else "a resident copy"
     yield "", f"together {_mb(sum(sizes.values()))}; {copies} would take {_mb(resident / len(backbones) * len(sizes))}"
-    own = [a for a in counted if a.sample.customer]
-    if own:
-        text = f"{_right(own)} are right; the table shows {sum(a.sample.shown for a in own)}"
-        named = [a for a in counted if a.sample.bundle]
-        yield "labels", text + (f"; {_right(named)} where the request named a bundle" if named else "")
-        sent = sum(a.answer is not None and a.answer.bundle == a.sample.customer for a in own)
+    if counted:
+        yield "labels", f"{_right(counted)} are right; the table shows {sum(a.sample.shown for a in counted)}"
+        sent = sum(a.answer is not None and a.answer.bundle == a.sample.customer for a in counted)
         strange = [a for a in answers if a.sample.customer == NOBODY]
         unknown = f"; {_right(strange)} that belong to nobody are unknown" if strange else ""
-        yield "dispatch", f"{sent} of {len(own)} images went to their customer" + unknown
+        yield "dispatch", f"{sent} of {len(counted)} images went to their customer" + unknown
     if rates:
         ratio, names = rates.mixed / rates.single, ", ".join(map(escape, rates.bundles))
         yield "throughput", f"{ratio:.2f} of that of a single model: {rates.mixed:.0f} images/s for {names} in turn"

@@ -11,7 +11,7 @@ from typing import Any
 from cascade.client import Client
 from handlers.demo_images import Sample
 
-SECONDS = 3.0  # and about one until the last requests are answered
+SECONDS = 2.0  # and about one until the last requests are answered
 ROUNDS = 2
 IMAGES = 16  # of a request
 

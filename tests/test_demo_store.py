@@ -110,7 +110,7 @@ def test_customers_answer_their_images() -> None:
     engine = Engine()
     for path in sorted(STORE.glob("*/1")):
         engine.add(read(path))
-    asked = [sample for sample in samples() if sample.bundle is None]
+    asked = [sample for sample in samples(counted=100) if sample.bundle is None]
     answers = engine.predict([sample.content for sample in asked], Options())
     found = [
         Answered(sample, answer if isinstance(answer, Prediction) else None, (0.0, 0.0))
