@@ -5,7 +5,6 @@ timm and torchvision need two of its functions while they are imported, and call
 """
 
 import sys
-from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 
@@ -18,9 +17,10 @@ def _import_timm() -> None:
     vars(utils)["is_compile_supported"] = lambda device: False
     sys.modules |= {module.__name__: module for module in (dynamo, utils)}
     try:
-        # A version that needs more is imported as usual, by the caller.
-        with suppress(ImportError, AttributeError, TypeError):
-            import_module("timm")
+        import_module("timm")
+    except (ImportError, AttributeError, TypeError):  # a version that needs more is imported as usual, by the caller
+        for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+            del sys.modules[name]
     finally:
         for module in (dynamo, utils):
             del sys.modules[module.__name__]
