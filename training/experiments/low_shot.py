@@ -22,7 +22,8 @@ SMALL: dict[str, Any] = {}
 PAPER = {"data": ("cifar100",), "epochs": 150}
 SHARES = (10, 4, 2, 1, 0.5, 0.25)  # % of the labels
 FEWEST = 80  # fewest steps of a training with labels; otherwise it has as many epochs as with all labels
-BATCH: dict[str, dict[str, Any]] = {"small": {"batch": 32}, "paper": {}}
+# Small batches and high rates for few steps.
+FEW: dict[str, dict[str, Any]] = {"small": {"batch": 32, "lr": 0.026, "head_lr": 0.02}, "paper": {}}
 
 
 def experiment(lab: Lab) -> list[Table]:
@@ -68,9 +69,9 @@ def labeled(run: Run, share: float, seed: int) -> np.ndarray:
 
 def by_labels(lab: Lab, name: str, seed: int) -> dict[str, dict[str, float]]:
     """Accuracies with few labels: the head only, with a mask, and with full fine-tuning."""
-    mask, batch = MASK[lab.preset], BATCH[lab.preset]
-    run = lab.run(name, seed, **(mask | batch))
-    tuned = lab.run(name, seed, **(mask | TUNED[lab.preset] | batch))
+    recipe = MASK[lab.preset] | FEW[lab.preset]
+    run = lab.run(name, seed, **recipe)
+    tuned = lab.run(name, seed, **(recipe | TUNED[lab.preset]))
     out: dict[str, dict[str, float]] = {}
     for share in SHARES:
         rows = labeled(run, share, seed)
