@@ -47,14 +47,19 @@ def load() -> Results:
 
 
 def figures(results: Results) -> dict[str, float | None]:
-    """Each figure of ``GOALS``, averaged over data sets, backbones and seeds; None where cells are missing."""
+    """Each figure of ``GOALS``: a mean over data sets and backbones, of means over seeds; None where not measured."""
     groups: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     for (dataset, row, backbone, seed), result in results.items():
         groups.setdefault((dataset, backbone, seed), {})[row] = result
 
     def average(rows: tuple[str, ...], value: Any, only: str = "") -> list[float]:
-        chosen = [g for (d, _, _), g in groups.items() if d.startswith(only) and all(r in g for r in rows)]
-        return [v for v in (value(*(g[row] for row in rows)) for g in chosen) if v is not None]
+        seeds: dict[tuple[str, str], list[float]] = {}
+        for (dataset, backbone, _), group in groups.items():
+            complete = dataset.startswith(only) and all(row in group for row in rows)
+            found = value(*(group[row] for row in rows)) if complete else None
+            if found is not None:
+                seeds.setdefault((dataset, backbone), []).append(found)
+        return [mean(values) for values in seeds.values()]
 
     def over(a: dict[str, Any], b: dict[str, Any]) -> float:
         return float(a["accuracy"] - b["accuracy"])

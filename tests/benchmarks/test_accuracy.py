@@ -25,6 +25,16 @@ def test_what_is_missing_is_not_measured() -> None:
     assert {value for name, value in found.items() if name != "unlabeled_over_lightly"} == {None}
 
 
+def test_a_data_set_counts_once_however_many_seeds_it_has() -> None:
+    gains = {("digits", 0): 2.0, ("groceries", 0): 7.0, ("groceries", 1): 9.0}
+    results = {
+        (dataset, row, "net", seed): {"accuracy": 60.0 + gain, "bytes": 1}
+        for (dataset, seed), most in gains.items()
+        for row, gain in (("frozen", 0.0), ("both", most))
+    }
+    assert figures(results)["mask_over_head"] == 5.0
+
+
 def test_cells_are_those_of_every_row_and_lora_comes_last() -> None:
     rows = [cell.row for cell in cells(["digits"], ["tf_efficientnet_lite0"], 1)]
     assert rows[0] == "frozen" and rows[-1] == "lora" and len(rows) == len(set(rows)) == 11
