@@ -24,7 +24,7 @@ def store(
     step: int,
     score: float | None = None,
 ) -> None:
-    """Write a checkpoint atomically; ``score`` is the accuracy on validation images, if measured."""
+    """Write a checkpoint atomically; ``score`` is the best accuracy on validation images so far, if measured."""
     tensors = model.state()
     tensors |= {f"objective.{n}": t for n, t in objective.module.state_dict().items()}
     tensors |= {f"scaler.{n}": torch.tensor(float(v)) for n, v in scaler.state_dict().items()}
