@@ -4,6 +4,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from cascade.bundle.format import Bundle
+from cascade.engine.engine import Engine
+from cascade.engine.results import Prediction
+from tests.helpers.answers import answers
 from training import pipeline
 from training.cli import Watch
 from training.recipe import Recipe
@@ -33,8 +37,8 @@ def recipe(folder: Path, **changes: object) -> Recipe:
     return Recipe(str(folder), **OPTIONS | changes)  # type: ignore[arg-type]
 
 
-class Ear(Watch):
-    """Keeps what it is told."""
+class Recorder(Watch):
+    """Keeps what a person would be told."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -46,6 +50,12 @@ class Ear(Watch):
 
 def train(root: Path, recipe: Recipe, **more: bool) -> Path:
     return pipeline.train(begin(root / "run", recipe, Watch(None)), root / "store" / "small" / "1", **more)
+
+
+def predict(bundle: Bundle, images: list[Image.Image], mode: str | None = None) -> list[Prediction]:
+    engine = Engine()
+    engine.add(bundle)
+    return answers(engine, images, mode=mode)
 
 
 def content(bundle: Path) -> dict[str, bytes]:

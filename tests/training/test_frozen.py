@@ -11,7 +11,7 @@ from PIL import Image
 from cascade.bundle.format import read
 from cascade.engine.engine import Engine
 from cascade.engine.results import Prediction
-from tests.helpers.training import Ear
+from tests.helpers.training import Recorder
 from training import comparison, frozen, pipeline
 from training.frozen import Candidate
 from training.recipe import Recipe
@@ -32,7 +32,7 @@ def recipe(folder: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def run(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return begin(tmp_path_factory.mktemp("frozen") / "run", recipe(cifar_folder), Ear())
+    return begin(tmp_path_factory.mktemp("frozen") / "run", recipe(cifar_folder), Recorder())
 
 
 def test_a_frozen_bundle_is_a_head_and_answers_as_it_was_measured(
@@ -100,18 +100,18 @@ def test_validation_images_leave_every_class_something_to_train_on(counts: list[
 
 
 def test_odd_class_folders_are_warned_of(run: Run) -> None:
-    ear = run.watch
-    assert isinstance(ear, Ear) and run.images.labels is not None
+    recorder = run.watch
+    assert isinstance(recorder, Recorder) and run.images.labels is not None
     images = run.images
-    odd = Run(run.folder, run.recipe, ear)
+    odd = Run(run.folder, run.recipe, recorder)
     few = [*np.flatnonzero(images.labels == 0)[:1], *np.flatnonzero(images.labels == 1)]
     odd.__dict__["images"] = images.take(np.array(few))
     frozen.check_labels(odd)
-    said = " ".join(ear.said)
+    said = " ".join(recorder.said)
     assert "have one training image" in said and "--class-weights" in said and "never be an answer" in said
     twice = images.take(np.array([0, 0]))
     assert twice.labels is not None
     twice.labels[1] = (twice.labels[0] + 1) % 10
     odd.__dict__["images"] = twice
     frozen.check_labels(odd)
-    assert any("in several class folders" in line for line in ear.said)
+    assert any("in several class folders" in line for line in recorder.said)

@@ -10,11 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cascade.bundle.format import Bundle, check, read, strip_prefix
-from cascade.engine.engine import Engine
-from cascade.engine.results import Options, Prediction
+from cascade.bundle.format import check, read, strip_prefix
 from cascade.model.fusion import MODES
-from tests.helpers.training import Ear, flat, recipe, train
+from tests.helpers.training import Recorder, flat, predict, recipe, train
 from training import (
     comparison,
     distilled_experts,
@@ -35,14 +33,6 @@ from training.tuned import tune_backbone
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads_are_started")]
 
 LITE0 = {"backbone": "tf_efficientnet_lite0", "source": "", "mask_from": "blocks.6"}
-
-
-def predict(bundle: Bundle, images: list[Image.Image], mode: str | None = None) -> list[Prediction]:
-    engine = Engine()
-    engine.add(bundle)
-    answers = engine.predict(images, Options(mode=mode, embedding=True))
-    assert all(isinstance(a, Prediction) for a in answers), answers
-    return answers  # type: ignore[return-value]
 
 
 def test_the_small_cascade_is_whole(bundle_path: Path, cifar: list[Image.Image]) -> None:
@@ -164,7 +154,7 @@ def test_a_delta_is_the_fine_tuned_copy_in_bits(
     """All weights are trained, and the bundle serves what is left of the copy as a delta, with its head."""
     monkeypatch.setattr(Candidate, "beats", lambda self, other: self.name == "dispatcher")
     options = {"labels": True, "adapt": "delta", "lr": 0.01, "steps": 12, "clusters": 0}
-    run = begin(tmp_path / "run", recipe(cifar_folder, **options), Ear())
+    run = begin(tmp_path / "run", recipe(cifar_folder, **options), Recorder())
     bundle = read(pipeline.train(run, tmp_path / "store" / "cifar" / "1", compare=True))
     check(bundle, run.backbone)
     facts = bundle.card.accuracy
@@ -186,13 +176,13 @@ def test_experts_that_imitate_a_teacher(
     cifar_folder: Path, tmp_path: Path, cifar: list[Image.Image], better: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are served if they come closer to it than one mask does in the same steps."""
-    ear = Ear()
+    recorder = Recorder()
     options = {"objective": "distill", "adapt": "both", "lr": 0.02, "steps": 80, "clusters": 2}
-    run = begin(tmp_path / "run", recipe(cifar_folder, **options), ear)
+    run = begin(tmp_path / "run", recipe(cifar_folder, **options), recorder)
     measured = distilled_experts.compare
     monkeypatch.setattr(distilled_experts, "compare", lambda *a: measured(*a) | {"serves": better})
     bundle = read(pipeline.train(run, tmp_path / "store" / "cifar" / "1"))
-    (said,) = (line for line in ear.said if "distance to the teacher, experts remove" in line)
+    (said,) = (line for line in recorder.said if "distance to the teacher, experts remove" in line)
     assert "in the same 80 steps" in said and said.endswith(f"the bundle serves: {better}")
     for name, steps in (("run/expert-0", 40), ("run/expert-1", 40), ("run-joint/dispatcher", 80)):
         assert len((tmp_path / name / "curve.jsonl").read_text().splitlines()) == steps
@@ -213,15 +203,15 @@ def test_experts_with_labels_each_have_a_head(
 ) -> None:
     """They are served if they beat one mask of the same steps, which the table shows beside them."""
     monkeypatch.setattr(Candidate, "beats", lambda self, other: self.name == better)
-    ear = Ear()
+    recorder = Recorder()
     options = {"labels": True, "adapt": "both", "lr": 0.2, "steps": 12, "clusters": 2, "bank": 0}
-    run = begin(tmp_path / "run", recipe(cifar_folder, **options), ear)
+    run = begin(tmp_path / "run", recipe(cifar_folder, **options), recorder)
     out = pipeline.train(run, tmp_path / "store" / "cifar" / "1")
     bundle = read(out)
     facts = bundle.card.accuracy
     assert [*facts["rows"]] == ["frozen backbone, linear head", "one mask for all clusters", "an expert per cluster"]
     assert facts["steps"] == {"experts": 12, "each": 6} and facts["serves"] == better
-    assert any("experts against one mask for the same 12 steps" in line for line in ear.said)
+    assert any("experts against one mask for the same 12 steps" in line for line in recorder.said)
     for name, steps in (("expert-0", 6), ("expert-1", 6), ("equal-steps", 12)):
         assert len((tmp_path / "run" / name / "curve.jsonl").read_text().splitlines()) <= steps
     if better != "experts":
@@ -257,9 +247,9 @@ def test_an_unlabeled_single_mask_has_neighbors_and_no_head(tmp_path: Path, cifa
 
 
 def test_the_budget_is_said_before_the_first_step(cifar_folder: Path, tmp_path: Path) -> None:
-    run = begin(tmp_path, replace(recipe(cifar_folder), expert_from="conv_head"), ear := Ear())
+    run = begin(tmp_path, replace(recipe(cifar_folder), expert_from="conv_head"), recorder := Recorder())
     pipeline.budget(run, controls=True)
-    assert ear.said == [
+    assert recorder.said == [
         "240 images to train on, 60 to measure by",
         "mask from blocks.3 on, experts from conv_head on",
         "36 steps of 32 images: dispatcher 6, 3 experts 12, equal-steps control 18",
@@ -273,10 +263,12 @@ def test_the_time_of_a_long_training_is_said_first(
     monkeypatch.setattr(pipeline, "_distilled", lambda run, out, *_: out)
     for steps, said in ((1000, "about 10.0 min, at 0.6 s a step"), (50, "50 steps of 32 images: mask 50")):
         run = begin(
-            tmp_path / str(steps), recipe(cifar_folder, objective="distill", clusters=0, steps=steps), ear := Ear()
+            tmp_path / str(steps),
+            recipe(cifar_folder, objective="distill", clusters=0, steps=steps),
+            recorder := Recorder(),
         )
         pipeline.train(run, tmp_path / "store" / "cifar" / "1")
-        assert ear.said[-1] == said
+        assert recorder.said[-1] == said
 
 
 @pytest.mark.parametrize("steps, rate, warned", [(5, 1e-6, True), (5, 2.0, False), (0, 2.0, False)])
@@ -284,5 +276,5 @@ def test_a_mask_that_masks_nothing_is_said_unless_that_was_asked_for(
     steps: int, rate: float, warned: bool, tmp_path: Path, cifar: list[Image.Image]
 ) -> None:
     settings = recipe(flat(cifar, tmp_path / "photos", 40), clusters=0, steps=steps, lr=rate)
-    pipeline.train(begin(tmp_path / "run", settings, ear := Ear()), tmp_path / "store" / "small" / "1")
-    assert any("has switched no weight off" in line for line in ear.said) == warned
+    pipeline.train(begin(tmp_path / "run", settings, recorder := Recorder()), tmp_path / "store" / "small" / "1")
+    assert any("has switched no weight off" in line for line in recorder.said) == warned

@@ -11,7 +11,7 @@ import pytest
 
 from cascade.errors import CascadeError
 from tests.conftest import need
-from tests.helpers.training import Ear
+from tests.helpers.training import Recorder
 from training import distributed, pipeline, ray_experts
 from training.checkpoint import DONE
 from training.curve import CURVE
@@ -21,7 +21,7 @@ from training.run import Run
 pytestmark = pytest.mark.slow
 
 
-class Listener(Ear):
+class ProgressRecorder(Recorder):
     """Keeps the progress too."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Listener(Ear):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(tmp_path, Recipe("photos", clusters=2, expert_steps=100), Listener())
+    return Run(tmp_path, Recipe("photos", clusters=2, expert_steps=100), ProgressRecorder())
 
 
 def cluster(*nodes: dict[str, float]) -> Any:
@@ -44,36 +44,36 @@ def cluster(*nodes: dict[str, float]) -> Any:
 
 
 def test_a_task_takes_a_gpu_or_as_many_cpus_as_there_are_threads() -> None:
-    ear = Listener()
-    assert ray_experts._needs(cluster({"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}), 5, 2, ear) == {"num_gpus": 1}
+    recorder = ProgressRecorder()
+    assert ray_experts._needs(cluster({"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}), 5, 2, recorder) == {"num_gpus": 1}
     environment = {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
     want = {"num_cpus": 2, "runtime_env": {"env_vars": environment}}
-    assert ray_experts._needs(cluster({}, {"CPU": 3.0}, {"CPU": 8.0}), 4, 2, ear) == want
-    assert ear.said == [
+    assert ray_experts._needs(cluster({}, {"CPU": 3.0}, {"CPU": 8.0}), 4, 2, recorder) == want
+    assert recorder.said == [
         "5 experts as Ray tasks of 1 GPU each, 2 at a time",
         "4 experts as Ray tasks of 2 CPU each, 4 at a time",
     ]
     with pytest.raises(CascadeError, match="no node of the cluster has 2 CPUs, .* set NUMBA_NUM_THREADS lower"):
-        ray_experts._needs(cluster({"CPU": 1.0}, {"CPU": 1.0}), 4, 2, ear)
+        ray_experts._needs(cluster({"CPU": 1.0}, {"CPU": 1.0}), 4, 2, recorder)
 
 
 def test_curves_are_followed(run: Run) -> None:
     """To the last whole line; what goes wrong is said once."""
-    ear, warned = run.watch, set[tuple[int, str]]()
-    assert isinstance(ear, Listener)
+    recorder, warned = run.watch, set[tuple[int, str]]()
+    assert isinstance(recorder, ProgressRecorder)
     ray_experts._follow(run, 1, warned)  # it has not begun
     curve = run.folder / "expert-1" / CURVE
     curve.parent.mkdir()
     for nothing in ("", '{"step": 0', "x" * ray_experts.TAIL + "}\n"):
         curve.write_text(nothing)
         ray_experts._follow(run, 1, warned)
-    assert ear.seen == []
+    assert recorder.seen == []
     lines = [{"step": 0, "loss": 3.5}, {"step": 49, "loss": 2.5, "warnings": {"embedding": "collapses"}}]
     curve.write_text("\n".join([*map(json.dumps, lines), '{"step": 50, "lo']))
     with pytest.warns(UserWarning, match="expert-1, step 49: collapses") as told:
         ray_experts._follow(run, 1, warned)
         ray_experts._follow(run, 1, warned)
-    assert ear.seen == [("expert-1", 50, 100, 2.5)] * 2 and len(told) == 1
+    assert recorder.seen == [("expert-1", 50, 100, 2.5)] * 2 and len(told) == 1
 
 
 def test_a_tasks_error_is_one_line() -> None:

@@ -13,13 +13,7 @@ from cascade.bundle.format import read
 from cascade.cli.main import app
 from cascade.errors import CascadeError
 from tests.helpers.training import OPTIONS, content, flat, recipe, train
-from training import (
-    clusters,
-    dispatcher,
-    evaluate,
-    experts,
-    export,
-)
+from training import clusters, dispatcher, evaluate, experts, export
 from training.cli import Watch
 from training.run import begin, resume
 

@@ -9,25 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cascade.bundle.format import Bundle, read
-from cascade.engine.engine import Engine
-from cascade.engine.results import Options, Prediction
-from tests.helpers.training import OPTIONS, flat, recipe, train
-from training import (
-    pipeline,
-)
+from cascade.bundle.format import read
+from tests.helpers.training import OPTIONS, flat, predict, recipe, train
+from training import pipeline
 from training.cli import Watch, start
 from training.run import begin
 
 pytestmark = pytest.mark.slow
-
-
-def predict(bundle: Bundle, images: list[Image.Image], mode: str | None = None) -> list[Prediction]:
-    engine = Engine()
-    engine.add(bundle)
-    answers = engine.predict(images, Options(mode=mode, embedding=True))
-    assert all(isinstance(a, Prediction) for a in answers), answers
-    return answers  # type: ignore[return-value]
 
 
 # Broken images

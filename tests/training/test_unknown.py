@@ -17,7 +17,7 @@ from cascade.errors import CascadeError
 from tests.conftest import sheet
 from tests.helpers.bundles import handmade
 from tests.helpers.domains import activations, with_domain
-from tests.helpers.training import Ear
+from tests.helpers.training import Recorder
 from training.recipe import Recipe
 from training.unknown import recipe_of
 
@@ -45,28 +45,28 @@ def kept(folder: Path, images: list[Image.Image]) -> Path:
 
 def test_without_those_that_fit_by_now(store: Path, tmp_path: Path) -> None:
     clothes, photos = sheet("fashion_mnist")[200:210], sheet("cifar10")[:40]
-    folder, ear = kept(tmp_path / "unknown", [*clothes, *photos]), Ear()
+    folder, recorder = kept(tmp_path / "unknown", [*clothes, *photos]), Recorder()
     (folder / "cut.jpg").write_bytes((folder / "0.jpg").read_bytes()[:30])
     wanted = Recipe("", crop_pct=0.9)
-    recipe = recipe_of(wanted, folder, store / "new" / "1", tmp_path / "run", ear)
+    recipe = recipe_of(wanted, folder, store / "new" / "1", tmp_path / "run", recorder)
     assert recipe.data == str(tmp_path / "run-unknown" / "images")
     assert (recipe.backbone, recipe.source, recipe.size, recipe.crop_pct) == ("test_resnet", "random:0", 64, 0.9)
     taken = {int(path.stem) for path in Path(recipe.data).glob("*.jpg") if path.stem != "cut"}
     assert len(taken & {*range(10)}) <= 1, "clothes fit"
     assert len(taken & {*range(10, 50)}) >= 25
-    assert any("fit a bundle by now: clothes" in line for line in ear.said)
+    assert any("fit a bundle by now: clothes" in line for line in recorder.said)
     for path in folder.iterdir():
         path.unlink()  # evicted: the copies stay, so that the run can be resumed
-    assert recipe_of(wanted, folder, store / "new" / "1", tmp_path / "run", ear) == recipe
+    assert recipe_of(wanted, folder, store / "new" / "1", tmp_path / "run", recorder) == recipe
     named = Recipe("", backbone="test_vit", source="random:1", size=32)
-    assert recipe_of(named, folder, store / "new" / "1", tmp_path / "run", ear).backbone == "test_vit"
+    assert recipe_of(named, folder, store / "new" / "1", tmp_path / "run", recorder).backbone == "test_vit"
 
 
 def test_any_folder_of_images(store: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for n, image in enumerate(sheet("cifar10")[:20]):
         image.save(tmp_path / "photos" / f"{n}.png")
-    recipe = recipe_of(Recipe(""), tmp_path / "photos", tmp_path / "none" / "new" / "1", tmp_path / "run", Ear())
+    recipe = recipe_of(Recipe(""), tmp_path / "photos", tmp_path / "none" / "new" / "1", tmp_path / "run", Recorder())
     assert recipe == replace(Recipe(""), data=recipe.data) and len([*Path(recipe.data).iterdir()]) == 20
 
 
@@ -78,7 +78,7 @@ def test_errors(store: Path, tmp_path: Path) -> None:
         (Recipe("", labels=True), folder, "have no labels"),
     ):
         with pytest.raises(CascadeError, match=message):
-            recipe_of(recipe, source, store / "new" / "1", tmp_path / "run", Ear())
+            recipe_of(recipe, source, store / "new" / "1", tmp_path / "run", Recorder())
     for arguments in ([], ["photos", "--from-unknown", str(folder)]):
         done = CliRunner().invoke(app, ["train", *arguments, "--out", str(tmp_path / "new" / "1")])
         assert done.exit_code == 1 and "or --from-unknown FOLDER, and not both" in str(done.output), done.output

@@ -26,7 +26,7 @@ SGD: dict[str, dict[str, Any]] = {
     "paper": MASK["paper"],
 }
 HEAD_FIRST = {"small": True, "paper": False}  # mask and weights start from the head that was trained alone
-TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning without labels; weights need other rates than scores
+TUNED: dict[str, dict[str, Any]] = {  # full fine-tuning without labels, or with few
     "small": {"optimizer": "sgd", "lr": 0.001, "weight_decay": 1e-6},
     "paper": {"optimizer": "sgd", "lr": 0.15, "weight_decay": 1e-6},
 }
