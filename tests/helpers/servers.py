@@ -132,7 +132,7 @@ def watched(
             assert running.end(signal.SIGTERM) == 0, running.log()
         left = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.processes()]
         files = [path.name for path in folder.iterdir() if path.name != "stderr"]
-        assert (left, files) == ([], [])
+        assert (left, files) == ([], []), (left, files)
     finally:
         for pid in running.processes():
             with suppress(ProcessLookupError):

@@ -173,12 +173,15 @@ def _kind(masks: Sequence[Mask], size: int, domain: int) -> _Kind:
 
 
 def _shapes(folded: Folded, size: int) -> list[torch.Size]:
-    """Shapes of an image's activations before each stage and after the last, computed without any data."""
-    model, x = copy.deepcopy(folded.model).to("meta"), torch.empty(1, 3, size, size, device="meta")
+    """Shapes of an image's activations before each stage and after the last, by a pass of zeros.
+
+    Not on PyTorch's meta device: there, a ReLU6 would import TorchDynamo, which takes seconds and 150 MB.
+    """
+    model, x = copy.deepcopy(folded.model).cpu(), torch.zeros(1, 3, size, size)
     for unit in folded.units:
         layer = model.get_submodule(unit.module)
         for part, shape in (("weight", unit.shape), ("bias", unit.shape[:1])):
-            setattr(layer, part, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+            setattr(layer, part, nn.Parameter(torch.zeros(shape), requires_grad=False))
     shapes = [x.shape[1:]]
     with torch.inference_mode():
         for stage in stages(model):

@@ -9,6 +9,10 @@ from tests.helpers.paths import ROOT
 
 NOT_LOADED = """
 import sys, cascade.engine.engine
+from cascade.engine.executors.onnx import _shapes
+from cascade.model import backbone, folding
+relu6 = folding.Folded(backbone.load("tf_efficientnet_lite0", "random:0"))
+assert _shapes(relu6, 64)[-1] == (1280, 2, 2)
 assert "timm" in sys.modules and "torch._dynamo" not in sys.modules
 """
 NEEDED = """
