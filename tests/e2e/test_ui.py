@@ -63,6 +63,11 @@ LIGHTNESS = """(style => [style.backgroundColor, style.color].map(
 )(getComputedStyle(document.querySelector("#cards section")))"""
 
 
+# The fact about an answer like the last one, but by the second likeliest bundle.
+ANSWERED_BY = """const [first, second] = answer.dispatch.likely;
+return [first.name, Object.fromEntries(about({...answer, bundle: second.name}))["answered by"]];"""
+
+
 # What a person can act on or is told, as far as it is visible; pictures without a text stand beside their name.
 CONTROLS = """[...document.querySelectorAll(
     "a[href], button, input, select, summary, meter, canvas, [tabindex], img:not([alt=''])")]
@@ -110,6 +115,9 @@ def test_an_image_is_shown_with_its_answer(
     page.choose(PHOTO)
     assert page.until("document.body.dataset.shown") in ("one", "two"), "the one that fits: they are alike"
     assert "one" in page.text("likely") and "two" in page.text("likely")
+    likeliest, answered_by = page.browser.execute_script(ANSWERED_BY)
+    assert answered_by.endswith(f", because its label is likelier than that of {likeliest}")
+    assert "because" not in page.text("facts"), "here the likeliest has answered"
     page.browser.execute_script("delete document.body.dataset.shown; bundle.selectedIndex = 1; bundle.onchange()")
     assert page.until("document.body.dataset.shown") == "one"
     facts = page.text("facts")
