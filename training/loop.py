@@ -22,7 +22,7 @@ from training.curve import CURVE, Curve, problems
 from training.data.dataset import batches
 from training.masking import MaskedModel
 from training.objectives import PIECE, Batch, Objective
-from training.optimizers import make_optimizers, schedule, score_rate, set_rates
+from training.optimizers import channel_rate, make_optimizers, schedule, score_rate, set_rates
 from training.recipe import Recipe
 
 Part = tuple[Tensor, np.ndarray, int]
@@ -69,7 +69,7 @@ def fit(
     rows = np.arange(len(pixels)) if rows is None else rows
     rate = score_rate(recipe, steps) if lr is None else lr
     device = next(model.model.parameters()).device
-    optimizers = make_optimizers(model, objective, recipe, rate)
+    optimizers = make_optimizers(model, objective, recipe, rate, channel_rate(recipe, steps) if rate else 0.0)
     rates = {kind: o.param_groups[0]["initial_lr"] for kind, o in optimizers.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     folder.mkdir(parents=True, exist_ok=True)
