@@ -11,8 +11,9 @@ from training.objectives import Objective
 from training.recipe import Recipe
 
 WEIGHTS_WARMUP = 100  # steps
-LR, MOST_LR, TRAVEL = 0.02, 0.05, 45.0
-CHANNEL_LR, CHANNEL_TRAVEL = 0.002, 0.75  # the second with labels
+LR, MOST_LR, TRAVEL = 0.02, 0.05, 30.0
+CHANNEL_LR, LEAST_CHANNEL_LR = 0.002, 0.0005
+TRAVEL_TOGETHER, CHANNEL_TRAVEL = 45.0, 0.75  # of scores and channels that are trained together
 WEIGHTS_LR = {"labels": 0.001, "distill": 0.0005}  # if every weight is trained
 CONTINUED = 0.1  # factor of the rates of SwAV after distillation: at the full ones it undoes that
 
@@ -42,24 +43,28 @@ def score_rate(recipe: Recipe, steps: int) -> float:
     """Learning rate of the scores, or of all weights, for a training of ``steps`` steps: the recipe's if it has one.
 
     Adam moves a score by at most its rate in a step, so rate times steps is how far scores can travel. With labels this
-    is kept: in a few hundred steps with 0.02 hardly any score would reach the threshold.
+    is kept: in a few hundred steps with 0.02 hardly any score would reach the threshold. Scores alone travel less: with
+    the rates of those that have scales and shifts beside them, the digits collapsed (decision 17).
     """
     if recipe.lr:
         return recipe.lr * _continued(recipe)
     if recipe.adapt == "delta":
         return WEIGHTS_LR[recipe.kind]
-    return max(LR, min(MOST_LR, TRAVEL / max(1, steps))) if recipe.kind == "labels" else LR * _continued(recipe)
+    if recipe.kind != "labels":
+        return LR * _continued(recipe)
+    travel = TRAVEL_TOGETHER if recipe.adapt == "both" else TRAVEL
+    return max(LR, min(MOST_LR, travel / max(1, steps)))
 
 
 def channel_rate(recipe: Recipe, steps: int) -> float:
     """Learning rate of scales and shifts, for a training of ``steps`` steps: the recipe's if it has one.
 
-    With labels it is the lower, the longer the training: in trials that gave more accuracy (decision 17).
+    With labels and beside scores it is the lower, the longer the training: in trials that switched more weights off and
+    gave more accuracy (decision 17).
     """
     rate = recipe.channel_lr or CHANNEL_LR
-    if not recipe.channel_lr and recipe.kind == "labels":
-        least = 0.001 if recipe.adapt == "channels" else 0.0005
-        rate = max(least, min(CHANNEL_LR, CHANNEL_TRAVEL / max(1, steps)))
+    if not recipe.channel_lr and (recipe.kind, recipe.adapt) == ("labels", "both"):
+        rate = max(LEAST_CHANNEL_LR, min(CHANNEL_LR, CHANNEL_TRAVEL / max(1, steps)))
     return rate * _continued(recipe)
 
 

@@ -54,8 +54,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "optimizer": "Optimizer of the scores; rms-sgd divides each tensor's gradient by its root mean square.",
         "lr": "Learning rate of the scores; 0: 0.02, and with labels more in short trainings, at most 0.05. With"
         " --adapt delta, of all weights; 0: 0.001, and half of it without labels.",
-        "channel_lr": "Learning rate of scales and shifts (Adam); 0: 0.002, and with labels less in long trainings,"
-        " at least 0.0005 (0.001 without scores).",
+        "channel_lr": "Learning rate of scales and shifts (Adam); 0: 0.002, and with labels, beside scores, less in"
+        " long trainings, at least 0.0005.",
         "head_lr": "Learning rate of the head and of SwAV's prototypes; 0: 0.001 (AdamW), with swav 0.15 (SGD).",
         "warmup": "Share of the steps in which learning rates rise; then they decay along a cosine.",
         "weight_decay": "Weight decay of full fine-tuning (training.finetune); scores have none.",
