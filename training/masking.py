@@ -34,22 +34,21 @@ class _Masked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, weight: Tensor, active: Tensor, rows: int) -> Tensor:
-        blocks = _blocks(active, rows)
-        size = active.numel() // rows
-        share = blocks.sum(dim=_rest(blocks), keepdim=True, dtype=scores.dtype) / size
-        alpha = share.clamp_(min=1 / size).sqrt_()
-        masked = torch.mul(_blocks(weight, rows), blocks).div_(alpha).reshape(weight.shape)
+    def forward(ctx: Any, scores: Tensor, weight: Tensor, parametrization: "ThresholdMask") -> Tensor:
+        blocks = _blocks(parametrization.ones(), parametrization.rows)
+        size = blocks[0].numel()
+        alpha = _sums(blocks).div_(size).clamp_(min=1 / size).sqrt_()
+        masked = blocks.mul_(_blocks(weight, len(alpha))).div_(alpha).reshape(weight.shape)
         ctx.save_for_backward(weight, masked, alpha)
         return masked
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         *tensors, alpha = ctx.saved_tensors
         weight, masked, gradient = (_blocks(x, len(alpha)) for x in (*tensors, gradients[0]))
         # The sum is 0 if nothing is active, because alpha is then constant.
-        through = (gradient * masked).sum(dim=_rest(masked), keepdim=True).div_(-2 * masked[0].numel()).div_(alpha)
-        return torch.addcmul(through, gradient, weight).div_(alpha).reshape(gradients[0].shape), None, None, None
+        through = _sums(gradient * masked).div_(-2 * masked[0].numel()).div_(alpha)
+        return torch.addcmul(through, gradient, weight).div_(alpha).reshape(gradients[0].shape), None, None
 
 
 def _blocks(x: Tensor, rows: int) -> Tensor:
@@ -57,9 +56,9 @@ def _blocks(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(0, (rows, -1))
 
 
-def _rest(x: Tensor) -> list[int]:
-    """All dimensions except the first."""
-    return list(range(1, x.dim()))
+def _sums(blocks: Tensor) -> Tensor:
+    """The sum of each block, [rows, 1, ...]. One after the other, because a sum over some axes is much slower."""
+    return torch.stack([block.sum() for block in blocks]).view(-1, *[1] * (blocks.dim() - 1))
 
 
 class ThresholdMask(nn.Module):
@@ -90,9 +89,15 @@ class ThresholdMask(nn.Module):
         """M, bool of the weight's shape."""
         return active(self.scores.detach(), self.threshold, self.share, self.free)
 
+    def ones(self) -> Tensor:
+        """M, new, 0 or 1 of the scores' type. The comparison writes it, where nothing but the threshold decides."""
+        if self.share is None and self.free is None:
+            return torch.gt(self.scores.detach(), self.threshold, out=torch.empty_like(self.scores))
+        return self.active().to(self.scores.dtype)
+
     def forward(self, weight: Tensor) -> Tensor:
         scores = self.scores if self.free is None else torch.where(self.free, self.scores, self.scores.detach())
-        masked: Tensor = _Masked.apply(scores, weight, self.active(), self.rows)
+        masked: Tensor = _Masked.apply(scores, weight, self)
         return masked
 
 
