@@ -90,7 +90,7 @@ class ThresholdMask(nn.Module):
         return active(self.scores.detach(), self.threshold, self.share, self.free)
 
     def ones(self) -> Tensor:
-        """M, new, 0 or 1 of the scores' type. The comparison writes it, where nothing but the threshold decides."""
+        """M as 0 and 1 in the scores' type. If only the threshold counts, the comparison writes them itself."""
         if self.share is None and self.free is None:
             return torch.gt(self.scores.detach(), self.threshold, out=torch.empty_like(self.scores))
         return self.active().to(self.scores.dtype)
