@@ -52,8 +52,7 @@ def score_rate(recipe: Recipe, steps: int) -> float:
         return WEIGHTS_LR[recipe.kind]
     if recipe.kind != "labels":
         return LR * _continued(recipe)
-    travel = TRAVEL_TOGETHER if recipe.adapt == "both" else TRAVEL
-    return max(LR, min(MOST_LR, travel / max(1, steps)))
+    return _rate(TRAVEL_TOGETHER if recipe.adapt == "both" else TRAVEL, steps, LR, MOST_LR)
 
 
 def channel_rate(recipe: Recipe, steps: int) -> float:
@@ -62,10 +61,9 @@ def channel_rate(recipe: Recipe, steps: int) -> float:
     With labels and beside scores it is the lower, the longer the training: in trials that switched more weights off and
     gave more accuracy (decision 17).
     """
-    rate = recipe.channel_lr or CHANNEL_LR
-    if not recipe.channel_lr and (recipe.kind, recipe.adapt) == ("labels", "both"):
-        rate = max(LEAST_CHANNEL_LR, min(CHANNEL_LR, CHANNEL_TRAVEL / max(1, steps)))
-    return rate * _continued(recipe)
+    if recipe.channel_lr or (recipe.kind, recipe.adapt) != ("labels", "both"):
+        return (recipe.channel_lr or CHANNEL_LR) * _continued(recipe)
+    return _rate(CHANNEL_TRAVEL, steps, LEAST_CHANNEL_LR, CHANNEL_LR)
 
 
 def make_optimizers(
@@ -107,6 +105,11 @@ def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float, unfro
         rising = 1.0 if unfrozen is None or kind != "weights" else min(1.0, max(0, unfrozen + 1) / WEIGHTS_WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor * rising
+
+
+def _rate(travel: float, steps: int, least: float, most: float) -> float:
+    """The rate with which Adam moves a parameter at most this far in ``steps`` steps, within bounds."""
+    return max(least, min(most, travel / max(1, steps)))
 
 
 def _continued(recipe: Recipe) -> float:
