@@ -175,7 +175,7 @@ def _kind(masks: Sequence[Mask], size: int, domain: int) -> _Kind:
 def _shapes(folded: Folded, size: int) -> list[torch.Size]:
     """Shapes of an image's activations before each stage and after the last, by a pass of zeros.
 
-    Not on PyTorch's meta device: there, a ReLU6 would import TorchDynamo, which takes 1.6 s and 150 MB.
+    Not on PyTorch's meta device: there, a ReLU6 or a ViT would import TorchDynamo, which takes 1.6 s and 150 MB.
     """
     model, x = copy.deepcopy(folded.model).cpu(), torch.zeros(1, 3, size, size)
     for unit in folded.units:

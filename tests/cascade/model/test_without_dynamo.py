@@ -11,8 +11,9 @@ NOT_LOADED = """
 import sys, cascade.engine.engine
 from cascade.engine.executors.onnx import _shapes
 from cascade.model import backbone, folding
-relu6 = folding.Folded(backbone.load("tf_efficientnet_lite0", "random:0"))
-assert _shapes(relu6, 64)[-1] == (1280, 2, 2)
+for name, size, last in (("tf_efficientnet_lite0", 64, (1280, 2, 2)), ("test_vit", 160, (101, 64))):
+    shapes = _shapes(folding.Folded(backbone.load(name, "random:0")), size)
+    assert shapes[-1] == last, shapes
 assert "timm" in sys.modules and "torch._dynamo" not in sys.modules
 """
 NEEDED = """
